@@ -1,0 +1,1 @@
+"""Methods that BCS is compared with, one file each."""

@@ -1,0 +1,116 @@
+"""ADMM pruning: pull the weights towards their own projection, project, finetune.
+
+Source: Ye et al., "Adversarial robustness vs. model compression, or both?", ICCV 2019; behaviour of
+yeshaokai/Robustness-Aware-Pruning-ADMM, irregular sparsity.
+
+Differs from the authors' code:
+- every convolution and linear layer is pruned at the same rate (theirs: rates of a list, which in
+  the example leaves the linear layers dense);
+- the projection keeps exactly k weights (theirs: those above a percentile, ties included);
+- batch norm is in eval mode while crafting, as for all methods (`crafting.bn_mode: train` is theirs);
+- weights are selected on held-out training images (theirs: on the test set).
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from robsparse.config import Fit, Share, Strict
+from robsparse.sparsity import layer_keep_counts, prunable, top_k_mask
+from robsparse.stages import FixedMaskStage, Run, Stage
+
+LABEL = "ADMM"
+STARTS_FROM = "dense"
+
+
+class Admm(Fit):
+    """The authors' example for the penalised stage: 200 epochs, lr 0.01, weight decay 1e-4."""
+
+    epochs: PositiveInt = 200
+    lr: PositiveFloat = 0.01
+
+
+class Retrain(Fit):
+    """The authors' retraining: 200 epochs, lr 0.01, times 0.1 at epochs 80 and 150."""
+
+    epochs: PositiveInt = 200
+    lr: PositiveFloat = 0.01
+    schedule: Literal["constant", "cosine", "step"] = "step"
+    milestones: tuple[Share, ...] = (0.4, 0.75)
+
+
+class Params(Strict):
+    """admm: the penalised stage; retrain: the stage with the mask of the projection."""
+
+    admm: Admm = Admm()
+    retrain: Retrain = Retrain()
+    rho: PositiveFloat = Field(1e-3, description="initial weight of the penalty")
+    rho_growth: float = Field(1.3, ge=1, description="factor on rho at each update")
+    update_every: PositiveInt = Field(20, description="epochs between updates of Z and U")
+
+
+class AdmmStage(Stage):
+    """Train all weights with the penalty rho/2 * ||W - Z + U||^2 of each layer.
+
+    Z starts as the projection of W and U as 0. Every `update_every` epochs: Z = project(W + U),
+    U = U + W - Z, rho = rho * rho_growth, and the learning rate starts again.
+    """
+
+    name = "admm"
+    selectable = False
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params.admm)
+        self.params = params
+        self.rho = params.rho
+        self.Z: dict[str, Tensor] = {}
+        self.U: dict[str, Tensor] = {}
+
+    def before_fit(self, run: Run) -> None:
+        keep = layer_keep_counts(run.model, run.sparsity)
+        for name, module in prunable(run.model).items():
+            weight = module.weight.detach()
+            self.Z[name] = project(weight, keep[name])
+            self.U[name] = weight.new_zeros(weight.shape)
+
+    def before_epoch(self, run: Run) -> None:
+        if run.epoch == 0 or run.epoch % self.params.update_every:
+            return
+        keep = layer_keep_counts(run.model, run.sparsity)
+        for name, module in prunable(run.model).items():
+            weight = module.weight.detach()
+            self.Z[name] = project(weight + self.U[name], keep[name])
+            self.U[name] = self.U[name] + weight - self.Z[name]
+        self.rho *= self.params.rho_growth
+
+    def penalty(self, run: Run) -> Tensor:
+        gaps = (
+            (module.weight - self.Z[name] + self.U[name]).square().sum()
+            for name, module in prunable(run.model).items()
+        )
+        return 0.5 * self.rho * sum(gaps)
+
+    def lr_factor(self, step: int, steps_per_epoch: int) -> float:
+        """The rate restarts at each update and falls by 10 after each third of the period."""
+        period = self.params.update_every * steps_per_epoch
+        return 0.1 ** (3 * (step % period) // period)
+
+    def state(self) -> dict[str, Any]:
+        return {"rho": self.rho, "Z": self.Z, "U": self.U}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.rho = state["rho"]
+        for mine, saved in ((self.Z, state["Z"]), (self.U, state["U"])):
+            for name, value in saved.items():
+                mine[name] = value.to(mine[name].device)
+
+
+def project(weight: Tensor, k: int) -> Tensor:
+    """The nearest tensor with at most k nonzero entries: the k of largest magnitude are kept."""
+    return weight * top_k_mask(weight.abs(), k)
+
+
+def stages(params: Params, sparsity: float) -> list[Stage]:
+    """Penalised training, then retraining, from the dense network's weights."""
+    return [AdmmStage(params), FixedMaskStage("retrain", params.retrain)]

@@ -1,0 +1,81 @@
+"""AutoAttack: APGD-CE, targeted APGD-DLR, targeted FAB and Square, worst case over all four.
+
+Source: Croce and Hein, ICML 2020, through the package pyautoattack. Its components are run one at a
+time on the images that are still robust, which is what its own evaluation does, so that the
+outcome of each is kept; a test compares the two image for image.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from pyautoattack import AutoAttack
+from torch import Tensor, nn
+
+from robsparse.config import Strict
+from robsparse.evaluation import AttackThreat, Outcome
+
+LABEL = "AutoAttack"
+
+# pyautoattack warns when Square lowers the accuracy by more than this; run alone it cannot tell.
+SQUARE_MARGIN = 0.002
+
+
+class Params(Strict):
+    """version: the package's preset of components and their budgets."""
+
+    version: Literal["standard", "plus", "rand"] = "standard"
+
+
+def run(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat) -> Outcome:
+    """Which images survive each component, and what the package warned of."""
+    attack = AutoAttack(
+        model, norm=threat.norm, eps=threat.eps, version=params.version, seed=threat.seed,
+        device=threat.device,
+    )
+    robust = torch.ones(len(y_N), dtype=torch.bool)
+    components: dict[str, Tensor] = {}
+    warnings: dict[str, None] = {}
+    largest, nans = 0.0, 0
+    for component in list(attack.attacks_to_run):
+        before = int(robust.sum())
+        if before:
+            attack.attacks_to_run = [component]
+            alive = robust.nonzero().squeeze(1)
+            with _warnings_into(warnings):
+                x_adv, y_adv = attack.run_standard_evaluation(
+                    x_NCHW[alive], y_N[alive], batch_size=threat.batch_size
+                )
+            robust[alive] = y_adv == y_N[alive]
+            nans += int(x_adv.isnan().sum())
+            largest = max(largest, float((x_adv - x_NCHW[alive]).abs().max()))
+        components[component] = robust.clone()
+        after = int(robust.sum())
+        threat.report(f"{component}: {after} of {before} still robust")
+        if component == "square" and before - after > SQUARE_MARGIN * len(y_N):
+            warnings[f"Square lowered the accuracy of the white-box attacks by {before - after} "
+                     "images; they may be unreliable on this model"] = None
+    return Outcome(
+        components, {"version": params.version}, list(warnings),
+        max_perturbation=largest, nan_count=nans,
+    )
+
+
+@contextmanager
+def _warnings_into(found: dict[str, None]) -> Iterator[None]:
+    """Collect what the package logs as a warning, each text once and in order."""
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.setdefault(record.getMessage().split(" See ")[0])
+
+    logger = logging.getLogger("auto-attack")
+    handler = Collect(logging.WARNING)
+    logger.addHandler(handler)
+    propagates, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.propagate = propagates
+        logger.removeHandler(handler)

@@ -1,0 +1,19 @@
+"""Accuracy on the images as they are."""
+
+from torch import Tensor, nn
+
+from robsparse.config import Strict
+from robsparse.datasets import Part
+from robsparse.evaluation import AttackThreat, Outcome, correct_flags
+
+LABEL = "Clean"
+
+
+class Params(Strict):
+    """Nothing to set."""
+
+
+def run(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat) -> Outcome:
+    """Which images are classified correctly."""
+    flags = correct_flags(model, Part(x_NCHW, y_N), threat.batch_size, threat.device)
+    return Outcome({"all": flags}, max_perturbation=0.0)

@@ -1,0 +1,1 @@
+"""Bayesian connectivity sampling, the method that this suite is built around."""

@@ -1,0 +1,89 @@
+"""A cell is one trained network of a study, and this is the one way to name it and its files."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from robsparse.errors import UsageError
+
+_KEY = re.compile(
+    r"(?P<dataset>[^/]+)/(?P<arch>[^/]+)/(?P<method>[^/]+)/(?P<objective>[^/]+)"
+    r"/s(?P<sparsity>0\.\d{4})/seed(?P<seed>\d+)"
+)
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One network: sparsity is the share in [0,1) of prunable weights that are zero."""
+
+    dataset: str
+    arch: str
+    method: str
+    objective: str
+    sparsity: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The readable name, also its path: digits/small_cnn/bcs/at/s0.9500/seed0."""
+        return (
+            f"{self.dataset}/{self.arch}/{self.method}/{self.objective}"
+            f"/s{self.sparsity:.4f}/seed{self.seed}"
+        )
+
+    @classmethod
+    def parse(cls, key: str) -> "Cell":
+        """Read a key back. Raises UsageError when it does not have the form of one."""
+        found = _KEY.fullmatch(key.strip("/"))
+        if not found:
+            raise UsageError(
+                f"cell '{key}': expected dataset/arch/method/objective/s0.NNNN/seedN, "
+                "like digits/small_cnn/bcs/at/s0.9500/seed0"
+            )
+        part = found.groupdict()
+        return cls(
+            part["dataset"], part["arch"], part["method"], part["objective"],
+            float(part["sparsity"]), int(part["seed"]),
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of one study lie: `root` is results/<study>."""
+
+    root: Path
+
+    def model(self, cell: Cell, selection: str) -> Path:
+        """Plain weights with exact zeros, in safetensors format."""
+        return self.root / "models" / cell.key / f"{selection}.safetensors"
+
+    def training(self, cell: Cell) -> Path:
+        """Cost, curves and provenance of the training run (JSON)."""
+        return self.root / "models" / cell.key / "training.json"
+
+    def steps(self, cell: Cell) -> Path:
+        """What a method logged at each step (Parquet)."""
+        return self.root / "models" / cell.key / "steps.parquet"
+
+    def resume(self, cell: Cell) -> Path:
+        """Checkpoint folder of an unfinished run; the workflow never declares it as an output."""
+        return self.root / "resume" / cell.key
+
+    def evaluation(self, cell: Cell, selection: str) -> Path:
+        """Result rows of one attacked model (JSON)."""
+        return self.root / "evaluations" / cell.key / f"{selection}.json"
+
+    def flags(self, cell: Cell, selection: str) -> Path:
+        """Outcome of each test image under each attack component (npz)."""
+        return self.root / "evaluations" / cell.key / f"{selection}.flags.npz"
+
+
+def derive_seed(*axes: str | int | float) -> int:
+    """A 63-bit seed from named axes, e.g. derive_seed("init", "small_cnn", 0).
+
+    Two calls with the same axes give the same seed on every machine, so what is shared between
+    methods (initial weights, data order) is decided by which axes are named.
+    """
+    text = "\x1f".join(str(axis) for axis in axes)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,165 @@
+"""The command line: check, plan, train, evaluate, collect and figures.
+
+Exit codes: 0 done, 1 a run failed, 2 bad input (one line says what), 75 stopped by a signal and
+ready to be resumed, 130 stopped by Ctrl-C (resumable too). Torch is imported only by the commands
+that need it.
+"""
+
+import argparse
+import importlib
+import signal
+import sys
+from pathlib import Path
+
+from robsparse import __version__, config, staleness
+from robsparse.cells import Cell, Layout
+from robsparse.config import Study
+from robsparse.errors import UsageError, nearest
+
+EXIT_FAILED, EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 1, 2, 75, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except UsageError as error:
+        for line in str(error).splitlines():
+            print(f"robsparse: error: {line}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("robsparse: stopped; run the same command again to continue", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="robsparse",
+        description="Train, attack and compare sparse robust networks.",
+        epilog="`snakemake --cores N` calls these commands for a whole study.",
+    )
+    parser.add_argument("--version", action="version", version=f"robsparse {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("check", _check, "validate a config; say what is wrong in one line a fault"),
+        ("plan", _plan, "list the jobs of a study and estimate their time on this machine"),
+        ("train", _train, "train one cell"),
+        ("evaluate", _evaluate, "attack one cell's weights and write a record"),
+        ("collect", _collect, "gather all records into results.csv and results.parquet"),
+        ("figures", _figures, "draw tables and plots from the collected results"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.add_argument("config", metavar="CONFIG", help="study file, e.g. config/quick.yaml")
+        command.set_defaults(run=run)
+        _ADD_OPTIONS.get(name, lambda _: None)(command)
+        if name != "check":
+            command.add_argument(
+                "--results", type=Path, default=Path("results"), metavar="DIR",
+                help="folder that holds results/<study> (default: %(default)s)",
+            )
+    return parser
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"),
+                         help="where to compute (default: the study's machine.device)")
+    command.add_argument("--threads", type=int, metavar="N",
+                         help="CPU threads (default: the study's machine.threads)")
+
+
+def _add_cell(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cell", required=True, metavar="KEY",
+                         help="dataset/arch/method/objective/s0.NNNN/seedN, as printed by plan")
+    _add_machine(command)
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    _add_cell(command)
+    command.add_argument("--selection", default="best_val", choices=("best_val", "last"),
+                         help="which saved weights to attack (default: %(default)s)")
+    command.add_argument("--model", type=Path, metavar="FILE",
+                         help="safetensors file to attack instead of the cell's own weights")
+
+
+def _add_cores(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cores", type=int, default=2, metavar="N",
+                         help="cores that jobs may share (default: %(default)s)")
+
+
+_ADD_OPTIONS = {
+    "plan": _add_cores, "train": _add_cell, "evaluate": _add_evaluate,
+}
+
+
+def _study(arguments: argparse.Namespace) -> tuple[Study, Layout]:
+    study = config.load(arguments.config)
+    return study, Layout(getattr(arguments, "results", Path("results")) / study.study)
+
+
+def _cell_of(study: Study, key: str) -> Cell:
+    cell, known = Cell.parse(key), study.cells()
+    if cell not in known:
+        keys = [other.key for other in known]
+        raise UsageError(f"cell '{key}' is not part of the study '{study.study}'{nearest(key, keys)}")
+    return cell
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    study, _ = _study(arguments)
+    cells = study.cells()
+    print(f"{arguments.config}: valid, {len(cells)} networks to train, "
+          f"{len(cells) * len(study.evaluation.selections)} evaluations")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    study, layout = _study(arguments)
+    planning = importlib.import_module("robsparse.planning")
+    print(planning.describe(study, layout, arguments.cores))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    study, layout = _study(arguments)
+    cell = _cell_of(study, arguments.cell)
+    training = importlib.import_module("robsparse.training")
+    checkpoints = importlib.import_module("robsparse.checkpoints")
+    try:
+        training.train_cell(
+            study, cell, layout, device=arguments.device, threads=arguments.threads
+        )
+    except training.TrainingError as error:
+        print(f"robsparse: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except checkpoints.Interrupted as stopped:
+        print(f"robsparse: {stopped}", file=sys.stderr)
+        return EXIT_INTERRUPTED if stopped.signum == signal.SIGINT else EXIT_RESUME
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    study, layout = _study(arguments)
+    cell = _cell_of(study, arguments.cell)
+    if arguments.selection not in study.evaluation.selections:
+        raise UsageError(f"{arguments.config}: evaluation.selections has no '{arguments.selection}'")
+    evaluation = importlib.import_module("robsparse.evaluation")
+    record = evaluation.evaluate_cell(
+        study, cell, arguments.selection, layout, model_path=arguments.model,
+        settings_digest=staleness.evaluation_digest(study, cell, arguments.selection),
+        device=arguments.device, threads=arguments.threads,
+    )
+    print(f"evaluated {cell.key}: {record}")
+
+
+def _collect(arguments: argparse.Namespace) -> None:
+    study, layout = _study(arguments)
+    collection = importlib.import_module("robsparse.collection")
+    print(collection.collect(study, layout))
+
+
+def _figures(arguments: argparse.Namespace) -> None:
+    study, layout = _study(arguments)
+    print(importlib.import_module("robsparse.figures.report").write(study, layout))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""The study configuration: what is trained, on what, attacked how. No torch in here.
+
+`load` reads one YAML file and either returns a `Study` or raises UsageError with one line a fault.
+"""
+
+import hashlib
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from robsparse import registry
+from robsparse.cells import Cell
+from robsparse.errors import UsageError, nearest
+
+Selection = Literal["best_val", "last"]
+Objective = Literal["natural", "at", "trades"]
+
+
+class Strict(BaseModel):
+    """Base of every configuration section: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                raise PydanticCustomError(
+                    "unknown_key",
+                    "unknown key, expected one of: {known}{nearest}",
+                    {"key": str(key), "known": known, "nearest": nearest(key, cls.model_fields)},
+                )
+        return data
+
+
+def _ratio(value: Any) -> Any:
+    """Read "8/255" exactly; leave everything else to pydantic."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+def _radius(value: Any) -> Any:
+    value = _ratio(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number <= 1:
+        hint = f"; nearest match: '{number:g}/255'" if 1 < number <= 255 else ""
+        raise PydanticCustomError(
+            "radius", "expected a number in (0, 1] pixel units, like 0.15 or '8/255'{hint}",
+            {"hint": hint},
+        )
+    return number
+
+
+def _sparsity(value: Any) -> Any:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < 1:
+        hint = f"; nearest match: {number / 100:g}" if 1 < number < 100 else ""
+        raise PydanticCustomError(
+            "sparsity",
+            "expected a share of zero weights in (0, 1), like 0.95 (0 is the method 'dense'){hint}",
+            {"hint": hint},
+        )
+    if round(number, 4) != number:
+        raise PydanticCustomError("sparsity", "expected at most four decimals, like 0.9950", {})
+    return number
+
+
+Radius = Annotated[float, BeforeValidator(_radius)]
+Sparsity = Annotated[float, BeforeValidator(_sparsity)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Fit(Strict):
+    """How one stage is optimised: SGD with momentum, a learning-rate schedule, weight decay.
+
+    decay: "coupled" adds weight_decay*w to the gradient (torch SGD); "sgdw" shrinks every trained
+    tensor by (1 - weight_decay * lr / lr_0) before the step and is *not* multiplied by lr, as in
+    the optimiser of the BCS authors (equal to "coupled" in steady state when lr is 0.1
+    and momentum 0.9).
+    """
+
+    epochs: PositiveInt
+    lr: PositiveFloat
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    milestones: tuple[Share, ...] = Field(
+        (0.5, 0.75), description="step schedule: shares of all steps after which lr drops"
+    )
+    gamma: float = Field(0.1, gt=0, le=1, description="step schedule: factor of each drop")
+    momentum: Share = 0.9
+    weight_decay: float = Field(1e-4, ge=0)
+    decay: Literal["coupled", "sgdw"] = "coupled"
+
+
+class Threat(Strict):
+    """The adversary that models are trained against and attacked with."""
+
+    norm: Literal["Linf"] = "Linf"
+    eps: Radius = Field(description="radius in [0,1] pixel units, a number or a ratio like 8/255")
+
+
+class Crafting(Strict):
+    """Inner maximisation of training: PGD with `steps` steps of `step_size`."""
+
+    steps: PositiveInt = 10
+    step_size: Radius
+    bn_mode: Literal["eval", "train"] = Field(
+        "eval", description="mode of batch norm while crafting (ADMM's authors: train)"
+    )
+
+
+class Validation(Strict):
+    """Robust accuracy on held-out training images, by which `best_val` is selected."""
+
+    steps: PositiveInt = 10
+    every: PositiveInt = Field(1, description="epochs between two validations")
+
+
+class Training(Strict):
+    """What every method shares while it trains."""
+
+    batch_size: PositiveInt = 128
+    crafting: Crafting
+    beta: PositiveFloat = Field(6.0, description="weight of the KL term of TRADES")
+    validation: Validation = Validation()
+
+
+class Grid(Strict):
+    """The cells of the study: the product of these lists (dense is trained once a seed)."""
+
+    datasets: list[str] = Field(min_length=1)
+    archs: list[str] = Field(min_length=1)
+    objectives: list[Objective] = Field(min_length=1)
+    methods: list[str] = Field(min_length=1)
+    sparsities: list[Sparsity] = Field(min_length=1)
+    seeds: list[NonNegativeInt] = Field(min_length=1)
+
+    @field_validator("datasets", "archs", "objectives", "methods", "sparsities", "seeds")
+    @classmethod
+    def _no_repeats(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) != len(values):
+            raise PydanticCustomError("repeat", "expected each entry once", {})
+        return values
+
+
+class Evaluation(Strict):
+    """Which attacks see which saved weights, on how many test images."""
+
+    n_examples: PositiveInt = Field(description="the first n images of the test split")
+    batch_size: PositiveInt = 250
+    seed: NonNegativeInt = 0
+    selections: dict[Selection, list[str]] = Field(
+        min_length=1, description="attacks to run on the weights of each selection"
+    )
+    attacks: dict[str, Any] = {}
+
+
+class Machine(Strict):
+    """Where jobs run. None of it changes what is computed, only how fast."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt = Field(1, description="CPU threads of one job")
+    rerun_on_code_change: bool = Field(
+        False, description="let a change of the code that trains or attacks start jobs again"
+    )
+
+
+class Study(Strict):
+    """One configuration file, validated, with the parameters of every named part filled in."""
+
+    study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="names results/<study>")
+    title: str
+    small: bool = Field(False, description="label every table and plot as a small study")
+    grid: Grid
+    datasets: dict[str, Any] = {}
+    archs: dict[str, Any] = {}
+    methods: dict[str, Any] = {}
+    threat: Threat
+    training: Training
+    evaluation: Evaluation
+    machine: Machine = Machine()
+
+    def cells(self) -> list[Cell]:
+        """Every cell the study trains, dense starting points included, in a fixed order."""
+        grid, found = self.grid, {}
+        for dataset in grid.datasets:
+            for arch in grid.archs:
+                for objective in grid.objectives:
+                    for seed in grid.seeds:
+                        for method in grid.methods:
+                            for sparsity in self._sparsities(method):
+                                cell = Cell(dataset, arch, method, objective, sparsity, seed)
+                                start = starting_cell(cell)
+                                found |= {c: None for c in (start, cell) if c is not None}
+        return list(found)
+
+    def _sparsities(self, method: str) -> list[float]:
+        dense = registry.entry("method", method).literals.get("DENSE", False)
+        return [0.0] if dense else self.grid.sparsities
+
+    def training_settings(self, cell: Cell) -> dict[str, Any]:
+        """All settings that decide the weights of `cell`, those of its starting cell included."""
+        start = starting_cell(cell)
+        return {
+            "cell": cell.key,
+            "dataset": self.datasets[cell.dataset].model_dump(mode="json"),
+            "arch": self.archs[cell.arch].model_dump(mode="json"),
+            "method": self.methods[cell.method].model_dump(mode="json"),
+            "threat": self.threat.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+            "start": self.training_settings(start) if start else None,
+        }
+
+    def evaluation_settings(self, cell: Cell, selection: Selection) -> dict[str, Any]:
+        """All settings that decide the outcome of attacking `cell`, its training included."""
+        attacks = {
+            name: self.evaluation.attacks[name].model_dump(mode="json")
+            for name in self.evaluation.selections[selection]
+        }
+        return {
+            "training": self.training_settings(cell),
+            "selection": selection,
+            "evaluation": self.evaluation.model_dump(
+                mode="json", include={"n_examples", "batch_size", "seed"}
+            ),
+            "attacks": attacks,
+        }
+
+
+def starting_cell(cell: Cell) -> Cell | None:
+    """The cell whose trained weights `cell` starts from, or None if it starts from scratch."""
+    start = registry.entry("method", cell.method).literals.get("STARTS_FROM")
+    if start is None:
+        return None
+    return Cell(cell.dataset, cell.arch, start, cell.objective, 0.0, cell.seed)
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Short SHA-256 of settings, stable across machines and key order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(path: str | Path) -> Study:
+    """Read and validate a study. Raises UsageError naming file, key, value and what was expected."""
+    path = Path(path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the config ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    try:
+        return _fill_in(Study.model_validate(data), data)
+    except ValidationError as error:
+        raise UsageError("\n".join(f"{path}: {line}" for line in _lines(error, data))) from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _fill_in(study: Study, data: dict[str, Any]) -> Study:
+    """Replace the parameter mappings of named parts by their validated models, defaults filled in."""
+    wanted_methods = dict.fromkeys(study.grid.methods)
+    for method in study.grid.methods:
+        start = _entry("method", method, "grid.methods").literals.get("STARTS_FROM")
+        wanted_methods |= {start: None} if start else {}
+    wanted_attacks = dict.fromkeys(
+        name for chosen in study.evaluation.selections.values() for name in chosen
+    )
+    evaluation = study.evaluation.model_copy(update={
+        "attacks": _parts("attack", wanted_attacks, study.evaluation.attacks,
+                          "evaluation.selections", "evaluation.attacks")
+    })
+    return study.model_copy(update={
+        "datasets": _parts("dataset", study.grid.datasets, study.datasets,
+                           "grid.datasets", "datasets"),
+        "archs": _parts("arch", study.grid.archs, study.archs, "grid.archs", "archs"),
+        "methods": _parts("method", wanted_methods, study.methods, "grid.methods", "methods"),
+        "evaluation": evaluation,
+    })
+
+
+def _parts(kind: str, wanted: Any, given: dict[str, Any], grid_key: str, key: str) -> dict:
+    for name in given:
+        _entry(kind, name, key)
+    parts = {}
+    for name in dict.fromkeys([*wanted, *given]):
+        model = _entry(kind, name, grid_key).params
+        values = given.get(name) or {}
+        try:
+            parts[name] = model.model_validate(values)
+        except ValidationError as error:
+            raise UsageError("; ".join(_lines(error, values, f"{key}.{name}"))) from None
+    return parts
+
+
+def _entry(kind: str, name: str, key: str) -> registry.Entry:
+    try:
+        return registry.entry(kind, name)
+    except UsageError as error:
+        raise UsageError(f"{key}: {error}") from None
+
+
+def _lines(error: ValidationError, data: Any, prefix: str = "") -> list[str]:
+    return [_line(fault, data, prefix) for fault in error.errors(include_url=False)]
+
+
+def _line(fault: Any, data: Any, prefix: str) -> str:
+    """One fault as "key = value: what was expected"."""
+    context = fault.get("ctx") or {}
+    location = [part for part in fault["loc"] if part != "[key]"]
+    if fault["type"] == "unknown_key":
+        location.append(context["key"])
+    key = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
+    if fault["type"] == "missing":
+        return f"{key}: missing, expected a value"
+    value = _look_up(data, location, fault["input"])
+    message = fault["msg"].replace("Input should be", "expected to be")
+    if fault["type"] == "literal_error":
+        choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        message = f"expected {context['expected']}{nearest(value, choices)}"
+    for bound in ("ge", "gt", "le", "lt"):
+        if bound in context:
+            message += f"; nearest match: {context[bound]}" if bound in ("ge", "le") else ""
+    if fault["type"] == "greater_than" and isinstance(value, int):
+        message += f"; nearest match: {context['gt'] + 1}"
+    if fault["type"] == "too_short":
+        message = "expected at least one entry"
+    return f"{key} = {json.dumps(value, default=str)}: {message}"
+
+
+def _look_up(data: Any, location: list, default: Any) -> Any:
+    for part in location:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return default
+    return data
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML silently keeps the last of two equal keys; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

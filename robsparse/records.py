@@ -1,0 +1,201 @@
+"""Result rows, files that are written whole or not at all, and where a number came from.
+
+One JSON a job. `Row` is the only shape of a result, ours and (with `source` set) published ones.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+import robsparse
+from robsparse.errors import UsageError
+
+Share = Field(ge=0, le=1)
+
+
+class Row(BaseModel):
+    """One measured accuracy. The first nine fields are its key.
+
+    Accuracies and sparsities are fractions in [0,1]. A component is one part of an attack that is
+    made of several; "all" is the attack as a whole. Components run one after the other on the
+    images that are still robust, so the accuracy of one counts all before it. `None` means that
+    the number is not known; it is printed as n/a.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str
+    arch: str
+    method: str
+    objective: str
+    sparsity: float = Field(ge=0, lt=1)
+    seed: int
+    selection: str
+    attack: str
+    component: str
+
+    accuracy: float = Share
+    n_correct: NonNegativeInt
+    n_examples: int = Field(gt=0)
+    ci_low: float = Share
+    ci_high: float = Share
+
+    norm: str
+    eps: float = Field(ge=0, le=1)
+    steps: int | None = None
+    restarts: int | None = None
+    version: str | None = None
+    attack_seed: int | None = None
+    warnings: str = ""
+    max_perturbation: float | None = Field(None, ge=0)
+    nan_count: NonNegativeInt = 0
+    attack_seconds: float | None = Field(None, ge=0)
+
+    sparsity_reached: float = Field(ge=0, le=1)
+    nonzero: NonNegativeInt
+    prunable: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    dense_macs: NonNegativeInt
+    sparse_macs: NonNegativeInt
+    model_bytes: NonNegativeInt
+
+    selected_epoch: int | None = None
+    epochs: int | None = None
+    forward_passes: int | None = None
+    backward_passes: int | None = None
+    train_seconds: float | None = None
+    peak_live_weights: int | None = None
+    peak_memory_mb: float | None = None
+    train_device: str | None = None
+    eval_device: str | None = None
+
+    settings_digest: str
+    code_version: str
+    code_dirty: bool
+    libraries: str
+    data_checksum: str
+    model_checksum: str
+    source: Literal["measured"] | str = "measured"
+
+
+KEY = list(Row.model_fields)[:9]
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Score interval for a binomial share, 95 % by default. Raises ValueError unless 0 <= k <= n > 0.
+
+    Source: E. B. Wilson, JASA 22 (1927).
+    """
+    if n <= 0 or not 0 <= successes <= n:
+        raise ValueError(f"expected 0 <= successes <= n and n > 0, got {successes} of {n}")
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # Rounding may leave 1 - 1e-17 where the interval ends at 1 exactly.
+    low = 0.0 if successes == 0 else max(0.0, (centre - spread) / scale)
+    high = 1.0 if successes == n else min(1.0, (centre + spread) / scale)
+    return low, high
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; rename it to `path` only on success.
+
+    A reader sees the old file or the new one, never half of one. Raises UsageError when the folder
+    cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UsageError(f"{path.parent}: cannot write results here ({error.strerror})") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file. Raises UsageError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read ({error.strerror})") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: damaged, not valid JSON ({error})") from None
+
+
+def write_rows(path: Path, rows: list[Row], layers: list[dict[str, Any]]) -> None:
+    """Write the record of one evaluation: its rows and the live weights of each layer."""
+    write_json(path, {"rows": [row.model_dump() for row in rows], "layers": layers})
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Read back what `write_rows` wrote. Raises UsageError naming the field that is wrong."""
+    content = read_json(path)
+    try:
+        return [Row.model_validate(row) for row in content["rows"]], content["layers"]
+    except (KeyError, TypeError):
+        raise UsageError(f"{path}: expected 'rows' and 'layers'") from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise UsageError(f"{path}: {key} = {fault['input']!r}: {fault['msg']}") from None
+
+
+def file_checksum(path: Path) -> str:
+    """First 16 hex digits of the SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """code_version, code_dirty and libraries of this process, as columns of a Row."""
+    libraries = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "pyautoattack", "numpy", "scikit-learn")
+    }
+    libraries["python"] = platform.python_version()
+    commit, dirty = _git_state()
+    return {
+        "code_version": f"{robsparse.__version__}+{commit}" if commit else robsparse.__version__,
+        "code_dirty": dirty,
+        "libraries": " ".join(f"{name}={version}" for name, version in libraries.items()),
+    }
+
+
+def _git_state() -> tuple[str, bool]:
+    """Short commit and whether tracked files differ from it; ("", False) outside a checkout."""
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.CalledProcessError):
+        return "", False

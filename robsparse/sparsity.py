@@ -1,0 +1,135 @@
+"""Masks, counts and layer shares. Prunable means every convolution and linear weight, first and
+last layer included; biases and batch norm are not.
+"""
+
+from decimal import Decimal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def prunable(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose `.weight` is prunable, by name, in forward order of definition."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+
+
+def weight_count(model: nn.Module) -> int:
+    """Number of prunable weights."""
+    return sum(module.weight.numel() for module in prunable(model).values())
+
+
+def live_count(model: nn.Module) -> int:
+    """Number of prunable weights that are not exactly zero in the forward pass."""
+    with torch.no_grad():
+        return sum(int(module.weight.count_nonzero()) for module in prunable(model).values())
+
+
+def keep_count(total: int, sparsity: float) -> int:
+    """Weights that may be live among `total`: int((1 - sparsity) * total), in exact decimals.
+
+    Floating point would lose a weight: int((1 - 0.9) * 1000) is 99.
+    """
+    return int(total * (1 - Decimal(str(sparsity))))
+
+
+def layer_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
+    """Live weights of each layer when all have the same sparsity: n - int(sparsity * n).
+
+    Source: inspire-group/hydra, behaviour of its top-k layers (the same share in every layer).
+    """
+    return {
+        name: module.weight.numel() - int(module.weight.numel() * Decimal(str(sparsity)))
+        for name, module in prunable(model).items()
+    }
+
+
+def erk_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
+    """Live weights of each layer by Erdos-Renyi-Kernel shares; they sum to keep_count exactly.
+
+    A layer's density is proportional to (sum of its dimensions) / (product of its dimensions),
+    capped at 1; what a capped layer cannot take goes to the others.
+    Source: RigL (Evci et al., ICML 2020), section 3, "Sparsity distribution".
+    """
+    shapes = {name: module.weight.shape for name, module in prunable(model).items()}
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    budget = keep_count(sum(sizes.values()), sparsity)
+    full: set[str] = set()
+    while True:
+        free = {name: float(sum(shapes[name])) for name in sizes if name not in full}
+        room = budget - sum(sizes[name] for name in full)
+        scale = room / sum(free.values()) if free else 0.0
+        over = {name for name, raw in free.items() if raw * scale > sizes[name]}
+        if not over:
+            break
+        full |= over
+    wanted = {name: float(sizes[name]) if name in full else free[name] * scale for name in sizes}
+    return round_to_sum(wanted, sizes, budget)
+
+
+def round_to_sum(wanted: dict[str, float], caps: dict[str, int], total: int) -> dict[str, int]:
+    """Integers near `wanted` that sum to `total`, none above its cap (largest remainder first)."""
+    counts = {name: min(int(value), caps[name]) for name, value in wanted.items()}
+    by_remainder = sorted(wanted, key=lambda name: int(wanted[name]) - wanted[name])
+    missing = total - sum(counts.values())
+    while missing > 0:
+        for name in by_remainder:
+            if missing > 0 and counts[name] < caps[name]:
+                counts[name] += 1
+                missing -= 1
+    return counts
+
+
+def top_k_mask(score: Tensor, k: int) -> Tensor:
+    """Boolean mask of exactly the k largest entries of `score` (any shape)."""
+    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    mask[score.detach().flatten().topk(k, sorted=False).indices] = True
+    return mask.view_as(score)
+
+
+class Masked(nn.Module):
+    """Parametrisation w -> w * mask with a fixed mask: zeros stay zero, their gradient too."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+def magnitude_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
+    """Per layer, the mask of the largest |w| (the same share in every layer)."""
+    keep = layer_keep_counts(model, sparsity)
+    return {
+        name: top_k_mask(module.weight.abs(), keep[name])
+        for name, module in prunable(model).items()
+    }
+
+
+def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Fix the mask of each named layer from here on."""
+    modules = prunable(model)
+    for name, mask in masks.items():
+        parametrize.register_parametrization(modules[name], "weight", Masked(mask))
+
+
+def bake(model: nn.Module) -> None:
+    """Turn every parametrised weight into a plain one with the value that it has now."""
+    for module in prunable(model).values():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of the plain network that computes what `model` computes now (copied, on CPU)."""
+    state = {
+        name: value for name, value in model.state_dict().items() if "parametrizations." not in name
+    }
+    for name, module in prunable(model).items():
+        state[f"{name}.weight"] = module.weight
+    return {name: value.detach().cpu().clone() for name, value in state.items()}

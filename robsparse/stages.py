@@ -1,0 +1,120 @@
+"""The contract between a method and the one training loop: a method is a list of stages.
+
+A method file defines `Params` (a pydantic model), `LABEL` (its printed name) and
+
+    def stages(params: Params, sparsity: float) -> list[Stage]
+
+and, when it starts from another cell's weights, the literal `STARTS_FROM = "dense"`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robsparse.config import Fit
+from robsparse.sparsity import apply_masks, bake, live_count, magnitude_masks
+
+
+@dataclass
+class Run:
+    """What a stage's hooks may look at and change while it trains.
+
+    `lr` is the learning rate of the step that was just taken, `lr_factor` its ratio to the
+    stage's initial one. `generator` lives on the model's device and serves the method's own
+    randomness. `logged` collects the numbers that a hook wants stored for this step.
+    """
+
+    model: nn.Module
+    sparsity: float
+    generator: torch.Generator
+    optimizer: torch.optim.Optimizer | None = None
+    lr: float = 0.0
+    lr_factor: float = 1.0
+    epoch: int = 0
+    logged: dict[str, float] = field(default_factory=dict)
+
+
+class Stage:
+    """One phase of training. Subclass it and override the hooks that the method needs.
+
+    name: pretrain, prune, finetune, train, ... as printed in curves.
+    selectable: whether the network is at its target sparsity throughout, so that the weights of
+        any epoch may be exported as `best_val`.
+    """
+
+    name = "train"
+    selectable = True
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit = fit
+
+    def before_fit(self, run: Run) -> None:
+        """Prepare the model (masks, parametrisations). Called again before a resumed run."""
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters that this stage trains; all others keep their values."""
+        return list(model.parameters())
+
+    def before_epoch(self, run: Run) -> None:
+        """Called before the first step of each epoch; `run.epoch` counts from 0."""
+
+    def penalty(self, run: Run) -> Tensor | None:
+        """A term to add to the loss of each step."""
+        return None
+
+    def before_step(self, run: Run) -> None:
+        """Called with gradients in place, just before the optimiser changes the parameters."""
+
+    def after_step(self, run: Run) -> None:
+        """Called after the optimiser changed the parameters."""
+
+    def finalize(self, run: Run) -> None:
+        """Leave a plain network with exact zeros for the next stage and the export."""
+        bake(run.model)
+
+    def live_weights(self, run: Run) -> int:
+        """Prunable weights that training must hold now; more than the forward pass uses if the
+        method scores or regularises weights that it masks."""
+        return live_count(run.model)
+
+    def state(self) -> dict[str, Any]:
+        """What the stage itself must remember across an interruption (tensors and numbers)."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+    def lr_factor(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of a step as a multiple of the initial one."""
+        return schedule_factor(self.fit, step, steps_per_epoch)
+
+
+class FixedMaskStage(Stage):
+    """Train the largest weights of each layer (the same share in every layer) and no others.
+
+    The mask is drawn once, from the weights the stage starts with. On a network that an earlier
+    stage has pruned to that share, it is the mask of that stage.
+    """
+
+    def __init__(self, name: str, fit: Fit) -> None:
+        super().__init__(fit)
+        self.name = name
+
+    def before_fit(self, run: Run) -> None:
+        apply_masks(run.model, magnitude_masks(run.model, run.sparsity))
+
+
+def schedule_factor(fit: Fit, step: int, steps_per_epoch: int) -> float:
+    """Factor on the initial learning rate at step 0, 1, ... of a stage.
+
+    cosine: (1 + cos(pi t / T)) / 2 for each step. step: gamma for each milestone passed.
+    """
+    share = step / (fit.epochs * steps_per_epoch)
+    if fit.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * share))
+    if fit.schedule == "step":
+        return fit.gamma ** sum(share >= milestone for milestone in fit.milestones)
+    return 1.0

@@ -1,0 +1,51 @@
+"""What makes a finished job run again: its settings and, if the study asks for it, its code.
+
+The workflow passes these digests as rule parameters; Snakemake reruns a job whose parameters
+changed. A new method's file is in the digest of that method alone, so nothing else runs again.
+"""
+
+import hashlib
+from pathlib import Path
+
+from robsparse import registry
+from robsparse.cells import Cell
+from robsparse.config import Selection, Study, digest, starting_cell
+
+_SHARED = ("sparsity.py", "perturb.py", "weights.py")
+_TRAINING = ("stages.py", "training.py", "objectives.py", "checkpoints.py")
+_EVALUATION = ("evaluation.py",)
+
+
+def training_digest(study: Study, cell: Cell) -> str:
+    """Digest of all that decides the weights of `cell`."""
+    return _combine(study, study.training_settings(cell), _training_files(cell))
+
+
+def evaluation_digest(study: Study, cell: Cell, selection: Selection) -> str:
+    """Digest of all that decides the outcome of attacking the weights of `cell`."""
+    attacks = study.evaluation.selections[selection]
+    files = _training_files(cell) + _core(_EVALUATION)
+    files += [registry.entry("attack", name).path for name in attacks]
+    return _combine(study, study.evaluation_settings(cell, selection), files)
+
+
+def _combine(study: Study, settings: dict, files: list[Path]) -> str:
+    if study.machine.rerun_on_code_change:
+        code = b"".join(path.read_bytes() for path in files)
+        settings = settings | {"code": hashlib.sha256(code).hexdigest()}
+    return digest(settings)
+
+
+def _training_files(cell: Cell) -> list[Path]:
+    start = starting_cell(cell)
+    methods = [cell.method] + ([start.method] if start else [])
+    return [
+        *_core(_SHARED + _TRAINING),
+        registry.entry("dataset", cell.dataset).path,
+        registry.entry("arch", cell.arch).path,
+        *(registry.entry("method", name).path for name in methods),
+    ]
+
+
+def _core(names: tuple[str, ...]) -> list[Path]:
+    return [Path(__file__).parent / name for name in names]

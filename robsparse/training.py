@@ -1,0 +1,359 @@
+"""The one training loop. Every stage of every method runs here, so methods differ in nothing else."""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from robsparse import datasets, models, objectives, perturb, records, registry, weights
+from robsparse.cells import Cell, Layout, derive_seed
+from robsparse.checkpoints import Checkpoint, Interrupted, StopRequest, locked
+from robsparse.config import Study, starting_cell
+from robsparse.datasets import Splits
+from robsparse.errors import UsageError
+from robsparse.machine import device_name, peak_memory_mb, pick_device, set_threads
+from robsparse.sparsity import plain_state
+from robsparse.stages import Run, Stage
+from robsparse.staleness import training_digest
+
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+
+class TrainingError(Exception):
+    """The run cannot go on, e.g. because the loss is no longer finite."""
+
+
+@dataclass
+class Progress:
+    """Everything a run must remember besides the model: where it is and what it has seen."""
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    forward_passes: int = 0
+    backward_passes: int = 0
+    peak_live: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train_cell(
+    study: Study,
+    cell: Cell,
+    layout: Layout,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    max_steps: int | None = None,
+) -> None:
+    """Train one cell and write its weights (best_val and last), curves and cost.
+
+    Continues an interrupted run of the same settings. `max_steps` stops as a signal would after
+    that many steps of this call, for tests of resuming.
+
+    Raises UsageError when the starting weights are missing, TrainingError when the loss is not
+    finite, Interrupted after a signal.
+    """
+    set_threads(threads or study.machine.threads)
+    with locked(layout.resume(cell)), StopRequest().listen() as stop:
+        trainer = Trainer(study, cell, layout, pick_device(device or study.machine.device))
+        trainer.run_stages(stop, max_steps)
+        trainer.write()
+
+
+class Trainer:
+    """One cell's training run."""
+
+    def __init__(self, study: Study, cell: Cell, layout: Layout, device: torch.device) -> None:
+        self.study, self.cell, self.layout, self.device = study, cell, layout, device
+        splits = datasets.load(cell.dataset, study.datasets[cell.dataset])
+        self.data_checksum = splits.checksum()
+        self.train, self.validation = splits.train.to(device), splits.validation.to(device)
+        self.objective = objectives.of_study(study, cell.objective)
+        self.attacker = objectives.Attacker(
+            study.threat.eps,
+            study.training.crafting,
+            self._generator("craft", cell.dataset, cell.objective),
+        )
+        self.start = self._read_start()
+        self.progress = Progress()
+        self.run = Run(
+            model=self._initial_model(splits),
+            sparsity=cell.sparsity,
+            generator=self._generator("method", cell.method, f"{cell.sparsity:.4f}"),
+        )
+        method = registry.load("method", cell.method)
+        self.stages: list[Stage] = method.stages(study.methods[cell.method], cell.sparsity)
+        self.checkpoint = Checkpoint(layout.resume(cell), training_digest(study, cell))
+        self.saved_at = time.monotonic()
+
+    def _generator(self, *axes: str) -> torch.Generator:
+        generator = torch.Generator(self.device)
+        return generator.manual_seed(derive_seed(*axes, self.cell.seed))
+
+    def _read_start(self) -> dict[str, Any] | None:
+        """Record of the cell whose last weights this one starts from (HYDRA's hand-over)."""
+        start = starting_cell(self.cell)
+        if start is None:
+            return None
+        path = self.layout.model(start, "last")
+        if not path.exists():
+            raise UsageError(
+                f"{path}: the weights that '{self.cell.method}' starts from are missing; "
+                f"train --cell {start.key} first"
+            )
+        return records.read_json(self.layout.training(start)) | {"path": path}
+
+    def _initial_model(self, splits: Splits) -> nn.Module:
+        """The same initial weights for every method: seeded by arch and seed alone."""
+        cell = self.cell
+        torch.manual_seed(derive_seed("init", cell.arch, cell.seed))
+        params = self.study.archs[cell.arch]
+        model = models.build(cell.arch, params, splits.image_shape, splits.classes)
+        if self.start:
+            weights.load_into(model, self.start["path"])
+        return model.to(self.device)
+
+    # ---------------------------------------------------------------- the loop
+
+    def run_stages(self, stop: StopRequest, max_steps: int | None) -> None:
+        """Run all stages, from the checkpoint if there is one."""
+        saved = self.checkpoint.load()
+        if saved:
+            self.progress = Progress(**saved["progress"])
+            print(f"resuming {self.cell.key} at stage {self.progress.stage + 1}, "
+                  f"epoch {self.progress.epoch + 1}")
+        budget = [max_steps if max_steps is not None else -1]
+        while self.progress.stage < len(self.stages):
+            self._fit(self.stages[self.progress.stage], saved, stop, budget)
+            saved = None
+            self.progress.stage += 1
+            self.progress.epoch = 0
+
+    def _fit(self, stage: Stage, saved: dict | None, stop: StopRequest, budget: list[int]) -> None:
+        run, progress, fit = self.run, self.progress, stage.fit
+        if saved:
+            weights_before = saved["model_before_stage"]
+            run.model.load_state_dict(weights_before)
+        self.before_stage = {k: v.detach().clone() for k, v in run.model.state_dict().items()}
+        stage.before_fit(run)
+        run.optimizer = torch.optim.SGD(
+            stage.parameters(run.model), lr=fit.lr, momentum=fit.momentum,
+            weight_decay=fit.weight_decay if fit.decay == "coupled" else 0.0,
+        )
+        if saved:
+            self._restore(stage, saved)
+        epochs = range(progress.epoch, fit.epochs)
+        for epoch in tqdm(epochs, desc=f"{self.cell.key} {stage.name}", unit="epoch", disable=None):
+            progress.epoch = run.epoch = epoch
+            self._epoch(stage, stop, budget)
+            progress.step, progress.loss_sum = 0, 0.0
+            progress.epoch = epoch + 1
+            if time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS:
+                self._save(stage)
+        stage.finalize(run)
+
+    def _epoch(self, stage: Stage, stop: StopRequest, budget: list[int]) -> None:
+        run, progress = self.run, self.progress
+        began = time.perf_counter()
+        batches = self._batches()
+        if progress.step == 0:
+            stage.before_epoch(run)
+        for batch in batches[progress.step:]:
+            run.lr_factor = stage.lr_factor(
+                run.epoch * len(batches) + progress.step, len(batches)
+            )
+            progress.loss_sum += self._step(stage, batch)
+            progress.step += 1
+            budget[0] -= 1
+            if stop.signum is not None or budget[0] == 0:
+                progress.seconds += time.perf_counter() - began
+                self._save(stage)
+                raise Interrupted(stop.signum or 15, self.checkpoint.path)
+        self._end_epoch(stage, len(batches))
+        progress.seconds += time.perf_counter() - began
+
+    def _batches(self) -> list[Tensor]:
+        """Indices of each batch, the same for every method; the last partial batch is dropped."""
+        order = torch.Generator().manual_seed(
+            derive_seed("order", self.cell.dataset, self.cell.seed, len(self.progress.curve))
+        )
+        size = min(self.study.training.batch_size, len(self.train))
+        shuffled = torch.randperm(len(self.train), generator=order).to(self.device)
+        return list(shuffled.split(size)[: len(self.train) // size])
+
+    def _step(self, stage: Stage, batch: Tensor) -> float:
+        """One update; returns the loss."""
+        run, fit = self.run, stage.fit
+        x_NCHW, y_N = self.train.x_NCHW[batch], self.train.y_N[batch]
+        run.model.train()
+        run.lr = fit.lr * run.lr_factor
+        run.optimizer.param_groups[0]["lr"] = run.lr
+        # Effective weights are formed once a step and serve crafting and update alike.
+        with parametrize.cached():
+            loss = self.objective(run.model, x_NCHW, y_N, self.attacker)
+            penalty = stage.penalty(run)
+            total = loss if penalty is None else loss + penalty
+            run.optimizer.zero_grad()
+            total.backward()
+        value = float(total.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{self.cell.key}: the loss of stage {stage.name}, epoch {run.epoch + 1} is {value}; "
+                "a smaller lr may help"
+            )
+        self._count_passes()
+        run.logged = {}
+        stage.before_step(run)
+        if fit.decay == "sgdw":
+            self._shrink(1 - fit.weight_decay * run.lr_factor)
+        run.optimizer.step()
+        stage.after_step(run)
+        if run.logged:
+            self.progress.steps.append({"step": len(self.progress.steps), **run.logged})
+        return value
+
+    def _shrink(self, factor: float) -> None:
+        """Weight decay that is not multiplied by the learning rate, on all trained tensors."""
+        with torch.no_grad():
+            for group in self.run.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(factor)
+
+    def _count_passes(self) -> None:
+        forward, backward = objectives.PASSES[self.cell.objective](self.attacker.crafting.steps)
+        self.progress.forward_passes += forward
+        self.progress.backward_passes += backward
+
+    def _end_epoch(self, stage: Stage, batches: int) -> None:
+        """Add a point to the curve; keep the exported weights if they are the best so far."""
+        run, progress = self.run, self.progress
+        live = stage.live_weights(run)
+        progress.peak_live = max(progress.peak_live, live)
+        point = {
+            "epoch": self._epochs_before() + len(progress.curve) + 1,
+            "stage": stage.name,
+            "lr": stage.fit.lr * stage.lr_factor(run.epoch * batches, batches),
+            "loss": progress.loss_sum / batches,
+            "live_weights": live,
+        }
+        validation = self.study.training.validation
+        if run.epoch % validation.every == 0 or run.epoch + 1 == stage.fit.epochs:
+            point |= self._validate()
+            better = point["val_robust"] > progress.best.get("val_robust", -1.0)
+            if stage.selectable and better:
+                progress.best = {"epoch": point["epoch"], "val_robust": point["val_robust"]}
+                progress.best_state = plain_state(run.model)
+        progress.curve.append(point)
+        self._report(stage, point)
+
+    def _report(self, stage: Stage, point: dict[str, Any]) -> None:
+        """About ten plain lines a stage where there is no terminal for a progress bar."""
+        done, epochs = self.run.epoch + 1, stage.fit.epochs
+        if not sys.stderr.isatty() and (done % max(1, epochs // 10) == 0 or done == epochs):
+            numbers = " ".join(
+                f"{name} {point[name]:.3f}"
+                for name in ("loss", "val_clean", "val_robust") if name in point
+            )
+            print(f"{stage.name} epoch {done}/{epochs}: {numbers} live {point['live_weights']}",
+                  flush=True)
+
+    def _validate(self) -> dict[str, float]:
+        """Clean and robust accuracy on held-out training images."""
+        crafting, part = self.attacker.crafting, self.validation
+        generator = torch.Generator(self.device).manual_seed(derive_seed("validate", part.y_N.numel()))
+        model = self.run.model
+        with perturb.batch_norm_mode(model, "eval"), parametrize.cached():
+            start = perturb.uniform_start(part.x_NCHW, self.attacker.eps, generator)
+            adversarial = perturb.ascend(
+                model, part.x_NCHW, start, perturb.cross_entropy_of(part.y_N),
+                eps=self.attacker.eps, step_size=crafting.step_size,
+                steps=self.study.training.validation.steps,
+            )
+            return {
+                "val_clean": _accuracy(model, part.x_NCHW, part.y_N),
+                "val_robust": _accuracy(model, adversarial, part.y_N),
+            }
+
+    # ---------------------------------------------------------------- resuming
+
+    def _save(self, stage: Stage) -> None:
+        self.checkpoint.save({
+            "progress": vars(self.progress),
+            "model_before_stage": self.before_stage,
+            "model": self.run.model.state_dict(),
+            "optimizer": self.run.optimizer.state_dict(),
+            "stage": stage.state(),
+            "generators": [g.get_state() for g in self._generators()],
+        })
+        self.saved_at = time.monotonic()
+
+    def _restore(self, stage: Stage, saved: dict[str, Any]) -> None:
+        self.run.model.load_state_dict(saved["model"])
+        self.run.optimizer.load_state_dict(saved["optimizer"])
+        stage.load_state(saved["stage"])
+        for generator, state in zip(self._generators(), saved["generators"], strict=True):
+            generator.set_state(state)
+
+    def _generators(self) -> list[torch.Generator]:
+        return [self.attacker.generator, self.run.generator]
+
+    # ---------------------------------------------------------------- results
+
+    def _epochs_before(self) -> int:
+        return self.start["cost"]["epochs"] if self.start else 0
+
+    def write(self) -> None:
+        """Write weights, step log and the training record; then forget the checkpoint."""
+        progress, cell, layout = self.progress, self.cell, self.layout
+        states = {"best_val": progress.best_state, "last": plain_state(self.run.model)}
+        for selection, state in states.items():
+            weights.save(layout.model(cell, selection), state)
+        with records.atomic(layout.steps(cell)) as temporary:
+            pd.DataFrame(progress.steps).to_parquet(temporary)
+        last = progress.curve[-1]
+        records.write_json(layout.training(cell), {
+            "cell": cell.key,
+            "settings": self.study.training_settings(cell),
+            "settings_digest": training_digest(self.study, cell),
+            "selected": {"best_val": progress.best,
+                         "last": {"epoch": last["epoch"], "val_robust": last["val_robust"]}},
+            "cost": self._cost(),
+            "curve": (self.start["curve"] if self.start else []) + progress.curve,
+            "data_checksum": self.data_checksum,
+            "start_checksum": records.file_checksum(self.start["path"]) if self.start else None,
+            **records.provenance(),
+        })
+        self.checkpoint.clear()
+        print(f"trained {cell.key}: {layout.model(cell, 'best_val').parent}")
+
+    def _cost(self) -> dict[str, Any]:
+        """Cost of this run and of the one that it started from, added up."""
+        progress, before = self.progress, self.start["cost"] if self.start else {}
+        own = {
+            "epochs": len(progress.curve),
+            "seconds": round(progress.seconds, 3),
+            "forward_passes": progress.forward_passes,
+            "backward_passes": progress.backward_passes,
+        }
+        return {key: value + before.get(key, 0) for key, value in own.items()} | {
+            "peak_live_weights": max(progress.peak_live, before.get("peak_live_weights", 0)),
+            "peak_memory_mb": max(peak_memory_mb(self.device), before.get("peak_memory_mb", 0.0)),
+            "device": device_name(self.device),
+        }
+
+
+def _accuracy(model: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> float:
+    with torch.no_grad():
+        return float((model(x_NCHW).argmax(1) == y_N).float().mean())
