@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.config import Fit, Strict
-from robsparse.sparsity import erk_keep_counts, keep_count, prunable
+from robsparse.counts import keep_count
+from robsparse.sparsity import erk_keep_counts, prunable
 from robsparse.stages import Run, Stage
 
 LABEL = "BCS"

@@ -159,7 +159,3 @@ def _collect(arguments: argparse.Namespace) -> None:
 def _figures(arguments: argparse.Namespace) -> None:
     study, layout = _study(arguments)
     print(importlib.import_module("robsparse.figures.report").write(study, layout))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

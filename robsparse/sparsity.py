@@ -2,11 +2,11 @@
 last layer included; biases and batch norm are not.
 """
 
-from decimal import Decimal
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from robsparse.counts import keep_count, layer_keep_count, round_to_sum
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Module]:
@@ -29,21 +29,10 @@ def live_count(model: nn.Module) -> int:
         return sum(int(module.weight.count_nonzero()) for module in prunable(model).values())
 
 
-def keep_count(total: int, sparsity: float) -> int:
-    """Weights that may be live among `total`: int((1 - sparsity) * total), in exact decimals.
-
-    Floating point would lose a weight: int((1 - 0.9) * 1000) is 99.
-    """
-    return int(total * (1 - Decimal(str(sparsity))))
-
-
 def layer_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
-    """Live weights of each layer when all have the same sparsity: n - int(sparsity * n).
-
-    Source: inspire-group/hydra, behaviour of its top-k layers (the same share in every layer).
-    """
+    """Live weights of each layer when all have the same sparsity."""
     return {
-        name: module.weight.numel() - int(module.weight.numel() * Decimal(str(sparsity)))
+        name: layer_keep_count(module.weight.numel(), sparsity)
         for name, module in prunable(model).items()
     }
 
@@ -69,19 +58,6 @@ def erk_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
         full |= over
     wanted = {name: float(sizes[name]) if name in full else free[name] * scale for name in sizes}
     return round_to_sum(wanted, sizes, budget)
-
-
-def round_to_sum(wanted: dict[str, float], caps: dict[str, int], total: int) -> dict[str, int]:
-    """Integers near `wanted` that sum to `total`, none above its cap (largest remainder first)."""
-    counts = {name: min(int(value), caps[name]) for name, value in wanted.items()}
-    by_remainder = sorted(wanted, key=lambda name: int(wanted[name]) - wanted[name])
-    missing = total - sum(counts.values())
-    while missing > 0:
-        for name in by_remainder:
-            if missing > 0 and counts[name] < caps[name]:
-                counts[name] += 1
-                missing -= 1
-    return counts
 
 
 def top_k_mask(score: Tensor, k: int) -> Tensor:

@@ -11,7 +11,7 @@ from robsparse import registry
 from robsparse.cells import Cell
 from robsparse.config import Selection, Study, digest, starting_cell
 
-_SHARED = ("sparsity.py", "perturb.py", "weights.py")
+_SHARED = ("counts.py", "sparsity.py", "perturb.py", "weights.py")
 _TRAINING = ("stages.py", "training.py", "objectives.py", "checkpoints.py")
 _EVALUATION = ("evaluation.py",)
 

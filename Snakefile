@@ -1,0 +1,27 @@
+# Trains, attacks and reports every cell of a study. Rules call the `robsparse` command and hold no
+# logic of their own. Another study: snakemake --cores N --configfile config/NAME.yaml
+from snakemake.utils import min_version
+
+min_version("9.1")
+
+
+include: "rules/common.smk"
+include: "rules/train.smk"
+include: "rules/evaluate.smk"
+include: "rules/report.smk"
+
+
+localrules:
+    all,
+    trained,
+    evaluated,
+
+
+rule all:
+    default_target: True
+    input:
+        [f"{ROOT}/{name}" for name in (*TABLES, *PLOTS, REPORT)],
+
+
+onsuccess:
+    print_result()

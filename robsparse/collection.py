@@ -1,0 +1,144 @@
+"""Gathers the records of a study into tidy tables and refuses to publish what cannot be true."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from robsparse import records
+from robsparse.cells import Cell, Layout
+from robsparse.config import Study
+from robsparse.errors import UsageError
+from robsparse.counts import keep_count
+from robsparse.staleness import evaluation_digest
+
+_MODEL_KEY = records.KEY[:7]  # all but attack and component
+_TOLERANCE = 1e-6
+
+
+@dataclass
+class Gathered:
+    """Tidy tables of all finished jobs, and the names of those that are missing."""
+
+    rows: list[records.Row] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[pd.DataFrame] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def collect(study: Study, layout: Layout) -> str:
+    """Write results.csv, results.parquet, layers.csv, curves.csv and steps.parquet; say where.
+
+    Raises UsageError, one line a fault, when a record is damaged, was made with other settings or
+    fails a check; nothing is written then.
+    """
+    gathered = gather(study, layout)
+    if not gathered.rows:
+        raise UsageError(f"{layout.root}: no finished evaluation of the study '{study.study}' found")
+    results = mark_weak_attacks(pd.DataFrame([row.model_dump() for row in gathered.rows]))
+    faults = find_faults(results)
+    if faults:
+        raise UsageError("\n".join(f"{layout.root}: {fault}" for fault in faults))
+    _write(layout.root / "results.csv", results)
+    _write(layout.root / "results.parquet", results)
+    _write(layout.root / "layers.csv", pd.DataFrame(gathered.layers))
+    _write(layout.root / "curves.csv", pd.DataFrame(gathered.curves))
+    if gathered.steps:
+        _write(layout.root / "steps.parquet", pd.concat(gathered.steps, ignore_index=True))
+    text = f"collected {len(results)} rows: {layout.root / 'results.csv'}"
+    for name in gathered.missing:
+        text += f"\nmissing, printed as n/a: {name}"
+    return text
+
+
+def gather(study: Study, layout: Layout) -> Gathered:
+    """Read every record of the study that exists. Raises UsageError for damaged or stale ones."""
+    found = Gathered()
+    for cell in study.cells():
+        axes = {name: getattr(cell, name) for name in _MODEL_KEY if hasattr(cell, name)}
+        for selection in study.evaluation.selections:
+            path = layout.evaluation(cell, selection)
+            if not path.exists():
+                found.missing.append(f"{cell.key} {selection}")
+                continue
+            rows, layers = records.read_rows(path)
+            if rows[0].settings_digest != evaluation_digest(study, cell, selection):
+                raise UsageError(f"{path}: made with other settings or code; run snakemake first")
+            found.rows += rows
+            found.layers += [axes | {"selection": selection} | layer for layer in layers]
+        _gather_training(found, cell, axes, layout)
+    return found
+
+
+def _gather_training(found: Gathered, cell: Cell, axes: dict[str, Any], layout: Layout) -> None:
+    if not layout.training(cell).exists():
+        return
+    curve = records.read_json(layout.training(cell))["curve"]
+    found.curves += [axes | point for point in curve]
+    steps = pd.read_parquet(layout.steps(cell))
+    if len(steps):
+        found.steps.append(steps.assign(**axes))
+
+
+def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
+    """Add the column `doubt`: filled where AutoAttack left more images correct than another attack.
+
+    AutoAttack should be the strongest; where it is not, its number is too high, and says so.
+    """
+    whole = results[results.component == "all"]
+    strongest = whole.groupby(_MODEL_KEY, dropna=False).n_correct.min().rename("strongest")
+    joined = results.join(strongest, on=_MODEL_KEY)
+    excess = joined.n_correct - joined.strongest
+    weak = (results.attack == "autoattack") & (results.component == "all") & (excess > 0)
+    doubt = "another attack breaks " + excess.astype(int).astype(str) + " more images than AutoAttack"
+    return results.assign(doubt=doubt.where(weak, ""))
+
+
+def find_faults(results: pd.DataFrame) -> list[str]:
+    """Everything in the collected rows that cannot be true, one line each."""
+    faults = []
+    for _, row in results[results.duplicated(records.KEY)].iterrows():
+        faults.append(f"{_name(row)}: this key stands twice")
+    clean = results[results.attack == "clean"].set_index(_MODEL_KEY).n_correct.to_dict()
+    for _, row in results.iterrows():
+        faults += [f"{_name(row)}: {fault}" for fault in _row_faults(row, clean)]
+    for column in ("data_checksum", "n_examples"):
+        for dataset, values in results.groupby("dataset")[column].unique().items():
+            if len(values) > 1:
+                faults.append(f"{dataset}: {column} differs between rows: {sorted(map(str, values))}")
+    return faults
+
+
+def _row_faults(row: pd.Series, clean: dict[tuple, int]) -> list[str]:
+    faults = []
+    if abs(row.accuracy - row.n_correct / row.n_examples) > _TOLERANCE:
+        faults.append(f"accuracy {row.accuracy} is not {row.n_correct}/{row.n_examples}")
+    if not row.ci_low - _TOLERANCE <= row.accuracy <= row.ci_high + _TOLERANCE:
+        faults.append(f"accuracy {row.accuracy} is outside its interval")
+    best = clean.get(tuple(row[_MODEL_KEY]))
+    if best is None:
+        faults.append("no clean accuracy of this model")
+    elif row.n_correct > best:
+        faults.append(f"{row.n_correct} correct under attack, but {best} without")
+    asked = keep_count(row.prunable, row.sparsity)
+    if abs(row.nonzero - asked) > row.layers:
+        faults.append(f"{row.nonzero} of {row.prunable} weights are not zero, asked for {asked}")
+    if pd.notna(row.max_perturbation) and row.max_perturbation > row.eps + _TOLERANCE:
+        faults.append(f"perturbation {row.max_perturbation} is larger than eps {row.eps}")
+    if row.nan_count:
+        faults.append(f"{row.nan_count} NaN values in adversarial images")
+    return faults
+
+
+def _name(row: pd.Series) -> str:
+    return "/".join(str(row[name]) for name in records.KEY)
+
+
+def _write(path: Path, table: pd.DataFrame) -> None:
+    with records.atomic(path) as temporary:
+        if path.suffix == ".parquet":
+            table.to_parquet(temporary, index=False)
+        else:
+            table.to_csv(temporary, index=False)

@@ -1,0 +1,69 @@
+import os
+import sys
+from pathlib import Path
+
+from robsparse import staleness
+from robsparse.cells import Cell, Layout
+from robsparse.config import load, starting_cell
+from robsparse.errors import UsageError
+from robsparse.figures import PLOTS, REPORT, TABLES
+
+# The configfile of the command line, not the merged `config`: a study is one file, read whole.
+# Relative, because it is a parameter of every rule: another spelling must not rerun them.
+STUDY_FILE = os.path.relpath((workflow.configfiles or ["config/quick.yaml"])[0])
+
+# Jobs use the `robsparse` of this Python, also when its environment is not activated.
+shell.prefix(f"export PATH={Path(sys.executable).parent}:$PATH; ")
+
+
+def load_study():
+    try:
+        return load(STUDY_FILE)
+    except UsageError as error:
+        sys.stderr.write(f"robsparse: error: {error}\n")
+        sys.exit(2)
+
+
+STUDY = load_study()
+ROOT = f"results/{STUDY.study}"
+LAYOUT = Layout(Path(ROOT))
+CELL = "{dataset}/{arch}/{method}/{objective}/s{sparsity}/seed{seed}"
+
+
+wildcard_constraints:
+    dataset=r"[^/]+",
+    arch=r"[^/]+",
+    method=r"[^/]+",
+    objective=r"[^/]+",
+    sparsity=r"0\.\d{4}",
+    seed=r"\d+",
+    selection=r"best_val|last",
+
+
+def cell_of(wildcards):
+    return Cell.parse(CELL.format(**wildcards))
+
+
+def starting_weights(wildcards):
+    start = starting_cell(cell_of(wildcards))
+    return (
+        [str(LAYOUT.model(start, "last")), str(LAYOUT.training(start))] if start else []
+    )
+
+
+def training_digest(wildcards):
+    return staleness.training_digest(STUDY, cell_of(wildcards))
+
+
+def evaluation_digest(wildcards):
+    return staleness.evaluation_digest(STUDY, cell_of(wildcards), wildcards.selection)
+
+
+def gpus_per_job():
+    return int(STUDY.machine.device == "cuda")
+
+
+def print_result():
+    table = Path(ROOT, TABLES[0])
+    if table.exists():
+        sys.stdout.write(f"{table.read_text()}\nReport: {ROOT}/{REPORT}\n")

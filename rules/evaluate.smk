@@ -1,0 +1,33 @@
+# A waypoint: `snakemake --cores N evaluated` stops when all networks are attacked.
+rule evaluated:
+    input:
+        [
+            LAYOUT.evaluation(cell, selection)
+            for cell in STUDY.cells()
+            for selection in STUDY.evaluation.selections
+        ],
+
+
+rule evaluate:
+    input:
+        model=f"{ROOT}/models/{CELL}/{{selection}}.safetensors",
+        training=f"{ROOT}/models/{CELL}/training.json",
+    output:
+        record=f"{ROOT}/evaluations/{CELL}/{{selection}}.json",
+        flags=f"{ROOT}/evaluations/{CELL}/{{selection}}.flags.npz",
+    log:
+        f"{ROOT}/logs/evaluate/{CELL}.{{selection}}.log",
+    benchmark:
+        f"{ROOT}/logs/evaluate/{CELL}.{{selection}}.benchmark.tsv"
+    threads: STUDY.machine.threads
+    resources:
+        gpu=gpus_per_job(),
+    params:
+        study=STUDY_FILE,
+        cell=CELL,
+        digest=evaluation_digest,
+    message:
+        "attack {params.cell} ({wildcards.selection})"
+    shell:
+        "robsparse evaluate {params.study:q} --cell {params.cell} --selection {wildcards.selection}"
+        " --threads {threads} > {log:q} 2>&1"

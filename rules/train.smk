@@ -1,0 +1,29 @@
+# A waypoint: `snakemake --cores N trained` stops when all networks are trained.
+rule trained:
+    input:
+        [LAYOUT.training(cell) for cell in STUDY.cells()],
+
+
+rule train:
+    input:
+        starting_weights,
+    output:
+        best=f"{ROOT}/models/{CELL}/best_val.safetensors",
+        last=f"{ROOT}/models/{CELL}/last.safetensors",
+        record=f"{ROOT}/models/{CELL}/training.json",
+        steps=f"{ROOT}/models/{CELL}/steps.parquet",
+    log:
+        f"{ROOT}/logs/train/{CELL}.log",
+    benchmark:
+        f"{ROOT}/logs/train/{CELL}.benchmark.tsv"
+    threads: STUDY.machine.threads
+    resources:
+        gpu=gpus_per_job(),
+    params:
+        study=STUDY_FILE,
+        cell=CELL,
+        digest=training_digest,
+    message:
+        "train {params.cell}"
+    shell:
+        "robsparse train {params.study:q} --cell {params.cell} --threads {threads} > {log:q} 2>&1"
