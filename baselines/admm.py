@@ -7,7 +7,7 @@ Differs from the authors' code:
 - every convolution and linear layer is pruned at the same rate (theirs: rates of a list, which in
   the example leaves the linear layers dense);
 - the projection keeps exactly k weights (theirs: those above a percentile, ties included);
-- batch norm is in eval mode while crafting, as for all methods (`crafting.bn_mode: train` is theirs);
+- batch norm is in eval mode while crafting, as for all methods (theirs: `crafting.bn_mode: train`);
 - weights are selected on held-out training images (theirs: on the test set).
 """
 

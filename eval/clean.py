@@ -13,7 +13,14 @@ class Params(Strict):
     """Nothing to set."""
 
 
-def run(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat) -> Outcome:
+def passes(params: Params) -> tuple[int, int]:
+    """Forward-and-backward passes and forward-only passes over each image."""
+    return 0, 1
+
+
+def run(
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+) -> Outcome:
     """Which images are classified correctly."""
     flags = correct_flags(model, Part(x_NCHW, y_N), threat.batch_size, threat.device)
     return Outcome({"all": flags}, max_perturbation=0.0)

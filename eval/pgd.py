@@ -25,7 +25,14 @@ class Params(Strict):
     relative_step: PositiveFloat = 2.5
 
 
-def run(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat) -> Outcome:
+def passes(params: Params) -> tuple[int, int]:
+    """Forward-and-backward passes and forward-only passes over an image that survives."""
+    return params.steps * params.restarts, params.restarts
+
+
+def run(
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+) -> Outcome:
     """Which images survive all restarts. A restart sees only the images that survived so far.
 
     The random starts are drawn for all images at once on the CPU, so that the batch size does not
@@ -39,10 +46,16 @@ def run(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: A
         alive = robust.nonzero().squeeze(1)
         batches = batched(Part(x_NCHW[alive], y_N[alive]), threat.batch_size, threat.device)
         starts = start[alive].split(threat.batch_size)
-        for (x, y), begin, index in zip(batches, starts, alive.split(threat.batch_size), strict=True):
+        for (x, y), begin, index in zip(
+            batches, starts, alive.split(threat.batch_size), strict=True
+        ):
             adversarial = perturb.ascend(
-                model, x, begin.to(threat.device), perturb.cross_entropy_of(y),
-                eps=threat.eps, step_size=params.relative_step * threat.eps / params.steps,
+                model,
+                x,
+                begin.to(threat.device),
+                perturb.cross_entropy_of(y),
+                eps=threat.eps,
+                step_size=params.relative_step * threat.eps / params.steps,
                 steps=params.steps,
             )
             with torch.no_grad():

@@ -49,12 +49,14 @@ class Params(Strict):
 
     train: Train = Train()
     init: Literal["strict", "authors"] = Field(
-        "strict", description="strict: exactly the budget at every step; authors: their layer shares"
+        "strict",
+        description="strict: exactly the budget at every step; authors: their layer shares",
     )
     noise_scale: float = Field(1e-6, ge=0, description="noise on live theta is lr * scale * N(0,1)")
     regrown_theta: PositiveFloat = Field(1e-12, description="value of a regrown theta")
     momentum: Literal["keep", "reset"] = Field(
-        "keep", description="velocity of a regrown theta: keep the stale one (authors) or reset to 0"
+        "keep",
+        description="velocity of a regrown theta: keep the stale one (authors) or reset to 0",
     )
 
 
@@ -90,7 +92,7 @@ class SamplingStage(Stage):
             parametrize.register_parametrization(module, "weight", SignedTheta(sign))
             order = torch.randperm(weight.numel(), generator=run.generator, device=weight.device)
             theta = module.parametrizations.weight.original.data
-            theta.view(-1)[order[counts[name]:]] = 0.0
+            theta.view(-1)[order[counts[name] :]] = 0.0
 
     def before_step(self, run: Run) -> None:
         self.live = [theta > 0 for theta in thetas(run.model)]
@@ -161,9 +163,7 @@ def initial_counts(model: nn.Module, sparsity: float, init: str) -> dict[str, in
     }
 
 
-def draw_layers(
-    count: int, sizes: Tensor, room: Tensor, generator: torch.Generator
-) -> Tensor:
+def draw_layers(count: int, sizes: Tensor, room: Tensor, generator: torch.Generator) -> Tensor:
     """How many of `count` regrowths each layer gets: independent draws with probability ~ size.
 
     Draws beyond a layer's `room` (dormant positions) are drawn again among layers with room left.

@@ -43,8 +43,12 @@ class Cell:
             )
         part = found.groupdict()
         return cls(
-            part["dataset"], part["arch"], part["method"], part["objective"],
-            float(part["sparsity"]), int(part["seed"]),
+            part["dataset"],
+            part["arch"],
+            part["method"],
+            part["objective"],
+            float(part["sparsity"]),
+            int(part["seed"]),
         )
 
 

@@ -15,7 +15,7 @@ from robsparse.errors import UsageError
 from robsparse.records import atomic
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error: the run was asked to stop)
+class Interrupted(Exception):
     """The run saved its state because of a signal; starting the same job again continues it."""
 
     def __init__(self, signum: int, path: Path) -> None:
@@ -32,6 +32,7 @@ class StopRequest:
     @contextmanager
     def listen(self) -> Iterator["StopRequest"]:
         """Take the signals over inside the block."""
+
         def remember(signum: int, frame: types.FrameType | None) -> None:
             self.signum = signum
 

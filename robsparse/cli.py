@@ -55,40 +55,69 @@ def _parser() -> argparse.ArgumentParser:
         _ADD_OPTIONS.get(name, lambda _: None)(command)
         if name != "check":
             command.add_argument(
-                "--results", type=Path, default=Path("results"), metavar="DIR",
+                "--results",
+                type=Path,
+                default=Path("results"),
+                metavar="DIR",
                 help="folder that holds results/<study> (default: %(default)s)",
             )
     return parser
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"),
-                         help="where to compute (default: the study's machine.device)")
-    command.add_argument("--threads", type=int, metavar="N",
-                         help="CPU threads (default: the study's machine.threads)")
+    command.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        help="where to compute (default: the study's machine.device)",
+    )
+    command.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: the study's machine.threads)",
+    )
 
 
 def _add_cell(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--cell", required=True, metavar="KEY",
-                         help="dataset/arch/method/objective/s0.NNNN/seedN, as printed by plan")
+    command.add_argument(
+        "--cell",
+        required=True,
+        metavar="KEY",
+        help="dataset/arch/method/objective/s0.NNNN/seedN, as printed by plan",
+    )
     _add_machine(command)
 
 
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     _add_cell(command)
-    command.add_argument("--selection", default="best_val", choices=("best_val", "last"),
-                         help="which saved weights to attack (default: %(default)s)")
-    command.add_argument("--model", type=Path, metavar="FILE",
-                         help="safetensors file to attack instead of the cell's own weights")
+    command.add_argument(
+        "--selection",
+        default="best_val",
+        choices=("best_val", "last"),
+        help="which saved weights to attack (default: %(default)s)",
+    )
+    command.add_argument(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file to attack instead of the cell's own weights",
+    )
 
 
 def _add_cores(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--cores", type=int, default=2, metavar="N",
-                         help="cores that jobs may share (default: %(default)s)")
+    command.add_argument(
+        "--cores",
+        type=int,
+        default=2,
+        metavar="N",
+        help="cores that jobs may share (default: %(default)s)",
+    )
 
 
 _ADD_OPTIONS = {
-    "plan": _add_cores, "train": _add_cell, "evaluate": _add_evaluate,
+    "plan": _add_cores,
+    "train": _add_cell,
+    "evaluate": _add_evaluate,
 }
 
 
@@ -101,15 +130,19 @@ def _cell_of(study: Study, key: str) -> Cell:
     cell, known = Cell.parse(key), study.cells()
     if cell not in known:
         keys = [other.key for other in known]
-        raise UsageError(f"cell '{key}' is not part of the study '{study.study}'{nearest(key, keys)}")
+        raise UsageError(
+            f"cell '{key}' is not part of the study '{study.study}'{nearest(key, keys)}"
+        )
     return cell
 
 
 def _check(arguments: argparse.Namespace) -> None:
     study, _ = _study(arguments)
     cells = study.cells()
-    print(f"{arguments.config}: valid, {len(cells)} networks to train, "
-          f"{len(cells) * len(study.evaluation.selections)} evaluations")
+    print(
+        f"{arguments.config}: valid, {len(cells)} networks to train, "
+        f"{len(cells) * len(study.evaluation.selections)} evaluations"
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -124,9 +157,7 @@ def _train(arguments: argparse.Namespace) -> int:
     training = importlib.import_module("robsparse.training")
     checkpoints = importlib.import_module("robsparse.checkpoints")
     try:
-        training.train_cell(
-            study, cell, layout, device=arguments.device, threads=arguments.threads
-        )
+        training.train_cell(study, cell, layout, device=arguments.device, threads=arguments.threads)
     except training.TrainingError as error:
         print(f"robsparse: error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -140,12 +171,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     study, layout = _study(arguments)
     cell = _cell_of(study, arguments.cell)
     if arguments.selection not in study.evaluation.selections:
-        raise UsageError(f"{arguments.config}: evaluation.selections has no '{arguments.selection}'")
+        raise UsageError(
+            f"{arguments.config}: evaluation.selections has no '{arguments.selection}'"
+        )
     evaluation = importlib.import_module("robsparse.evaluation")
     record = evaluation.evaluate_cell(
-        study, cell, arguments.selection, layout, model_path=arguments.model,
+        study,
+        cell,
+        arguments.selection,
+        layout,
+        model_path=arguments.model,
         settings_digest=staleness.evaluation_digest(study, cell, arguments.selection),
-        device=arguments.device, threads=arguments.threads,
+        device=arguments.device,
+        threads=arguments.threads,
     )
     print(f"evaluated {cell.key}: {record}")
 

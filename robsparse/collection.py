@@ -9,8 +9,8 @@ import pandas as pd
 from robsparse import records
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
-from robsparse.errors import UsageError
 from robsparse.counts import keep_count
+from robsparse.errors import UsageError
 from robsparse.staleness import evaluation_digest
 
 _MODEL_KEY = records.KEY[:7]  # all but attack and component
@@ -36,7 +36,9 @@ def collect(study: Study, layout: Layout) -> str:
     """
     gathered = gather(study, layout)
     if not gathered.rows:
-        raise UsageError(f"{layout.root}: no finished evaluation of the study '{study.study}' found")
+        raise UsageError(
+            f"{layout.root}: no finished evaluation of the study '{study.study}' found"
+        )
     results = mark_weak_attacks(pd.DataFrame([row.model_dump() for row in gathered.rows]))
     faults = find_faults(results)
     if faults:
@@ -92,7 +94,9 @@ def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
     joined = results.join(strongest, on=_MODEL_KEY)
     excess = joined.n_correct - joined.strongest
     weak = (results.attack == "autoattack") & (results.component == "all") & (excess > 0)
-    doubt = "another attack breaks " + excess.astype(int).astype(str) + " more images than AutoAttack"
+    doubt = (
+        "another attack breaks " + excess.astype(int).astype(str) + " more images than AutoAttack"
+    )
     return results.assign(doubt=doubt.where(weak, ""))
 
 
@@ -107,7 +111,9 @@ def find_faults(results: pd.DataFrame) -> list[str]:
     for column in ("data_checksum", "n_examples"):
         for dataset, values in results.groupby("dataset")[column].unique().items():
             if len(values) > 1:
-                faults.append(f"{dataset}: {column} differs between rows: {sorted(map(str, values))}")
+                faults.append(
+                    f"{dataset}: {column} differs between rows: {sorted(map(str, values))}"
+                )
     return faults
 
 

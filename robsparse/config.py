@@ -70,7 +70,8 @@ def _radius(value: Any) -> Any:
     if not 0 < number <= 1:
         hint = f"; nearest match: '{number:g}/255'" if 1 < number <= 255 else ""
         raise PydanticCustomError(
-            "radius", "expected a number in (0, 1] pixel units, like 0.15 or '8/255'{hint}",
+            "radius",
+            "expected a number in (0, 1] pixel units, like 0.15 or '8/255'{hint}",
             {"hint": hint},
         )
     return number
@@ -268,7 +269,10 @@ def digest(settings: dict[str, Any]) -> str:
 
 
 def load(path: str | Path) -> Study:
-    """Read and validate a study. Raises UsageError naming file, key, value and what was expected."""
+    """Read and validate a study.
+
+    Raises UsageError naming file, key, value, what was expected and the nearest match.
+    """
     path = Path(path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
@@ -287,25 +291,35 @@ def load(path: str | Path) -> Study:
 
 
 def _fill_in(study: Study, data: dict[str, Any]) -> Study:
-    """Replace the parameter mappings of named parts by their validated models, defaults filled in."""
+    """Replace the mappings of named parts by their validated models, defaults filled in."""
     wanted_methods = dict.fromkeys(study.grid.methods)
     for method in study.grid.methods:
         start = _entry("method", method, "grid.methods").literals.get("STARTS_FROM")
         wanted_methods |= {start: None} if start else {}
-    wanted_attacks = dict.fromkeys(
-        name for chosen in study.evaluation.selections.values() for name in chosen
+    # Clean accuracy is always measured: attacks see only what is classified correctly.
+    chosen = [name for names in study.evaluation.selections.values() for name in names]
+    wanted_attacks = dict.fromkeys(["clean", *chosen])
+    evaluation = study.evaluation.model_copy(
+        update={
+            "attacks": _parts(
+                "attack",
+                wanted_attacks,
+                study.evaluation.attacks,
+                "evaluation.selections",
+                "evaluation.attacks",
+            )
+        }
     )
-    evaluation = study.evaluation.model_copy(update={
-        "attacks": _parts("attack", wanted_attacks, study.evaluation.attacks,
-                          "evaluation.selections", "evaluation.attacks")
-    })
-    return study.model_copy(update={
-        "datasets": _parts("dataset", study.grid.datasets, study.datasets,
-                           "grid.datasets", "datasets"),
-        "archs": _parts("arch", study.grid.archs, study.archs, "grid.archs", "archs"),
-        "methods": _parts("method", wanted_methods, study.methods, "grid.methods", "methods"),
-        "evaluation": evaluation,
-    })
+    return study.model_copy(
+        update={
+            "datasets": _parts(
+                "dataset", study.grid.datasets, study.datasets, "grid.datasets", "datasets"
+            ),
+            "archs": _parts("arch", study.grid.archs, study.archs, "grid.archs", "archs"),
+            "methods": _parts("method", wanted_methods, study.methods, "grid.methods", "methods"),
+            "evaluation": evaluation,
+        }
+    )
 
 
 def _parts(kind: str, wanted: Any, given: dict[str, Any], grid_key: str, key: str) -> dict:

@@ -3,8 +3,10 @@
 An attack is a file in eval/ with `Params` and
 
     def run(model, x_NCHW, y_N, params, threat: AttackThreat) -> Outcome
+    def passes(params) -> tuple[int, int]
 
-that gets the images which the model classifies correctly (`clean` gets them all).
+`run` gets the images which the model classifies correctly (`clean` gets them all); `passes` says
+what an image that survives costs, for estimates of time.
 """
 
 import time
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from robsparse import datasets, models, records, registry, weights
 from robsparse.cells import Cell, Layout, derive_seed
-from robsparse.config import Evaluation, Selection, Study
+from robsparse.config import Evaluation, Selection, Study, Threat
 from robsparse.datasets import Part
 from robsparse.errors import UsageError
 from robsparse.machine import device_name, pick_device, set_threads
@@ -79,15 +81,17 @@ def evaluate_cell(
     target = pick_device(device or study.machine.device)
     path = model_path or layout.model(cell, selection)
     splits = datasets.load(cell.dataset, study.datasets[cell.dataset])
-    model = models.build(
-        cell.arch, study.archs[cell.arch], splits.image_shape, splits.classes
-    )
+    model = models.build(cell.arch, study.archs[cell.arch], splits.image_shape, splits.classes)
     weights.load_into(model, path)
     examples = first_examples(splits.test, study.evaluation.n_examples, splits.classes)
     names = ["clean", *(n for n in study.evaluation.selections[selection] if n != "clean")]
     results = attack_model(
-        model.to(target), examples, study.evaluation, names, study.threat.norm, study.threat.eps,
-        target,
+        model.to(target),
+        examples,
+        names,
+        settings=study.evaluation,
+        threat=study.threat,
+        device=target,
     )
     measured = measure(model, splits.image_shape)
     common = {
@@ -131,9 +135,7 @@ class AttackResult:
     attack: str
     robust: dict[str, Tensor]
     outcome: Outcome
-    eps: float
-    norm: str
-    seed: int
+    threat: AttackThreat
     seconds: float
 
     def rows(self, common: dict[str, Any]) -> list[records.Row]:
@@ -145,9 +147,18 @@ class AttackResult:
         low, high = records.wilson_interval(correct, n)
         whole = component == "all"
         return records.Row(
-            **common, attack=self.attack, component=component,
-            accuracy=correct / n, n_correct=correct, n_examples=n, ci_low=low, ci_high=high,
-            norm=self.norm, eps=self.eps, **self.outcome.settings, attack_seed=self.seed,
+            **common,
+            attack=self.attack,
+            component=component,
+            accuracy=correct / n,
+            n_correct=correct,
+            n_examples=n,
+            ci_low=low,
+            ci_high=high,
+            norm=self.threat.norm,
+            eps=self.threat.eps,
+            **self.outcome.settings,
+            attack_seed=self.threat.seed,
             warnings="; ".join(self.outcome.warnings) if whole else "",
             max_perturbation=self.outcome.max_perturbation if whole else None,
             nan_count=self.outcome.nan_count if whole else 0,
@@ -162,10 +173,10 @@ class AttackResult:
 def attack_model(
     model: nn.Module,
     examples: Part,
-    settings: Evaluation,
     names: list[str],
-    norm: str,
-    eps: float,
+    *,
+    settings: Evaluation,
+    threat: Threat,
     device: torch.device,
 ) -> list[AttackResult]:
     """Run the named attacks, `clean` first, on the images that are classified correctly.
@@ -178,19 +189,23 @@ def attack_model(
     correct = torch.ones(len(examples), dtype=torch.bool)
     for name in names:
         seed = derive_seed("attack", name, settings.seed) % 2**31
-        threat = AttackThreat(
-            norm, 0.0 if name == "clean" else eps, seed, settings.batch_size, device,
+        faced = AttackThreat(
+            threat.norm,
+            0.0 if name == "clean" else threat.eps,
+            seed,
+            settings.batch_size,
+            device,
             report=lambda text, name=name: print(f"{name}: {text}", flush=True),
         )
+        attack = registry.load("attack", name)
+        x_NCHW, y_N = examples.x_NCHW[correct], examples.y_N[correct]
         began = time.perf_counter()
-        outcome = registry.load("attack", name).run(
-            model, examples.x_NCHW[correct], examples.y_N[correct], settings.attacks[name], threat
-        )
+        outcome = attack.run(model, x_NCHW, y_N, settings.attacks[name], faced)
         seconds = time.perf_counter() - began
         robust = {part: _spread(flags, correct) for part, flags in outcome.components.items()}
         whole = list(robust.values())[-1]
         robust = robust if "all" in robust else robust | {"all": whole}
-        results.append(AttackResult(name, robust, outcome, threat.eps, norm, seed, seconds))
+        results.append(AttackResult(name, robust, outcome, faced, seconds))
         print(f"{name}: {int(whole.sum())}/{len(whole)} correct, {seconds:.1f} s", flush=True)
         if name == "clean":
             correct = whole
@@ -222,6 +237,7 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Measured:
     def remember(name: str) -> Callable:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             positions[name] = output[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
+
         return hook
 
     modules = prunable(model)
@@ -232,8 +248,12 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Measured:
     for hook in hooks:
         hook.remove()
     layers = [
-        {"layer": name, "size": module.weight.numel(),
-         "nonzero": int(module.weight.detach().count_nonzero()), "positions": positions[name]}
+        {
+            "layer": name,
+            "size": module.weight.numel(),
+            "nonzero": int(module.weight.detach().count_nonzero()),
+            "positions": positions[name],
+        }
         for name, module in modules.items()
     ]
     size, nonzero = (sum(layer[key] for layer in layers) for key in ("size", "nonzero"))

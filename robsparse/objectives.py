@@ -37,8 +37,13 @@ class Attacker:
     def _craft(self, model: nn.Module, x: Tensor, start: Tensor, loss: perturb.Loss) -> Tensor:
         with perturb.batch_norm_mode(model, self.crafting.bn_mode):
             return perturb.ascend(
-                model, x, start, loss,
-                eps=self.eps, step_size=self.crafting.step_size, steps=self.crafting.steps,
+                model,
+                x,
+                start,
+                loss,
+                eps=self.eps,
+                step_size=self.crafting.step_size,
+                steps=self.crafting.steps,
             )
 
 

@@ -38,7 +38,14 @@ def gaussian_start(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
 
 
 def ascend(
-    model: nn.Module, x: Tensor, start: Tensor, loss: Loss, *, eps: float, step_size: float, steps: int
+    model: nn.Module,
+    x: Tensor,
+    start: Tensor,
+    loss: Loss,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
 ) -> Tensor:
     """Maximise `loss` of the logits by `steps` signed gradient steps.
 

@@ -94,7 +94,9 @@ KEY = list(Row.model_fields)[:9]
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval for a binomial share, 95 % by default. Raises ValueError unless 0 <= k <= n > 0.
+    """Score interval for a binomial share, 95 % by default.
+
+    Raises ValueError unless 0 <= successes <= n and n > 0.
 
     Source: E. B. Wilson, JASA 22 (1927).
     """
@@ -190,6 +192,7 @@ def provenance() -> dict[str, Any]:
 
 def _git_state() -> tuple[str, bool]:
     """Short commit and whether tracked files differ from it; ("", False) outside a checkout."""
+
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True

@@ -55,9 +55,7 @@ def entry(kind: str, name: str) -> Entry:
     found = _entries(kind)
     if name not in found:
         known = ", ".join(sorted(found))
-        raise UsageError(
-            f"unknown {kind} '{name}', expected one of: {known}{nearest(name, found)}"
-        )
+        raise UsageError(f"unknown {kind} '{name}', expected one of: {known}{nearest(name, found)}")
     return found[name]
 
 
@@ -71,15 +69,16 @@ def _entries(kind: str) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for package in PACKAGES[kind]:
         spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.submodule_search_locations
-        folder = Path(next(iter(spec.submodule_search_locations)))
+        folder = Path(spec.submodule_search_locations[0])
         for path in sorted(folder.glob("*.py")):
             if path.stem.startswith("_"):
                 continue
             for item in _read(kind, f"{package}.{path.stem}", path):
                 if item.name in found:
-                    raise UsageError(f"{path}: the {kind} '{item.name}' is already taken by "
-                                     f"{found[item.name].path}")
+                    raise UsageError(
+                        f"{path}: the {kind} '{item.name}' is already taken by "
+                        f"{found[item.name].path}"
+                    )
                 found[item.name] = item
     return found
 
@@ -114,13 +113,15 @@ def _params(tree: ast.Module, module: str, path: Path) -> type[BaseModel]:
     """
     space: dict[str, Any] = {"__name__": module}
     for node in tree.body:
-        wanted = (
-            isinstance(node, ast.ImportFrom) and node.module in _PARAMS_IMPORTS
-        ) or (isinstance(node, ast.ClassDef) and node.bases and _derives_from_model(node, space))
+        wanted = (isinstance(node, ast.ImportFrom) and node.module in _PARAMS_IMPORTS) or (
+            isinstance(node, ast.ClassDef) and node.bases and _derives_from_model(node, space)
+        )
         if wanted:
             exec(compile(ast.Module([node], []), str(path), "exec"), space)
     if "Params" not in space:
-        raise UsageError(f"{path}: no class Params found (expected a robsparse.config.Strict model)")
+        raise UsageError(
+            f"{path}: no class Params found (expected a robsparse.config.Strict model)"
+        )
     return space["Params"]
 
 

@@ -1,4 +1,4 @@
-"""The one training loop. Every stage of every method runs here, so methods differ in nothing else."""
+"""The one training loop: every stage of every method runs here."""
 
 import math
 import sys
@@ -132,8 +132,10 @@ class Trainer:
         saved = self.checkpoint.load()
         if saved:
             self.progress = Progress(**saved["progress"])
-            print(f"resuming {self.cell.key} at stage {self.progress.stage + 1}, "
-                  f"epoch {self.progress.epoch + 1}")
+            print(
+                f"resuming {self.cell.key} at stage {self.progress.stage + 1}, "
+                f"epoch {self.progress.epoch + 1}"
+            )
         budget = [max_steps if max_steps is not None else -1]
         while self.progress.stage < len(self.stages):
             self._fit(self.stages[self.progress.stage], saved, stop, budget)
@@ -149,7 +151,9 @@ class Trainer:
         self.before_stage = {k: v.detach().clone() for k, v in run.model.state_dict().items()}
         stage.before_fit(run)
         run.optimizer = torch.optim.SGD(
-            stage.parameters(run.model), lr=fit.lr, momentum=fit.momentum,
+            stage.parameters(run.model),
+            lr=fit.lr,
+            momentum=fit.momentum,
             weight_decay=fit.weight_decay if fit.decay == "coupled" else 0.0,
         )
         if saved:
@@ -170,10 +174,8 @@ class Trainer:
         batches = self._batches()
         if progress.step == 0:
             stage.before_epoch(run)
-        for batch in batches[progress.step:]:
-            run.lr_factor = stage.lr_factor(
-                run.epoch * len(batches) + progress.step, len(batches)
-            )
+        for batch in batches[progress.step :]:
+            run.lr_factor = stage.lr_factor(run.epoch * len(batches) + progress.step, len(batches))
             progress.loss_sum += self._step(stage, batch)
             progress.step += 1
             budget[0] -= 1
@@ -210,8 +212,8 @@ class Trainer:
         value = float(total.detach())
         if not math.isfinite(value):
             raise TrainingError(
-                f"{self.cell.key}: the loss of stage {stage.name}, epoch {run.epoch + 1} is {value}; "
-                "a smaller lr may help"
+                f"{self.cell.key}: the loss is {value} in stage {stage.name}, "
+                f"epoch {run.epoch + 1}; a smaller lr may help"
             )
         self._count_passes()
         run.logged = {}
@@ -264,21 +266,30 @@ class Trainer:
         if not sys.stderr.isatty() and (done % max(1, epochs // 10) == 0 or done == epochs):
             numbers = " ".join(
                 f"{name} {point[name]:.3f}"
-                for name in ("loss", "val_clean", "val_robust") if name in point
+                for name in ("loss", "val_clean", "val_robust")
+                if name in point
             )
-            print(f"{stage.name} epoch {done}/{epochs}: {numbers} live {point['live_weights']}",
-                  flush=True)
+            print(
+                f"{stage.name} epoch {done}/{epochs}: {numbers} live {point['live_weights']}",
+                flush=True,
+            )
 
     def _validate(self) -> dict[str, float]:
         """Clean and robust accuracy on held-out training images."""
         crafting, part = self.attacker.crafting, self.validation
-        generator = torch.Generator(self.device).manual_seed(derive_seed("validate", part.y_N.numel()))
+        generator = torch.Generator(self.device).manual_seed(
+            derive_seed("validate", part.y_N.numel())
+        )
         model = self.run.model
         with perturb.batch_norm_mode(model, "eval"), parametrize.cached():
             start = perturb.uniform_start(part.x_NCHW, self.attacker.eps, generator)
             adversarial = perturb.ascend(
-                model, part.x_NCHW, start, perturb.cross_entropy_of(part.y_N),
-                eps=self.attacker.eps, step_size=crafting.step_size,
+                model,
+                part.x_NCHW,
+                start,
+                perturb.cross_entropy_of(part.y_N),
+                eps=self.attacker.eps,
+                step_size=crafting.step_size,
                 steps=self.study.training.validation.steps,
             )
             return {
@@ -289,14 +300,16 @@ class Trainer:
     # ---------------------------------------------------------------- resuming
 
     def _save(self, stage: Stage) -> None:
-        self.checkpoint.save({
-            "progress": vars(self.progress),
-            "model_before_stage": self.before_stage,
-            "model": self.run.model.state_dict(),
-            "optimizer": self.run.optimizer.state_dict(),
-            "stage": stage.state(),
-            "generators": [g.get_state() for g in self._generators()],
-        })
+        self.checkpoint.save(
+            {
+                "progress": vars(self.progress),
+                "model_before_stage": self.before_stage,
+                "model": self.run.model.state_dict(),
+                "optimizer": self.run.optimizer.state_dict(),
+                "stage": stage.state(),
+                "generators": [g.get_state() for g in self._generators()],
+            }
+        )
         self.saved_at = time.monotonic()
 
     def _restore(self, stage: Stage, saved: dict[str, Any]) -> None:
@@ -323,18 +336,23 @@ class Trainer:
         with records.atomic(layout.steps(cell)) as temporary:
             pd.DataFrame(progress.steps).to_parquet(temporary)
         last = progress.curve[-1]
-        records.write_json(layout.training(cell), {
-            "cell": cell.key,
-            "settings": self.study.training_settings(cell),
-            "settings_digest": training_digest(self.study, cell),
-            "selected": {"best_val": progress.best,
-                         "last": {"epoch": last["epoch"], "val_robust": last["val_robust"]}},
-            "cost": self._cost(),
-            "curve": (self.start["curve"] if self.start else []) + progress.curve,
-            "data_checksum": self.data_checksum,
-            "start_checksum": records.file_checksum(self.start["path"]) if self.start else None,
-            **records.provenance(),
-        })
+        records.write_json(
+            layout.training(cell),
+            {
+                "cell": cell.key,
+                "settings": self.study.training_settings(cell),
+                "settings_digest": training_digest(self.study, cell),
+                "selected": {
+                    "best_val": progress.best,
+                    "last": {"epoch": last["epoch"], "val_robust": last["val_robust"]},
+                },
+                "cost": self._cost(),
+                "curve": (self.start["curve"] if self.start else []) + progress.curve,
+                "data_checksum": self.data_checksum,
+                "start_checksum": records.file_checksum(self.start["path"]) if self.start else None,
+                **records.provenance(),
+            },
+        )
         self.checkpoint.clear()
         print(f"trained {cell.key}: {layout.model(cell, 'best_val').parent}")
 

@@ -33,14 +33,20 @@ def load(params: Params) -> Splits:
         )
     digits = load_digits()
     rest, test = train_test_split(
-        range(IMAGES), test_size=params.test_examples,
-        random_state=params.split_seed, stratify=digits.target,
+        range(IMAGES),
+        test_size=params.test_examples,
+        random_state=params.split_seed,
+        stratify=digits.target,
     )
     train, validation = train_test_split(
-        rest, test_size=params.validation_examples,
-        random_state=params.split_seed, stratify=digits.target[rest],
+        rest,
+        test_size=params.validation_examples,
+        random_state=params.split_seed,
+        stratify=digits.target[rest],
     )
     x_NCHW = torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1)
     y_N = torch.tensor(digits.target, dtype=torch.int64)
-    parts = (Part(x_NCHW[index], y_N[index]) for index in map(torch.tensor, (train, validation, test)))
+    parts = (
+        Part(x_NCHW[index], y_N[index]) for index in map(torch.tensor, (train, validation, test))
+    )
     return Splits(*parts, classes=10)

@@ -17,7 +17,7 @@ class Params(Strict):
 
 
 def build(name: str, params: Params, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Three 3x3 convolutions (strides 1, 2, 2) with BN and ReLU, 2x2 average pool, one linear layer.
+    """Three 3x3 convolutions (strides 1, 2, 2) with BN and ReLU, 2x2 mean pool, one linear layer.
 
     Weights start from a truncated normal of variance 2 / fan_in, biases from 0.
     Raises UsageError for images smaller than 5 pixels a side.

@@ -1,0 +1,34 @@
+# Two commands, each doing all its own set-up:
+#   make reproduce   train, attack and report the default study (config/quick.yaml)
+#   make test        run every test and check
+# Others: make install, make clean. PYTHON=python3.12 picks another interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: reproduce test install clean
+
+reproduce: $(INSTALLED)
+	snakemake --cores all
+	@echo "Report: results/quick/report.md   Table: results/quick/tables/main.md"
+
+test: $(INSTALLED)
+	python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+install: $(INSTALLED)
+
+# torch is pinned without a build label, so pip takes a CPU-only build where one is offered locally
+# and the ordinary one elsewhere.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "robsparse needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+	  --constraint constraints.txt --editable '.[robustbench,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) results/quick results/tiny
