@@ -33,7 +33,7 @@ def passes(params: Params) -> tuple[int, int]:
     """Forward-and-backward passes and forward-only passes over an image that survives.
 
     With ten classes: APGD-CE 100 steps, APGD-T and FAB-T 100 steps for each of 9 targets, Square
-    5,000 queries; "plus" has 5 restarts of APGD and FAB as well, "rand" averages 20 gradients a step.
+    5,000 queries; "plus" adds APGD and FAB with 5 restarts, "rand" averages 20 gradients a step.
     """
     return {"standard": (1900, 5900), "plus": (3400, 6900), "rand": (4000, 200)}[params.version]
 

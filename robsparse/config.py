@@ -188,6 +188,8 @@ class Machine(Strict):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt = Field(1, description="CPU threads of one job")
+    memory_mb: PositiveInt = Field(2000, description="memory that a job asks a cluster for")
+    minutes: PositiveInt = Field(60, description="run time that a job asks a cluster for")
     rerun_on_code_change: bool = Field(
         False, description="let a change of the code that trains or attacks start jobs again"
     )

@@ -22,6 +22,8 @@ rule evaluate:
     threads: STUDY.machine.threads
     resources:
         gpu=gpus_per_job(),
+        mem_mb=STUDY.machine.memory_mb,
+        runtime=STUDY.machine.minutes,
     params:
         study=STUDY_FILE,
         cell=CELL,
