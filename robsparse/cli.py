@@ -100,7 +100,8 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         metavar="FILE",
-        help="safetensors file to attack instead of the cell's own weights",
+        help="safetensors file to attack instead of the cell's own weights; the record is "
+        "written beside it",
     )
 
 

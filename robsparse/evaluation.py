@@ -67,12 +67,15 @@ def evaluate_cell(
     selection: Selection,
     layout: Layout,
     *,
-    model_path: Path | None = None,
     settings_digest: str,
+    model_path: Path | None = None,
     device: str | None = None,
     threads: int | None = None,
 ) -> Path:
     """Attack one set of weights and write its record and per-image outcomes.
+
+    With `model_path`, a file of plain weights of the cell's arch is attacked instead of the cell's
+    own, and the record is written beside it, so that it never mixes with the study's results.
 
     Returns the path of the record. Raises UsageError, and writes nothing, when the weights are
     missing or damaged or the images are not what an attack expects.
@@ -98,7 +101,7 @@ def evaluate_cell(
         **{name: getattr(cell, name) for name in records.KEY if hasattr(cell, name)},
         "selection": selection,
         **measured.columns,
-        **_training_columns(layout, cell, selection),
+        **({} if model_path else _training_columns(layout, cell, selection)),
         "model_bytes": path.stat().st_size,
         "eval_device": device_name(target),
         "settings_digest": settings_digest,
@@ -106,11 +109,14 @@ def evaluate_cell(
         "model_checksum": records.file_checksum(path),
         **records.provenance(),
     }
+    record, flags = layout.evaluation(cell, selection), layout.flags(cell, selection)
+    if model_path:
+        record = model_path.with_name(f"{model_path.name}.evaluation.json")
+        flags = model_path.with_name(f"{model_path.name}.flags.npz")
+    with records.atomic(flags) as temporary, temporary.open("wb") as handle:
+        outcomes = {key: value for result in results for key, value in result.flags().items()}
+        np.savez_compressed(handle, labels=examples.y_N.numpy(), **outcomes)
     rows = [row for result in results for row in result.rows(common)]
-    flags = {key: value for result in results for key, value in result.flags().items()}
-    with records.atomic(layout.flags(cell, selection)) as temporary, temporary.open("wb") as handle:
-        np.savez_compressed(handle, labels=examples.y_N.numpy(), **flags)
-    record = layout.evaluation(cell, selection)
     records.write_rows(record, rows, measured.layers)
     return record
 

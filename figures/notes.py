@@ -1,0 +1,206 @@
+"""The words around numbers: labels, captions and the notes under every table.
+
+Import path: robsparse.figures.notes
+"""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from robsparse import registry
+from robsparse.config import Study, starting_cell
+from robsparse.figures import statistics
+from robsparse.figures.summary import STRONGEST, Material
+from robsparse.figures.tidy import Group, is_dense, methods
+
+NONE = "n/a"
+SMALL = "Small study: not comparable with published numbers."
+WEAK, WARNED = "†", "‡"
+SELECTION_RULES = {
+    "best_val": "the epoch with the best PGD accuracy on held-out training images, "
+    "among those in which the network is at its sparsity",
+    "last": "the last epoch",
+}
+
+
+def method_label(name: str) -> str:
+    """Printed name of a method."""
+    return registry.entry("method", name).literals.get("LABEL", name)
+
+
+def attack_label(name: str) -> str:
+    """Printed name of an attack."""
+    return registry.entry("attack", name).literals.get("LABEL", name)
+
+
+def percent(share: float) -> str:
+    """0.95 -> "95 %"; never rounded, for sparsities."""
+    return f"{100 * share:.10g} %"
+
+
+def radius(eps: float) -> str:
+    """An eps in [0,1] pixel units, as n/255 where it is a whole number of grey levels."""
+    levels = round(eps * 255, 6)
+    return f"{levels:g}/255" if levels == round(levels) else f"{eps:g}"
+
+
+def join(values: Iterable[object]) -> str:
+    """Distinct values in order, "n/a" if there is none; a whole number loses its ".0"."""
+    known = (value for value in values if not pd.isna(value) and value != "")
+    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in known]
+    return ", ".join(dict.fromkeys(texts)) or NONE
+
+
+def epochs(study: Study, results: pd.DataFrame) -> str:
+    """Epochs of each method, dense pretraining included: "30 (Dense), 60 (LWM, BCS)"."""
+    by_count: dict[str, list[str]] = {}
+    for method in methods(study):
+        count = join(results[results.method == method].epochs.sort_values())
+        by_count.setdefault(count, []).append(method_label(method))
+    return "; ".join(f"{count} ({', '.join(names)})" for count, names in by_count.items())
+
+
+def started_from(study: Study) -> str:
+    """A sentence on the methods that start from another's network, or ""."""
+    starts: dict[str, dict[str, None]] = {}
+    for cell in study.cells():
+        start = starting_cell(cell)
+        if start:
+            starts.setdefault(start.method, {})[method_label(cell.method)] = None
+    return " ".join(
+        f"{', '.join(names)} start{'s' * (len(names) == 1)} from the trained {method_label(start)} "
+        f"network; its epochs are included."
+        for start, names in starts.items()
+    )
+
+
+def threat(study: Study, results: pd.DataFrame) -> str:
+    """Norm, radius and the budget of each attack."""
+    parts = [f"{study.threat.norm}, eps {radius(study.threat.eps)} in [0,1] pixel units"]
+    for attack, rows in results[results.attack != "clean"].groupby("attack", sort=False):
+        words = [attack_label(str(attack))]
+        if rows.steps.notna().any():
+            words.append(f"{join(rows.steps)} steps")
+        if rows.restarts.notna().any():
+            words.append(f"x {join(rows.restarts)} restarts")
+        if (rows.version != "").any():
+            words.append(f"version {join(rows.version)}")
+        parts.append(" ".join(words))
+    return "; ".join(parts)
+
+
+def device(results: pd.DataFrame) -> str:
+    """Where networks were trained and attacked."""
+    trained, attacked = join(results.train_device), join(results.eval_device)
+    return trained if trained == attacked else f"trained on {trained}, attacked on {attacked}"
+
+
+def code(results: pd.DataFrame) -> str:
+    """Code version or versions, and whether they had uncommitted changes."""
+    versions = results[["code_version", "code_dirty"]].drop_duplicates()
+    return join(
+        f"{row.code_version}{' (with uncommitted changes)' * bool(row.code_dirty)}"
+        for row in versions.itertuples()
+    )
+
+
+def table_notes(material: Material, group: Group) -> list[str]:
+    """What stands under the main table of a group: one sentence or two an entry."""
+    study, results = material.study, group.of(material.tidy.results)
+    images = join(results.n_examples)
+    notes = [SMALL] if study.small else []
+    notes += incomplete(material, group)
+    notes += [
+        f"Accuracy in % of the first {images} test images of {group.dataset}, mean ± sample "
+        f"standard deviation over the seeds {join(study.grid.seeds)} (n = "
+        f"{len(study.grid.seeds)}); a number without ± is of one seed, {NONE} was not measured.",
+        *_definition(material, group),
+        f"Epochs: {epochs(study, results)}. {started_from(study)}".strip(),
+        "Selection: "
+        + "; ".join(f"{name} = {SELECTION_RULES[name]}" for name in study.evaluation.selections)
+        + ".",
+        f"Threat: {threat(study, results)}.",
+        f"Live weights: prunable weights that are not zero, of {join(results.prunable)} "
+        "(biases and batch norm are not prunable), mean over seeds. Peak: the most prunable "
+        "weights that training had to hold in any epoch.",
+        f"Device: {device(results)}. Code: {code(results)}.",
+    ]
+    return notes + marks(material, group)
+
+
+def _definition(material: Material, group: Group) -> list[str]:
+    results = group.of(material.tidy.results)
+    parts = results[(results.attack == STRONGEST) & (results.component != "all")].component
+    if parts.empty:
+        return []
+    return [
+        f"{attack_label(STRONGEST)} accuracy: worst case per image. An image counts only if it is "
+        f"classified correctly and stays so under every component ({join(parts)})."
+    ]
+
+
+def incomplete(material: Material, group: Group) -> list[str]:
+    """A sentence when networks of the grid have no results, else nothing."""
+    lines = group.of(material.summary)
+    lacking = int((lines.seeds_planned - lines.seeds).sum())
+    if not lacking:
+        return []
+    return [
+        f"Incomplete: {lacking} of {int(lines.seeds_planned.sum())} networks (counted once a "
+        f"selection) have no results yet."
+    ]
+
+
+def marks(material: Material, group: Group) -> list[str]:
+    """What the marks in a group's table mean, and the text of each."""
+    label, lines = attack_label(STRONGEST), group.of(material.summary)
+    meanings = {
+        "doubt": f"{WEAK} {label} is not the strongest attack here, so its accuracy is too high",
+        "warnings": f"{WARNED} {label} itself warns that its accuracy may be too high",
+    }
+    notes = []
+    for column, meaning in meanings.items():
+        said = [
+            f"{line_name(row.method, row.sparsity)} {row.selection}, {row[column]}"
+            for _, row in lines[lines[column] != ""].iterrows()
+        ]
+        if said:
+            notes.append(f"{meaning}: {'. '.join(said)}.")
+    return notes
+
+
+def line_name(method: str, sparsity: float) -> str:
+    """A method at a sparsity, as in "LWM 90 %"; dense has none."""
+    return method_label(method) + ("" if is_dense(method) else f" {percent(sparsity)}")
+
+
+def interval_note() -> str:
+    """How intervals are made, for every caption that shows one."""
+    return (
+        f"{100 * statistics.LEVEL:g} % intervals: percentile bootstrap over seeds and test images "
+        f"({statistics.DRAWS} draws; with few seeds they understate what other seeds would change)"
+    )
+
+
+def plot_caption(material: Material, *, attacked: bool, selected: bool) -> str:
+    """The lines under a plot.
+
+    Args:
+        material: what was drawn.
+        attacked: whether the plot shows accuracies on test images.
+        selected: whether it shows selected networks rather than their training.
+    """
+    study, results = material.study, material.tidy.results
+    seeds = f"seeds {join(study.grid.seeds)} (n = {len(study.grid.seeds)})"
+    if attacked:
+        seeds = f"n = {join(results.n_examples)} test images, {seeds}"
+    selection = f"Selection: {material.primary} ({SELECTION_RULES[material.primary]})."
+    return " ".join(
+        [
+            f"{study.title}: {seeds}.",
+            f"Epochs: {epochs(study, results)}, pretraining included.",
+            selection if selected else "Training curves: no selection.",
+            f"{study.threat.norm} eps {radius(study.threat.eps)}. Device: {device(results)}.",
+            *([SMALL] if study.small else []),
+        ]
+    )

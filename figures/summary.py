@@ -1,0 +1,146 @@
+"""Turns result rows into one line a method, sparsity and selection: means, spreads, intervals.
+
+Import path: robsparse.figures.summary
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from robsparse.cells import Cell, Layout
+from robsparse.config import Study
+from robsparse.errors import UsageError
+from robsparse.figures import statistics
+from robsparse.figures.tidy import LINE, Group, Outcomes, Tidy, attacks, groups, lines
+
+STRONGEST = "autoattack"
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that tables and plots are made from.
+
+    summary: see `summarise`. comparison: see robsparse.figures.compare.
+    """
+
+    study: Study
+    tidy: Tidy
+    outcomes: Outcomes
+    summary: pd.DataFrame
+
+    @property
+    def primary(self) -> str:
+        """The selection that plots and comparisons use."""
+        return next(iter(self.study.evaluation.selections))
+
+    def chance(self, group: Group) -> float | None:
+        """Accuracy of guessing, from the labels of the attacked images; None if there are none."""
+        for cell in self.study.cells():
+            if Group(cell.dataset, cell.arch, cell.objective) == group:
+                labels = self.outcomes.labels(cell, self.primary)
+                if labels is not None:
+                    return 1 / (int(labels.max()) + 1)
+        return None
+
+
+def gather(study: Study, layout: Layout, tidy: Tidy) -> Material:
+    """Summarise the tidy tables. Raises UsageError when they contradict the per-image outcomes."""
+    outcomes = Outcomes(layout)
+    return Material(study, tidy, outcomes, summarise(study, tidy.results, outcomes))
+
+
+def summarise(study: Study, results: pd.DataFrame, outcomes: Outcomes) -> pd.DataFrame:
+    """One row a (group, method, sparsity, selection) of the grid, measured or not.
+
+    Columns, accuracies as fractions, nan where nothing was measured: `seeds` and `seeds_planned`;
+    for each attack `<attack>_accuracy` (mean over seeds), `_spread` (sample standard deviation),
+    `_low` and `_high` (bootstrap interval); `nonzero`, `prunable` and `peak_live_weights` (means);
+    `doubt` and `warnings` (of the strongest attack, with their seeds).
+    """
+    whole = results[results.component == "all"]
+    found = []
+    for group in groups(study):
+        for method, sparsity in lines(study):
+            for selection in study.evaluation.selections:
+                key = dict(zip(LINE, (*vars(group).values(), method, sparsity), strict=True))
+                key["selection"] = selection
+                rows = whole[np.logical_and.reduce([whole[k] == v for k, v in key.items()])]
+                found.append(key | _line(study, key, rows.sort_values("seed"), outcomes))
+    return pd.DataFrame(found)
+
+
+def _line(
+    study: Study, key: dict[str, Any], rows: pd.DataFrame, outcomes: Outcomes
+) -> dict[str, Any]:
+    models = rows.drop_duplicates("seed")
+    line: dict[str, Any] = {"seeds": len(models), "seeds_planned": len(study.grid.seeds)}
+    for attack in attacks(study):
+        measured = rows[rows.attack == attack]
+        mean, spread = statistics.mean_and_spread(measured.accuracy.tolist())
+        stacked = stack(key, measured, outcomes)
+        interval = (np.nan, np.nan)
+        if stacked is not None:
+            interval = statistics.bootstrap_interval(stacked)
+        values = (mean, spread, *interval)
+        names = ("accuracy", "spread", "low", "high")
+        line |= {f"{attack}_{name}": v for name, v in zip(names, values, strict=True)}
+    for column in ("nonzero", "prunable", "peak_live_weights"):
+        line[column] = models[column].mean() if len(models) else np.nan
+    strongest = rows[rows.attack == STRONGEST]
+    for column in ("doubt", "warnings"):
+        said = strongest[strongest[column] != ""]
+        line[column] = "; ".join(f"seed {row.seed}: {row[column]}" for _, row in said.iterrows())
+    return line
+
+
+def stack(key: dict[str, Any], rows: pd.DataFrame, outcomes: Outcomes) -> np.ndarray | None:
+    """Per-image outcomes of one line's seeds, in the order of its result rows.
+
+    Args:
+        key: dataset, arch, objective, method, sparsity and selection.
+        rows: the rows of one attack as a whole, one a seed.
+        outcomes: where to look.
+
+    Returns:
+        S×N bool, or None when there is no row or any seed's outcomes are missing.
+
+    Raises:
+        UsageError: if an outcome file contradicts its row.
+    """
+    flags = []
+    for _, row in rows.iterrows():
+        cell = Cell(
+            key["dataset"],
+            key["arch"],
+            key["method"],
+            key["objective"],
+            key["sparsity"],
+            int(row.seed),
+        )
+        seen = outcomes.of(cell, key["selection"], row.attack)
+        if seen is None:
+            return None
+        if (int(seen.sum()), len(seen)) != (row.n_correct, row.n_examples):
+            raise UsageError(
+                f"{cell.key} {key['selection']}: {row.attack} left {int(seen.sum())} of "
+                f"{len(seen)} images correct in the flags file, {row.n_correct} of "
+                f"{row.n_examples} in results.csv; run `robsparse collect CONFIG` again"
+            )
+        flags.append(seen)
+    return np.stack(flags) if flags else None
+
+
+def components(material: Material, group: Group) -> pd.DataFrame:
+    """Accuracy (fraction, mean over seeds) after each component of the strongest attack.
+
+    One row a (method, sparsity, selection), columns in the order in which the components ran; no
+    columns but the keys if none was run.
+    """
+    rows = group.of(material.tidy.results)
+    rows = rows[(rows.attack == STRONGEST) & (rows.component != "all")]
+    order = rows.component.unique()
+    keys = ["method", "sparsity", "selection"]
+    means = rows.groupby([*keys, "component"]).accuracy.mean().unstack("component")
+    return group.of(material.summary)[keys].join(means.reindex(columns=order), on=keys)

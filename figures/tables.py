@@ -1,0 +1,188 @@
+"""Prints the main table as Markdown, LaTeX and CSV, and the smaller tables of the report.
+
+Import path: robsparse.figures.tables
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from robsparse.figures import compare
+from robsparse.figures.notes import (
+    NONE,
+    WARNED,
+    WEAK,
+    attack_label,
+    interval_note,
+    line_name,
+    method_label,
+    percent,
+    table_notes,
+)
+from robsparse.figures.summary import STRONGEST, Material, components
+from robsparse.figures.tidy import Group, attacks, groups
+
+# Characters that LaTeX reads as commands, and those that it has no letter for in every encoding.
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "±": r"$\pm$",
+        "−": r"$-$",
+        WEAK: r"$^{\dagger}$",
+        WARNED: r"$^{\ddagger}$",
+    }
+)
+
+
+def main(material: Material, group: Group) -> pd.DataFrame:
+    """The main table of a group as text: a row a method, sparsity and selection."""
+    rows = []
+    for _, line in group.of(material.summary).iterrows():
+        row = {
+            "Method": method_label(line.method),
+            "Sparsity": percent(line.sparsity),
+            "Selection": line.selection,
+            "Seeds": _seeds(line),
+        }
+        for attack in attacks(material.study):
+            row[f"{attack_label(attack)} (%)"] = _accuracy(line, attack)
+        row["Live weights"] = _count(line.nonzero)
+        row["Peak live weights"] = _count(line.peak_live_weights)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _seeds(line: pd.Series) -> str:
+    complete = line.seeds == line.seeds_planned
+    return f"{line.seeds}" if complete else f"{line.seeds} of {line.seeds_planned}"
+
+
+def _accuracy(line: pd.Series, attack: str) -> str:
+    mean, spread = line[f"{attack}_accuracy"], line[f"{attack}_spread"]
+    if np.isnan(mean):
+        return NONE
+    text = f"{100 * mean:.1f}" + ("" if np.isnan(spread) else f" ± {100 * spread:.1f}")
+    if attack != STRONGEST:
+        return text
+    found = [mark for mark, said in ((WEAK, line.doubt), (WARNED, line.warnings)) if said]
+    return " ".join([text, *found])
+
+
+def _count(value: float) -> str:
+    return NONE if np.isnan(value) else f"{value:,.0f}"
+
+
+def component_table(material: Material, group: Group) -> pd.DataFrame | None:
+    """Accuracy in % after each component of the strongest attack, or None if it was not run."""
+    table = components(material, group)
+    names = [name for name in table if name not in ("method", "sparsity", "selection")]
+    if not names:
+        return None
+    shown = pd.DataFrame(
+        {
+            "Method": table.method.map(method_label),
+            "Sparsity": table.sparsity.map(percent),
+            "Selection": table.selection,
+        }
+    )
+    for name in names:
+        shown[f"after {name} (%)"] = table[name].map(_percentage)
+    return shown
+
+
+def comparison_table(material: Material, group: Group) -> pd.DataFrame | None:
+    """Our methods against each baseline as text, or None if there is no such pair."""
+    table = compare.compare(material, group)
+    if table.empty:
+        return None
+    verdict = {None: NONE, True: "yes", False: "no"}
+    rows = [
+        {
+            "Sparsity": percent(pair.sparsity),
+            "Method": method_label(pair.ours),
+            "Accuracy (%)": _with_interval(pair.ours_accuracy, pair.ours_low, pair.ours_high),
+            "Baseline": line_name(pair.theirs, pair.sparsity).split(" ")[0],
+            "Baseline accuracy (%)": _with_interval(
+                pair.theirs_accuracy, pair.theirs_low, pair.theirs_high
+            ),
+            "Difference (points)": _with_interval(pair.difference, pair.low, pair.high, "+"),
+            "Intervals overlap": verdict[pair.overlap],
+        }
+        for pair in table.itertuples()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _percentage(share: float, sign: str = "") -> str:
+    if np.isnan(share):
+        return NONE
+    return f"{100 * share:{sign}.1f}".replace("-", "−")
+
+
+def _with_interval(value: float, low: float, high: float, sign: str = "") -> str:
+    if np.isnan(low):
+        return _percentage(value, sign)
+    ends = f"{_percentage(low, sign)}, {_percentage(high, sign)}"
+    return f"{_percentage(value, sign)} [{ends}]"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table: words to the left, numbers to the right."""
+    words = ("Method", "Baseline", "Selection", "Intervals overlap")
+    align = ["left" if name in words else "right" for name in table]
+    # Without disable_numparse tabulate would read "0.10" as a number and print 0.1.
+    return table.to_markdown(index=False, disable_numparse=True, colalign=align)
+
+
+def bullets(notes: Sequence[str]) -> str:
+    """Notes as a Markdown list."""
+    return "\n".join(f"- {note}" for note in notes)
+
+
+def title(material: Material, group: Group) -> str:
+    """Heading of a group's main table."""
+    return f"{material.study.title} ({group})"
+
+
+def main_markdown(material: Material) -> str:
+    """The main table of every group with its notes."""
+    parts = []
+    for group in groups(material.study):
+        parts += [f"## {title(material, group)}", markdown(main(material, group))]
+        parts += [bullets(table_notes(material, group))]
+    return "\n\n".join(parts) + "\n"
+
+
+def main_latex(material: Material) -> str:
+    """The same tables for LaTeX with the package booktabs; the notes are the caption."""
+    return "\n".join(_latex(material, group) for group in groups(material.study))
+
+
+def _latex(material: Material, group: Group) -> str:
+    table = main(material, group)
+    notes = " ".join([f"{title(material, group)}.", *table_notes(material, group)])
+    styler = table.style.format(escape_latex).format_index(escape_latex, axis=1).hide(axis="index")
+    return styler.to_latex(
+        hrules=True,
+        position="tbp",
+        position_float="centering",
+        column_format="llll" + "r" * (table.shape[1] - 4),
+        caption=(escape_latex(notes), escape_latex(title(material, group))),
+        label=f"tab:{'-'.join([material.study.study, *vars(group).values()])}",
+    )
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX prints it, special characters and marks included."""
+    return text.translate(_LATEX)
+
+
+def main_csv(material: Material) -> pd.DataFrame:
+    """The numbers behind the main table, tidy: accuracies as fractions, empty where unknown."""
+    return material.summary.assign(intervals=interval_note())

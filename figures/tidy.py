@@ -1,0 +1,150 @@
+"""Reads what `robsparse collect` wrote, and lists the lines that a table of the study must have.
+
+Import path: robsparse.figures.tidy
+"""
+
+import functools
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from robsparse import registry
+from robsparse.cells import Cell, Layout
+from robsparse.config import Study
+from robsparse.errors import UsageError
+from robsparse.records import Row
+
+GROUP = ["dataset", "arch", "objective"]
+LINE = [*GROUP, "method", "sparsity"]
+SEEDED = [*LINE, "seed"]
+
+_COLUMNS = {
+    "results.csv": [*Row.model_fields, "doubt"],
+    "layers.csv": [*SEEDED, "selection", "layer", "size", "nonzero"],
+    "curves.csv": [*SEEDED, "epoch", "stage", "live_weights"],
+    "steps.parquet": [*SEEDED, "step"],
+}
+_WORDS = ["warnings", "doubt", "train_device", "eval_device", "version", "libraries"]
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """Networks that may stand in one table: same data, architecture and objective."""
+
+    dataset: str
+    arch: str
+    objective: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, {self.arch}, objective {self.objective}"
+
+    def of(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rows of a tidy table that belong to this group."""
+        wanted = (table.dataset == self.dataset) & (table.arch == self.arch)
+        return table[wanted & (table.objective == self.objective)]
+
+
+@dataclass(frozen=True)
+class Tidy:
+    """The collected tables; the last three may be empty."""
+
+    results: pd.DataFrame
+    layers: pd.DataFrame
+    curves: pd.DataFrame
+    steps: pd.DataFrame
+
+
+def read(layout: Layout) -> Tidy:
+    """Read the collected tables of a study.
+
+    Raises UsageError when results.csv is missing or a table is damaged or lacks a column.
+    """
+    if not (layout.root / "results.csv").exists():
+        raise UsageError(
+            f"{layout.root / 'results.csv'}: not there; run `robsparse collect CONFIG` first"
+        )
+    return Tidy(*(_table(layout.root / name) for name in _COLUMNS))
+
+
+def _table(path: Path) -> pd.DataFrame:
+    columns = _COLUMNS[path.name]
+    if not path.exists():
+        return pd.DataFrame(columns=columns)
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            table = pd.read_csv(path, float_precision="round_trip")
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame(columns=columns)
+    except (ValueError, OSError) as error:  # pyarrow's own errors derive from these two
+        raise UsageError(f"{path}: damaged ({error}); run `robsparse collect CONFIG`") from None
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise UsageError(
+            f"{path}: no column {', '.join(missing)}; run `robsparse collect CONFIG` again"
+        )
+    words = {name: table[name].fillna("").astype(str) for name in _WORDS if name in table}
+    # Sparsities of a study have at most four decimals; they are compared as numbers below.
+    return table.assign(sparsity=table.sparsity.astype(float).round(4), **words)
+
+
+def groups(study: Study) -> list[Group]:
+    """The groups of the grid, in its order."""
+    return list(dict.fromkeys(Group(c.dataset, c.arch, c.objective) for c in study.cells()))
+
+
+def methods(study: Study) -> list[str]:
+    """Dense networks first, then the grid's order; starting points count as methods."""
+    found = dict.fromkeys(cell.method for cell in study.cells())
+    order = {name: index for index, name in enumerate(study.grid.methods)}
+    return sorted(found, key=lambda name: (not is_dense(name), order.get(name, -1)))
+
+
+def is_dense(method: str) -> bool:
+    """Whether a method does not prune, and so has no sparsities."""
+    return registry.entry("method", method).literals.get("DENSE", False)
+
+
+def lines(study: Study) -> list[tuple[str, float]]:
+    """(method, sparsity) of every line of a table of one group, finished or not."""
+    return [
+        (method, sparsity)
+        for method in methods(study)
+        for sparsity in ([0.0] if is_dense(method) else study.grid.sparsities)
+    ]
+
+
+def attacks(study: Study) -> list[str]:
+    """Attacks in the order of the config; `clean` is always measured and comes first."""
+    chosen = (name for names in study.evaluation.selections.values() for name in names)
+    return list(dict.fromkeys(["clean", *chosen]))
+
+
+class Outcomes:
+    """Which test images each network classifies correctly under each attack."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._read = functools.cache(functools.partial(_flags, layout))
+
+    def labels(self, cell: Cell, selection: str) -> np.ndarray | None:
+        """Class of each image (int N), or None if the network was not attacked here."""
+        return self._read(cell, selection).get("labels")
+
+    def of(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
+        """Correct under the whole attack (bool N), or None if that was not run here."""
+        return self._read(cell, selection).get(f"{attack}.all")
+
+
+def _flags(layout: Layout, cell: Cell, selection: str) -> dict[str, np.ndarray]:
+    path = layout.flags(cell, selection)
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: damaged ({error}); run `robsparse evaluate` again") from None
