@@ -6,12 +6,12 @@ Import path: robsparse.figures.notes
 from collections.abc import Iterable
 
 import pandas as pd
-
-from robsparse import registry
-from robsparse.config import Study, starting_cell
 from robsparse.figures import statistics
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, is_dense, methods
+
+from robsparse import registry
+from robsparse.config import Study, starting_cell
 
 NONE = "n/a"
 SMALL = "Small study: not comparable with published numbers."
@@ -47,7 +47,7 @@ def radius(eps: float) -> str:
 def join(values: Iterable[object]) -> str:
     """Distinct values in order, "n/a" if there is none; a whole number loses its ".0"."""
     known = (value for value in values if not pd.isna(value) and value != "")
-    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in known]
+    texts = [f"{value:.12g}" if isinstance(value, float) else str(value) for value in known]
     return ", ".join(dict.fromkeys(texts)) or NONE
 
 

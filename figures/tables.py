@@ -7,15 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-
 from robsparse.figures import compare
 from robsparse.figures.notes import (
     NONE,
     WARNED,
     WEAK,
     attack_label,
-    interval_note,
-    line_name,
     method_label,
     percent,
     table_notes,
@@ -107,7 +104,7 @@ def comparison_table(material: Material, group: Group) -> pd.DataFrame | None:
             "Sparsity": percent(pair.sparsity),
             "Method": method_label(pair.ours),
             "Accuracy (%)": _with_interval(pair.ours_accuracy, pair.ours_low, pair.ours_high),
-            "Baseline": line_name(pair.theirs, pair.sparsity).split(" ")[0],
+            "Baseline": method_label(pair.theirs),
             "Baseline accuracy (%)": _with_interval(
                 pair.theirs_accuracy, pair.theirs_low, pair.theirs_high
             ),
@@ -181,8 +178,3 @@ def _latex(material: Material, group: Group) -> str:
 def escape_latex(text: str) -> str:
     """Text as LaTeX prints it, special characters and marks included."""
     return text.translate(_LATEX)
-
-
-def main_csv(material: Material) -> pd.DataFrame:
-    """The numbers behind the main table, tidy: accuracies as fractions, empty where unknown."""
-    return material.summary.assign(intervals=interval_note())

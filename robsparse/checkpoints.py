@@ -5,11 +5,13 @@ import signal
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import filelock
 import torch
+from torch import Tensor
 
 from robsparse.errors import UsageError
 from robsparse.records import atomic
@@ -21,6 +23,24 @@ class Interrupted(Exception):
     def __init__(self, signum: int, path: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}, to be resumed from {path}")
         self.signum = signum
+
+
+@dataclass
+class Progress:
+    """Everything a run must remember besides the model: where it is and what it has seen."""
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    forward_passes: int = 0
+    backward_passes: int = 0
+    peak_live: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    best_state: dict[str, Tensor] = field(default_factory=dict)
 
 
 class StopRequest:

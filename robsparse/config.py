@@ -5,98 +5,27 @@
 
 import hashlib
 import json
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from robsparse import registry
+from robsparse import faults, registry
 from robsparse.cells import Cell
-from robsparse.errors import UsageError, nearest
+from robsparse.errors import UsageError
+from robsparse.fields import Radius, Share, Sparsity, Strict
 
 Selection = Literal["best_val", "last"]
 Objective = Literal["natural", "at", "trades"]
-
-
-class Strict(BaseModel):
-    """Base of every configuration section: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:
-        for key in data if isinstance(data, dict) else ():
-            if key not in cls.model_fields:
-                known = ", ".join(cls.model_fields)
-                raise PydanticCustomError(
-                    "unknown_key",
-                    "unknown key, expected one of: {known}{nearest}",
-                    {"key": str(key), "known": known, "nearest": nearest(key, cls.model_fields)},
-                )
-        return data
-
-
-def _ratio(value: Any) -> Any:
-    """Read "8/255" exactly; leave everything else to pydantic."""
-    if isinstance(value, str) and "/" in value:
-        try:
-            return float(Fraction(value))
-        except (ValueError, ZeroDivisionError):
-            return value
-    return value
-
-
-def _radius(value: Any) -> Any:
-    value = _ratio(value)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not 0 < number <= 1:
-        hint = f"; nearest match: '{number:g}/255'" if 1 < number <= 255 else ""
-        raise PydanticCustomError(
-            "radius",
-            "expected a number in (0, 1] pixel units, like 0.15 or '8/255'{hint}",
-            {"hint": hint},
-        )
-    return number
-
-
-def _sparsity(value: Any) -> Any:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not 0 < number < 1:
-        hint = f"; nearest match: {number / 100:g}" if 1 < number < 100 else ""
-        raise PydanticCustomError(
-            "sparsity",
-            "expected a share of zero weights in (0, 1), like 0.95 (0 is the method 'dense'){hint}",
-            {"hint": hint},
-        )
-    if round(number, 4) != number:
-        raise PydanticCustomError("sparsity", "expected at most four decimals, like 0.9950", {})
-    return number
-
-
-Radius = Annotated[float, BeforeValidator(_radius)]
-Sparsity = Annotated[float, BeforeValidator(_sparsity)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Fit(Strict):
@@ -180,7 +109,7 @@ class Evaluation(Strict):
     selections: dict[Selection, list[str]] = Field(
         min_length=1, description="attacks to run on the weights of each selection"
     )
-    attacks: dict[str, Any] = {}
+    attacks: dict[str, Any] = Field(default_factory=dict)
 
 
 class Machine(Strict):
@@ -202,9 +131,9 @@ class Study(Strict):
     title: str
     small: bool = Field(False, description="label every table and plot as a small study")
     grid: Grid
-    datasets: dict[str, Any] = {}
-    archs: dict[str, Any] = {}
-    methods: dict[str, Any] = {}
+    datasets: dict[str, Any] = Field(default_factory=dict)
+    archs: dict[str, Any] = Field(default_factory=dict)
+    methods: dict[str, Any] = Field(default_factory=dict)
     threat: Threat
     training: Training
     evaluation: Evaluation
@@ -277,7 +206,7 @@ def load(path: str | Path) -> Study:
     """
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=faults.UniqueKeyLoader)
     except OSError as error:
         raise UsageError(f"{path}: cannot read the config ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -287,7 +216,9 @@ def load(path: str | Path) -> Study:
     try:
         return _fill_in(Study.model_validate(data), data)
     except ValidationError as error:
-        raise UsageError("\n".join(f"{path}: {line}" for line in _lines(error, data))) from None
+        raise UsageError(
+            "\n".join(f"{path}: {line}" for line in faults.lines(error, data))
+        ) from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -334,7 +265,7 @@ def _parts(kind: str, wanted: Any, given: dict[str, Any], grid_key: str, key: st
         try:
             parts[name] = model.model_validate(values)
         except ValidationError as error:
-            raise UsageError("; ".join(_lines(error, values, f"{key}.{name}"))) from None
+            raise UsageError("; ".join(faults.lines(error, values, f"{key}.{name}"))) from None
     return parts
 
 
@@ -343,55 +274,3 @@ def _entry(kind: str, name: str, key: str) -> registry.Entry:
         return registry.entry(kind, name)
     except UsageError as error:
         raise UsageError(f"{key}: {error}") from None
-
-
-def _lines(error: ValidationError, data: Any, prefix: str = "") -> list[str]:
-    return [_line(fault, data, prefix) for fault in error.errors(include_url=False)]
-
-
-def _line(fault: Any, data: Any, prefix: str) -> str:
-    """One fault as "key = value: what was expected"."""
-    context = fault.get("ctx") or {}
-    location = [part for part in fault["loc"] if part != "[key]"]
-    if fault["type"] == "unknown_key":
-        location.append(context["key"])
-    key = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
-    if fault["type"] == "missing":
-        return f"{key}: missing, expected a value"
-    value = _look_up(data, location, fault["input"])
-    message = fault["msg"].replace("Input should be", "expected to be")
-    if fault["type"] == "literal_error":
-        choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        message = f"expected {context['expected']}{nearest(value, choices)}"
-    for bound in ("ge", "gt", "le", "lt"):
-        if bound in context:
-            message += f"; nearest match: {context[bound]}" if bound in ("ge", "le") else ""
-    if fault["type"] == "greater_than" and isinstance(value, int):
-        message += f"; nearest match: {context['gt'] + 1}"
-    if fault["type"] == "too_short":
-        message = "expected at least one entry"
-    return f"{key} = {json.dumps(value, default=str)}: {message}"
-
-
-def _look_up(data: Any, location: list, default: Any) -> Any:
-    for part in location:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return default
-    return data
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML silently keeps the last of two equal keys; here that is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)

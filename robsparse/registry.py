@@ -26,7 +26,7 @@ PACKAGES = {
 }
 
 # A Params model may be built from these alone, so that it can be read without importing torch.
-_PARAMS_IMPORTS = ("typing", "pydantic", "robsparse.config")
+_PARAMS_IMPORTS = ("typing", "pydantic", "robsparse.config", "robsparse.fields")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from robsparse.cells import Cell
 from robsparse.config import Selection, Study, digest, starting_cell
 
 _SHARED = ("counts.py", "sparsity.py", "perturb.py", "weights.py")
-_TRAINING = ("stages.py", "training.py", "objectives.py", "checkpoints.py")
+_TRAINING = ("stages.py", "training.py", "objectives.py", "checkpoints.py", "validation.py")
 _EVALUATION = ("evaluation.py",)
 
 

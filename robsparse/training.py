@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from robsparse import datasets, models, objectives, perturb, records, registry, weights
+from robsparse import datasets, models, objectives, records, registry, weights
 from robsparse.cells import Cell, Layout, derive_seed
-from robsparse.checkpoints import Checkpoint, Interrupted, StopRequest, locked
+from robsparse.checkpoints import Checkpoint, Interrupted, Progress, StopRequest, locked
 from robsparse.config import Study, starting_cell
 from robsparse.datasets import Splits
 from robsparse.errors import UsageError
@@ -22,30 +21,13 @@ from robsparse.machine import device_name, peak_memory_mb, pick_device, set_thre
 from robsparse.sparsity import plain_state
 from robsparse.stages import Run, Stage
 from robsparse.staleness import training_digest
+from robsparse.validation import validate
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
 class TrainingError(Exception):
     """The run cannot go on, e.g. because the loss is no longer finite."""
-
-
-@dataclass
-class Progress:
-    """Everything a run must remember besides the model: where it is and what it has seen."""
-
-    stage: int = 0
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    seconds: float = 0.0
-    forward_passes: int = 0
-    backward_passes: int = 0
-    peak_live: int = 0
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    steps: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    best_state: dict[str, Tensor] = field(default_factory=dict)
 
 
 def train_cell(
@@ -252,7 +234,7 @@ class Trainer:
         }
         validation = self.study.training.validation
         if run.epoch % validation.every == 0 or run.epoch + 1 == stage.fit.epochs:
-            point |= self._validate()
+            point |= validate(run.model, self.validation, self.attacker, validation.steps)
             better = point["val_robust"] > progress.best.get("val_robust", -1.0)
             if stage.selectable and better:
                 progress.best = {"epoch": point["epoch"], "val_robust": point["val_robust"]}
@@ -273,29 +255,6 @@ class Trainer:
                 f"{stage.name} epoch {done}/{epochs}: {numbers} live {point['live_weights']}",
                 flush=True,
             )
-
-    def _validate(self) -> dict[str, float]:
-        """Clean and robust accuracy on held-out training images."""
-        crafting, part = self.attacker.crafting, self.validation
-        generator = torch.Generator(self.device).manual_seed(
-            derive_seed("validate", part.y_N.numel())
-        )
-        model = self.run.model
-        with perturb.batch_norm_mode(model, "eval"), parametrize.cached():
-            start = perturb.uniform_start(part.x_NCHW, self.attacker.eps, generator)
-            adversarial = perturb.ascend(
-                model,
-                part.x_NCHW,
-                start,
-                perturb.cross_entropy_of(part.y_N),
-                eps=self.attacker.eps,
-                step_size=crafting.step_size,
-                steps=self.study.training.validation.steps,
-            )
-            return {
-                "val_clean": _accuracy(model, part.x_NCHW, part.y_N),
-                "val_robust": _accuracy(model, adversarial, part.y_N),
-            }
 
     # ---------------------------------------------------------------- resuming
 
@@ -370,8 +329,3 @@ class Trainer:
             "peak_memory_mb": max(peak_memory_mb(self.device), before.get("peak_memory_mb", 0.0)),
             "device": device_name(self.device),
         }
-
-
-def _accuracy(model: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> float:
-    with torch.no_grad():
-        return int((model(x_NCHW).argmax(1) == y_N).sum()) / len(y_N)

@@ -1,0 +1,148 @@
+"""Plots of training: weights that it must hold, connections that it moves.
+
+Import path: robsparse.figures.curves
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import StrMethodFormatter
+from matplotlib.transforms import ScaledTranslation
+from robsparse.figures import style
+from robsparse.figures.notes import plot_caption
+from robsparse.figures.summary import Material
+from robsparse.figures.tidy import is_dense
+
+_APART = 2.4  # points between lines that would coincide
+_WINDOWS = 60  # a curve of steps is smoothed to about this many independent points
+_REWIRED = ["regrown", "deaths"]
+
+
+def live_weights(material: Material) -> Figure:
+    """Prunable weights that training holds, epoch by epoch, for each method and sparsity."""
+    caption = [
+        "Weights that training must hold: prunable weights that are not zero, and those that a "
+        "method still scores or regularises; mean over seeds, pretraining included. A marker "
+        "stands where a stage starts. Lines that would coincide are drawn a few points apart.",
+        plot_caption(material, attacked=False, selected=False),
+    ]
+    curves = material.tidy.curves
+    if curves.empty:
+        return style.empty("No training curves have been collected.", caption[1:])
+    figure, panels = style.grid(material, sharey=True)
+    handles: dict[str, Line2D] = {}
+    for group, sparsity, panel in panels:
+        handles |= _live_panel(figure, panel, material, group.of(curves), sparsity)
+        if panel.get_subplotspec().is_first_col():
+            panel.set_ylabel("prunable weights held")
+        panel.set_xlabel("epoch")
+    return style.finish(figure, handles.values(), caption)
+
+
+def _live_panel(
+    figure: Figure, panel: Axes, material: Material, curves: pd.DataFrame, sparsity: float
+) -> dict[str, Line2D]:
+    looks = style.looks(material.study)
+    panel.set_yscale("log")
+    handles = {}
+    for index, (name, look) in enumerate(looks.items()):
+        at = 0.0 if is_dense(name) else sparsity
+        own = curves[(curves.method == name) & (curves.sparsity == at)]
+        epochs, held, starts = held_weights(own)
+        points = _APART * ((len(looks) - 1) / 2 - index)
+        shift = ScaledTranslation(0, points / 72, figure.dpi_scale_trans)
+        handles[name] = panel.plot(
+            epochs,
+            held,
+            **look.line,
+            drawstyle="steps-pre",
+            markevery=starts,
+            transform=panel.transData + shift,
+        )[0]
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panel.set_xlim(left=0)
+    panel.margins(y=0.1)
+    return handles
+
+
+def held_weights(curves: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Mean over seeds of the weights held by one method at one sparsity.
+
+    Returns:
+        Epochs (E+1, from 0), weights held up to each of them (E+1), and the positions at which a
+        stage starts.
+    """
+    if curves.empty:
+        return np.zeros(0), np.zeros(0), []
+    mean = curves.groupby("epoch").agg(held=("live_weights", "mean"), stage=("stage", "first"))
+    starts = np.flatnonzero(mean.stage != mean.stage.shift())
+    held = mean.held.to_numpy(dtype=float)
+    return np.r_[0, mean.index.to_numpy()], np.r_[held[:1], held], starts.tolist()
+
+
+def rewiring(material: Material) -> Figure:
+    """Connections regrown and lost at each step, mean over seeds, lightly smoothed."""
+    steps = material.tidy.steps
+    general = plot_caption(material, attacked=False, selected=False)
+    if steps.empty or not set(_REWIRED) <= set(steps.columns):
+        return style.empty(
+            "No method of this study logs rewiring: nothing dies or grows in a fixed mask.",
+            [general],
+        )
+    steps = steps.dropna(subset=_REWIRED)
+    window = smoothing_window(steps)
+    figure, panels = style.grid(material)
+    handles: dict[str, Line2D] = {}
+    for group, sparsity, panel in panels:
+        own = group.of(steps)
+        own = own[own.sparsity == sparsity]
+        live = group.of(material.summary)
+        live = live[(live.sparsity == sparsity) & (live.selection == material.primary)]
+        handles |= _rewiring_panel(panel, material, own, live, window)
+        panel.set_xlabel("training step")
+        if panel.get_subplotspec().is_first_col():
+            panel.set_ylabel("connections per step")
+    caption = [
+        f"Mean over seeds, moving average over {window} step{'s' * (window > 1)}. Above each "
+        "panel: how often the network was renewed in all, as regrown connections over its live "
+        "weights.",
+        general,
+    ]
+    return style.finish(figure, handles.values(), caption)
+
+
+def smoothing_window(steps: pd.DataFrame) -> int:
+    """Width of the moving average, in steps; odd, so that it is centred."""
+    return 2 * round(steps.step.nunique() / _WINDOWS / 2) + 1
+
+
+def _rewiring_panel(
+    panel: Axes, material: Material, steps: pd.DataFrame, live: pd.DataFrame, window: int
+) -> dict[str, Line2D]:
+    handles, totals = {}, []
+    for name, look in style.looks(material.study).items():
+        own = steps[steps.method == name]
+        if own.empty:
+            continue
+        mean = own.groupby("step")[_REWIRED].mean()
+        smooth = mean.rolling(window, center=True, min_periods=1).mean()
+        # Equal where the count of live weights is constant: the thin line lies on the wide one.
+        wide = {"color": look.color, "linewidth": 4.0, "alpha": 0.35}
+        thin = {"color": look.color, "linewidth": 1.1, "linestyle": look.linestyle}
+        lines = {
+            "deaths": panel.plot(smooth.deaths, **wide, label=f"{look.label}: died"),
+            "regrown": panel.plot(smooth.regrown, **thin, label=f"{look.label}: regrown"),
+        }
+        handles |= {f"{name} {kind}": line for kind, [line] in lines.items()}
+        weights = live.loc[live.method == name, "nonzero"].mean()
+        times = mean.regrown.sum() / weights
+        if np.isfinite(times):
+            totals.append(f"{look.label} renewed {times:.2g} times")
+    panel.set_title("\n".join([panel.get_title(), *totals]))
+    if not handles:
+        panel.text(0.5, 0.5, "no data", transform=panel.transAxes, ha="center", va="center")
+    panel.set_xlim(left=0)
+    panel.set_ylim(bottom=0)
+    return handles

@@ -1,0 +1,152 @@
+"""Plots of finished networks: robust accuracy against sparsity, density of each layer.
+
+Import path: robsparse.figures.finals
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+from robsparse.figures import style
+from robsparse.figures.notes import attack_label, interval_note, percent, plot_caption
+from robsparse.figures.summary import STRONGEST, Material
+from robsparse.figures.tidy import Group, groups, is_dense
+
+_BAND = 0.6  # share of a category's width over which its methods are spread
+
+
+def robust_accuracy(material: Material) -> Figure:
+    """Accuracy under the strongest attack against sparsity, with intervals; dense as a band."""
+    label = attack_label(STRONGEST)
+    caption = [
+        f"{label} accuracy: worst case per image over its components, mean over seeds. "
+        f"{interval_note()}. Dashed line and band: the dense network. Methods stand side by side "
+        "so that their intervals can be told apart.",
+        plot_caption(material, attacked=True, selected=True),
+    ]
+    column = f"{STRONGEST}_accuracy"
+    rows = material.summary[material.summary.selection == material.primary]
+    if column not in rows or rows[column].isna().all():
+        return style.empty(f"No {label} accuracy has been measured.", caption[1:])
+    found = groups(material.study)
+    figure, axes = style.panels(len(found), 1, width=6.4, height=3.6)
+    handles: dict[str, Line2D] = {}
+    for group, [panel] in zip(found, axes, strict=True):
+        handles |= _accuracy_panel(panel, material, group, group.of(rows))
+        panel.set_ylabel(f"{label} accuracy (%)")
+    axes[-1][0].set_xlabel("sparsity: share of prunable weights that are zero")
+    return style.finish(figure, handles.values(), caption)
+
+
+def _accuracy_panel(
+    panel: Axes, material: Material, group: Group, rows: pd.DataFrame
+) -> dict[str, Line2D]:
+    sparsities = material.study.grid.sparsities
+    looks = style.looks(material.study)
+    sparse = [name for name in looks if not is_dense(name)]
+    handles = {}
+    for name, look in looks.items():
+        own = rows[rows.method == name].set_index("sparsity")
+        if is_dense(name):
+            handles[name] = _dense_band(panel, look, own.iloc[0])
+        else:
+            shift = dodge(sparse.index(name), len(sparse))
+            handles[name] = _method_line(panel, look, own.loc[sparsities], shift)
+    chance = material.chance(group)
+    if chance is not None:
+        grey = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+        handles["chance"] = panel.axhline(100 * chance, **grey, label="chance")
+    panel.set_title(str(group))
+    panel.set_xticks(range(len(sparsities)), [percent(value) for value in sparsities])
+    panel.set_xlim(-0.5, len(sparsities) - 0.5)
+    panel.grid(visible=False, axis="x")
+    panel.set_ylim(0, min(100, 1.08 * panel.dataLim.ymax))
+    return handles
+
+
+def dodge(index: int, count: int) -> float:
+    """Offset of the index-th of `count` methods from the middle of its category."""
+    return 0.0 if count < 2 else _BAND * (index / (count - 1) - 0.5)
+
+
+def _dense_band(panel: Axes, look: style.Look, line: pd.Series) -> Line2D:
+    level = 100 * line[f"{STRONGEST}_accuracy"]
+    low, high = 100 * line[f"{STRONGEST}_low"], 100 * line[f"{STRONGEST}_high"]
+    if not np.isnan(low):
+        panel.axhspan(low, high, color=look.color, alpha=0.09, linewidth=0)
+    return panel.axhline(level, color=look.color, linestyle=look.linestyle, label=look.label)
+
+
+def _method_line(panel: Axes, look: style.Look, rows: pd.DataFrame, shift: float) -> Line2D:
+    """One line with intervals; where an interval is unknown there is the marker alone."""
+    x = np.arange(len(rows)) + shift
+    mean, low, high = (
+        100 * rows[f"{STRONGEST}_{name}"].to_numpy() for name in ("accuracy", "low", "high")
+    )
+    # The mean of few seeds may lie outside a percentile interval by rounding alone.
+    arms = np.clip([mean - low, high - mean], 0, None)
+    panel.errorbar(x, mean, yerr=arms, fmt="none", ecolor=look.color, elinewidth=1.1)
+    return panel.plot(x, mean, **look.line)[0]
+
+
+def layer_density(material: Material) -> Figure:
+    """Share of live weights of each layer of the selected networks, mean over seeds."""
+    caption = [
+        "Layers in forward order, below each number its prunable weights. Dotted line: the density "
+        "asked of the whole network. Open marker at the bottom: a layer without any live weight.",
+        plot_caption(material, attacked=False, selected=True),
+    ]
+    layers = material.tidy.layers
+    layers = layers[layers.selection == material.primary]
+    if layers.empty:
+        return style.empty("No layer counts have been collected.", caption[1:])
+    layers = layers.assign(density=layers.nonzero / layers["size"])
+    floor = layers.density[layers.density > 0].min() / 2
+    figure, panels = style.grid(material, sharey=True)
+    handles: dict[str, Line2D] = {}
+    for group, sparsity, panel in panels:
+        handles |= _density_panel(panel, material, group.of(layers), sparsity, 100 * floor)
+    _label_density_axes(figure)
+    return style.finish(figure, handles.values(), caption)
+
+
+def _density_panel(
+    panel: Axes, material: Material, layers: pd.DataFrame, sparsity: float, floor: float
+) -> dict[str, Line2D]:
+    looks = {n: look for n, look in style.looks(material.study).items() if not is_dense(n)}
+    order = layers.drop_duplicates("layer")
+    handles = {}
+    for index, (name, look) in enumerate(looks.items()):
+        own = layers[(layers.method == name) & (layers.sparsity == sparsity)]
+        density = 100 * own.groupby("layer").density.mean().reindex(order.layer).to_numpy()
+        x = np.arange(len(order)) + dodge(index, len(looks))
+        handles[name] = panel.plot(x, np.where(density > 0, density, np.nan), **look.line)[0]
+        starved = density == 0
+        if starved.any():
+            hollow = {"markerfacecolor": "none", "markeredgecolor": look.color}
+            style_of = vars(look) | {"linestyle": "none", "label": "_starved"} | hollow
+            panel.plot(x[starved], np.full(starved.sum(), floor), **style_of)
+    panel.axhline(100 * (1 - sparsity), color="0.45", linestyle=(0, (1, 2)), linewidth=1.2)
+    panel.set_yscale("log")
+    panel.set_xlim(-0.5, max(len(order), 1) - 0.5)
+    panel.grid(visible=False, axis="x")
+    _name_layers(panel, order["size"].tolist())
+    return handles
+
+
+def _name_layers(panel: Axes, sizes: list[int]) -> None:
+    many = len(sizes) > 6
+    names = [f"{i}: {n:,}" if many else f"{i}\n{n:,}" for i, n in enumerate(sizes, 1)]
+    panel.set_xticks(range(len(sizes)), names, rotation=90 if many else 0, fontsize=7)
+
+
+def _label_density_axes(figure: Figure) -> None:
+    for panel in figure.axes:
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.label_outer(remove_inner_ticks=False)
+        if panel.get_subplotspec().is_first_col():
+            panel.set_ylabel("density of the layer (%)")
+        if panel.get_subplotspec().is_last_row():
+            panel.set_xlabel("layer, and its size")

@@ -1,0 +1,155 @@
+"""Writes the tables, the plots and the report of a study from its collected results.
+
+Import path: robsparse.figures.report
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from matplotlib.figure import Figure
+from robsparse.figures import PLOTS, REPORT, TABLES, curves, finals, style, tables, tidy
+from robsparse.figures.notes import (
+    SMALL,
+    attack_label,
+    code,
+    device,
+    interval_note,
+    join,
+    percent,
+    table_notes,
+)
+from robsparse.figures.summary import STRONGEST, Material, gather
+from robsparse.figures.tidy import Group, groups
+
+from robsparse import records
+from robsparse.cells import Layout
+from robsparse.config import Study
+
+_DRAW: dict[str, tuple[Callable[[Material], Figure], str]] = {
+    "robust_accuracy": (finals.robust_accuracy, "Robust accuracy against sparsity"),
+    "live_weights": (curves.live_weights, "Weights that training must hold"),
+    "layer_density": (finals.layer_density, "Where the live weights are"),
+    "rewiring": (curves.rewiring, "Rewiring during training"),
+}
+
+_FILES = """\
+| file | one row is | columns |
+|---|---|---|
+| `results.csv`, `results.parquet` | one network under one attack component | the cell (dataset, \
+arch, method, objective, sparsity, seed), selection, attack, component (`all`: the whole attack); \
+`accuracy` as a fraction with its Wilson interval `ci_low`, `ci_high`; threat; sizes; cost; \
+provenance; `doubt`, filled where another attack is stronger than AutoAttack |
+| `layers.csv` | one layer of one saved network | `size` and `nonzero` weights, output `positions` |
+| `curves.csv` | one epoch of one training run, pretraining included | `stage`, `lr`, `loss`, \
+`live_weights`, held-out accuracies `val_clean`, `val_robust` |
+| `steps.parquet` | one training step of a method that logs steps | `deaths`, `regrown` |
+| `tables/main.csv` | one line of the main table | `<attack>_accuracy` (mean over seeds), \
+`_spread` (sample standard deviation), `_low`, `_high` (bootstrap interval), as fractions |
+| `evaluations/**/*.flags.npz` | one network | outcome of each test image: `labels`, \
+`<attack>.<component>` |
+"""
+
+
+def write(study: Study, layout: Layout) -> str:
+    """Write every file named in robsparse.figures; say where the report and the main table are.
+
+    Raises UsageError when the collected tables are missing, damaged or contradict the outcomes of
+    the single images.
+    """
+    material = gather(study, layout, tidy.read(layout))
+    _write_tables(material, layout.root)
+    _write_plots(material, layout.root)
+    _write_text(layout.root / REPORT, report(material))
+    return f"main table: {layout.root / TABLES[0]}\nreport: {layout.root / REPORT}"
+
+
+def _write_tables(material: Material, root: Path) -> None:
+    contents = {
+        ".md": tables.main_markdown(material),
+        ".tex": tables.main_latex(material),
+        ".csv": material.summary.to_csv(index=False),
+    }
+    for name in TABLES:
+        _write_text(root / name, contents[Path(name).suffix])
+
+
+def _write_plots(material: Material, root: Path) -> None:
+    with style.applied():
+        figures = {name: draw(material) for name, (draw, _) in _DRAW.items()}
+        for name in PLOTS:
+            style.save(figures[Path(name).stem], root / name)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with records.atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def report(material: Material) -> str:
+    """The report as Markdown; pictures are linked relative to results/<study>."""
+    study = material.study
+    parts = [f"# {study.title}"]
+    parts += [f"**{SMALL}**"] if study.small else []
+    parts += [part for group in groups(study) for part in _group_tables(material, group)]
+    parts.append("## Plots")
+    parts += [
+        f"### {heading}\n\n![{heading}](plots/{name}.png)\n\n([PDF](plots/{name}.pdf))"
+        for name, (_, heading) in _DRAW.items()
+    ]
+    parts += [f"## Files\n\nBeside this report:\n\n{_FILES}", _reproduce(material)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _group_tables(material: Material, group: Group) -> list[str]:
+    parts = [
+        f"## Main table: {group}",
+        tables.markdown(tables.main(material, group)),
+        tables.bullets(table_notes(material, group)),
+        "Also as [LaTeX](tables/main.tex) and [CSV](tables/main.csv).",
+    ]
+    label = attack_label(STRONGEST)
+    broken_down = tables.component_table(material, group)
+    if broken_down is not None:
+        parts += [
+            f"### Components of {label}: {group}",
+            "The components run one after the other on the images that are still robust, so each "
+            "column counts all before it and the last is the accuracy of the main table. "
+            "Mean over seeds.",
+            tables.markdown(broken_down),
+        ]
+    compared = tables.comparison_table(material, group)
+    if compared is not None:
+        parts += [
+            f"### Comparison under {label}: {group}",
+            f"Selection {material.primary}. In brackets {interval_note()}. The interval of a "
+            "difference pairs the two networks seed by seed and image by image. Intervals that do "
+            "not overlap separate two methods; intervals that overlap leave it open. The dense "
+            "network is the same in every row.",
+            tables.markdown(compared),
+        ]
+    return parts
+
+
+def _reproduce(material: Material) -> str:
+    study, results = material.study, material.tidy.results
+    sparsities = ", ".join(percent(value) for value in study.grid.sparsities)
+    settings = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=90)
+    return f"""\
+## How to reproduce
+
+`snakemake --cores 2 --configfile config/{study.study}.yaml` trains and attacks every network \
+(sparsities {sparsities}; seeds {join(study.grid.seeds)}) and writes this report. \
+`robsparse figures config/{study.study}.yaml` draws it again from the collected tables.
+
+- Code: {code(results)}
+- Libraries: {join(results.libraries)}
+- Device: {device(results)}
+- Checksum of the data: {join(results.data_checksum)}
+
+All settings, defaults included:
+
+```yaml
+{settings.strip()}
+```
+"""

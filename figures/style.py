@@ -1,0 +1,151 @@
+"""How plots look: one colour, marker and line a method, panels, captions, files.
+
+Import path: robsparse.figures.style
+"""
+
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from robsparse.figures.notes import method_label, percent
+from robsparse.figures.summary import Material
+from robsparse.figures.tidy import Group, groups, methods
+
+from robsparse import records
+from robsparse.config import Study
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; yellow, the faintest, is last.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
+# Eight, seven and five are coprime enough: the first 40 methods all look different.
+MARKERS = ("s", "o", "^", "D", "v", "P", "X")
+LINES: tuple[Any, ...] = ((0, (6, 2)), "-", (0, (4, 1.2)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+
+# Methods that look the same in every study, whatever else is in its grid.
+_FIRST = ("dense", "bcs", "lwm", "admm", "hydra")
+
+_CAPTION_POINTS = 7.0
+_POINTS_PER_INCH = 72
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one method is drawn."""
+
+    label: str
+    color: str
+    marker: str
+    linestyle: Any
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot`; markers have a white rim to stand out in grey print."""
+        return vars(self) | {"markeredgecolor": "white", "markeredgewidth": 0.6}
+
+
+def looks(study: Study) -> dict[str, Look]:
+    """The look of every method of a study, in the order of tables and legends."""
+    others = [name for name in methods(study) if name not in _FIRST]
+    position = {name: index for index, name in enumerate([*_FIRST, *others])}
+    return {name: _look(name, position[name]) for name in methods(study)}
+
+
+def _look(name: str, index: int) -> Look:
+    colour, marker, line = (choices[index % len(choices)] for choices in (COLOURS, MARKERS, LINES))
+    return Look(method_label(name), colour, marker, line)
+
+
+@contextmanager
+def applied() -> Iterator[None]:
+    """Use robsparse.mplstyle inside the block; the caller's settings come back after it."""
+    with matplotlib.style.context(["default", Path(__file__).with_name("robsparse.mplstyle")]):
+        yield
+
+
+def panels(
+    rows: int, columns: int, *, width: float = 3.1, height: float = 2.9, **shared: Any
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of its own canvas, so that nothing of pyplot's global state is touched.
+
+    Args:
+        rows: rows of panels.
+        columns: columns of panels.
+        width: inches a panel.
+        height: inches a panel.
+        shared: keyword arguments of `Figure.subplots`.
+    """
+    figure = Figure(figsize=(max(6.2, width * columns), height * rows + 1.1))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **shared)
+    return figure, [list(row) for row in axes]
+
+
+def grid(material: Material, **options: Any) -> tuple[Figure, Iterator[tuple[Group, float, Axes]]]:
+    """A row of panels for each group, a column for each sparsity; see `panels` for `options`."""
+    study = material.study
+    found, sparsities = groups(study), study.grid.sparsities
+    figure, axes = panels(len(found), len(sparsities), **options)
+    several = len(found) > 1
+
+    def each() -> Iterator[tuple[Group, float, Axes]]:
+        for group, row in zip(found, axes, strict=True):
+            for sparsity, panel in zip(sparsities, row, strict=True):
+                panel.set_title(f"{group}\n" * several + f"sparsity {percent(sparsity)}")
+                yield group, sparsity, panel
+
+    return figure, each()
+
+
+def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) -> Figure:
+    """Add one legend above the panels and the caption below them, and lay everything out.
+
+    Args:
+        figure: the figure with its panels drawn.
+        handles: legend entries.
+        caption: paragraphs; each is wrapped to the width of the figure.
+    """
+    width, height = figure.get_size_inches()
+    # A letter of this font is about 0.53 of its size wide.
+    letters = int((width - 0.3) * _POINTS_PER_INCH / (0.53 * _CAPTION_POINTS))
+    lines = [line for part in caption for line in textwrap.wrap(part, letters)]
+    inches = (len(lines) * 1.35 * _CAPTION_POINTS + 8) / _POINTS_PER_INCH
+    height += inches
+    figure.set_size_inches(width, height)
+    figure.set_layout_engine("constrained", rect=(0, inches / height, 1, 1 - inches / height))
+    figure.text(
+        0.15 / width,
+        4 / _POINTS_PER_INCH / height,
+        "\n".join(lines),
+        fontsize=_CAPTION_POINTS,
+        linespacing=1.3,
+        va="bottom",
+        color="0.25",
+    )
+    entries = list(handles)
+    if entries:
+        columns = min(len(entries), max(2, int(width / 1.6)))
+        figure.legend(handles=entries, loc="outside upper center", ncols=columns)
+    return figure
+
+
+def empty(message: str, caption: Sequence[str]) -> Figure:
+    """A figure that says why there is nothing to see."""
+    figure, [[panel]] = panels(1, 1, height=1.4)
+    panel.set_axis_off()
+    panel.text(0.5, 0.5, textwrap.fill(message, 70), ha="center", va="center", fontsize=11)
+    return finish(figure, [], caption)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG or PDF, whole or not at all, with the same bytes each time."""
+    suffix = path.suffix.removeprefix(".")
+    nameless = {"pdf": {"CreationDate": None}, "png": {"Software": None}}[suffix]
+    with records.atomic(path) as temporary:
+        figure.savefig(temporary, format=suffix, metadata=nameless)

@@ -1,0 +1,76 @@
+"""Kinds of values that a configuration holds, with what a wrong one is told."""
+
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from robsparse.errors import nearest
+
+
+class Strict(BaseModel):
+    """Base of every configuration section: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                raise PydanticCustomError(
+                    "unknown_key",
+                    "unknown key, expected one of: {known}{nearest}",
+                    {"key": str(key), "known": known, "nearest": nearest(key, cls.model_fields)},
+                )
+        return data
+
+
+def _ratio(value: Any) -> Any:
+    """Read "8/255" exactly; leave everything else to pydantic."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+def _radius(value: Any) -> Any:
+    value = _ratio(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number <= 1:
+        hint = f"; nearest match: '{number:g}/255'" if 1 < number <= 255 else ""
+        raise PydanticCustomError(
+            "radius",
+            "expected a number in (0, 1] pixel units, like 0.15 or '8/255'{hint}",
+            {"hint": hint},
+        )
+    return number
+
+
+def _sparsity(value: Any) -> Any:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < 1:
+        hint = f"; nearest match: {number / 100:g}" if 1 < number < 100 else ""
+        raise PydanticCustomError(
+            "sparsity",
+            "expected a share of zero weights in (0, 1), like 0.95 (0 is the method 'dense'){hint}",
+            {"hint": hint},
+        )
+    if round(number, 4) != number:
+        raise PydanticCustomError("sparsity", "expected at most four decimals, like 0.9950", {})
+    return number
+
+
+Radius = Annotated[float, BeforeValidator(_radius)]
+Sparsity = Annotated[float, BeforeValidator(_sparsity)]
+Share = Annotated[float, Field(ge=0, lt=1)]
