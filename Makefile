@@ -1,7 +1,7 @@
 # Two commands, each doing all its own set-up:
 #   make reproduce   train, attack and report the default study (config/quick.yaml)
 #   make test        run every test and check
-# Others: make install, make clean. PYTHON=python3.12 picks another interpreter (3.11 or newer).
+# Others: make install, make reference (keep a finished run for the README), make clean. PYTHON=python3.12 picks another interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,11 +9,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: reproduce test install clean
+.PHONY: reproduce test install reference clean
 
 reproduce: $(INSTALLED)
 	snakemake --cores all
-	@echo "Report: results/quick/report.md   Table: results/quick/tables/main.md"
 
 test: $(INSTALLED)
 	python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
@@ -29,6 +28,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
 	  --constraint constraints.txt --editable '.[robustbench,dev]'
 	@touch $@
+
+reference:
+	mkdir -p results/reference/quick/plots
+	cp results/quick/report.md results/reference/quick/README.md
+	cp results/quick/results.csv results/quick/layers.csv results/reference/quick/
+	cp results/quick/plots/*.png results/reference/quick/plots/
 
 clean:
 	rm -rf $(VENV) results/quick results/tiny

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.config import Fit, Strict
-from robsparse.counts import keep_count
+from robsparse.counts import density, keep_count
 from robsparse.sparsity import erk_keep_counts, prunable
 from robsparse.stages import Run, Stage
 
@@ -123,7 +123,7 @@ class SamplingStage(Stage):
         Layers are drawn with probability proportional to their size, positions uniformly among
         the dormant ones of a layer.
         """
-        sizes = torch.tensor([float(theta.numel()) for theta in everything])
+        sizes = torch.tensor([theta.numel() for theta in everything])
         dormant = [(theta <= 0).flatten().nonzero().squeeze(1) for theta in everything]
         room = torch.tensor([len(positions) for positions in dormant])
         budget = keep_count(int(sizes.sum()), run.sparsity)
@@ -137,7 +137,8 @@ class SamplingStage(Stage):
             theta.view(-1)[picked] = self.params.regrown_theta
             if self.params.momentum == "reset":
                 velocity = run.optimizer.state[theta].get("momentum_buffer")
-                velocity.view(-1)[picked] = 0.0
+                if velocity is not None:
+                    velocity.view(-1)[picked] = 0.0
         return deficit
 
 
@@ -158,7 +159,7 @@ def initial_counts(model: nn.Module, sparsity: float, init: str) -> dict[str, in
     sizes = {name: module.weight.numel() for name, module in prunable(model).items()}
     first, *_, last = sizes
     return {
-        name: int((0.6 if name in (first, last) else 0.5 * (1 - sparsity)) * size)
+        name: int((0.6 if name in (first, last) else 0.5 * density(sparsity)) * size)
         for name, size in sizes.items()
     }
 
@@ -170,7 +171,7 @@ def draw_layers(count: int, sizes: Tensor, room: Tensor, generator: torch.Genera
     """
     drawn = torch.zeros_like(room)
     while count > 0:
-        weights = (sizes * (drawn < room)).to(generator.device)
+        weights = (sizes * (drawn < room)).double().to(generator.device)
         choice = torch.multinomial(weights, count, replacement=True, generator=generator)
         drawn += torch.bincount(choice.cpu(), minlength=len(room))
         count = int((drawn - room).clamp(min=0).sum())

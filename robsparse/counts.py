@@ -3,6 +3,11 @@
 from decimal import Decimal
 
 
+def density(sparsity: float) -> float:
+    """1 - sparsity without the rounding of floats: 0.1 for 0.9, not 0.09999999999999998."""
+    return float(1 - Decimal(str(sparsity)))
+
+
 def keep_count(total: int, sparsity: float) -> int:
     """Weights that may be live among `total`: int((1 - sparsity) * total), in exact decimals.
 

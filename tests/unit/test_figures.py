@@ -1,0 +1,690 @@
+"""Tables and plots, drawn from small made-up results: no network is trained or attacked."""
+
+import re
+import statistics as by_hand
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from robsparse import collection, config, records
+from robsparse.cells import Cell, Layout
+from robsparse.config import Study
+from robsparse.errors import UsageError
+from robsparse.figures import (
+    PLOTS,
+    REPORT,
+    TABLES,
+    compare,
+    curves,
+    finals,
+    notes,
+    report,
+    statistics,
+    style,
+    summary,
+    tables,
+    tidy,
+)
+
+IMAGES = 20
+LAYERS = {"0": 40, "3": 160, "11": 200}
+COMPONENTS = ("apgd-ce", "apgd-t")
+STUDY = {
+    "study": "made_up",
+    "title": "Made-up numbers",
+    "small": True,
+    "grid": {
+        "datasets": ["digits"],
+        "archs": ["small_cnn"],
+        "objectives": ["at"],
+        "methods": ["lwm", "bcs", "dense"],
+        "sparsities": [0.9, 0.95],
+        "seeds": [0, 1],
+    },
+    "threat": {"eps": "8/255"},
+    "training": {"crafting": {"step_size": "2/255"}},
+    "evaluation": {
+        "n_examples": IMAGES,
+        "selections": {
+            "best_val": ["clean", "pgd", "autoattack"],
+            "last": ["clean", "pgd", "autoattack"],
+        },
+    },
+}
+
+
+# ------------------------------------------------------------------ made-up tidy files
+
+
+@dataclass
+class MadeUp:
+    """Writes plausible tidy files. `correct(cell, selection, attack)` is a count of images."""
+
+    study: Study
+    layout: Layout
+    correct: Callable[[Cell, str, str], int]
+    images: int = IMAGES
+    layers: Sequence[tuple[str, int]] = tuple(LAYERS.items())
+    epochs: int = 4
+    steps_per_epoch: int = 5
+    warnings: str = ""
+    skip: Callable[[Cell], bool] = lambda cell: False
+
+    def write(self) -> Layout:
+        """Write results.csv, layers.csv, curves.csv, steps.parquet and the flags."""
+        rows, layers, points, steps = [], [], [], []
+        for cell in self.study.cells():
+            if self.skip(cell):
+                continue
+            axes = vars(cell)
+            for selection in self.study.evaluation.selections:
+                rows += self._rows(cell, selection)
+                layers += [axes | {"selection": selection} | row for row in self._layers(cell)]
+            points += [axes | point for point in self._curve(cell)]
+            if cell.method == "bcs":
+                steps.append(self._steps().assign(**axes))
+        self.layout.root.mkdir(parents=True, exist_ok=True)
+        results = collection.mark_weak_attacks(pd.DataFrame(rows))
+        results.to_csv(self.layout.root / "results.csv", index=False)
+        pd.DataFrame(layers).to_csv(self.layout.root / "layers.csv", index=False)
+        pd.DataFrame(points).to_csv(self.layout.root / "curves.csv", index=False)
+        if steps:
+            pd.concat(steps).to_parquet(self.layout.root / "steps.parquet")
+        return self.layout
+
+    def flags(self, cell: Cell, selection: str) -> dict[str, np.ndarray]:
+        """The first images stay correct, so stronger attacks break subsets of weaker ones."""
+        found = {}
+        for attack in ("clean", "pgd", "autoattack"):
+            count = self.correct(cell, selection, attack)
+            for part in (*COMPONENTS, "all") if attack == "autoattack" else ("all",):
+                extra = 2 if part == COMPONENTS[0] else 0
+                found[f"{attack}.{part}"] = np.arange(self.images) < count + extra
+        return found
+
+    def _rows(self, cell: Cell, selection: str) -> list[dict]:
+        flags = self.flags(cell, selection)
+        path = self.layout.flags(cell, selection)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, labels=np.arange(self.images) % 10, **flags)
+        nonzero = sum(layer["nonzero"] for layer in self._layers(cell))
+        size = sum(size for _, size in self.layers)
+        rows = []
+        for name, robust in flags.items():
+            attack, component = name.split(".")
+            whole = component == "all"
+            row = records.Row(
+                **vars(cell),
+                selection=selection,
+                attack=attack,
+                component=component,
+                accuracy=robust.mean(),
+                n_correct=robust.sum(),
+                n_examples=self.images,
+                ci_low=0,
+                ci_high=1,
+                norm="Linf",
+                eps=0 if attack == "clean" else 8 / 255,
+                steps=50 if attack == "pgd" else None,
+                restarts=5 if attack == "pgd" else None,
+                version="standard" if attack == "autoattack" else None,
+                warnings=self.warnings if whole and attack == "autoattack" else "",
+                sparsity_reached=1 - nonzero / size,
+                nonzero=nonzero,
+                prunable=size,
+                layers=len(self.layers),
+                dense_macs=1,
+                sparse_macs=1,
+                model_bytes=1,
+                epochs=self.epochs * (1 if cell.method == "dense" else 2),
+                peak_live_weights=nonzero if cell.method == "bcs" else size,
+                train_device="cpu (1 thread)",
+                eval_device="cpu (1 thread)",
+                settings_digest="0" * 16,
+                code_version="0.1.0+0123456789ab",
+                code_dirty=True,
+                libraries="numpy=2",
+                data_checksum="1" * 16,
+                model_checksum="2" * 16,
+            )
+            rows.append(row.model_dump())
+        return rows
+
+    def _layers(self, cell: Cell) -> list[dict]:
+        tilt = {"bcs": 0.6, "hydra": 0.15, "admm": 0.05}.get(cell.method, 0.0)
+        share = [size**-tilt for _, size in self.layers]
+        scale = sum(s * n for s, (_, n) in zip(share, self.layers, strict=True))
+        budget = (1 - cell.sparsity) * sum(size for _, size in self.layers)
+        return [
+            {
+                "layer": name,
+                "size": size,
+                "nonzero": min(size, round(budget * s * size / scale)),
+                "positions": 1,
+            }
+            for s, (name, size) in zip(share, self.layers, strict=True)
+        ]
+
+    def _curve(self, cell: Cell) -> list[dict]:
+        size = sum(size for _, size in self.layers)
+        live = sum(layer["nonzero"] for layer in self._layers(cell))
+        stages = {
+            "dense": [("pretrain", size, 1)],
+            "bcs": [("train", live, 2)],
+            "lwm": [("pretrain", size, 1), ("finetune", live, 1)],
+        }.get(cell.method, [("pretrain", size, 1), ("prune", size, 0.4), ("finetune", live, 0.6)])
+        points = [
+            {"stage": stage, "live_weights": held}
+            for stage, held, share in stages
+            for _ in range(round(share * self.epochs))
+        ]
+        return [{"epoch": i} | point for i, point in enumerate(points, 1)]
+
+    def _steps(self) -> pd.DataFrame:
+        count = 2 * self.epochs * self.steps_per_epoch
+        step = np.arange(count)
+        deaths = np.random.default_rng(0).poisson(60 * 0.1 ** (3 * step // count))
+        return pd.DataFrame({"step": step, "deaths": deaths, "regrown": deaths})
+
+
+def correct(cell: Cell, selection: str, attack: str) -> int:
+    """BCS is best, seed 1 is better than seed 0, `last` is worse than `best_val`."""
+    start = {"dense": 16, "bcs": 12}.get(cell.method, 8)
+    loss = {"clean": 0, "pgd": 2, "autoattack": 3}[attack]
+    return start - loss + 2 * cell.seed - (selection == "last")
+
+
+def load(folder: Path, **changes: object) -> Study:
+    """The made-up study with some sections of the grid changed."""
+    path = folder / "made_up.yaml"
+    path.write_text(yaml.safe_dump(STUDY | {"grid": STUDY["grid"] | changes}))
+    return config.load(path)
+
+
+def prepare(folder: Path, grid: dict | None = None, **options: object) -> summary.Material:
+    """Write made-up results below `folder` and gather them again."""
+    study = load(folder, **(grid or {}))
+    made_up = MadeUp(study, Layout(folder / "made_up"), options.pop("correct", correct), **options)
+    layout = made_up.write()
+    return summary.gather(study, layout, tidy.read(layout))
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> summary.Material:
+    return prepare(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture
+def group(material: summary.Material) -> tidy.Group:
+    [only] = tidy.groups(material.study)
+    return only
+
+
+@pytest.fixture
+def main(material: summary.Material, group: tidy.Group) -> pd.DataFrame:
+    return tables.main(material, group)
+
+
+@pytest.fixture(autouse=True)
+def _style():
+    with style.applied():
+        yield
+
+
+# ------------------------------------------------------------------ files
+
+
+def test_write_makes_exactly_the_declared_files(tmp_path):
+    study = load(tmp_path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    before = {path for path in layout.root.rglob("*") if path.is_file()}
+    text = report.write(study, layout)
+    after = {path for path in layout.root.rglob("*") if path.is_file()}
+    assert after - before == {layout.root / name for name in (*TABLES, *PLOTS, REPORT)}
+    assert str(layout.root / REPORT) in text
+    assert str(layout.root / "tables/main.md") in text
+    content = {name: (layout.root / name).read_bytes() for name in (*TABLES, *PLOTS, REPORT)}
+    assert all(content.values())
+    report.write(study, layout)
+    again = {name: (layout.root / name).read_bytes() for name in content}
+    assert [name for name in content if content[name] != again[name]] == []
+
+
+def test_report_embeds_the_plots_that_exist(material):
+    links = re.findall(r"\]\(([^)]+)\)", report.report(material))
+    assert set(links) == {*PLOTS, "tables/main.tex", "tables/main.csv"}
+
+
+def test_missing_results_are_an_error_that_says_what_to_run(tmp_path):
+    with pytest.raises(UsageError, match=r"results\.csv: .*run `robsparse collect CONFIG` first"):
+        report.write(load(tmp_path), Layout(tmp_path / "nothing"))
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("name", ["results.csv", "layers.csv", "steps.parquet"])
+def test_damaged_table_is_an_error_that_names_the_file(tmp_path, name):
+    study = load(tmp_path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    (layout.root / name).write_text("nonsense\n1\n")
+    with pytest.raises(UsageError, match=re.escape(name)):
+        report.write(study, layout)
+
+
+def test_outcomes_that_contradict_the_table_are_an_error(tmp_path):
+    study = load(tmp_path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    path = layout.flags(study.cells()[0], "best_val")
+    with np.load(path) as stored:
+        flags = dict(stored)
+    flags["pgd.all"] = ~flags["pgd.all"]
+    np.savez(path, **flags)
+    with pytest.raises(UsageError, match=r"pgd left 6 of 20 .* 14 of 20 in results\.csv"):
+        report.write(study, layout)
+
+
+def test_figures_load_neither_torch_nor_pyplot():
+    modules = ("torch", "sklearn", "pyautoattack", "matplotlib.pyplot")
+    code = (
+        f"import sys, robsparse.figures.report; print([m for m in {modules} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------ main table
+
+
+def test_lines_are_in_grid_order_dense_first(main):
+    wanted = [("Dense", "0 %")] + [(m, s) for m in ("LWM", "BCS") for s in ("90 %", "95 %")]
+    found = list(zip(main.Method, main.Sparsity, strict=True))
+    assert found == [line for line in wanted for _ in range(2)]
+    assert main.Selection.tolist() == ["best_val", "last"] * len(wanted)
+
+
+def test_means_and_spreads_are_those_of_hand_calculation(main):
+    # LWM, best_val: 8 and 10 of 20 images clean, 6 and 8 under PGD, 5 and 7 under AutoAttack.
+    line = main[(main.Method == "LWM") & (main.Selection == "best_val")].iloc[0]
+    spread = 100 * by_hand.stdev([8 / 20, 10 / 20])
+    assert f"{spread:.1f}" == "7.1"
+    assert line["Clean (%)"] == "45.0 ± 7.1"
+    assert line["PGD (%)"] == "35.0 ± 7.1"
+    assert line["AutoAttack (%)"] == "30.0 ± 7.1"
+    assert line["Live weights"] == "40"
+    assert line["Peak live weights"] == "400"
+
+
+def test_csv_holds_fractions_and_intervals(tmp_path):
+    study = load(tmp_path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    report.write(study, layout)
+    table = pd.read_csv(layout.root / "tables/main.csv")
+    line = table[(table.method == "bcs") & (table.selection == "last")].iloc[0]
+    assert line.autoattack_accuracy == pytest.approx((8 / 20 + 10 / 20) / 2)
+    assert line.autoattack_spread == pytest.approx(by_hand.stdev([8 / 20, 10 / 20]))
+    assert line.autoattack_low < line.autoattack_accuracy < line.autoattack_high
+
+
+def test_cells_without_results_are_printed_as_not_available(tmp_path):
+    material = prepare(tmp_path, skip=lambda cell: cell.method == "lwm" and cell.sparsity == 0.95)
+    [group] = tidy.groups(material.study)
+    main = tables.main(material, group)
+    line = main[(main.Method == "LWM") & (main.Sparsity == "95 %")].iloc[0]
+    assert line.Seeds == "0 of 2"
+    assert line.drop(["Method", "Sparsity", "Selection", "Seeds"]).unique().tolist() == ["n/a"]
+    assert "Incomplete: 4 of 20 networks" in tables.main_markdown(material)
+    pair = compare.compare(material, group).set_index(["sparsity", "theirs"]).loc[0.95, "lwm"]
+    assert np.isnan(pair.difference)
+    assert pair.overlap is None
+    report.report(material)
+    finals.robust_accuracy(material)
+
+
+def test_one_seed_has_no_spread(tmp_path):
+    material = prepare(tmp_path, skip=lambda cell: cell.seed == 1)
+    [group] = tidy.groups(material.study)
+    line = tables.main(material, group).iloc[0]
+    assert line["Clean (%)"] == "80.0"
+    assert line.Seeds == "1 of 2"
+
+
+def test_an_attack_that_one_selection_lacks_is_not_available(tmp_path):
+    study = load(tmp_path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    results = pd.read_csv(layout.root / "results.csv")
+    lacking = (results.attack == "autoattack") & (results.selection == "last")
+    results[~lacking].to_csv(layout.root / "results.csv", index=False)
+    material = summary.gather(study, layout, tidy.read(layout))
+    [group] = tidy.groups(study)
+    main = tables.main(material, group)
+    assert set(main[main.Selection == "last"]["AutoAttack (%)"]) == {"n/a"}
+    assert "n/a" not in set(main[main.Selection == "best_val"]["AutoAttack (%)"])
+    after = tables.component_table(material, group)
+    assert set(after[after.Selection == "last"]["after apgd-ce (%)"]) == {"n/a"}
+
+
+def test_number_of_a_weak_autoattack_is_marked_and_explained(tmp_path):
+    def weak(cell: Cell, selection: str, attack: str) -> int:
+        doubtful = (cell.method, cell.seed, selection, attack) == ("lwm", 1, "last", "pgd")
+        return correct(cell, selection, attack) - 4 * doubtful
+
+    material = prepare(tmp_path, correct=weak)
+    [group] = tidy.groups(material.study)
+    main = tables.main(material, group)
+    marked = main[main["AutoAttack (%)"].str.contains(notes.WEAK)]
+    assert set(zip(marked.Method, marked.Selection, strict=True)) == {("LWM", "last")}
+    [note] = notes.marks(material, group)
+    assert "LWM 95 % last, seed 1: another attack breaks 3 more images than AutoAttack" in note
+    assert not main["AutoAttack (%)"].str.contains(notes.WARNED).any()
+
+
+def test_autoattacks_own_warnings_have_another_mark(tmp_path):
+    material = prepare(tmp_path, warnings="zero gradient")
+    [group] = tidy.groups(material.study)
+    assert tables.main(material, group)["AutoAttack (%)"].str.endswith(notes.WARNED).all()
+    [note] = notes.marks(material, group)
+    assert note.startswith(notes.WARNED)
+    assert "Dense last, seed 1: zero gradient" in note
+
+
+def test_notes_say_how_it_was_measured(material, group):
+    text = " ".join(notes.table_notes(material, group))
+    for fact in (
+        "Small study: not comparable with published numbers",
+        "first 20 test images of digits",
+        "seeds 0, 1 (n = 2)",
+        "worst case per image",
+        "Epochs: 4 (Dense); 8 (LWM, BCS). LWM starts from the trained Dense network",
+        "best_val = the epoch with the best PGD accuracy on held-out training images",
+        "Linf, eps 8/255",
+        "PGD 50 steps x 5 restarts",
+        "AutoAttack version standard",
+        "Device: cpu (1 thread). Code: 0.1.0+0123456789ab (with uncommitted changes)",
+    ):
+        assert fact in text
+
+
+def test_latex_is_balanced_and_escaped(material):
+    text = tables.main_latex(material)
+    assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+    assert re.findall(r"\\begin{(\w+)}", text) == ["table", "tabular"]
+    assert re.findall(r"\\end{(\w+)}", text) == ["tabular", "table"]
+    assert not re.search(r"(?<!\\)[%#]", text)
+    assert text.count("$") % 2 == 0
+    assert text.isascii()
+    body = text.split(r"\midrule")[1].split(r"\bottomrule")[0]
+    [columns] = re.findall(r"\\begin{tabular}{(\w+)}", text)
+    assert {line.count("&") for line in body.strip().splitlines()} == {len(columns) - 1}
+    assert r"45.0 $\pm$ 7.1" in body
+    assert r"best\_val" in body
+
+
+def test_latex_escapes_every_special_character():
+    assert tables.escape_latex("a_b & 5 % ± {x} †") == r"a\_b \& 5 \% $\pm$ \{x\} $^{\dagger}$"
+    assert tables.escape_latex("\\") == r"\textbackslash{}"
+
+
+def test_markdown_keeps_trailing_zeros(material, group):
+    text = tables.markdown(tables.main(material, group))
+    assert "| 45.0 ± 7.1 |" in re.sub(" +", " ", text)
+
+
+def test_several_groups_get_a_table_and_a_row_of_panels_each(tmp_path):
+    material = prepare(tmp_path, grid={"objectives": ["at", "trades"]})
+    assert tables.main_markdown(material).count("\n| Dense") == 4
+    assert tables.main_latex(material).count(r"\begin{tabular}") == 2
+    assert len(finals.robust_accuracy(material).axes) == 2
+    assert len(curves.live_weights(material).axes) == 4
+
+
+# ------------------------------------------------------------------ components and comparison
+
+
+def test_components_are_in_the_order_run(material, group):
+    table = summary.components(material, group)
+    assert table.columns.tolist()[-2:] == list(COMPONENTS)
+    line = table[(table.method == "lwm") & (table.selection == "best_val")].iloc[0]
+    assert line["apgd-ce"] == pytest.approx((7 + 9) / 2 / IMAGES)
+    assert line["apgd-t"] == pytest.approx((5 + 7) / 2 / IMAGES)
+
+
+def test_comparison_is_of_bcs_with_every_baseline(material, group):
+    table = compare.compare(material, group)
+    assert list(zip(table.sparsity, table.theirs, strict=True)) == [
+        (sparsity, name) for sparsity in (0.9, 0.95) for name in ("dense", "lwm")
+    ]
+    assert set(table.ours) == {"bcs"}
+    pair = table[table.theirs == "lwm"].iloc[0]
+    # The same 4 of 20 images more in both seeds: only the images make the difference uncertain.
+    assert pair.difference == pytest.approx(4 / IMAGES)
+    assert 0 < pair.low < 0.2 < pair.high < 0.45
+    assert pair.overlap is True
+    assert "+20.0 [+" in tables.markdown(tables.comparison_table(material, group))
+
+
+def test_study_without_autoattack_has_no_comparison_and_an_empty_plot(tmp_path):
+    selections = {"best_val": ["clean", "pgd"]}
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        yaml.safe_dump(STUDY | {"evaluation": {**STUDY["evaluation"], "selections": selections}})
+    )
+    study = config.load(path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    results = pd.read_csv(layout.root / "results.csv")
+    results[results.attack != "autoattack"].to_csv(layout.root / "results.csv", index=False)
+    material = summary.gather(study, layout, tidy.read(layout))
+    [group] = tidy.groups(study)
+    assert tables.component_table(material, group) is None
+    assert set(tables.comparison_table(material, group)["Intervals overlap"]) == {"n/a"}
+    assert "No AutoAttack accuracy" in words(finals.robust_accuracy(material))
+
+
+# ------------------------------------------------------------------ statistics
+
+
+def test_spread_is_the_sample_standard_deviation():
+    mean, spread = statistics.mean_and_spread([0.2, 0.4, 0.9])
+    assert mean == pytest.approx(0.5)
+    assert spread == pytest.approx(by_hand.stdev([0.2, 0.4, 0.9]))
+    assert np.isnan(statistics.mean_and_spread([0.2])[1])
+    assert np.isnan(statistics.mean_and_spread([])[0])
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_interval_of_equal_outcomes_is_a_point(value):
+    low, high = statistics.bootstrap_interval(np.full((3, 50), value))
+    assert low == high == value
+
+
+def test_interval_is_the_binomial_one_when_all_seeds_agree():
+    outcomes = np.tile(np.arange(400) < 120, (3, 1))
+    low, high = statistics.bootstrap_interval(outcomes, draws=20_000)
+    error = 1.96 * np.sqrt(0.3 * 0.7 / 400)
+    assert low == pytest.approx(0.3 - error, abs=0.004)
+    assert high == pytest.approx(0.3 + error, abs=0.004)
+
+
+def test_interval_of_differing_seeds_spans_them():
+    outcomes = np.stack([np.ones(500), np.zeros(500)])
+    assert statistics.bootstrap_interval(outcomes) == (0.0, 1.0)
+
+
+def test_interval_equals_drawing_images_one_by_one():
+    rng = np.random.default_rng(5)
+    outcomes = rng.random((3, 80)) < rng.random(80)
+    means = []
+    for _ in range(4000):
+        seeds, images = rng.integers(3, size=3), rng.integers(80, size=80)
+        means.append(outcomes[np.ix_(seeds, images)].mean())
+    wanted = np.percentile(means, [2.5, 97.5])
+    found = statistics.bootstrap_interval(outcomes, draws=4000)
+    assert found == pytest.approx(wanted, abs=0.012)
+
+
+def test_interval_is_the_same_each_time_and_needs_data():
+    outcomes = np.random.default_rng(1).random((2, 30)) < 0.5
+    first = statistics.bootstrap_interval(outcomes)
+    assert first == statistics.bootstrap_interval(outcomes)
+    assert first != statistics.bootstrap_interval(outcomes, seed=1)
+    with pytest.raises(ValueError, match="shape"):
+        statistics.bootstrap_interval(np.zeros((0, 4)))
+
+
+def test_interval_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    held = 0
+    for _ in range(300):
+        # How robust an image is is shared by all seeds, as in an attacked test set.
+        chance = rng.beta(0.35, 0.25, size=200)
+        outcomes = rng.random((2, 200)) < chance
+        low, high = statistics.bootstrap_interval(outcomes, draws=400)
+        held += low <= 0.35 / 0.6 <= high
+    assert 0.92 <= held / 300 <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [((0, 1), (1, 2), True), ((0, 1), (1.1, 2), False), ((3, 4), (1, 2), False)],
+)
+def test_overlap(first, second, wanted):
+    assert statistics.overlap(first, second) is wanted
+
+
+# ------------------------------------------------------------------ plots
+
+
+def words(figure) -> str:
+    """All text of a figure."""
+    parts = [text.get_text() for text in figure.texts]
+    for panel in figure.axes:
+        parts += [panel.get_title(), panel.get_xlabel(), panel.get_ylabel()]
+        parts += [text.get_text() for text in panel.texts]
+    return " ".join(" ".join(parts).split())
+
+
+def drawn(panel, label: str):
+    """The line of a panel that has this label."""
+    [line] = [line for line in panel.lines if line.get_label() == label]
+    return line
+
+
+def test_robust_accuracy_shows_means_dense_and_chance(material):
+    figure = finals.robust_accuracy(material)
+    [panel] = figure.axes
+    bcs, lwm = drawn(panel, "BCS"), drawn(panel, "LWM")
+    assert bcs.get_ydata() == pytest.approx([50, 50])
+    assert lwm.get_ydata() == pytest.approx([30, 30])
+    assert (bcs.get_xdata() != lwm.get_xdata()).all()
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["90 %", "95 %"]
+    assert drawn(panel, "Dense").get_ydata()[0] == pytest.approx(70)
+    assert drawn(panel, "chance").get_ydata()[0] == pytest.approx(10)
+    assert panel.get_ylabel() == "AutoAttack accuracy (%)"
+
+
+def test_robust_accuracy_arms_are_the_bootstrap_interval(material):
+    [panel] = finals.robust_accuracy(material).axes
+    line = material.summary.query("method == 'lwm' and selection == 'best_val'").iloc[0]
+    ends = [path.vertices[:, 1] for bars in panel.collections for path in bars.get_paths()]
+    wanted = [100 * line.autoattack_low, 100 * line.autoattack_high]
+    assert any(end == pytest.approx(wanted) for end in ends if len(end) == 2)
+
+
+def test_live_weights_start_dense_for_all_but_bcs(material):
+    figure = curves.live_weights(material)
+    panel = figure.axes[0]
+    lwm, bcs = drawn(panel, "LWM"), drawn(panel, "BCS")
+    assert lwm.get_xdata().tolist() == list(range(9))
+    assert lwm.get_ydata().tolist() == [400] * 5 + [40] * 4
+    assert lwm.get_markevery() == [0, 4]
+    assert set(bcs.get_ydata()) == {40}
+    assert panel.get_yscale() == "log"
+    assert [axes.get_title() for axes in figure.axes] == ["sparsity 90 %", "sparsity 95 %"]
+
+
+def test_layer_density_is_live_over_size(material):
+    panel = finals.layer_density(material).axes[0]
+    assert drawn(panel, "LWM").get_ydata() == pytest.approx([10, 10, 10])
+    assert drawn(panel, "BCS").get_ydata()[0] > 10
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["1\n40", "2\n160", "3\n200"]
+
+
+def test_a_layer_without_live_weights_is_still_seen(tmp_path):
+    study = load(tmp_path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    layers = pd.read_csv(layout.root / "layers.csv")
+    layers.loc[(layers.method == "lwm") & (layers.layer == 3), "nonzero"] = 0
+    layers.to_csv(layout.root / "layers.csv", index=False)
+    figure = finals.layer_density(summary.gather(study, layout, tidy.read(layout)))
+    hollow = drawn(figure.axes[0], "_starved")
+    assert hollow.get_markerfacecolor() == "none"
+    assert len(hollow.get_xdata()) == 1
+    assert hollow.get_ydata()[0] > 0
+
+
+def test_rewiring_is_the_smoothed_mean_over_seeds(tmp_path):
+    material = prepare(tmp_path, epochs=12, steps_per_epoch=10)
+    figure = curves.rewiring(material)
+    assert "moving average over 5 steps" in words(figure)
+    own = material.tidy.steps.query("sparsity == 0.9").groupby("step").regrown.mean()
+    line = drawn(figure.axes[0], "BCS: regrown")
+    assert line.get_ydata()[10] == pytest.approx(own.loc[8:12].mean())
+    assert f"BCS renewed {own.sum() / 40:.2g} times" in words(figure)
+
+
+def test_a_study_without_step_logs_gets_a_figure_in_words(tmp_path):
+    material = prepare(tmp_path, grid={"methods": ["dense", "lwm"]})
+    assert "No method of this study logs rewiring" in words(curves.rewiring(material))
+    [group] = tidy.groups(material.study)
+    assert tables.comparison_table(material, group) is None
+
+
+@pytest.mark.parametrize("name", ["layers.csv", "curves.csv"])
+def test_empty_tables_give_figures_in_words(tmp_path, name):
+    study = load(tmp_path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    (layout.root / name).write_text("\n")
+    material = summary.gather(study, layout, tidy.read(layout))
+    draw = {"layers.csv": finals.layer_density, "curves.csv": curves.live_weights}[name]
+    assert "have been collected" in words(draw(material))
+
+
+@pytest.mark.parametrize(
+    "draw", [finals.robust_accuracy, finals.layer_density, curves.live_weights, curves.rewiring]
+)
+def test_every_plot_carries_its_caption(material, draw):
+    text = words(draw(material))
+    for fact in ("seeds 0, 1 (n = 2)", "Epochs: 4 (Dense); 8 (LWM, BCS)", "eps 8/255", notes.SMALL):
+        assert fact in text
+    assert "cpu (1 thread)" in text
+    assert "election" in text
+
+
+def test_every_method_looks_different_and_the_same_in_every_study(tmp_path):
+    all_methods = style.looks(load(tmp_path, methods=["dense", "lwm", "admm", "hydra", "bcs"]))
+    few = style.looks(load(tmp_path, methods=["bcs", "lwm"]))
+    assert few["lwm"] == all_methods["lwm"]
+    for part in ("color", "marker", "linestyle"):
+        assert len({str(getattr(look, part)) for look in all_methods.values()}) == 5
+    unknown = [style._look("lwm", index) for index in range(40)]
+    assert len({(look.color, look.marker, str(look.linestyle)) for look in unknown}) == 40
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"), [(8 / 255, "8/255"), (0.15, "0.15"), (1 / 255, "1/255"), (1.0, "255/255")]
+)
+def test_radius(eps, text):
+    assert notes.radius(eps) == text
+
+
+def test_sparsities_are_printed_unrounded():
+    assert [notes.percent(s) for s in (0.9, 0.995, 0.57, 0.9999)] == [
+        "90 %",
+        "99.5 %",
+        "57 %",
+        "99.99 %",
+    ]
