@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from robsparse import registry
 from robsparse.figures import statistics
 from robsparse.figures.summary import STRONGEST, Material, stack
 from robsparse.figures.tidy import Group, is_dense, methods
-
-from robsparse import registry
 
 
 def is_ours(method: str) -> bool:

@@ -8,14 +8,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import StrMethodFormatter
 from matplotlib.transforms import ScaledTranslation
+
 from robsparse.figures import style
 from robsparse.figures.notes import plot_caption
 from robsparse.figures.summary import Material
 from robsparse.figures.tidy import is_dense
 
-_APART = 2.4  # points between lines that would coincide
+_APART = 1.5  # points between lines that would coincide
 _WINDOWS = 60  # a curve of steps is smoothed to about this many independent points
 _REWIRED = ["regrown", "deaths"]
 
@@ -25,7 +25,8 @@ def live_weights(material: Material) -> Figure:
     caption = [
         "Weights that training must hold: prunable weights that are not zero, and those that a "
         "method still scores or regularises; mean over seeds, pretraining included. A marker "
-        "stands where a stage starts. Lines that would coincide are drawn a few points apart.",
+        "stands where a stage starts. Lines are shifted by up to 3 points so that equal ones can "
+        "be told apart; the main table has the numbers.",
         plot_caption(material, attacked=False, selected=False),
     ]
     curves = material.tidy.curves
@@ -38,6 +39,10 @@ def live_weights(material: Material) -> Figure:
         if panel.get_subplotspec().is_first_col():
             panel.set_ylabel("prunable weights held")
         panel.set_xlabel("epoch")
+        # By hand: axes do not scale themselves to lines that are shifted by points.
+        last, held = curves.epoch.max(), curves.live_weights
+        panel.set_xlim(-0.03 * last, 1.03 * last)
+        style.log_axis(panel, held.min() / 1.7, held.max() * 1.7, "{x:,.0f}")
     return style.finish(figure, handles.values(), caption)
 
 
@@ -45,7 +50,6 @@ def _live_panel(
     figure: Figure, panel: Axes, material: Material, curves: pd.DataFrame, sparsity: float
 ) -> dict[str, Line2D]:
     looks = style.looks(material.study)
-    panel.set_yscale("log")
     handles = {}
     for index, (name, look) in enumerate(looks.items()):
         at = 0.0 if is_dense(name) else sparsity
@@ -61,9 +65,6 @@ def _live_panel(
             markevery=starts,
             transform=panel.transData + shift,
         )[0]
-    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    panel.set_xlim(left=0)
-    panel.margins(y=0.1)
     return handles
 
 
@@ -103,11 +104,10 @@ def rewiring(material: Material) -> Figure:
         handles |= _rewiring_panel(panel, material, own, live, window)
         panel.set_xlabel("training step")
         if panel.get_subplotspec().is_first_col():
-            panel.set_ylabel("connections per step")
+            panel.set_ylabel(f"connections per step\n(moving average of {window} steps)")
     caption = [
-        f"Mean over seeds, moving average over {window} step{'s' * (window > 1)}. Above each "
-        "panel: how often the network was renewed in all, as regrown connections over its live "
-        "weights.",
+        "Mean over seeds. Above each panel: regrown connections of the whole training over the "
+        "live weights.",
         general,
     ]
     return style.finish(figure, handles.values(), caption)
@@ -139,7 +139,8 @@ def _rewiring_panel(
         weights = live.loc[live.method == name, "nonzero"].mean()
         times = mean.regrown.sum() / weights
         if np.isfinite(times):
-            totals.append(f"{look.label} renewed {times:.2g} times")
+            total = f"{times:.2g} times" if times >= 1 else f"{100 * times:.2g} %"
+            totals.append(f"{look.label} renewed {total}")
     panel.set_title("\n".join([panel.get_title(), *totals]))
     if not handles:
         panel.text(0.5, 0.5, "no data", transform=panel.transAxes, ha="center", va="center")

@@ -8,13 +8,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+
 from robsparse.figures import style
 from robsparse.figures.notes import attack_label, interval_note, percent, plot_caption
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, groups, is_dense
 
-_BAND = 0.6  # share of a category's width over which its methods are spread
+_BAND = 0.36  # share of a category's width over which its methods are spread
 
 
 def robust_accuracy(material: Material) -> Figure:
@@ -94,8 +94,8 @@ def _method_line(panel: Axes, look: style.Look, rows: pd.DataFrame, shift: float
 def layer_density(material: Material) -> Figure:
     """Share of live weights of each layer of the selected networks, mean over seeds."""
     caption = [
-        "Layers in forward order, below each number its prunable weights. Dotted line: the density "
-        "asked of the whole network. Open marker at the bottom: a layer without any live weight.",
+        "Layers in forward order, each with its count of prunable weights. Dotted line: the "
+        "density asked of the whole network. Open marker at the bottom: a layer without any live weight.",
         plot_caption(material, attacked=False, selected=True),
     ]
     layers = material.tidy.layers
@@ -103,11 +103,13 @@ def layer_density(material: Material) -> Figure:
     if layers.empty:
         return style.empty("No layer counts have been collected.", caption[1:])
     layers = layers.assign(density=layers.nonzero / layers["size"])
-    floor = layers.density[layers.density > 0].min() / 2
+    shown = 100 * layers.density[(layers.density > 0) & (layers.sparsity > 0)]
+    floor, top = shown.min() / 2, shown.max() * 1.4
     figure, panels = style.grid(material, sharey=True)
     handles: dict[str, Line2D] = {}
     for group, sparsity, panel in panels:
-        handles |= _density_panel(panel, material, group.of(layers), sparsity, 100 * floor)
+        handles |= _density_panel(panel, material, group.of(layers), sparsity, floor)
+        style.log_axis(panel, floor / 1.2, top, "{x:g}")
     _label_density_axes(figure)
     return style.finish(figure, handles.values(), caption)
 
@@ -129,7 +131,6 @@ def _density_panel(
             style_of = vars(look) | {"linestyle": "none", "label": "_starved"} | hollow
             panel.plot(x[starved], np.full(starved.sum(), floor), **style_of)
     panel.axhline(100 * (1 - sparsity), color="0.45", linestyle=(0, (1, 2)), linewidth=1.2)
-    panel.set_yscale("log")
     panel.set_xlim(-0.5, max(len(order), 1) - 0.5)
     panel.grid(visible=False, axis="x")
     _name_layers(panel, order["size"].tolist())
@@ -144,7 +145,6 @@ def _name_layers(panel: Axes, sizes: list[int]) -> None:
 
 def _label_density_axes(figure: Figure) -> None:
     for panel in figure.axes:
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.label_outer(remove_inner_ticks=False)
         if panel.get_subplotspec().is_first_col():
             panel.set_ylabel("density of the layer (%)")

@@ -6,12 +6,12 @@ Import path: robsparse.figures.notes
 from collections.abc import Iterable
 
 import pandas as pd
-from robsparse.figures import statistics
-from robsparse.figures.summary import STRONGEST, Material
-from robsparse.figures.tidy import Group, is_dense, methods
 
 from robsparse import registry
 from robsparse.config import Study, starting_cell
+from robsparse.figures import statistics
+from robsparse.figures.summary import STRONGEST, Material
+from robsparse.figures.tidy import Group, is_dense, methods
 
 NONE = "n/a"
 SMALL = "Small study: not comparable with published numbers."
@@ -21,6 +21,12 @@ SELECTION_RULES = {
     "among those in which the network is at its sparsity",
     "last": "the last epoch",
 }
+OBJECTIVES = {"natural": "plain training", "at": "adversarial training", "trades": "TRADES"}
+
+
+def objective(name: str) -> str:
+    """An objective by its name in the config, and in words."""
+    return f"{name} ({OBJECTIVES[name]})" if name in OBJECTIVES else name
 
 
 def method_label(name: str) -> str:
@@ -115,6 +121,7 @@ def table_notes(material: Material, group: Group) -> list[str]:
         f"standard deviation over the seeds {join(study.grid.seeds)} (n = "
         f"{len(study.grid.seeds)}); a number without ± is of one seed, {NONE} was not measured.",
         *_definition(material, group),
+        f"Objective: {objective(group.objective)}. "
         f"Epochs: {epochs(study, results)}. {started_from(study)}".strip(),
         "Selection: "
         + "; ".join(f"{name} = {SELECTION_RULES[name]}" for name in study.evaluation.selections)
@@ -198,6 +205,7 @@ def plot_caption(material: Material, *, attacked: bool, selected: bool) -> str:
     return " ".join(
         [
             f"{study.title}: {seeds}.",
+            f"Objective: {', '.join(map(objective, study.grid.objectives))}.",
             f"Epochs: {epochs(study, results)}, pretraining included.",
             selection if selected else "Training curves: no selection.",
             f"{study.threat.norm} eps {radius(study.threat.eps)}. Device: {device(results)}.",

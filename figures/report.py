@@ -8,6 +8,10 @@ from pathlib import Path
 
 import yaml
 from matplotlib.figure import Figure
+
+from robsparse import records
+from robsparse.cells import Layout
+from robsparse.config import Study
 from robsparse.figures import PLOTS, REPORT, TABLES, curves, finals, style, tables, tidy
 from robsparse.figures.notes import (
     SMALL,
@@ -21,10 +25,6 @@ from robsparse.figures.notes import (
 )
 from robsparse.figures.summary import STRONGEST, Material, gather
 from robsparse.figures.tidy import Group, groups
-
-from robsparse import records
-from robsparse.cells import Layout
-from robsparse.config import Study
 
 _DRAW: dict[str, tuple[Callable[[Material], Figure], str]] = {
     "robust_accuracy": (finals.robust_accuracy, "Robust accuracy against sparsity"),

@@ -3,6 +3,7 @@
 Import path: robsparse.figures.style
 """
 
+import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,13 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from robsparse.figures.notes import method_label, percent
-from robsparse.figures.summary import Material
-from robsparse.figures.tidy import Group, groups, methods
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from robsparse import records
 from robsparse.config import Study
+from robsparse.figures.notes import method_label, percent
+from robsparse.figures.summary import Material
+from robsparse.figures.tidy import Group, groups, methods
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; yellow, the faintest, is last.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
@@ -103,6 +105,16 @@ def grid(material: Material, **options: Any) -> tuple[Figure, Iterator[tuple[Gro
     return figure, each()
 
 
+def log_axis(panel: Axes, low: float, high: float, form: str) -> None:
+    """Make y logarithmic from low to high; a range of few decades is labelled at 2 and 5 too."""
+    panel.set_yscale("log")
+    panel.set_ylim(low, high)
+    few = math.log10(high / low) < 2
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter(form))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
 def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) -> Figure:
     """Add one legend above the panels and the caption below them, and lay everything out.
 
@@ -112,8 +124,8 @@ def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) ->
         caption: paragraphs; each is wrapped to the width of the figure.
     """
     width, height = figure.get_size_inches()
-    # A letter of this font is about 0.53 of its size wide.
-    letters = int((width - 0.3) * _POINTS_PER_INCH / (0.53 * _CAPTION_POINTS))
+    # A letter of this font is about 0.57 of its size wide.
+    letters = int((width - 0.3) * _POINTS_PER_INCH / (0.57 * _CAPTION_POINTS))
     lines = [line for part in caption for line in textwrap.wrap(part, letters)]
     inches = (len(lines) * 1.35 * _CAPTION_POINTS + 8) / _POINTS_PER_INCH
     height += inches
@@ -130,7 +142,8 @@ def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) ->
     )
     entries = list(handles)
     if entries:
-        columns = min(len(entries), max(2, int(width / 1.6)))
+        rows = math.ceil(1.4 * len(entries) / width)  # an entry is about 1.4 inches wide
+        columns = math.ceil(len(entries) / rows)
         figure.legend(handles=entries, loc="outside upper center", ncols=columns)
     return figure
 

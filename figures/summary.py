@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from robsparse.figures import statistics
-from robsparse.figures.tidy import LINE, Group, Outcomes, Tidy, attacks, groups, lines
 
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.errors import UsageError
+from robsparse.figures import statistics
+from robsparse.figures.tidy import LINE, Group, Outcomes, Tidy, attacks, groups, lines
 
 STRONGEST = "autoattack"
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+
 from robsparse.figures import compare
 from robsparse.figures.notes import (
     NONE,

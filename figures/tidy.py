@@ -77,7 +77,7 @@ def _table(path: Path) -> pd.DataFrame:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
-            table = pd.read_csv(path, float_precision="round_trip")
+            table = pd.read_csv(path, dtype=dict.fromkeys(_WORDS, str))
     except pd.errors.EmptyDataError:
         return pd.DataFrame(columns=columns)
     except (ValueError, OSError) as error:  # pyarrow's own errors derive from these two
@@ -87,7 +87,7 @@ def _table(path: Path) -> pd.DataFrame:
         raise UsageError(
             f"{path}: no column {', '.join(missing)}; run `robsparse collect CONFIG` again"
         )
-    words = {name: table[name].fillna("").astype(str) for name in _WORDS if name in table}
+    words = {name: table[name].fillna("") for name in _WORDS if name in table}
     # Sparsities of a study have at most four decimals; they are compared as numbers below.
     return table.assign(sparsity=table.sparsity.astype(float).round(4), **words)
 
