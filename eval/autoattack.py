@@ -71,8 +71,8 @@ def run(
         threat.report(f"{component}: {after} of {before} still robust")
         if component == "square" and before - after > SQUARE_MARGIN * len(y_N):
             warnings[
-                f"Square lowered the accuracy of the white-box attacks by {before - after} "
-                "images; they may be unreliable on this model"
+                f"Square broke {before - after} of the {before} images that survived the white-box "
+                "attacks, which may be unreliable on this model"
             ] = None
     return Outcome(
         components,

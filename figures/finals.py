@@ -95,7 +95,8 @@ def layer_density(material: Material) -> Figure:
     """Share of live weights of each layer of the selected networks, mean over seeds."""
     caption = [
         "Layers in forward order, each with its count of prunable weights. Dotted line: the "
-        "density asked of the whole network. Open marker at the bottom: a layer without any live weight.",
+        "density asked of the whole network. Open marker at the bottom: a layer with no live "
+        "weight.",
         plot_caption(material, attacked=False, selected=True),
     ]
     layers = material.tidy.layers

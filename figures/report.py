@@ -124,8 +124,9 @@ def _group_tables(material: Material, group: Group) -> list[str]:
             f"### Comparison under {label}: {group}",
             f"Selection {material.primary}. In brackets {interval_note()}. The interval of a "
             "difference pairs the two networks seed by seed and image by image. Intervals that do "
-            "not overlap separate two methods; intervals that overlap leave it open. The dense "
-            "network is the same in every row.",
+            "not overlap separate two methods; where they overlap, the methods are separated if "
+            "the interval of the difference leaves out zero. The dense network is the same in "
+            "every row.",
             tables.markdown(compared),
         ]
     return parts

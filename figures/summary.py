@@ -135,12 +135,15 @@ def stack(key: dict[str, Any], rows: pd.DataFrame, outcomes: Outcomes) -> np.nda
 def components(material: Material, group: Group) -> pd.DataFrame:
     """Accuracy (fraction, mean over seeds) after each component of the strongest attack.
 
-    One row a (method, sparsity, selection), columns in the order in which the components ran; no
-    columns but the keys if none was run.
+    One row a (method, sparsity, selection) that the study asks it for, columns in the order in
+    which the components ran; no columns but the keys if none was run.
     """
     rows = group.of(material.tidy.results)
     rows = rows[(rows.attack == STRONGEST) & (rows.component != "all")]
     order = rows.component.unique()
     keys = ["method", "sparsity", "selection"]
     means = rows.groupby([*keys, "component"]).accuracy.mean().unstack("component")
-    return group.of(material.summary)[keys].join(means.reindex(columns=order), on=keys)
+    asked = [s for s, names in material.study.evaluation.selections.items() if STRONGEST in names]
+    lines = group.of(material.summary)
+    lines = lines.loc[lines.selection.isin(asked), keys]
+    return lines.join(means.reindex(columns=order), on=keys)

@@ -47,8 +47,9 @@ def collect(study: Study, layout: Layout) -> str:
     _write(layout.root / "results.parquet", results)
     _write(layout.root / "layers.csv", pd.DataFrame(gathered.layers))
     _write(layout.root / "curves.csv", pd.DataFrame(gathered.curves))
-    if gathered.steps:
-        _write(layout.root / "steps.parquet", pd.concat(gathered.steps, ignore_index=True))
+    # Empty when no method of the study logs its steps.
+    steps = gathered.steps or [pd.DataFrame(columns=[*_MODEL_KEY[:-1], "step"])]
+    _write(layout.root / "steps.parquet", pd.concat(steps, ignore_index=True))
     text = f"collected {len(results)} rows: {layout.root / 'results.csv'}"
     for name in gathered.missing:
         text += f"\nmissing, printed as n/a: {name}"
