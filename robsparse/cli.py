@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"robsparse: error: {line}", file=sys.stderr)
         return EXIT_USAGE
+    except OSError as error:  # a full disk, say; files are renamed only when they are whole
+        print(f"robsparse: error: {error}; nothing half-written is left", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("robsparse: stopped; run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -41,27 +44,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"robsparse {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("check", _check, "validate a config; say what is wrong in one line a fault"),
-        ("plan", _plan, "list the jobs of a study and estimate their time on this machine"),
-        ("train", _train, "train one cell"),
-        ("evaluate", _evaluate, "attack one cell's weights and write a record"),
-        ("collect", _collect, "gather all records into results.csv and results.parquet"),
-        ("figures", _figures, "draw tables and plots from the collected results"),
-    ):
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    for name, (run, text, detail) in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}. {detail}",
+            epilog="Exit codes: 0 done, 1 the run failed, 2 bad input, 75 or 130 stopped by a "
+            "signal (the same command continues).",
+        )
         command.add_argument("config", metavar="CONFIG", help="study file, e.g. config/quick.yaml")
         command.set_defaults(run=run)
-        _ADD_OPTIONS.get(name, lambda _: None)(command)
+        if name in _OPTIONS:
+            _OPTIONS[name](command)
         if name != "check":
             command.add_argument(
                 "--results",
                 type=Path,
                 default=Path("results"),
                 metavar="DIR",
-                help="folder that holds results/<study> (default: %(default)s)",
+                help="folder that holds the folder of each study (default: %(default)s)",
             )
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number of at least 1")
+    return int(text)
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:
@@ -72,7 +81,7 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--threads",
-        type=int,
+        type=_positive,
         metavar="N",
         help="CPU threads (default: the study's machine.threads)",
     )
@@ -108,18 +117,11 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
 def _add_cores(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--cores",
-        type=int,
+        type=_positive,
         default=2,
         metavar="N",
         help="cores that jobs may share (default: %(default)s)",
     )
-
-
-_ADD_OPTIONS = {
-    "plan": _add_cores,
-    "train": _add_cell,
-    "evaluate": _add_evaluate,
-}
 
 
 def _study(arguments: argparse.Namespace) -> tuple[Study, Layout]:
@@ -198,3 +200,46 @@ def _collect(arguments: argparse.Namespace) -> None:
 def _figures(arguments: argparse.Namespace) -> None:
     study, layout = _study(arguments)
     print(importlib.import_module("robsparse.figures.report").write(study, layout))
+
+
+_OPTIONS = {"plan": _add_cores, "train": _add_cell, "evaluate": _add_evaluate}
+_COMMANDS = {
+    "check": (
+        _check,
+        "validate a config",
+        "Each fault is one line that names file, key, value, "
+        "what was expected and the nearest match.",
+    ),
+    "plan": (
+        _plan,
+        "list the jobs of a study and estimate their time",
+        "Passes of the study's "
+        "networks are timed on this machine for a few seconds; finished jobs count as done.",
+    ),
+    "train": (
+        _train,
+        "train one cell",
+        "Writes best_val.safetensors, last.safetensors, "
+        "training.json and steps.parquet to DIR/STUDY/models/KEY. An interrupted run "
+        "continues from DIR/STUDY/resume/KEY, bit for bit.",
+    ),
+    "evaluate": (
+        _evaluate,
+        "attack one cell's weights and write a record",
+        "Runs the attacks that "
+        "the study lists for the selection; writes DIR/STUDY/evaluations/KEY/SELECTION.json "
+        "and the outcome of each image beside it.",
+    ),
+    "collect": (
+        _collect,
+        "gather all records into one table",
+        "Checks them and writes results.csv, "
+        "results.parquet, layers.csv, curves.csv and steps.parquet to DIR/STUDY; what is "
+        "missing is listed.",
+    ),
+    "figures": (
+        _figures,
+        "draw tables and plots from the collected results",
+        "Writes report.md, tables/ and plots/ to DIR/STUDY.",
+    ),
+}

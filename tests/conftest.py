@@ -1,0 +1,21 @@
+"""What all tests share. Tests never write into the checkout: they work in tmp_path."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def tiny() -> dict[str, Any]:
+    """config/tiny.yaml as plain data, to be changed by a test and written elsewhere."""
+    return yaml.safe_load((ROOT / "config" / "tiny.yaml").read_text())

@@ -1,0 +1,167 @@
+"""A study of seconds for any registered method, trained once per test run."""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from pydantic import BaseModel
+
+from robsparse import config, datasets, models, registry, training, weights
+from robsparse.cells import Cell, Layout
+from robsparse.config import Fit, Study, starting_cell
+
+EPOCHS = 2
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def shrink(params: type[BaseModel]) -> dict[str, Any]:
+    """Any method's Params in miniature: EPOCHS epochs a stage, periods of one epoch."""
+    values: dict[str, Any] = {}
+    for name, default in params():
+        if isinstance(default, Fit):
+            values[name] = {"epochs": EPOCHS}
+        elif name.endswith("_every"):
+            values[name] = 1
+    return values
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of a miniature study, and how to train it and look at what it left."""
+
+    study: Study
+    cell: Cell
+
+    @property
+    def batches(self) -> int:
+        """Training steps an epoch."""
+        examples = len(datasets.load(self.cell.dataset, self.study.datasets["digits"]).train)
+        return examples // self.study.training.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Training steps in all, without those of the starting cell."""
+        method = registry.load("method", self.cell.method)
+        stages = method.stages(self.study.methods[self.cell.method], self.cell.sparsity)
+        return self.batches * sum(stage.fit.epochs for stage in stages)
+
+    def starts(self) -> list[Cell]:
+        """The cells to train before this one, first one first."""
+        found: list[Cell] = []
+        cell = starting_cell(self.cell)
+        while cell is not None:
+            found.insert(0, cell)
+            cell = starting_cell(cell)
+        return found
+
+    def train(self, layout: Layout, **options: Any) -> Layout:
+        training.train_cell(self.study, self.cell, layout, device="cpu", **options)
+        return layout
+
+    def network(self, layout: Layout, selection: str) -> torch.nn.Module:
+        """A plain network with the exported weights, in eval mode."""
+        splits = datasets.load(self.cell.dataset, self.study.datasets["digits"])
+        params = self.study.archs[self.cell.arch]
+        model = models.build(self.cell.arch, params, splits.image_shape, splits.classes)
+        weights.load_into(model, layout.model(self.cell, selection))
+        return model.eval()
+
+    def results(self, layout: Layout) -> dict[str, Any]:
+        """All that a run leaves except how long it took and how much memory it used."""
+        record = json.loads(layout.training(self.cell).read_text())
+        for name in ("seconds", "peak_memory_mb"):
+            del record["cost"][name]
+        return {
+            "best_val": layout.model(self.cell, "best_val").read_bytes(),
+            "last": layout.model(self.cell, "last").read_bytes(),
+            "steps": pd.read_parquet(layout.steps(self.cell)).to_dict("list"),
+            "record": record,
+        }
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+    """case(method, seed=0, sparsity=0.9, objective="at") -> Case."""
+    folder = tmp_path_factory.mktemp("studies")
+
+    @functools.cache
+    def make(method: str, seed: int = 0, sparsity: float = 0.9, objective: str = "at") -> Case:
+        names = registry.names("method")
+        data = {
+            "study": "contract",
+            "title": "Contract test",
+            "grid": {
+                "datasets": ["digits"],
+                "archs": ["small_cnn"],
+                "objectives": [objective],
+                "methods": names,
+                "sparsities": [sparsity],
+                "seeds": [seed],
+            },
+            "datasets": {"digits": {"validation_examples": 50, "test_examples": 1400}},
+            "archs": {"small_cnn": {"width": 4}},
+            "threat": {"eps": 0.1},
+            "training": {
+                "batch_size": 64,
+                "crafting": {"steps": 2, "step_size": 0.05},
+                "validation": {"steps": 2},
+            },
+            "methods": {name: shrink(registry.entry("method", name).params) for name in names},
+            "evaluation": {"n_examples": 10, "selections": {"last": ["clean"]}},
+        }
+        path = folder / f"{objective}-{sparsity}-{seed}.yaml"
+        path.write_text(yaml.safe_dump(data))
+        study = config.load(path)
+        found = [cell for cell in study.cells() if cell.method == method]
+        return Case(study, found[0])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, case: Callable[..., Case]
+) -> Callable[..., tuple[Case, Layout]]:
+    """trained(method, ...) -> the case and the folder it was trained in without interruption."""
+
+    @functools.cache
+    def train(method: str, **options: Any) -> tuple[Case, Layout]:
+        made = case(method, **options)
+        layout = Layout(tmp_path_factory.mktemp(method))
+        for start in made.starts():
+            _copy(start, train(start.method, **options)[1], layout)
+        return made, made.train(layout)
+
+    return train
+
+
+@pytest.fixture
+def prepared(
+    tmp_path: Path, trained: Callable[..., tuple[Case, Layout]]
+) -> Callable[..., tuple[Case, Layout]]:
+    """prepared(method, ...) -> the case and a new folder that holds its starting weights alone."""
+
+    def prepare(method: str, **options: Any) -> tuple[Case, Layout]:
+        made, source = trained(method, **options)
+        layout = Layout(tmp_path / "run")
+        for start in made.starts():
+            _copy(start, source, layout)
+        return made, layout
+
+    return prepare
+
+
+def _copy(cell: Cell, source: Layout, target: Layout) -> None:
+    shutil.copytree(source.training(cell).parent, target.training(cell).parent, dirs_exist_ok=True)

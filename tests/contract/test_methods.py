@@ -1,0 +1,321 @@
+"""Every registered method keeps the promises that comparisons rest on."""
+
+import ast
+import json
+
+import pytest
+import torch
+import yaml
+
+from robsparse import registry, training
+from robsparse.checkpoints import Interrupted
+from robsparse.config import starting_cell
+from robsparse.counts import keep_count
+from robsparse.datasets import load as load_dataset
+from robsparse.sparsity import live_count, prunable, weight_count
+from robsparse.training import Trainer
+from robsparse.validation import validate
+
+METHODS = registry.names("method")
+SCRATCH = [
+    name for name in METHODS if not registry.entry("method", name).literals.get("STARTS_FROM")
+]
+SELECTIONS = ("best_val", "last")
+EXACT = ("bcs",)
+CPU = torch.device("cpu")
+
+
+def is_dense(method):
+    return registry.entry("method", method).literals.get("DENSE", False)
+
+
+def record_of(case, layout):
+    return json.loads(layout.training(case.cell).read_text())
+
+
+# ---------------------------------------------------------------- the file
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_file_has_a_label_and_names_its_source(method):
+    entry = registry.entry("method", method)
+    assert entry.literals["LABEL"].strip()
+    if not is_dense(method):
+        assert "Source:" in ast.get_docstring(ast.parse(entry.path.read_text()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_starting_method_is_registered_and_dense(method):
+    start = registry.entry("method", method).literals.get("STARTS_FROM")
+    assert start is None or is_dense(start)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_params_read_from_the_text_are_those_of_the_module(method):
+    imported = registry.load("method", method).Params
+    assert registry.entry("method", method).params.model_json_schema() == (
+        imported.model_json_schema()
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_params_survive_yaml(method, case):
+    for params in (
+        registry.entry("method", method).params(),
+        case(method).study.methods[method],
+    ):
+        text = yaml.safe_dump(params.model_dump(mode="json"))
+        assert type(params).model_validate(yaml.safe_load(text)) == params
+
+
+# ---------------------------------------------------------------- what it leaves
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("method", METHODS)
+def test_export_has_the_asked_number_of_live_weights(method, sparsity, selection, trained):
+    case, layout = trained(method, sparsity=sparsity)
+    model = case.network(layout, selection)
+    asked = keep_count(weight_count(model), case.cell.sparsity)
+    slack = 0 if method in EXACT or is_dense(method) else len(prunable(model))
+    assert abs(live_count(model) - asked) <= slack
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_layer_of_the_export_is_empty(method, trained):
+    case, layout = trained(method)
+    for selection in SELECTIONS:
+        layers = prunable(case.network(layout, selection))
+        assert all(module.weight.count_nonzero() for module in layers.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_changes_the_weights_it_starts_from(method, trained):
+    case, layout = trained(method)
+    before = Trainer(case.study, case.cell, layout, CPU).run.model.state_dict()
+    after = case.network(layout, "last").state_dict()
+    assert any(
+        not torch.equal(after[name], value * (after[name] != 0)) for name, value in before.items()
+    )
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_export_has_the_accuracy_its_record_tells(method, selection, trained):
+    case, layout = trained(method)
+    record = record_of(case, layout)
+    told = record["selected"][selection]
+    point = next(p for p in record["curve"] if p["epoch"] == told["epoch"])
+    trainer = Trainer(case.study, case.cell, layout, CPU)
+    found = validate(
+        case.network(layout, selection),
+        load_dataset("digits", case.study.datasets["digits"]).validation,
+        trainer.attacker,
+        case.study.training.validation.steps,
+    )
+    assert found["val_robust"] == told["val_robust"] == point["val_robust"]
+    assert found["val_clean"] == point["val_clean"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_best_val_is_the_best_epoch_at_the_target_sparsity(method, trained):
+    case, layout = trained(method)
+    record = record_of(case, layout)
+    live = live_count(case.network(layout, "best_val"))
+    best = record["selected"]["best_val"]
+    own = record["curve"][-case.steps // case.batches :]
+    candidates = [point for point in own if point["live_weights"] == live]
+    assert best["epoch"] in [point["epoch"] for point in candidates]
+    assert best["val_robust"] == max(point["val_robust"] for point in candidates)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_curve_has_one_point_an_epoch_and_the_cost_counts_them(method, trained):
+    case, layout = trained(method)
+    record = record_of(case, layout)
+    epochs = case.steps // case.batches
+    crafting = case.study.training.crafting.steps
+    before = starting_cell(case.cell)
+    if before is not None:
+        epochs += trained(before.method)[0].steps // case.batches
+    assert [point["epoch"] for point in record["curve"]] == list(range(1, epochs + 1))
+    assert record["cost"]["epochs"] == epochs
+    passes = epochs * case.batches * (crafting + 1)
+    assert record["cost"]["forward_passes"] == record["cost"]["backward_passes"] == passes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peak_live_weights_tell_what_training_held(method, trained):
+    case, layout = trained(method)
+    model = case.network(layout, "last")
+    peak, total = record_of(case, layout)["cost"]["peak_live_weights"], weight_count(model)
+    if starting_cell(case.cell) or is_dense(method):
+        assert peak == total
+    elif method in EXACT:
+        assert peak == keep_count(total, case.cell.sparsity)
+    else:
+        assert live_count(model) <= peak <= total
+
+
+@pytest.mark.parametrize("objective", ["natural", "trades"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_objective_trains_to_the_same_sparsity(method, objective, trained):
+    case, layout = trained(method, objective=objective)
+    reference, reference_layout = trained(method)
+    assert live_count(case.network(layout, "last")) == live_count(
+        reference.network(reference_layout, "last")
+    )
+
+
+# ---------------------------------------------------------------- the same bits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_gives_the_same_bits(method, trained, prepared):
+    case, layout = prepared(method)
+    assert case.results(case.train(layout)) == case.results(trained(method)[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_seed_gives_other_weights(method, trained):
+    one, two = trained(method), trained(method, seed=1)
+    assert one[0].results(one[1])["last"] != two[0].results(two[1])["last"]
+
+
+INTERRUPTIONS = {
+    "first step": lambda case: 1,
+    "middle of an epoch": lambda case: case.batches // 2 + 1,
+    "end of an epoch": lambda case: case.batches,
+    "middle of the second epoch": lambda case: case.batches + 2,
+    "half": lambda case: case.steps // 2,
+    "first step of the second half": lambda case: case.steps // 2 + 1,
+    "middle of the second half": lambda case: case.steps // 2 + case.batches // 2 + 1,
+    "last step": lambda case: case.steps,
+}
+
+
+@pytest.mark.parametrize("when", INTERRUPTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_and_resumed_equals_uninterrupted(method, when, trained, prepared):
+    case, layout = prepared(method)
+    with pytest.raises(Interrupted):
+        case.train(layout, max_steps=INTERRUPTIONS[when](case))
+    assert not layout.training(case.cell).exists()
+    assert not layout.model(case.cell, "last").exists()
+    assert case.results(case.train(layout)) == case.results(trained(method)[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_again_and_again_equals_uninterrupted(method, trained, prepared):
+    case, layout = prepared(method)
+    interruptions = 0
+    while not layout.training(case.cell).exists():
+        try:
+            case.train(layout, max_steps=3)
+        except Interrupted:
+            interruptions += 1
+    assert interruptions == case.steps // 3
+    assert case.results(layout) == case.results(trained(method)[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_after_a_checkpoint_at_the_end_of_an_epoch_equals_uninterrupted(
+    method, trained, prepared, monkeypatch
+):
+    case, layout = prepared(method)
+    ordinary, left = Trainer._step, [case.steps // 2 + 2]
+
+    def step_or_die(self, stage, batch):
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError
+        return ordinary(self, stage, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+        patched.setattr(Trainer, "_step", step_or_die)
+        with pytest.raises(MemoryError):
+            case.train(layout)
+    assert case.results(case.train(layout)) == case.results(trained(method)[1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda good: b"", lambda good: b"not a checkpoint", lambda good: good[: len(good) // 2]],
+    ids=["empty", "garbage", "truncated"],
+)
+@pytest.mark.parametrize("keep_previous", [True, False], ids=["previous kept", "none kept"])
+def test_damaged_checkpoint_never_changes_the_result(damage, keep_previous, trained, prepared):
+    case, layout = prepared("dense")
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            case.train(layout, max_steps=3)
+    state = layout.resume(case.cell) / "state.pt"
+    state.write_bytes(damage(state.read_bytes()))
+    if not keep_previous:
+        state.with_name("state.previous.pt").unlink()
+    assert case.results(case.train(layout)) == case.results(trained("dense")[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoint_of_other_settings_is_not_continued(method, trained, prepared):
+    case, layout = prepared(method)
+    training_settings = case.study.training.model_copy(update={"batch_size": 32})
+    other = type(case)(case.study.model_copy(update={"training": training_settings}), case.cell)
+    with pytest.raises(Interrupted):
+        other.train(layout, max_steps=3)
+    assert case.results(case.train(layout)) == case.results(trained(method)[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_to_resume_is_left_when_done(method, trained):
+    case, layout = trained(method)
+    assert {path.name for path in layout.resume(case.cell).iterdir()} <= {"lock"}
+
+
+# ---------------------------------------------------------------- what methods share
+
+
+def weights_before_training(case, layout):
+    trainer = Trainer(case.study, case.cell, layout, CPU)
+    trainer.stages[0].before_fit(trainer.run)
+    return {name: module.weight.detach() for name, module in prunable(trainer.run.model).items()}
+
+
+@pytest.mark.parametrize("method", SCRATCH)
+def test_methods_from_scratch_start_from_the_weights_of_dense(method, trained):
+    dense = weights_before_training(*trained("dense"))
+    for name, weight in weights_before_training(*trained(method)).items():
+        live = weight != 0
+        assert torch.equal(weight[live].abs(), dense[name][live].abs())
+        assert torch.equal(weight[live].sign(), dense[name][live].sign())
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(SCRATCH)))
+def test_pruning_methods_start_from_the_last_weights_of_dense(method, trained):
+    case, layout = trained(method)
+    dense, dense_layout = trained("dense")
+    start = Trainer(case.study, case.cell, layout, CPU).run.model.state_dict()
+    last = dense.network(dense_layout, "last").state_dict()
+    assert all(torch.equal(start[name], value) for name, value in last.items())
+
+
+def batches(case, layout, epoch):
+    trainer = Trainer(case.study, case.cell, layout, CPU)
+    trainer.progress.curve = [{}] * epoch
+    return [batch.tolist() for batch in trainer._batches()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_see_the_batches_of_dense(method, trained):
+    for epoch in range(3):
+        assert batches(*trained(method), epoch) == batches(*trained("dense"), epoch)
+
+
+def test_each_epoch_sees_every_image_at_most_once_in_an_order_of_its_own(trained):
+    case, layout = trained("dense")
+    first, second = (sum(batches(case, layout, epoch), []) for epoch in (0, 1))
+    assert len(set(first)) == len(first) == case.batches * case.study.training.batch_size
+    assert first != second
+    assert first != sum(batches(*trained("dense", seed=1), 0), [])
