@@ -33,9 +33,10 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
             nn.ReLU(),
         ]
         channels = out
-    model = nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, classes)
-    )
+    # Two halvings leave 2x2 of 8x8 pixels: nothing to pool, and torch's pooling is slow at it.
+    if (-(-height // 4), -(-width // 4)) != (2, 2):
+        layers.append(nn.AdaptiveAvgPool2d(2))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * channels, classes))
     model.apply(he_truncated_normal)
     return model
 

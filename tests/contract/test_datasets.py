@@ -1,0 +1,120 @@
+"""Every registered data set gives the same clean, disjoint splits each time."""
+
+from collections import Counter
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from robsparse import datasets, registry
+from robsparse.errors import UsageError
+
+DATASETS = registry.names("dataset")
+PARTS = ("train", "validation", "test")
+
+
+def load(name, **values):
+    """Splits with the default parameters, or with `values` where the data set has them."""
+    params = registry.entry("dataset", name).params
+    known = {key: value for key, value in values.items() if key in params.model_fields}
+    try:
+        return datasets.load(name, params(**known))
+    except UsageError as error:
+        assert name != "digits"
+        pytest.skip(str(error))
+
+
+def images(part):
+    """Each image with its label, as bytes."""
+    return [
+        x.numpy().tobytes() + bytes([y])
+        for x, y in zip(part.x_NCHW, part.y_N.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_images_are_float32_between_zero_and_one(name):
+    splits = load(name)
+    for part in (getattr(splits, key) for key in PARTS):
+        assert part.x_NCHW.dtype == torch.float32
+        assert part.x_NCHW.shape == (len(part), *splits.image_shape)
+        assert part.x_NCHW.min() >= 0
+        assert 0.5 < part.x_NCHW.max() <= 1
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_labels_are_int64_and_every_class_is_in_each_part(name):
+    splits = load(name)
+    for part in (getattr(splits, key) for key in PARTS):
+        assert part.y_N.dtype == torch.int64
+        assert part.y_N.shape == (len(part),)
+        assert part.y_N.unique().tolist() == list(range(splits.classes))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_parts_have_the_sizes_asked_for(name):
+    splits = load(name, validation_examples=123, test_examples=321)
+    fields = registry.entry("dataset", name).params.model_fields
+    for key in ("validation", "test"):
+        if f"{key}_examples" in fields:
+            assert len(getattr(splits, key)) == {"validation": 123, "test": 321}[key]
+    default = load(name)
+    total = [sum(len(getattr(s, key)) for key in PARTS) for s in (splits, default)]
+    assert total[0] == total[1]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_no_image_is_in_two_parts(name):
+    """True duplicates in the source count: each copy stands once in the splits of any seed."""
+    one, other = load(name), load(name, split_seed=1)
+    counted = [Counter(i for key in PARTS for i in images(getattr(s, key))) for s in (one, other)]
+    assert counted[0] == counted[1]
+    if max(counted[0].values()) == 1:
+        parts = [set(images(getattr(one, key))) for key in PARTS]
+        assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_test_images_do_not_depend_on_the_size_of_the_validation_part(name):
+    one, other = load(name), load(name, validation_examples=77)
+    assert images(one.test) == images(other.test)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_splits_and_checksum_are_the_same_twice_whatever_was_drawn_before(name):
+    torch.manual_seed(1)
+    one = load(name)
+    torch.manual_seed(2)
+    other = load(name)
+    for key in PARTS:
+        assert images(getattr(one, key)) == images(getattr(other, key))
+    assert one.checksum() == other.checksum()
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_checksum_notices_one_changed_pixel_or_label(name):
+    whole = load(name).checksum()
+    splits = load(name)
+    splits.test.x_NCHW[-1, 0, 0, 0] += 0.5
+    assert splits.checksum() != whole
+    splits = load(name)
+    splits.train.y_N[0] = (splits.train.y_N[0] + 1) % splits.classes
+    assert splits.checksum() != whole
+
+
+def test_checksum_of_the_digits_is_the_one_of_the_published_results():
+    assert load("digits", test_examples=200).checksum() == "9edd9a031d1e92a9"
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"validation_examples": 5},
+        {"test_examples": 9},
+        {"validation_examples": 1000, "test_examples": 700},
+    ],
+)
+def test_impossible_sizes_of_the_digits_are_refused(sizes):
+    params = registry.entry("dataset", "digits").params
+    with pytest.raises((UsageError, ValidationError)):
+        datasets.load("digits", params(**sizes))

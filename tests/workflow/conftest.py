@@ -1,0 +1,85 @@
+"""A copy of the workflow in a temporary folder, and commands run in it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder to run commands in, which is not the checkout."""
+
+    root: Path
+
+    def run(self, *words: str, timeout: float = 170.0, **environment: str):
+        """Run a command to its end; stdout and stderr are text."""
+        return subprocess.run(
+            words,
+            cwd=self.root,
+            env=ENVIRONMENT | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def start(self, *words: str) -> subprocess.Popen:
+        """Start a command; stdout is a pipe of lines."""
+        return subprocess.Popen(
+            words,
+            cwd=self.root,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def write(self, data: dict[str, Any], name: str = "config/tiny.yaml") -> str:
+        """Write a study file; returns its name relative to the folder."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(data, sort_keys=False))
+        return name
+
+    def files(self) -> dict[str, bytes]:
+        """Every file below results/, by name, locks and logs excepted."""
+        return {
+            str(path.relative_to(self.root)): path.read_bytes()
+            for path in sorted(self.root.glob("results/**/*"))
+            if path.is_file() and path.name != "lock" and "logs" not in path.parts
+        }
+
+
+@pytest.fixture(scope="session")
+def project_at(repository: Path) -> Callable[[Path], Project]:
+    """project_at(folder) -> a Project with copies of the workflow's files."""
+
+    def make(folder: Path) -> Project:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repository / "Snakefile", folder)
+        for name in ("rules", "config", "profiles", "report"):
+            shutil.copytree(repository / name, folder / name)
+        return Project(folder)
+
+    return make
+
+
+@pytest.fixture
+def project(tmp_path: Path, project_at: Callable[[Path], Project]) -> Project:
+    """A project of this test alone."""
+    return project_at(tmp_path / "project")
