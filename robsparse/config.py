@@ -6,12 +6,11 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     Field,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -26,6 +25,9 @@ from robsparse.fields import Radius, Share, Sparsity, Strict
 
 Selection = Literal["best_val", "last"]
 Objective = Literal["natural", "at", "trades"]
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Fit(Strict):
@@ -82,6 +84,13 @@ class Training(Strict):
     validation: Validation = Validation()
 
 
+def each_once(values: list[Any]) -> list[Any]:
+    """Return the list as it is; a repeated entry is a fault of the config."""
+    if len(set(values)) != len(values):
+        raise PydanticCustomError("repeat", "expected each entry once", {})
+    return values
+
+
 class Grid(Strict):
     """The cells of the study: the product of these lists (dense is trained once a seed)."""
 
@@ -90,14 +99,12 @@ class Grid(Strict):
     objectives: list[Objective] = Field(min_length=1)
     methods: list[str] = Field(min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
-    seeds: list[NonNegativeInt] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
 
     @field_validator("datasets", "archs", "objectives", "methods", "sparsities", "seeds")
     @classmethod
     def _no_repeats(cls, values: list[Any]) -> list[Any]:
-        if len(set(values)) != len(values):
-            raise PydanticCustomError("repeat", "expected each entry once", {})
-        return values
+        return each_once(values)
 
 
 class Evaluation(Strict):
@@ -105,11 +112,18 @@ class Evaluation(Strict):
 
     n_examples: PositiveInt = Field(description="the first n images of the test split")
     batch_size: PositiveInt = 250
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     selections: dict[Selection, list[str]] = Field(
         min_length=1, description="attacks to run on the weights of each selection"
     )
     attacks: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("selections")
+    @classmethod
+    def _no_repeats(cls, selections: dict[str, list[str]]) -> dict[str, list[str]]:
+        for names in selections.values():
+            each_once(names)
+        return selections
 
 
 class Machine(Strict):
@@ -243,7 +257,7 @@ def _fill_in(study: Study, data: dict[str, Any]) -> Study:
             )
         }
     )
-    return study.model_copy(
+    study = study.model_copy(
         update={
             "datasets": _parts(
                 "dataset", study.grid.datasets, study.datasets, "grid.datasets", "datasets"
@@ -253,6 +267,19 @@ def _fill_in(study: Study, data: dict[str, Any]) -> Study:
             "evaluation": evaluation,
         }
     )
+    _check_test_size(study)
+    return study
+
+
+def _check_test_size(study: Study) -> None:
+    """Say before anything is trained that there are fewer test images than asked for."""
+    for name in study.grid.datasets:
+        size = getattr(study.datasets[name], "test_examples", None)
+        if size is not None and study.evaluation.n_examples > size:
+            raise UsageError(
+                f"evaluation.n_examples = {study.evaluation.n_examples}: expected at most "
+                f"datasets.{name}.test_examples; nearest match: {size}"
+            )
 
 
 def _parts(kind: str, wanted: Any, given: dict[str, Any], grid_key: str, key: str) -> dict:
@@ -261,7 +288,7 @@ def _parts(kind: str, wanted: Any, given: dict[str, Any], grid_key: str, key: st
     parts = {}
     for name in dict.fromkeys([*wanted, *given]):
         model = _entry(kind, name, grid_key).params
-        values = given.get(name) or {}
+        values = {} if given.get(name) is None else given[name]
         try:
             parts[name] = model.model_validate(values)
         except ValidationError as error:

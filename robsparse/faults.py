@@ -1,6 +1,7 @@
 """From a failed validation to one line that a person can act on."""
 
 import json
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -53,10 +54,17 @@ class UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # what `<<` brings in may be overridden
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "expected a word as key", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key}' stands twice", key_node.start_mark
                 )
             seen.add(key)
+        self.flatten_mapping(node)
         return super().construct_mapping(node, deep)

@@ -12,7 +12,9 @@ from robsparse.errors import nearest
 class Strict(BaseModel):
     """Base of every configuration section: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -23,7 +25,7 @@ class Strict(BaseModel):
                 raise PydanticCustomError(
                     "unknown_key",
                     "unknown key, expected one of: {known}{nearest}",
-                    {"key": str(key), "known": known, "nearest": nearest(key, cls.model_fields)},
+                    {"key": key, "known": known, "nearest": nearest(key, cls.model_fields)},
                 )
         return data
 

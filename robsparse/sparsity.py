@@ -2,6 +2,9 @@
 last layer included; biases and batch norm are not.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -92,6 +95,19 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
     modules = prunable(model)
     for name, mask in masks.items():
         parametrize.register_parametrization(modules[name], "weight", Masked(mask))
+
+
+@contextmanager
+def effective_weights(model: nn.Module) -> Iterator[None]:
+    """Form every parametrised weight once and use it for all passes inside the block.
+
+    They are formed with gradients here, because the first pass inside may be one without, whose
+    weights would then serve the training pass too.
+    """
+    with parametrize.cached():
+        for module in prunable(model).values():
+            _ = module.weight
+        yield
 
 
 def bake(model: nn.Module) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from robsparse import datasets, models, objectives, records, registry, weights
@@ -18,7 +17,7 @@ from robsparse.config import Study, starting_cell
 from robsparse.datasets import Splits
 from robsparse.errors import UsageError
 from robsparse.machine import device_name, peak_memory_mb, pick_device, set_threads
-from robsparse.sparsity import plain_state
+from robsparse.sparsity import effective_weights, plain_state
 from robsparse.stages import Run, Stage
 from robsparse.staleness import training_digest
 from robsparse.validation import validate
@@ -184,8 +183,7 @@ class Trainer:
         run.model.train()
         run.lr = fit.lr * run.lr_factor
         run.optimizer.param_groups[0]["lr"] = run.lr
-        # Effective weights are formed once a step and serve crafting and update alike.
-        with parametrize.cached():
+        with effective_weights(run.model):
             loss = self.objective(run.model, x_NCHW, y_N, self.attacker)
             penalty = stage.penalty(run)
             total = loss if penalty is None else loss + penalty

@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from robsparse import perturb
 from robsparse.cells import derive_seed
 from robsparse.datasets import Part
 from robsparse.objectives import Attacker
+from robsparse.sparsity import effective_weights
 
 
 def validate(model: nn.Module, part: Part, attacker: Attacker, steps: int) -> dict[str, float]:
@@ -16,7 +16,7 @@ def validate(model: nn.Module, part: Part, attacker: Attacker, steps: int) -> di
     The random start is the same at every call, so that epochs differ in their weights alone.
     """
     generator = torch.Generator(part.x_NCHW.device).manual_seed(derive_seed("validate", len(part)))
-    with perturb.batch_norm_mode(model, "eval"), parametrize.cached():
+    with perturb.batch_norm_mode(model, "eval"), effective_weights(model):
         start = perturb.uniform_start(part.x_NCHW, attacker.eps, generator)
         adversarial = perturb.ascend(
             model,

@@ -4,36 +4,27 @@ Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI
 """
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from robsparse.config import Strict
 from robsparse.datasets import Part, Splits
-from robsparse.errors import UsageError
-
-IMAGES = 1797
 
 
 class Params(Strict):
     """Sizes of the held-out parts (stratified by class) and the seed that draws them."""
 
-    validation_examples: PositiveInt = 200
-    test_examples: PositiveInt = 400
+    validation_examples: int = Field(200, ge=10, le=800)
+    test_examples: int = Field(400, ge=10, le=800)
     split_seed: NonNegativeInt = 0
 
 
 def load(params: Params) -> Splits:
-    """Split the digits. Raises UsageError when fewer than 100 images remain to train on."""
-    held_out = params.validation_examples + params.test_examples
-    if held_out > IMAGES - 100:
-        raise UsageError(
-            f"datasets.digits: {held_out} images held out of {IMAGES}, "
-            f"expected at most {IMAGES - 100} so that 100 remain to train on"
-        )
+    """Split the digits; what is not held out is for training."""
     digits = load_digits()
     rest, test = train_test_split(
-        range(IMAGES),
+        range(len(digits.target)),
         test_size=params.test_examples,
         random_state=params.split_seed,
         stratify=digits.target,

@@ -424,7 +424,7 @@ def weights_of(project):
 
 def started(project, long):
     """A training run in another process that has printed its first line."""
-    process = project.start("robsparse", "train", study, "--cell", DENSE)
+    process = project.start("robsparse", "train", long, "--cell", DENSE)
     line = process.stdout.readline()
     assert line.startswith("pretrain epoch"), process.communicate()[1]
     return process

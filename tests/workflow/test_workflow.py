@@ -60,7 +60,7 @@ def again(finished, study):
         text = done.stdout + done.stderr
         found = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", text, re.MULTILINE)}
         assert found or "Nothing to be done" in text
-        return {rule: n for rule, n in found.items() if rule not in ("all", "total")}
+        return {rule: n for rule, n in found.items() if rule not in ("all", "evaluated", "total")}
 
     return jobs
 
@@ -145,7 +145,8 @@ def test_same_study_by_hand_gives_the_same_results(finished, tmp_path, monkeypat
     project, _ = finished
     monkeypatch.chdir(project.root)
     elsewhere = ("--results", str(tmp_path))
-    for cell in load(STUDY).cells():
+    chosen = ("dense", "bcs")
+    for cell in (cell for cell in load(STUDY).cells() if cell.method in chosen):
         assert main(["train", STUDY, "--cell", cell.key, *elsewhere]) == 0
         for selection in ("best_val", "last"):
             words = ("--cell", cell.key, "--selection", selection)
@@ -155,6 +156,7 @@ def test_same_study_by_hand_gives_the_same_results(finished, tmp_path, monkeypat
         pd.read_csv(folder / "tiny" / "results.csv").drop(columns=[*PASSING])
         for folder in (project.root / "results", tmp_path)
     )
+    one = one[one.method.isin(chosen)].reset_index(drop=True)
     pd.testing.assert_frame_equal(one, other)
 
 
@@ -238,7 +240,7 @@ def test_one_lost_record_is_made_again_from_the_weights_that_are_there(again, fi
     kept = record.with_name("kept")
     shutil.move(record, kept)
     try:
-        assert again(lambda study: None) == {"evaluate": 1} | REPORTS
+        assert again(lambda study: None, "evaluated") == {"evaluate": 1}
     finally:
         shutil.move(kept, record)
 
