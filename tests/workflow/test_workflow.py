@@ -55,7 +55,7 @@ def again(finished, study):
     def jobs(change, *words, configfile=STUDY):
         change(study)
         project.write(study)
-        done = project.run("snakemake", "-n", "--configfile", configfile, *words)
+        done = project.run("snakemake", "-n", *words, "--configfile", configfile)
         assert done.returncode == 0, done.stderr
         text = done.stdout + done.stderr
         found = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", text, re.MULTILINE)}
@@ -289,7 +289,7 @@ def test_one_broken_cell_does_not_stop_the_others(study, project):
     study["grid"]["methods"] = ["dense", "lwm", "bcs"]
     study["methods"]["bcs"]["train"]["lr"] = 1e30
     project.write(study)
-    done = project.run("snakemake", "--cores", "2", "--configfile", STUDY, "trained")
+    done = project.run("snakemake", "--cores", "2", "trained", "--configfile", STUDY)
     assert done.returncode == 1
     trained = {path.parts[-5] for path in project.root.glob("results/tiny/models/**/training.json")}
     assert trained == {"dense", "lwm"}

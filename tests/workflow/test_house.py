@@ -1,0 +1,201 @@
+"""The house rules: style, one-way imports, nothing of one machine in the repository."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from robsparse.cli import main
+
+BIN = Path(sys.executable).parent
+ROOMS = ("method", "baselines", "eval", "figures")
+# Modules that the workflow loads while it is being planned, before torch.
+PLANNING = (
+    "cells",
+    "collection",
+    "config",
+    "counts",
+    "errors",
+    "faults",
+    "fields",
+    "records",
+    "registry",
+    "staleness",
+)
+
+
+def run(*words, cwd, **environment):
+    return subprocess.run(
+        [BIN / words[0], *words[1:]],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# ---------------------------------------------------------------- style
+
+
+@pytest.mark.parametrize("words", [("check", "--no-cache"), ("format", "--check", "--no-cache")])
+def test_ruff_is_content(words, repository):
+    done = run("ruff", *words, ".", cwd=repository)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_snakefmt_is_content(repository):
+    done = run("snakefmt", "--check", "Snakefile", "rules", cwd=repository)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- imports
+
+
+@pytest.fixture
+def mirror(repository, tmp_path):
+    """The package as one tree: import-linter cannot follow the map of folders to sub-packages."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    package = tmp_path / "robsparse"
+    shutil.copytree(repository / "robsparse", package, ignore=ignored)
+    for room in ROOMS:
+        shutil.copytree(repository / room, package / room, ignore=ignored)
+    shutil.copy(repository / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def lint_imports(mirror):
+    return run("lint-imports", "--no-cache", cwd=mirror, PYTHONPATH=str(mirror))
+
+
+def plant(mirror, module, line):
+    path = mirror / "robsparse" / f"{module.replace('.', '/')}.py"
+    path.write_text(f"{path.read_text()}\n\n{line}\n")
+
+
+def test_import_contracts_are_kept(mirror):
+    done = lint_imports(mirror)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+def core_modules(repository):
+    """Every module of robsparse/ itself; a package counts as one."""
+    found = [path.stem for path in (repository / "robsparse").glob("*.py")]
+    found += [path.parent.name for path in (repository / "robsparse").glob("*/__init__.py")]
+    return sorted(set(found) - {"__init__", "__main__"})
+
+
+def test_contract_of_the_core_names_every_module_of_it(repository):
+    settings = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["importlinter"]
+    contract = next(
+        c for c in settings["contracts"] if "robsparse.baselines" in c.get("forbidden_modules", [])
+    )
+    named = {name.removeprefix("robsparse.") for name in contract["source_modules"]}
+    assert named == set(core_modules(repository))
+
+
+VIOLATIONS = {
+    "core sees a method": ("training", "import robsparse.baselines.lwm"),
+    "core sees an attack": ("evaluation", "import robsparse.eval.pgd"),
+    "core sees figures": ("records", "import robsparse.figures.tables"),
+    "a corner of the core sees a method": ("stages", "import robsparse.baselines.hydra"),
+    "method sees a baseline": ("method.bcs", "import robsparse.baselines.hydra"),
+    "baseline sees the method": ("baselines.lwm", "import robsparse.method.bcs"),
+    "baseline sees another baseline": ("baselines.lwm", "import robsparse.baselines.hydra"),
+    "baseline sees an attack": ("baselines.lwm", "import robsparse.eval.pgd"),
+    "baseline sees the evaluator": ("baselines.lwm", "import robsparse.evaluation"),
+    "method sees the evaluator": ("method.bcs", "import robsparse.evaluation"),
+    "attack sees a method": ("eval.pgd", "import robsparse.method.bcs"),
+    "figures see torch": ("figures.tables", "import torch"),
+    "figures see torch through the core": ("figures.tables", "import robsparse.sparsity"),
+    "figures see an attack": ("figures.tables", "import robsparse.eval.clean"),
+} | {f"planning sees torch: {module}": (module, "import torch") for module in PLANNING}
+
+
+@pytest.mark.parametrize("violation", VIOLATIONS)
+def test_planted_violation_of_the_import_contracts_is_caught(violation, mirror):
+    plant(mirror, *VIOLATIONS[violation])
+    done = lint_imports(mirror)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert " 0 broken" not in done.stdout
+
+
+def test_rooms_are_never_imported_by_their_bare_names(repository):
+    pattern = re.compile(rf"^\s*(?:from|import) (?:{'|'.join(ROOMS)})\b", re.MULTILINE)
+    assert [name for name in python_files(repository) if pattern.search(name.read_text())] == []
+
+
+def python_files(repository):
+    folders = ("robsparse", "tests", "rules", *ROOMS)
+    found = [path for name in folders for path in (repository / name).rglob("*") if path.is_file()]
+    return [path for path in found if path.suffix in (".py", ".smk")]
+
+
+# ---------------------------------------------------------------- the repository
+
+
+def tracked(repository):
+    if not (repository / ".git").exists():
+        pytest.skip("not a git checkout")
+    names = run_git(repository, "ls-files", "-z").split("\0")
+    return [repository / name for name in names if name and (repository / name).is_file()]
+
+
+def run_git(repository, *words):
+    return subprocess.run(
+        ["git", *words], cwd=repository, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_no_tracked_file_names_a_place_on_one_machine(repository):
+    places = "|".join(("home", "root", "Users", "tmp", "work", "mnt", "scratch"))
+    pattern = re.compile(rf"(?<![\w.}})/])/(?:{places})/\w".encode())
+    found = {
+        str(path.relative_to(repository)): match.group().decode()
+        for path in tracked(repository)
+        if (match := pattern.search(path.read_bytes()))
+    }
+    assert found == {}
+
+
+def test_no_generated_file_is_tracked(repository):
+    generated = re.compile(r"__pycache__|\.egg-info|\.snakemake|^results/(?!reference/|published/)")
+    names = [str(path.relative_to(repository)) for path in tracked(repository)]
+    assert [name for name in names if generated.search(name)] == []
+
+
+def test_no_tracked_file_is_larger_than_a_megabyte(repository):
+    assert [path for path in tracked(repository) if path.stat().st_size > 2**20] == []
+
+
+# ---------------------------------------------------------------- a new method
+
+
+def test_a_new_file_is_a_method_by_one_line_of_a_config(mirror, tiny, project):
+    """What the README promises, with a copy of LWM."""
+    baselines = mirror / "robsparse" / "baselines"
+    text = (baselines / "lwm.py").read_text().replace('LABEL = "LWM"', 'LABEL = "Mine"')
+    (baselines / "mine.py").write_text(text)
+    tiny["grid"] |= {"methods": ["dense", "lwm"], "seeds": [0]}
+    study = project.write(tiny)
+    dense, mine = ("dense/at/s0.0000/seed0", "mine/at/s0.9000/seed0")
+    results = ("--results", str(project.root / "results"))
+    key = f"digits/small_cnn/{dense}"
+    assert main(["train", str(project.root / study), "--cell", key, *results]) == 0
+    tiny["grid"]["methods"].append("mine")
+    project.write(tiny)
+
+    def python(*words):
+        done = project.run(sys.executable, "-m", *words, PYTHONPATH=str(mirror))
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    python("robsparse", "train", study, "--cell", f"digits/small_cnn/{mine}")
+    assert (project.root / f"results/tiny/models/digits/small_cnn/{mine}/training.json").exists()
+    assert mine in python("snakemake", "-n", "--configfile", study)
