@@ -110,11 +110,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
                 "sparsities": [sparsity],
                 "seeds": [seed],
             },
-            "datasets": {"digits": {"validation_examples": 50, "test_examples": 1400}},
+            "datasets": {"digits": {"validation_examples": 300, "test_examples": 800}},
             "archs": {"small_cnn": {"width": 4}},
             "threat": {"eps": 0.1},
             "training": {
-                "batch_size": 64,
+                "batch_size": 128,
                 "crafting": {"steps": 2, "step_size": 0.05},
                 "validation": {"steps": 2},
             },

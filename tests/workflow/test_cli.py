@@ -23,8 +23,7 @@ HEAVY = {"torch", "torchvision", "sklearn", "pyautoattack", "matplotlib", "panda
 def shrunk(study):
     """A study whose cells train in a fraction of a second."""
     study["grid"] |= {"methods": ["dense", "bcs"], "seeds": [0]}
-    study["datasets"]["digits"] |= {"test_examples": 1400}
-    study["training"]["batch_size"] = 64
+    study["datasets"]["digits"] |= {"validation_examples": 300, "test_examples": 800}
     study["methods"]["dense"]["pretrain"]["epochs"] = 2
     study["methods"]["bcs"]["train"]["epochs"] = 2
     study["evaluation"] |= {"n_examples": 10, "selections": {"last": ["clean", "pgd"]}}
@@ -117,11 +116,11 @@ WRONG_VALUES = {
     "methods/admm/rho_growth": (0.5, "methods.admm.rho_growth = 0.5", "nearest match: 1"),
     "evaluation/attacks/pdg": ({}, "unknown attack 'pdg'", "nearest match: 'pgd'"),
     "evaluation/selections/last": (["clean", "autoatack"], "nearest match: 'autoattack'"),
-    "evaluation/n_examples": (None, "evaluation.n_examples = null", "integer"),
+    "evaluation/n_examples": (51, "evaluation.n_examples = 51", "nearest match: 50"),
+    "evaluation/seed": (None, "evaluation.seed = null", "integer"),
     "machine/device": ("gpu", 'machine.device = "gpu"', "'cuda'"),
     "study": ("../elsewhere", 'study = "../elsewhere"', "pattern"),
     "title": (3, "title = 3", "string"),
-    # Bugs found when these tests were written:
     "methods/dense/pretrain/lr": (float("inf"), "methods.dense.pretrain.lr", "finite"),
     "datasets/digits/validation_examples": (5, "datasets.digits.validation_examples = 5"),
     "evaluation/selections/best_val": (["clean", "pgd", "pgd"], "best_val", "once"),
@@ -365,17 +364,6 @@ def test_selection_that_the_study_does_not_have_is_refused(small, project, robsp
     code, _, err = robsparse("evaluate", study, "--cell", DENSE, "--selection", "best_val")
     assert code == 2
     assert_one_line(err, "best_val")
-
-
-def test_more_test_images_than_there_are_is_refused(small, project, robsparse):
-    small["evaluation"]["n_examples"] = 1401
-    study = project.write(small)
-    robsparse("train", study, "--cell", DENSE)
-    before = project.files()
-    code, _, err = robsparse("evaluate", study, "--cell", DENSE, "--selection", "last")
-    assert code == 2
-    assert_one_line(err, "n_examples = 1401", "1400 images")
-    assert project.files() == before
 
 
 def test_stale_record_is_not_collected(small, project, robsparse):

@@ -1,0 +1,454 @@
+"""BCS through its real hooks and the one training loop: budget, signs, zeros, decay."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from robsparse import training
+from robsparse.cells import Cell, Layout
+from robsparse.counts import keep_count
+from robsparse.method.bcs import Params, SamplingStage, draw_layers, initial_counts, stages, thetas
+from robsparse.sparsity import bake, live_count, plain_state, prunable, weight_count
+from robsparse.stages import Run
+from robsparse.training import Trainer
+
+CPU = torch.device("cpu")
+
+
+def chain(*widths):
+    """Linear layers with ReLU between them."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def begin(model, sparsity, *, seed=0, lr=0.1, sgd=None, **params):
+    """A stage and its run, ready for the first step."""
+    stage = SamplingStage(Params(**params))
+    run = Run(model, sparsity, torch.Generator().manual_seed(seed), lr=lr)
+    stage.before_fit(run)
+    run.optimizer = torch.optim.SGD(
+        stage.parameters(model), lr=lr, **({"momentum": 0.9} | (sgd or {}))
+    )
+    return stage, run
+
+
+def one_theta(values, *, sparsity, sgd=None, sign=None, **params):
+    """A single linear layer whose theta are given."""
+    model = nn.Sequential(nn.Linear(len(values), 1, bias=False))
+    stage, run = begin(model, sparsity, sgd=sgd or {}, **params)
+    (theta,) = thetas(model)
+    theta.data.copy_(torch.tensor([values]))
+    if sign is not None:
+        model[0].parametrizations.weight[0].sign.copy_(torch.tensor([sign]))
+    return model, stage, run, theta
+
+
+def sgd_step(stage, run, loss):
+    run.optimizer.zero_grad()
+    loss.backward()
+    stage.before_step(run)
+    run.optimizer.step()
+    stage.after_step(run)
+
+
+# ---------------------------------------------------------------- one step by hand
+
+
+def test_full_step_by_hand_with_signs_momentum_and_one_possible_regrowth():
+    # w = (-0.5, 0.2, 0, -0.1), x = (1, 2, 3, 4), loss = w.x: dL/dw = x
+    # dL/dtheta = (-1, 2, 0, -4); theta - 0.1 * g = (0.6, 0.0, 0, 0.5) with exact thirds avoided
+    model, stage, run, theta = one_theta(
+        [0.5, 0.2, 0.0, 0.1], sparsity=0.25, sign=[-1.0, 1.0, 1.0, -1.0], noise_scale=0.0
+    )
+    # The budget is 3 of 4 and theta[1] falls to 0, so two positions are dormant and one is drawn.
+    sgd_step(stage, run, model(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum())
+    after = theta.detach()[0].tolist()
+    assert after[0] == pytest.approx(0.6)
+    assert after[3] == pytest.approx(0.5)
+    assert sorted(after[1:3]) == pytest.approx([0.0, 1e-12], abs=1e-15)
+    assert max(after[1:3]) == pytest.approx(1e-12)
+    assert run.logged == {"deaths": 1, "regrown": 1}
+    assert model[0].weight.detach()[0, 0].item() == pytest.approx(-0.6)
+    assert run.optimizer.state[theta]["momentum_buffer"][0].tolist() == [-1.0, 2.0, 0.0, -4.0]
+
+
+@pytest.mark.parametrize(("momentum", "expected"), [("keep", 5.0), ("reset", 0.0)])
+def test_killed_and_redrawn_weight_keeps_or_loses_its_velocity(momentum, expected):
+    # All three positions must be live, so the one that dies is the one that is drawn.
+    model, stage, run, theta = one_theta(
+        [0.5, 0.2, 0.3], sparsity=0.0, momentum=momentum, noise_scale=0.0, sign=[1.0, 1.0, 1.0]
+    )
+    sgd_step(stage, run, model(torch.tensor([[1.0, 5.0, 2.0]])).sum())
+    assert theta.detach()[0].tolist() == pytest.approx([0.4, 1e-12, 0.1])
+    velocity = run.optimizer.state[theta]["momentum_buffer"][0].tolist()
+    assert velocity == [1.0, expected, 2.0]  # only that of the regrown one is touched
+
+
+def test_reset_works_without_momentum():
+    model, stage, run, _ = one_theta(
+        [0.5, 0.2], sparsity=0.0, momentum="reset", sgd={"momentum": 0.0}, noise_scale=0.0
+    )
+    sgd_step(stage, run, model(torch.tensor([[9.0, 9.0]])).abs().sum() * 100)
+    assert live_count(model) == 2
+
+
+def test_regrown_weights_get_the_value_of_the_parameter():
+    model, stage, run, theta = one_theta([0.5, 0.0], sparsity=0.0, regrown_theta=0.25)
+    sgd_step(stage, run, model(torch.zeros(1, 2)).sum())
+    assert theta.detach()[0].tolist() == pytest.approx([0.5, 0.25], abs=1e-5)
+
+
+@pytest.mark.parametrize(("init", "wakes"), [("strict", False), ("authors", True)])
+def test_dormant_theta_drifts_over_zero_on_its_momentum_only_for_the_authors(init, wakes):
+    stage = SamplingStage(Params(init=init, noise_scale=0.0))
+    model = chain(2, 1, 1)  # two layers: the authors' shares name a first and a last
+    run = Run(model, 0.4, torch.Generator().manual_seed(0), lr=0.1)
+    stage.before_fit(run)
+    run.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    first, second = thetas(model)
+    first.data.copy_(torch.tensor([[1.0, -0.05]]))  # two live of three; a budget of one
+    second.data.copy_(torch.tensor([[1.0]]))
+    first.grad, second.grad = torch.zeros_like(first), torch.zeros_like(second)
+    run.optimizer.state[first]["momentum_buffer"] = torch.tensor([[0.0, -1.0]])
+    stage.before_step(run)
+    run.optimizer.step()  # velocity -0.9 moves the dormant one to -0.05 + 0.09
+    stage.after_step(run)
+    assert (first[0, 1].item() > 0) is wakes
+    assert live_count(model) == 2 + wakes
+
+
+def test_rewiring_is_silent_when_nothing_is_missing():
+    _, stage, run, theta = one_theta([0.5, 0.4, 0.0, 0.0], sparsity=0.5)
+    state = run.generator.get_state()
+    assert stage._rewire([theta], run) == 0
+    assert torch.equal(run.generator.get_state(), state)
+
+
+# ---------------------------------------------------------------- where regrowths go
+
+
+class Rewiring:
+    """A stage on given layer sizes with given live counts, rewired again and again."""
+
+    def __init__(self, sizes, live, budget):
+        self.model = nn.Sequential(*(nn.Linear(size, 1, bias=False) for size in sizes))
+        self.stage, self.run = begin(self.model, round(1 - budget / sum(sizes), 4), seed=4)
+        self.sizes, self.live = sizes, live
+
+    def draw(self):
+        """Regrown positions of each layer."""
+        everything = thetas(self.model)
+        with torch.no_grad():
+            for theta, count in zip(everything, self.live, strict=True):
+                theta.fill_(-1.0)
+                theta[0, :count] = 1.0
+            self.stage._rewire(everything, self.run)
+        return [(theta.detach()[0] == 1e-12).numpy() for theta in everything]
+
+
+def test_regrowths_go_to_layers_by_size_not_by_dormant_positions():
+    # Layers of 40 and 60 with 5 and 55 dormant: by size 0.4, by dormant positions 0.083.
+    rewiring = Rewiring([40, 60], [35, 5], budget=41)
+    counts = np.zeros(2)
+    for _ in range(1500):
+        counts += [drawn.sum() for drawn in rewiring.draw()]
+    assert counts.sum() == 1500
+    assert stats.chisquare(counts, [600, 900]).pvalue > 0.01
+
+
+def test_regrowths_of_a_step_are_spread_like_independent_draws():
+    # Three draws over layers of equal size: the first gets Binomial(3, 1/2).
+    rewiring = Rewiring([50, 50], [10, 10], budget=23)
+    observed = np.zeros(4)
+    for _ in range(1200):
+        observed[int(rewiring.draw()[0].sum())] += 1
+    expected = 1200 * stats.binom(3, 0.5).pmf(range(4))
+    assert stats.chisquare(observed, expected).pvalue > 0.01
+
+
+def test_regrown_positions_are_uniform_over_the_dormant_ones_of_a_layer():
+    rewiring = Rewiring([12, 20], [4, 2], budget=11)
+    counts = [np.zeros(12), np.zeros(20)]
+    for _ in range(1500):
+        for total, drawn in zip(counts, rewiring.draw(), strict=True):
+            np.add(total, drawn, out=total)
+    assert sum(total.sum() for total in counts) == 5 * 1500
+    for total, live in zip(counts, (4, 2), strict=True):
+        assert not total[:live].any()
+        # Several are drawn without replacement in a step, which only narrows the spread.
+        assert stats.chisquare(total[live:]).pvalue > 0.01
+
+
+def test_what_a_nearly_full_layer_cannot_take_goes_elsewhere():
+    # 90 % of the draws aim at the large layer, which has two dormant positions.
+    rewiring = Rewiring([90, 10], [88, 0], budget=98)
+    for _ in range(20):
+        large, small = rewiring.draw()
+        assert int(large.sum() + small.sum()) == 10
+        assert int(large.sum()) <= 2
+        assert int(small.sum()) >= 8
+
+
+def test_all_layers_can_be_filled_to_the_last_position():
+    drawn = draw_layers(
+        9, torch.tensor([1000, 4, 5]), torch.tensor([0, 4, 5]), torch.Generator().manual_seed(0)
+    )
+    assert drawn.tolist() == [0, 4, 5]
+
+
+def test_redrawn_remainder_follows_the_sizes_of_the_layers_with_room():
+    generator = torch.Generator().manual_seed(0)
+    sizes, room = torch.tensor([1000, 30, 10]), torch.tensor([0, 30, 10])
+    total = sum(draw_layers(1, sizes, room, generator) for _ in range(800))
+    assert total[0] == 0
+    assert stats.chisquare(total[1:].numpy(), [600, 200]).pvalue > 0.01
+
+
+# ---------------------------------------------------------------- the start
+
+
+def test_initial_counts_of_the_authors_by_hand():
+    model = chain(7, 5, 30, 11)  # sizes 35, 150, 330
+    assert initial_counts(model, 0.9, "authors") == {
+        "0": int(0.6 * 35),
+        "2": int(0.05 * 150),
+        "4": int(0.6 * 330),
+    }
+    assert initial_counts(model, 0.9, "authors") == {"0": 21, "2": 7, "4": 198}
+
+
+@pytest.mark.parametrize("init", ["strict", "authors"])
+def test_start_keeps_weights_at_random_positions_and_all_signs(init):
+    model = chain(20, 30, 10)
+    before = {name: module.weight.detach().clone() for name, module in prunable(model).items()}
+    counts = initial_counts(model, 0.8, init)
+    begin(model, 0.8, init=init)
+    for name, module in prunable(model).items():
+        weight, sign = module.weight.detach(), module.parametrizations.weight[0].sign
+        assert int((weight != 0).sum()) == counts[name]
+        assert torch.equal(weight[weight != 0], before[name][weight != 0])
+        assert torch.equal(sign, before[name].sign())  # that of dormant positions too
+        theta = module.parametrizations.weight.original.detach()
+        assert torch.equal(theta, theta.clamp(min=0))
+
+
+def test_start_is_uniform_over_positions():
+    counts = np.zeros(20)
+    for seed in range(600):
+        model = nn.Sequential(nn.Linear(20, 1, bias=False))
+        begin(model, 0.7, seed=seed)
+        counts += (model[0].weight.detach()[0] != 0).numpy()
+    assert counts.sum() == 600 * 6
+    assert stats.chisquare(counts).pvalue > 0.01
+
+
+def test_another_generator_seed_starts_from_other_positions():
+    one, two = chain(20, 10), chain(20, 10)
+    begin(one, 0.8, seed=0)
+    begin(two, 0.8, seed=1)
+    assert not torch.equal(one[0].weight != 0, two[0].weight != 0)
+
+
+# ---------------------------------------------------------------- real steps on tiny data
+
+
+@st.composite
+def cases(draw):
+    widths = draw(st.lists(st.integers(1, 9), min_size=3, max_size=5))
+    return {
+        "widths": widths,
+        "sparsity": draw(st.integers(0, 99)) / 100,
+        "seed": draw(st.integers(0, 10_000)),
+        "lr": draw(st.sampled_from([0.01, 0.5, 5.0])),
+        "sgd": {
+            "momentum": draw(st.sampled_from([0.0, 0.9])),
+            "weight_decay": draw(st.sampled_from([0.0, 0.1])),
+        },
+        "params": {
+            "momentum": draw(st.sampled_from(["keep", "reset"])),
+            "noise_scale": draw(st.sampled_from([0.0, 1e-6, 1.0])),
+        },
+    }
+
+
+@given(cases())
+def test_budget_signs_and_zeros_hold_at_every_step_of_real_training(case):
+    torch.manual_seed(case["seed"])
+    model = chain(*case["widths"])
+    stage, run = begin(
+        model,
+        case["sparsity"],
+        seed=case["seed"],
+        lr=case["lr"],
+        sgd=case["sgd"],
+        **case["params"],
+    )
+    budget = keep_count(weight_count(model), case["sparsity"])
+    signs = [module.parametrizations.weight[0].sign.clone() for module in prunable(model).values()]
+    assert live_count(model) == budget
+    x, y = torch.rand(8, case["widths"][0]), torch.rand(8, case["widths"][-1])
+    for _ in range(6):
+        loss = (model(x) - y).square().mean().clamp(max=1e6)
+        run.optimizer.zero_grad()
+        loss.backward()
+        stage.before_step(run)
+        before = [theta > 0 for theta in thetas(model)]
+        run.optimizer.step()
+        stage.after_step(run)
+        assert live_count(model) == budget
+        assert run.logged["regrown"] == run.logged["deaths"]
+        state = plain_state(model)
+        for name, sign, theta, was in zip(
+            prunable(model), signs, thetas(model), before, strict=True
+        ):
+            weight = state[f"{name}.weight"]
+            assert not weight[theta <= 0].any()
+            assert torch.equal(weight[theta > 0].sign(), sign[theta > 0])
+            woke = (theta > 0) & ~was
+            assert torch.all(theta[woke] == torch.tensor(stage.params.regrown_theta))
+
+
+@given(st.integers(0, 1000), st.sampled_from([0.5, 0.9, 0.99]))
+def test_authors_variant_is_topped_up_and_never_pruned(seed, sparsity):
+    torch.manual_seed(seed)
+    model = chain(6, 20, 20, 6)
+    stage, run = begin(model, sparsity, seed=seed, init="authors")
+    budget = keep_count(weight_count(model), sparsity)
+    count = live_count(model)
+    x = torch.rand(8, 6)
+    for _ in range(6):
+        sgd_step(stage, run, (model(x) - x).square().mean())
+        left = count - run.logged["deaths"]
+        assert live_count(model) >= max(left, budget)
+        if run.logged["regrown"]:
+            assert live_count(model) == budget
+        count = live_count(model)
+
+
+@pytest.mark.parametrize(("seed", "lr", "scale"), [(0, 0.1, 0.01), (1, 0.02, 0.5)])
+def test_noise_has_mean_zero_and_standard_deviation_lr_times_scale(seed, lr, scale):
+    model = nn.Sequential(nn.Linear(200, 100, bias=False))
+    stage, run = begin(model, 0.5, seed=seed, lr=lr, noise_scale=scale)
+    (theta,) = thetas(model)
+    theta.data = torch.where(theta > 0, 1.0, 0.0)
+    stage.before_step(run)
+    stage.after_step(run)
+    noise = (theta.detach() - 1)[theta > 0] / (lr * scale)
+    assert len(noise) == 10_000
+    assert stats.kstest(noise.numpy(), "norm").pvalue > 0.01
+    assert not theta.detach()[theta <= 0].any()
+
+
+def test_baked_network_computes_the_same_with_exact_zeros():
+    model = chain(6, 9, 4)
+    stage, run = begin(model, 0.7)
+    x = torch.rand(8, 6)
+    for _ in range(3):
+        sgd_step(stage, run, model(x).square().mean())
+    output, live = model(x), live_count(model)
+    stage.finalize(run)
+    assert torch.equal(model(x), output)
+    assert live_count(model) == live == keep_count(weight_count(model), 0.7)
+    assert "0.weight" in dict(model.named_parameters())
+    bake(model)  # nothing is left to bake
+
+
+def test_one_stage_from_scratch():
+    (stage,) = stages(Params(), 0.9)
+    assert stage.name == "train"
+    assert stage.selectable
+
+
+# ---------------------------------------------------------------- through the trainer
+
+
+@pytest.fixture
+def trainer(study_data, load_study, tmp_path):
+    """trainer(**changes of bcs.train) -> a Trainer whose first stage is ready."""
+
+    def make(**fit):
+        study_data["methods"]["bcs"]["train"] |= fit
+        study_data["methods"]["bcs"]["noise_scale"] = 0.0
+        cell = Cell("digits", "small_cnn", "bcs", "at", 0.9, 0)
+        made = Trainer(load_study(study_data), cell, Layout(tmp_path / "run"), CPU)
+        stage = made.stages[0]
+        stage.before_fit(made.run)
+        made.run.optimizer = torch.optim.SGD(stage.parameters(made.run.model), lr=stage.fit.lr)
+        return made, stage
+
+    return make
+
+
+@pytest.mark.parametrize("lr_factor", [1.0, 0.1])
+def test_sgdw_shrinks_every_trained_tensor_by_weight_decay_times_the_factor_alone(
+    trainer, lr_factor, monkeypatch
+):
+    made, stage = trainer(lr=0.02, weight_decay=0.25, decay="sgdw")
+    run = made.run
+    with torch.no_grad():
+        run.model.get_parameter("1.bias").fill_(3.0)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    # A loss without gradient: what is left is the decay, and it is not multiplied by lr.
+    made.objective = lambda model, x, y, attacker: 0 * sum(p.sum() for p in model.parameters())
+    run.lr_factor = lr_factor
+    made._step(stage, torch.arange(8))
+    for old, new in zip(before, run.model.parameters(), strict=True):
+        assert torch.allclose(new, old * (1 - 0.25 * lr_factor))
+    assert run.model.get_parameter("1.bias").tolist() == pytest.approx(
+        [3 * (1 - 0.25 * lr_factor)] * 4
+    )
+
+
+def test_coupled_decay_is_multiplied_by_the_learning_rate(trainer):
+    made, stage = trainer(lr=0.02, weight_decay=0.25, decay="coupled")
+    made.objective = lambda model, x, y, attacker: 0 * sum(p.sum() for p in model.parameters())
+    run = made.run
+    run.optimizer = torch.optim.SGD(
+        stage.parameters(run.model), lr=0.02, weight_decay=stage.fit.weight_decay
+    )
+    before = [p.detach().clone() for p in run.model.parameters()]
+    made._step(stage, torch.arange(8))
+    for old, new in zip(before, run.model.parameters(), strict=True):
+        assert torch.allclose(new, old * (1 - 0.02 * 0.25))
+
+
+@pytest.mark.parametrize("objective", ["natural", "at", "trades"])
+def test_step_gives_the_live_theta_of_every_layer_a_gradient(
+    objective, study_data, load_study, tmp_path
+):
+    study_data["grid"]["objectives"] = [objective]
+    cell = Cell("digits", "small_cnn", "bcs", objective, 0.5, 0)
+    made = Trainer(load_study(study_data), cell, Layout(tmp_path / "run"), CPU)
+    (stage,) = made.stages
+    stage.before_fit(made.run)
+    made.run.optimizer = torch.optim.SGD(stage.parameters(made.run.model), lr=0.0)
+    made._step(stage, torch.arange(32))
+    for theta, live in zip(thetas(made.run.model), stage.live, strict=True):
+        assert theta.grad[live].abs().sum() > 0
+        assert not theta.grad[~live].any()
+
+
+def test_peak_live_weights_tell_of_an_authors_start_above_the_budget(
+    study_data, load_study, tmp_path
+):
+    study_data["grid"] |= {"methods": ["bcs"], "sparsities": [0.95], "objectives": ["natural"]}
+    study_data["methods"]["bcs"] |= {"init": "authors"}
+    study_data["methods"]["bcs"]["train"] |= {"lr": 0.5}  # so that many die in the one epoch
+    study = load_study(study_data)
+    cell, layout = study.cells()[0], Layout(tmp_path / "run")
+    model = Trainer(study, cell, layout, CPU).run.model
+    started_with = sum(initial_counts(model, 0.95, "authors").values())
+    assert started_with > keep_count(weight_count(model), 0.95)
+    training.train_cell(study, cell, layout, device="cpu")
+    record = json.loads(layout.training(cell).read_text())
+    assert record["curve"][-1]["live_weights"] < started_with  # else the test proves nothing
+    assert record["cost"]["peak_live_weights"] == started_with

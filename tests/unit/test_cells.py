@@ -1,0 +1,104 @@
+"""Names of cells and files, and seeds derived from names."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robsparse.cells import Cell, Layout, derive_seed
+from robsparse.errors import UsageError
+
+WORDS = st.text("abcdefghijklmnopqrstuvwxyz0123456789_-.", min_size=1, max_size=12)
+CELL = Cell("digits", "small_cnn", "bcs", "at", 0.95, 0)
+
+
+def test_key_by_hand():
+    assert CELL.key == "digits/small_cnn/bcs/at/s0.9500/seed0"
+
+
+@given(WORDS, WORDS, WORDS, WORDS, st.integers(0, 9999), st.integers(0, 2**31 - 1))
+def test_key_round_trip(dataset, arch, method, objective, sparsity, seed):
+    cell = Cell(dataset, arch, method, objective, sparsity / 10_000, seed)
+    assert Cell.parse(cell.key) == cell
+    assert Cell.parse(f"/{cell.key}/") == cell
+
+
+@given(st.integers(0, 9999), st.integers(0, 9999))
+def test_cells_of_two_sparsities_never_share_a_key(one, other):
+    keys = {Cell("d", "a", "m", "at", s / 10_000, 0).key for s in (one, other)}
+    assert len(keys) == len({one, other})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "digits/small_cnn/bcs/at/s0.9500",
+        "digits/small_cnn/bcs/at/s0.95/seed0",
+        "digits/small_cnn/bcs/at/s1.0000/seed0",
+        "digits/small_cnn/bcs/at/s0.9500/seed-1",
+        "digits/small_cnn/bcs/at/s0.9500/seed0/extra",
+        "digits/small_cnn/bcs/at/s0.9500/seed0\n",
+        "digits//bcs/at/s0.9500/seed0",
+        "digits/small_cnn/bcs/at/0.9500/0",
+    ],
+)
+def test_what_is_no_key_gets_one_line_with_an_example(key):
+    with pytest.raises(UsageError, match="like digits/small_cnn/bcs/at/s0.9500/seed0"):
+        Cell.parse(key)
+
+
+def test_no_two_files_of_a_study_are_the_same():
+    layout = Layout(Path("results/quick"))
+    cells = [CELL, Cell("digits", "small_cnn", "bcs", "at", 0.95, 1)]
+    paths = [
+        path
+        for cell in cells
+        for path in (
+            layout.training(cell),
+            layout.steps(cell),
+            layout.resume(cell),
+            *(layout.model(cell, s) for s in ("best_val", "last")),
+            *(layout.evaluation(cell, s) for s in ("best_val", "last")),
+            *(layout.flags(cell, s) for s in ("best_val", "last")),
+        )
+    ]
+    assert len(set(paths)) == len(paths) == 18
+    assert layout.model(CELL, "last") == Path(
+        "results/quick/models/digits/small_cnn/bcs/at/s0.9500/seed0/last.safetensors"
+    )
+
+
+def test_resume_folder_is_no_parent_of_an_output():
+    layout = Layout(Path("r"))
+    outputs = (layout.model(CELL, "last"), layout.training(CELL), layout.evaluation(CELL, "last"))
+    assert not any(layout.resume(CELL) in output.parents for output in outputs)
+
+
+def test_derived_seed_is_a_known_value():
+    """First 8 bytes of SHA-256 of the axes, without the sign bit; printed results rest on it."""
+    digest = hashlib.sha256(b"init\x1fsmall_cnn\x1f0").digest()
+    expected = int(digest[:8].hex(), 16) // 2
+    assert derive_seed("init", "small_cnn", 0) == expected == 4105909103399463846
+
+
+@given(st.lists(st.one_of(st.text(max_size=5), st.integers()), max_size=4))
+def test_derived_seed_fits_a_generator(axes):
+    assert 0 <= derive_seed(*axes) < 2**63
+
+
+def test_derived_seeds_differ_in_every_axis_and_in_their_order():
+    calls = [
+        ("init", "small_cnn", 0),
+        ("init", "small_cnn", 1),
+        ("init", "small_cnn", 10),
+        ("init", "small_cnn1", 0),
+        ("order", "small_cnn", 0),
+        ("small_cnn", "init", 0),
+        ("initsmall_cnn", 0),
+        ("init", "small_cnn0"),
+        ("init", "small_cnn", "", 0),
+    ]
+    assert len({derive_seed(*axes) for axes in calls}) == len(calls)

@@ -1,0 +1,204 @@
+"""Locks, stop signals and resume states."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from robsparse.checkpoints import Checkpoint, Interrupted, StopRequest, locked
+from robsparse.errors import UsageError
+
+# ---------------------------------------------------------------- the lock
+
+
+def test_second_holder_is_refused_in_one_line(tmp_path):
+    with locked(tmp_path / "job"):
+        with pytest.raises(UsageError, match="another process is running this very job"):
+            with locked(tmp_path / "job"):
+                pass
+        with locked(tmp_path / "other"):
+            pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_lock_is_free_again_after_the_block(fails, tmp_path):
+    try:
+        with locked(tmp_path / "job"):
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    with locked(tmp_path / "job"):
+        pass
+
+
+def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from robsparse.checkpoints import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "job")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="another process"), locked(tmp_path / "job"):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    with locked(tmp_path / "job"):
+        pass
+
+
+def test_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write results here"):
+        with locked(tmp_path / "file" / "job"):
+            pass
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signal_is_remembered_and_the_old_handlers_come_back(signum):
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with StopRequest().listen() as stop:
+        assert stop.signum is None
+        os.kill(os.getpid(), signum)
+        assert stop.signum == signum
+    assert {s: signal.getsignal(s) for s in before} == before
+
+
+def test_interrupted_names_the_signal_and_where_to_resume(tmp_path):
+    error = Interrupted(signal.SIGTERM, tmp_path / "state.pt")
+    assert "SIGTERM" in str(error)
+    assert str(tmp_path / "state.pt") in str(error)
+
+
+# ---------------------------------------------------------------- resume states
+
+
+def state(number):
+    return {"step": number, "model": {"w": torch.full((2,), float(number))}, "list": [1, {"a": 2}]}
+
+
+def step_of(loaded):
+    return None if loaded is None else loaded["step"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return Checkpoint(tmp_path, "settings")
+
+
+@pytest.fixture
+def two(checkpoint):
+    """A checkpoint with states 1 and, newer, 2."""
+    checkpoint.save(state(1))
+    checkpoint.save(state(2))
+    return checkpoint
+
+
+def test_nothing_saved_is_none(checkpoint):
+    assert checkpoint.load() is None
+
+
+def test_state_comes_back(checkpoint):
+    checkpoint.save(state(5))
+    loaded = checkpoint.load()
+    assert loaded["list"] == [1, {"a": 2}]
+    assert loaded["model"]["w"].tolist() == [5.0, 5.0]
+
+
+def test_newest_state_comes_back_and_one_before_it_is_kept(two):
+    assert step_of(two.load()) == 2
+    two.save(state(3))
+    assert step_of(two.load()) == 3
+    assert {path.name for path in two.path.parent.iterdir()} == {"state.pt", "state.previous.pt"}
+
+
+def test_state_of_other_settings_is_ignored(two):
+    assert Checkpoint(two.path.parent, "others").load() is None
+
+
+def test_older_state_of_the_same_settings_is_found_behind_one_of_others(checkpoint):
+    checkpoint.save(state(1))
+    other = Checkpoint(checkpoint.path.parent, "others")
+    other.save(state(9))
+    assert step_of(checkpoint.load()) == 1
+    assert step_of(other.load()) == 9
+
+
+class Marker:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def write(data):
+    return lambda path: path.write_bytes(data)
+
+
+DAMAGES = {
+    "gone": lambda path: path.unlink(),
+    "empty": write(b""),
+    "text": write(b"hello world, this is no checkpoint"),
+    "word": write(b"not a checkpoint"),
+    "zeros": write(bytes(5000)),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "bytes turned over": lambda path: path.write_bytes(
+        path.read_bytes()[:300] + bytes(200) + path.read_bytes()[500:]
+    ),
+    "other pickle": lambda path: path.write_bytes(pickle.dumps({"digest": "settings"}, 4)),
+    "list": lambda path: torch.save([1, 2], path),
+    "no digest": lambda path: torch.save({"step": 7}, path),
+    "code": lambda path: torch.save({"digest": "settings", "x": Marker(path.with_name("x"))}, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_state_falls_back_to_the_one_before_it(damage, two):
+    DAMAGES[damage](two.path)
+    assert step_of(two.load()) == 1
+    assert not two.path.with_name("x").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_two_damaged_states_start_afresh(damage, two):
+    for path in (two.path, two.path.with_name("state.previous.pt")):
+        DAMAGES[damage](path)
+    assert two.load() is None
+    assert not two.path.with_name("x").exists()
+
+
+def test_crash_while_saving_keeps_the_last_state(two, monkeypatch):
+    def write_half(content, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(OSError, match="disk full"):
+        two.save(state(3))
+    assert step_of(two.load()) == 2
+    assert {path.name for path in two.path.parent.iterdir()} == {"state.pt", "state.previous.pt"}
+
+
+def test_clear_removes_the_states_and_nothing_else(two):
+    other = two.path.with_name("lock")
+    other.write_text("")
+    two.clear()
+    assert list(two.path.parent.iterdir()) == [other]
+    assert two.load() is None
