@@ -14,6 +14,7 @@ import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
+from robsparse import perturb
 from robsparse.config import Strict
 from robsparse.evaluation import AttackThreat, Outcome
 
@@ -59,7 +60,13 @@ def run(
         if before:
             attack.attacks_to_run = [component]
             alive = robust.nonzero().squeeze(1)
-            with _warnings_into(warnings):
+            # The package seeds torch's global generator and asks for gradients of all weights.
+            cuda = [threat.device] if threat.device.type == "cuda" else []
+            with (
+                _warnings_into(warnings),
+                perturb.frozen(model),
+                torch.random.fork_rng(devices=cuda),
+            ):
                 x_adv, y_adv = attack.run_standard_evaluation(
                     x_NCHW[alive], y_N[alive], batch_size=threat.batch_size
                 )

@@ -44,6 +44,8 @@ def run(
     for _ in range(params.restarts):
         start = perturb.uniform_start(x_NCHW, threat.eps, generator)
         alive = robust.nonzero().squeeze(1)
+        if not len(alive):
+            break
         batches = batched(Part(x_NCHW[alive], y_N[alive]), threat.batch_size, threat.device)
         starts = start[alive].split(threat.batch_size)
         for (x, y), begin, index in zip(

@@ -1,6 +1,7 @@
 """Interrupting and resuming a training run: a job is safe to kill and safe to start twice."""
 
 import os
+import pickle
 import signal
 import types
 from collections.abc import Iterator
@@ -102,9 +103,9 @@ class Checkpoint:
         for path in (self.path, self.path.with_name("state.previous.pt")):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError):
+            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
                 continue
-            if state["digest"] == self.digest:
+            if isinstance(state, dict) and state.get("digest") == self.digest:
                 return state
         return None
 

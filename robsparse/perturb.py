@@ -25,6 +25,19 @@ def batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Compute no parameter gradients inside the block, whatever the code there asks for."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 def uniform_start(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
     """x plus uniform noise in [-eps, eps], clipped to [0,1]."""
     noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)

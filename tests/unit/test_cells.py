@@ -18,9 +18,9 @@ def test_key_by_hand():
     assert CELL.key == "digits/small_cnn/bcs/at/s0.9500/seed0"
 
 
-@given(WORDS, WORDS, WORDS, WORDS, st.integers(0, 9999), st.integers(0, 2**31 - 1))
-def test_key_round_trip(dataset, arch, method, objective, sparsity, seed):
-    cell = Cell(dataset, arch, method, objective, sparsity / 10_000, seed)
+@given(st.lists(WORDS, min_size=4, max_size=4), st.integers(0, 9999), st.integers(0, 2**31 - 1))
+def test_key_round_trip(words, sparsity, seed):
+    cell = Cell(*words, sparsity / 10_000, seed)
     assert Cell.parse(cell.key) == cell
     assert Cell.parse(f"/{cell.key}/") == cell
 
@@ -46,7 +46,7 @@ def test_cells_of_two_sparsities_never_share_a_key(one, other):
     ],
 )
 def test_what_is_no_key_gets_one_line_with_an_example(key):
-    with pytest.raises(UsageError, match="like digits/small_cnn/bcs/at/s0.9500/seed0"):
+    with pytest.raises(UsageError, match=r"like digits/small_cnn/bcs/at/s0\.9500/seed0"):
         Cell.parse(key)
 
 
@@ -81,7 +81,7 @@ def test_derived_seed_is_a_known_value():
     """First 8 bytes of SHA-256 of the axes, without the sign bit; printed results rest on it."""
     digest = hashlib.sha256(b"init\x1fsmall_cnn\x1f0").digest()
     expected = int(digest[:8].hex(), 16) // 2
-    assert derive_seed("init", "small_cnn", 0) == expected == 4105909103399463846
+    assert derive_seed("init", "small_cnn", 0) == expected == 4381467281129088887
 
 
 @given(st.lists(st.one_of(st.text(max_size=5), st.integers()), max_size=4))

@@ -17,9 +17,11 @@ from robsparse.errors import UsageError
 
 def test_second_holder_is_refused_in_one_line(tmp_path):
     with locked(tmp_path / "job"):
-        with pytest.raises(UsageError, match="another process is running this very job"):
-            with locked(tmp_path / "job"):
-                pass
+        with (
+            pytest.raises(UsageError, match="another process is running this very job"),
+            locked(tmp_path / "job"),
+        ):
+            pass
         with locked(tmp_path / "other"):
             pass
 
@@ -60,9 +62,11 @@ def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
 
 def test_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write results here"):
-        with locked(tmp_path / "file" / "job"):
-            pass
+    with (
+        pytest.raises(UsageError, match="cannot write results here"),
+        locked(tmp_path / "file" / "job"),
+    ):
+        pass
 
 
 # ---------------------------------------------------------------- signals
@@ -162,7 +166,7 @@ DAMAGES = {
     "bytes turned over": lambda path: path.write_bytes(
         path.read_bytes()[:300] + bytes(200) + path.read_bytes()[500:]
     ),
-    "other pickle": lambda path: path.write_bytes(pickle.dumps({"digest": "settings"}, 4)),
+    "other pickle": lambda path: path.write_bytes(pickle.dumps({"digest": "settings"}, 2)),
     "list": lambda path: torch.save([1, 2], path),
     "no digest": lambda path: torch.save({"step": 7}, path),
     "code": lambda path: torch.save({"digest": "settings", "x": Marker(path.with_name("x"))}, path),

@@ -15,8 +15,6 @@ from robsparse.cli import main
 COMMANDS = ("check", "plan", "train", "evaluate", "collect", "figures")
 DENSE = "digits/small_cnn/dense/at/s0.0000/seed0"
 BCS = "digits/small_cnn/bcs/at/s0.9000/seed0"
-# One worker trains the uninterrupted run for all tests that compare with it.
-SIGNALS = pytest.mark.xdist_group("signals")
 HEAVY = {"torch", "torchvision", "sklearn", "pyautoattack", "matplotlib", "pandas"}
 
 
@@ -431,7 +429,6 @@ def assert_only_a_checkpoint(project):
     assert all(name.endswith(("state.pt", "state.previous.pt")) for name in names)
 
 
-@SIGNALS
 def test_ctrl_c_exits_130_and_the_same_command_continues(long, uninterrupted, project, robsparse):
     code, err = stop(started(project, long), signal.SIGINT)
     assert code == 130
@@ -444,7 +441,6 @@ def test_ctrl_c_exits_130_and_the_same_command_continues(long, uninterrupted, pr
     assert weights_of(project) == uninterrupted
 
 
-@SIGNALS
 def test_running_job_locks_out_a_copy_and_exits_75_when_terminated(
     long, uninterrupted, project, robsparse
 ):
@@ -461,7 +457,6 @@ def test_running_job_locks_out_a_copy_and_exits_75_when_terminated(
     assert weights_of(project) == uninterrupted
 
 
-@SIGNALS
 def test_killed_run_leaves_nothing_half_written_and_starts_again(
     long, uninterrupted, project, robsparse
 ):

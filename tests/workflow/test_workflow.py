@@ -15,9 +15,6 @@ from robsparse.cli import main
 from robsparse.config import load
 from robsparse.figures import PLOTS, REPORT, TABLES
 
-# One worker runs the study once for all tests of this file.
-pytestmark = pytest.mark.xdist_group("workflow")
-
 STUDY = "config/tiny.yaml"
 METHODS = 5
 PASSING = {"train_seconds", "attack_seconds", "peak_memory_mb", "code_version", "code_dirty"}

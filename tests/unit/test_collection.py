@@ -1,0 +1,310 @@
+"""What collected rows may not say, on a small table made by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from robsparse import collection, records
+from robsparse.cells import Layout
+from robsparse.collection import find_faults, mark_weak_attacks
+from robsparse.errors import UsageError
+from robsparse.records import Row
+from robsparse.staleness import evaluation_digest
+
+MODELS = [("bcs", 0.9, 0, 90), ("bcs", 0.9, 1, 80), ("dense", 0.0, 0, 95)]
+# attack, component: how many fewer of 100 are correct than without attack
+ATTACKS = {
+    ("clean", "all"): 0,
+    ("pgd", "all"): 30,
+    ("autoattack", "apgd-ce"): 30,
+    ("autoattack", "square"): 35,
+    ("autoattack", "all"): 35,
+}
+
+
+def row(method, sparsity, seed, n_correct, attack="clean", component="all", **changes):
+    low, high = records.wilson_interval(n_correct, 100)
+    values = {
+        "dataset": "digits",
+        "arch": "small_cnn",
+        "method": method,
+        "objective": "at",
+        "sparsity": sparsity,
+        "seed": seed,
+        "selection": "last",
+        "attack": attack,
+        "component": component,
+        "accuracy": n_correct / 100,
+        "n_correct": n_correct,
+        "n_examples": 100,
+        "ci_low": low,
+        "ci_high": high,
+        "norm": "Linf",
+        "eps": 0.0 if attack == "clean" else 0.1,
+        "max_perturbation": (0.0 if attack == "clean" else 0.1) if component == "all" else None,
+        "sparsity_reached": sparsity,
+        "nonzero": round(1000 * (1 - sparsity)),
+        "prunable": 1000,
+        "layers": 4,
+        "dense_macs": 5000,
+        "sparse_macs": 500,
+        "model_bytes": 4096,
+        "settings_digest": "d",
+        "code_version": "0.1.0",
+        "code_dirty": False,
+        "libraries": "torch=2",
+        "data_checksum": "c",
+        "model_checksum": "m",
+    }
+    return Row(**values | changes)
+
+
+def rows():
+    return [
+        row(method, sparsity, seed, clean - fewer, attack, component)
+        for method, sparsity, seed, clean in MODELS
+        for (attack, component), fewer in ATTACKS.items()
+    ]
+
+
+@pytest.fixture
+def table():
+    return pd.DataFrame([r.model_dump() for r in rows()])
+
+
+def where(table, attack, component="all", method="bcs", seed=0):
+    """Index of one row."""
+    found = table[
+        (table.attack == attack)
+        & (table.component == component)
+        & (table.method == method)
+        & (table.seed == seed)
+    ]
+    (index,) = found.index
+    return index
+
+
+def change(table, attack, component="all", **values):
+    index = where(table, attack, component)
+    for column, value in values.items():
+        table.loc[index, column] = value
+    return table
+
+
+PGD = "digits/small_cnn/bcs/at/0.9/0/last/pgd/all"
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_table_made_by_hand_has_no_fault(table):
+    assert find_faults(table) == []
+
+
+FAULTS = {
+    "accuracy is not the share": ("pgd", {"accuracy": 0.61}, "accuracy 0.61 is not 60/100"),
+    "count is not the share": ("pgd", {"n_correct": 59}, "accuracy 0.6 is not 59/100"),
+    "interval above": ("pgd", {"ci_low": 0.65}, "accuracy 0.6 is outside its interval"),
+    "interval below": ("pgd", {"ci_high": 0.55}, "accuracy 0.6 is outside its interval"),
+    "robust above clean": (
+        "pgd",
+        {"n_correct": 91, "accuracy": 0.91, "ci_high": 0.95},
+        "91 correct under attack, but 90 without",
+    ),
+    "too few zeros": ("pgd", {"nonzero": 105}, "105 of 1000 weights are not zero, asked for 100"),
+    "too many zeros": ("pgd", {"nonzero": 95}, "95 of 1000 weights are not zero, asked for 100"),
+    "perturbation over eps": (
+        "pgd",
+        {"max_perturbation": 0.1001},
+        "perturbation 0.1001 is larger than eps 0.1",
+    ),
+    "perturbed clean images": ("clean", {"max_perturbation": 0.01}, "larger than eps 0.0"),
+    "NaN images": ("pgd", {"nan_count": 2}, "2 NaN values in adversarial images"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_impossible_row_is_named_with_its_key(fault, table):
+    attack, values, expected = FAULTS[fault]
+    faults = find_faults(change(table, attack, **values))
+    assert len(faults) == 1
+    assert faults[0].startswith(f"digits/small_cnn/bcs/at/0.9/0/last/{attack}/all: ")
+    assert expected in faults[0]
+
+
+def test_accuracy_that_is_nan_is_a_fault(table):
+    assert find_faults(change(table, "pgd", accuracy=np.nan))
+
+
+def test_components_are_checked_like_whole_attacks(table):
+    (fault,) = find_faults(change(table, "autoattack", "square", n_correct=50))
+    assert fault.endswith("autoattack/square: accuracy 0.55 is not 50/100")
+
+
+def test_robust_above_clean_is_per_model(table):
+    # 85 is below the 90 of seed 0 and above the 80 of seed 1
+    index = where(table, "pgd", seed=1)
+    table.loc[index, ["n_correct", "accuracy", "ci_low", "ci_high"]] = [85, 0.85, 0.8, 0.9]
+    (fault,) = find_faults(table)
+    assert "at/0.9/1/last/pgd/all: 85 correct under attack, but 80 without" in fault
+
+
+def test_sparsity_may_be_off_by_one_weight_a_layer(table):
+    for nonzero in (96, 104):
+        assert find_faults(change(table, "pgd", nonzero=nonzero)) == []
+
+
+def test_rounding_of_the_perturbation_is_allowed(table):
+    assert find_faults(change(table, "pgd", max_perturbation=0.1 + 5e-7)) == []
+
+
+def test_unknown_perturbation_is_no_fault(table):
+    assert find_faults(change(table, "pgd", max_perturbation=np.nan)) == []
+
+
+def test_key_that_stands_twice_is_a_fault(table):
+    twice = pd.concat([table, table.loc[[where(table, "pgd")]]], ignore_index=True)
+    assert find_faults(twice) == [f"{PGD}: this key stands twice"]
+
+
+def test_model_without_clean_accuracy_is_a_fault(table):
+    faults = find_faults(table.drop(index=where(table, "clean")))
+    assert len(faults) == 4
+    assert all("/0.9/0/last/" in fault for fault in faults)
+    assert all(fault.endswith("no clean accuracy of this model") for fault in faults)
+
+
+def test_clean_accuracy_of_another_selection_does_not_count(table):
+    assert "no clean accuracy" in find_faults(change(table, "pgd", selection="best_val"))[0]
+
+
+def test_rows_of_one_data_set_saw_the_same_images(table):
+    faults = find_faults(change(table, "pgd", data_checksum="other"))
+    assert faults == ["digits: data_checksum differs between rows: ['c', 'other']"]
+    other = table.assign(dataset="letters", data_checksum="x")
+    assert find_faults(pd.concat([table.assign(data_checksum="c"), other])) == []
+
+
+def test_rows_of_one_data_set_have_one_number_of_images(table):
+    table.loc[where(table, "pgd"), ["n_examples", "n_correct"]] = [50, 30]
+    assert find_faults(table) == ["digits: n_examples differs between rows: ['100', '50']"]
+
+
+def test_several_faults_are_all_told(table):
+    change(table, "pgd", nan_count=1, nonzero=0)
+    assert len(find_faults(change(table, "clean", accuracy=0.1))) >= 3
+
+
+# ---------------------------------------------------------------- weak attacks
+
+
+def test_autoattack_that_another_attack_beats_is_marked_and_kept(table):
+    change(table, "pgd", n_correct=50, accuracy=0.5)
+    marked = mark_weak_attacks(table)
+    index = where(table, "autoattack")
+    assert marked.doubt[index] == "another attack breaks 5 more images than AutoAttack"
+    assert (marked.doubt.drop(index) == "").all()
+    pd.testing.assert_frame_equal(marked.drop(columns="doubt"), table)
+
+
+def test_autoattack_that_is_strongest_or_equal_is_not_marked(table):
+    assert (mark_weak_attacks(table).doubt == "").all()
+    change(table, "pgd", n_correct=55, accuracy=0.55)
+    assert (mark_weak_attacks(table).doubt == "").all()
+
+
+def test_attacks_are_compared_on_the_same_model_alone(table):
+    index = where(table, "pgd", seed=1)
+    table.loc[index, "n_correct"] = 10  # 45 is what AutoAttack leaves of that model
+    marked = mark_weak_attacks(table)
+    assert marked.doubt[where(table, "autoattack", seed=1)].startswith("another attack breaks 35")
+    assert marked.doubt[where(table, "autoattack")] == ""
+    assert marked.doubt[where(table, "autoattack", method="dense")] == ""
+
+
+def test_table_without_autoattack_is_not_marked(table):
+    marked = mark_weak_attacks(table[table.attack != "autoattack"])
+    assert (marked.doubt == "").all()
+
+
+# ---------------------------------------------------------------- reading and writing
+
+
+@pytest.fixture
+def study(study_data, load_study):
+    study_data["grid"] |= {"methods": ["dense", "bcs"], "seeds": [0, 1]}
+    study_data["evaluation"]["selections"] = {"last": ["clean", "pgd", "autoattack"]}
+    return load_study(study_data)
+
+
+def write(study, layout, **changes):
+    """Records of the study's cells that are in MODELS."""
+    cells = {(c.method, c.seed): c for c in study.cells()}
+    for method, sparsity, seed, clean in MODELS:
+        cell = cells[method, seed]
+        own = [
+            row(
+                method,
+                sparsity,
+                seed,
+                clean - fewer,
+                attack,
+                component,
+                **{"settings_digest": evaluation_digest(study, cell, "last")} | changes,
+            )
+            for (attack, component), fewer in ATTACKS.items()
+        ]
+        layers = [{"layer": "0", "size": 1000, "nonzero": own[0].nonzero, "positions": 1}]
+        records.write_rows(layout.evaluation(cell, "last"), own, layers)
+
+
+def test_collected_tables_hold_every_row_and_missing_ones_are_named(study, tmp_path):
+    layout = Layout(tmp_path / "run")
+    write(study, layout)
+    text = collection.collect(study, layout)
+    assert "collected 15 rows" in text
+    assert "missing, printed as n/a: digits/small_cnn/dense/at/s0.0000/seed1 last" in text
+    for found in (
+        pd.read_csv(layout.root / "results.csv"),
+        pd.read_parquet(layout.root / "results.parquet"),
+    ):
+        assert len(found) == 15
+        assert list(found.columns) == [*Row.model_fields, "doubt"]
+        assert sorted(found.n_correct) == sorted(r.n_correct for r in rows())
+    layers = pd.read_csv(layout.root / "layers.csv")
+    assert layers.nonzero.tolist() == [1000, 100, 100]
+
+
+def test_fault_stops_the_collection_before_anything_is_written(study, tmp_path):
+    layout = Layout(tmp_path / "run")
+    write(study, layout, nan_count=1)
+    with pytest.raises(UsageError) as caught:
+        collection.collect(study, layout)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 15
+    assert all(line.startswith(f"{layout.root}: digits/") for line in lines)
+    assert not list(layout.root.glob("*.*"))
+
+
+def test_record_of_other_settings_is_refused(study, tmp_path):
+    layout = Layout(tmp_path / "run")
+    write(study, layout, settings_digest="stale")
+    with pytest.raises(UsageError, match="made with other settings or code; run snakemake first"):
+        collection.collect(study, layout)
+
+
+def test_nothing_to_collect_is_one_line(study, tmp_path):
+    with pytest.raises(UsageError, match="no finished evaluation of the study 'tiny' found"):
+        collection.collect(study, Layout(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("content", ['{"rows": [], "layers": []}', "{", "[]"])
+def test_damaged_record_is_one_line_with_its_path(content, study, tmp_path):
+    layout = Layout(tmp_path / "run")
+    write(study, layout)
+    path = layout.evaluation(study.cells()[0], "last")
+    path.write_text(content)
+    with pytest.raises(UsageError) as caught:
+        collection.collect(study, layout)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)

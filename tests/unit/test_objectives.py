@@ -1,0 +1,289 @@
+"""Losses, their gradients and their side effects, on networks small enough to work out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from robsparse import objectives
+from robsparse.config import Crafting
+from robsparse.objectives import OBJECTIVES, PASSES, Attacker
+from robsparse.sparsity import apply_masks, effective_weights, magnitude_masks
+
+EPS, STEP = 0.2, 0.05
+W = torch.tensor([1.5, -2.0, 0.5])
+X = torch.tensor([[0.5, 0.25, 0.75], [0.4, 0.9, 0.1]]).view(2, 1, 1, 3)
+Y = torch.tensor([0, 1])
+
+
+def linear():
+    """Logits (0, w.x): the probability of class 1 is sigmoid(w.x)."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([torch.zeros(3), W]))
+    return model.train()
+
+
+def attacker(steps=1, seed=5, bn_mode="eval"):
+    crafting = Crafting(steps=steps, step_size=STEP, bn_mode=bn_mode)
+    return Attacker(EPS, crafting, torch.Generator().manual_seed(seed))
+
+
+def with_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+    return model.train()
+
+
+BATCH = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def loss_of(name, model, made=None, *, beta=6.0, x=BATCH, y=LABELS):
+    return OBJECTIVES[name](model, x, y, made or attacker(), beta)
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def logit(row):
+    return sum(w * x for w, x in zip(W.tolist(), row, strict=True))
+
+
+def sigmoid(z):
+    return 1 / (1 + math.exp(-z))
+
+
+def cross_entropy(z, label):
+    return math.log(1 + math.exp(z if label == 0 else -z))
+
+
+def clip(value, centre):
+    return min(max(value, centre - EPS, 0.0), centre + EPS, 1.0)
+
+
+def moved(x, start, signs):
+    """One signed step from `start`, cut to the ball around x and the box."""
+    return [clip(s + STEP * sign, centre) for centre, s, sign in zip(x, start, signs, strict=True)]
+
+
+def sign(value):
+    return (value > 0) - (value < 0)
+
+
+def adversarial_of_at(seed=5):
+    """The uniform start is that of the generator; the step goes against the label."""
+    noise = torch.rand(X.shape, generator=torch.Generator().manual_seed(seed)).view(2, 3).tolist()
+    rows = []
+    for x, n, label in zip(X.view(2, 3).tolist(), noise, Y.tolist(), strict=True):
+        start = [min(max(a + EPS * (2 * b - 1), 0.0), 1.0) for a, b in zip(x, n, strict=True)]
+        rows.append(moved(x, start, [sign(w) * (1 if label == 0 else -1) for w in W.tolist()]))
+    return rows
+
+
+def adversarial_of_trades(seed=5):
+    """From x + 0.001 N(0,1) the divergence grows away from x, whatever the label is."""
+    noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(seed)).view(2, 3).tolist()
+    rows = []
+    for x, n in zip(X.view(2, 3).tolist(), noise, strict=True):
+        start = [a + 0.001 * b for a, b in zip(x, n, strict=True)]
+        away = sign(logit(start) - logit(x))
+        rows.append(moved(x, start, [sign(w) * away for w in W.tolist()]))
+    return rows
+
+
+def test_natural_by_hand():
+    expected = (
+        sum(cross_entropy(logit(x), y) for x, y in zip(X.view(2, 3).tolist(), (0, 1), strict=True))
+        / 2
+    )
+    assert loss_of("natural", linear(), x=X, y=Y).item() == pytest.approx(expected)
+
+
+def test_at_by_hand():
+    expected = sum(
+        cross_entropy(logit(a), y) for a, y in zip(adversarial_of_at(), (0, 1), strict=True)
+    )
+    model = linear()
+    loss = loss_of("at", model, x=X, y=Y)
+    assert loss.item() == pytest.approx(expected / 2)
+    loss.backward()
+    gradient = torch.zeros(3)
+    for a, y in zip(adversarial_of_at(), (0, 1), strict=True):
+        gradient += (sigmoid(logit(a)) - y) * torch.tensor(a) / 2
+    assert torch.allclose(model[1].weight.grad[1], gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [6.0, 0.5])
+def test_trades_by_hand(beta):
+    expected = 0.0
+    for x, a, y in zip(X.view(2, 3).tolist(), adversarial_of_trades(), (0, 1), strict=True):
+        p, q = sigmoid(logit(x)), sigmoid(logit(a))
+        divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        expected += (cross_entropy(logit(x), y) + beta * divergence) / 2
+    assert loss_of("trades", linear(), beta=beta, x=X, y=Y).item() == pytest.approx(expected)
+
+
+def test_trades_gradient_by_hand_flows_through_both_branches():
+    model = linear()
+    loss_of("trades", model, beta=2.0, x=X, y=Y).backward()
+    expected, clean_branch = torch.zeros(3), torch.zeros(3)
+    for x, a, y in zip(X.view(2, 3).tolist(), adversarial_of_trades(), (0, 1), strict=True):
+        z, z_adv = logit(x), logit(a)
+        p, q = sigmoid(z), sigmoid(z_adv)
+        expected += (p - y) * torch.tensor(x) / 2
+        # d KL / dz_adv = q - p, d KL / dz = p (1 - p) (z - z_adv)
+        expected += 2.0 * (q - p) * torch.tensor(a) / 2
+        clean_branch += 2.0 * p * (1 - p) * (z - z_adv) * torch.tensor(x) / 2
+    assert clean_branch.abs().max() > 1e-3  # it would be missed
+    assert torch.allclose(model[1].weight.grad[1], expected + clean_branch, atol=1e-5)
+
+
+def test_crafted_images_of_both_attacks_by_hand():
+    model = linear()
+    found = attacker().attack_labels(model, X, Y).view(2, 3)
+    assert torch.allclose(found, torch.tensor(adversarial_of_at()), atol=1e-6)
+    found = attacker().attack_outputs(model, X).view(2, 3)
+    assert torch.allclose(found, torch.tensor(adversarial_of_trades()), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_is_a_mean_over_the_batch(name):
+    """Repeating every image leaves it as it is, up to the random start."""
+    model = linear()
+    one = loss_of(name, model, attacker(steps=8), x=X, y=Y).item()
+    two = loss_of(name, model, attacker(steps=8), x=X.repeat(9, 1, 1, 1), y=Y.repeat(9)).item()
+    assert two == pytest.approx(one, rel=0.2)  # a sum would be nine times as much
+
+
+def test_stronger_crafting_raises_the_loss():
+    model = with_batch_norm().eval()
+    with torch.no_grad():
+        natural = loss_of("natural", model)
+    assert natural < loss_of("at", model, attacker(steps=1)) < loss_of("at", model, attacker(10))
+
+
+def test_study_fills_in_beta(study_data, load_study):
+    study_data["training"]["beta"] = 0.5
+    objective = objectives.of_study(load_study(study_data), "trades")
+    found = objective(linear(), X, Y, attacker()).item()
+    assert found == pytest.approx(loss_of("trades", linear(), beta=0.5, x=X, y=Y).item())
+
+
+# ---------------------------------------------------------------- side effects
+
+
+def craft(name, model, made):
+    if name == "labels":
+        return made.attack_labels(model, BATCH, LABELS)
+    return made.attack_outputs(model, BATCH)
+
+
+@pytest.mark.parametrize("name", ["labels", "outputs"])
+def test_crafting_in_eval_mode_leaves_no_trace_in_the_network(name):
+    model = with_batch_norm()
+    model[3].eval()
+    modes = [module.training for module in model.modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    craft(name, model, attacker(steps=3))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(torch.equal(p.grad, torch.full_like(p, 3.0)) for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["labels", "outputs"])
+def test_crafting_uses_running_statistics_in_eval_and_those_of_the_batch_in_train_mode(name):
+    model = with_batch_norm()
+    with torch.no_grad():
+        model[1].running_mean.fill_(5.0)
+    seen = []
+    model[1].register_forward_hook(lambda module, *_: seen.append(module.training))
+    craft(name, model, attacker(steps=2))
+    assert seen
+    assert not any(seen)
+    seen.clear()
+    craft(name, model, attacker(steps=2, bn_mode="train"))
+    assert all(seen)
+
+
+@pytest.mark.parametrize(("name", "batches"), [("natural", 1), ("at", 1), ("trades", 2)])
+def test_statistics_see_the_training_passes_alone(name, batches):
+    model = with_batch_norm()
+    loss_of(name, model, attacker(steps=4))
+    assert int(model[1].num_batches_tracked) == batches
+    assert model.training
+
+
+@pytest.mark.parametrize(("name", "batches"), [("natural", 1), ("at", 5), ("trades", 7)])
+def test_statistics_absorb_the_crafting_in_train_mode(name, batches):
+    model = with_batch_norm()
+    loss_of(name, model, attacker(steps=4, bn_mode="train"))
+    assert int(model[1].num_batches_tracked) == batches
+
+
+def test_trades_normalises_clean_and_adversarial_batches_apart():
+    model = with_batch_norm()
+    sizes = []
+    model[1].register_forward_pre_hook(
+        lambda module, inputs: sizes.append(len(inputs[0])) if module.training else None
+    )
+    loss_of("trades", model)
+    assert sizes == [6, 6]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_global_random_numbers_are_not_drawn(name):
+    model = with_batch_norm()
+    model[3].p = 0.0
+    before = torch.get_rng_state()
+    loss_of(name, model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_passes_are_those_that_a_step_takes(name, steps):
+    model, forward, backward = with_batch_norm(), [], []
+
+    def count(module, inputs, output):
+        forward.append(len(inputs[0]))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: backward.append(len(gradient)))
+
+    model.register_forward_hook(count)
+    loss_of(name, model, attacker(steps=steps)).backward()
+    assert (len(forward), len(backward)) == PASSES[name](steps)
+    assert set(forward) == {len(BATCH)}
+
+
+def test_every_objective_has_its_passes():
+    assert PASSES.keys() == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_do_not_depend_on_forming_the_effective_weights_once(name):
+    """TRADES starts with a pass without gradients, which must not be what the step then uses."""
+    gradients = []
+    for once in (False, True):
+        model = with_batch_norm()
+        model[3].p = 0.0
+        apply_masks(model, magnitude_masks(model, 0.5))
+        if once:
+            with effective_weights(model):
+                loss_of(name, model).backward()
+        else:
+            loss_of(name, model).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0] if gradient.dim() > 1)

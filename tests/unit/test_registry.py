@@ -1,0 +1,204 @@
+"""The registry reads files without running them, and what it reads is what an import gives."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from robsparse import registry
+from robsparse.errors import UsageError
+
+ENTRIES = [(kind, name) for kind in registry.PACKAGES for name in registry.names(kind)]
+
+METHOD = '''
+"""A method."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveInt
+
+from robsparse.config import Fit, Strict
+from robsparse.stages import Stage
+
+LABEL = "Mine"
+STARTS_FROM = "dense"
+
+
+class Finetune(Fit):
+    """Epochs and rate."""
+
+    epochs: PositiveInt = 3
+    lr: float = Field(0.5, gt=0)
+
+
+class Params(Strict):
+    """finetune: the stage."""
+
+    finetune: Finetune = Finetune()
+    kind: Literal["a", "b"] = "b"
+
+
+class Work(Stage):
+    name = "work"
+
+
+def stages(params, sparsity):
+    return [Work(params.finetune)]
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """package({"file.py": text}) -> the name of a package of methods, the only one registered."""
+
+    def make(files):
+        name = f"methods_{tmp_path.name}"
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "__init__.py").write_text('raise RuntimeError("nobody imports me")')
+        for path, text in files.items():
+            (folder / path).write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(registry.PACKAGES, "method", (name,))
+        importlib.invalidate_caches()
+        registry._entries.cache_clear()
+        return folder
+
+    yield make
+    registry._entries.cache_clear()
+
+
+def refusal():
+    with pytest.raises(UsageError) as caught:
+        registry.names("method")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- what is here
+
+
+def test_everything_of_the_repository_is_found():
+    assert registry.names("method") == ["admm", "bcs", "dense", "hydra", "lwm"]
+    assert {"autoattack", "clean", "pgd"} <= set(registry.names("attack"))
+    assert "digits" in registry.names("dataset")
+    assert "small_cnn" in registry.names("arch")
+
+
+@pytest.mark.parametrize(("kind", "name"), ENTRIES)
+def test_params_read_from_the_text_are_those_of_the_import(kind, name):
+    read, imported = registry.entry(kind, name).params, registry.load(kind, name).Params
+    assert read.model_json_schema() == imported.model_json_schema()
+    if not any(field.is_required() for field in imported.model_fields.values()):
+        assert read().model_dump() == imported().model_dump()
+    assert read is not imported  # else nothing was read
+
+
+@pytest.mark.parametrize(("kind", "name"), ENTRIES)
+def test_literals_read_from_the_text_are_those_of_the_import(kind, name):
+    entry, module = registry.entry(kind, name), registry.load(kind, name)
+    for key in ("LABEL", "STARTS_FROM", "DENSE", "NAMES"):
+        assert entry.literals.get(key) == getattr(module, key, None)
+    assert entry.path.samefile(module.__file__)
+    assert (entry.kind, entry.name, entry.module) == (kind, name, module.__name__)
+
+
+def test_reading_registry_and_a_study_loads_no_torch(repository):
+    heavy = ["torch", "torchvision", "sklearn", "pyautoattack", "matplotlib", "numpy", "pandas"]
+    code = (
+        "import sys, json; from robsparse import config, registry, staleness\n"
+        "study = config.load('config/tiny.yaml')\n"
+        "for kind in registry.PACKAGES: registry.names(kind)\n"
+        "for cell in study.cells(): staleness.evaluation_digest(study, cell, 'last')\n"
+        f"print(json.dumps([name for name in {heavy} if name in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository
+    )
+    assert json.loads(done.stdout) == []
+
+
+def test_unknown_name_gets_all_names_and_the_nearest():
+    with pytest.raises(UsageError) as caught:
+        registry.entry("method", "hydrra")
+    assert str(caught.value) == (
+        "unknown method 'hydrra', expected one of: admm, bcs, dense, hydra, lwm; "
+        "nearest match: 'hydra'"
+    )
+
+
+# ---------------------------------------------------------------- files of one's own
+
+
+def test_file_is_a_method_named_after_it_and_is_not_run(package):
+    package({"mine.py": "raise_if_run = 1 / 1\nraise RuntimeError\n" + METHOD})
+    entry = registry.entry("method", "mine")
+    assert registry.names("method") == ["mine"]
+    assert entry.literals["STARTS_FROM"] == "dense"
+    assert entry.params().finetune.epochs == 3
+    assert entry.params(kind="a").kind == "a"
+
+
+def test_file_may_hold_several_names(package):
+    package({"several.py": 'NAMES = ("two", "one")\n' + METHOD})
+    assert registry.names("method") == ["one", "two"]
+    assert registry.entry("method", "one").module.endswith(".several")
+
+
+def test_files_that_start_with_an_underscore_are_no_entries(package):
+    package({"mine.py": METHOD, "_helpers.py": "no python at all ("})
+    assert registry.names("method") == ["mine"]
+
+
+def test_constants_that_are_no_literals_are_passed_over(package):
+    package({"mine.py": METHOD + "\nTABLE = [x for x in range(3)]\nONE, TWO = 1, 2\n"})
+    assert "TABLE" not in registry.entry("method", "mine").literals
+
+
+def test_syntax_error_names_file_and_line(package):
+    folder = package({"mine.py": METHOD, "broken.py": "x = 1\ndef stages(:\n"})
+    message = refusal()
+    assert message.startswith(f"{folder / 'broken.py'}: line 2: ")
+
+
+def test_file_without_params_is_refused(package):
+    folder = package({"mine.py": METHOD.replace("class Params", "class Parameters")})
+    assert refusal() == (
+        f"{folder / 'mine.py'}: no class Params found (expected a robsparse.config.Strict model)"
+    )
+
+
+def test_params_that_are_no_model_are_refused(package):
+    package({"mine.py": METHOD.replace("class Params(Strict)", "class Params")})
+    assert "no class Params found" in refusal()
+
+
+def test_two_files_of_one_name_are_refused(package):
+    folder = package({"a.py": 'NAMES = ("x",)\n' + METHOD, "b.py": 'NAMES = ("x",)\n' + METHOD})
+    message = refusal()
+    assert "the method 'x' is already taken" in message
+    assert str(folder / "a.py") in message
+    assert str(folder / "b.py") in message
+
+
+@pytest.mark.parametrize("default", ["torch.pi", "LARGEST"])
+def test_params_that_need_more_than_may_be_read_are_one_line(default, package):
+    """A constant or a torch value as default is an easy slip in a file of one's own."""
+    folder = package({"mine.py": METHOD.replace("PositiveInt = 3", f"PositiveInt = {default}")})
+    message = refusal()
+    assert message.startswith(str(folder / "mine.py"))
+    assert default.split(".")[0] in message
+
+
+def test_file_that_is_not_utf8_is_one_line(package):
+    folder = package({"mine.py": METHOD})
+    (folder / "latin.py").write_bytes('"""\xe4"""\n'.encode("latin-1") + METHOD.encode())
+    assert str(folder / "latin.py") in refusal()
+
+
+def test_file_with_a_null_byte_is_one_line(package):
+    folder = package({"mine.py": METHOD, "null.py": METHOD + "\0"})
+    assert str(folder / "null.py") in refusal()
