@@ -27,7 +27,7 @@ Selection = Literal["best_val", "last"]
 Objective = Literal["natural", "at", "trades"]
 
 
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 
 
 class Fit(Strict):

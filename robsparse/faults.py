@@ -32,11 +32,20 @@ def _line(fault: Any, data: Any, prefix: str) -> str:
     for bound in ("ge", "gt", "le", "lt"):
         if bound in context:
             message += f"; nearest match: {context[bound]}" if bound in ("ge", "le") else ""
-    if fault["type"] == "greater_than" and isinstance(value, int):
+    if fault["type"] == "greater_than" and isinstance(context["gt"], int):
         message += f"; nearest match: {context['gt'] + 1}"
     if fault["type"] == "too_short":
         message = "expected at least one entry"
-    return f"{key} = {json.dumps(value, default=str)}: {message}"
+    return f"{key} = {_show(value)}: {message}"
+
+
+def _show(value: Any) -> str:
+    """A value as it stands in YAML, cut to a readable length."""
+    try:
+        text = json.dumps(value, default=str)
+    except ValueError:  # a YAML anchor may contain itself
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _look_up(data: Any, location: list, default: Any) -> Any:

@@ -40,12 +40,16 @@ def _ratio(value: Any) -> Any:
     return value
 
 
-def _radius(value: Any) -> Any:
-    value = _ratio(value)
+def _number(value: Any) -> float:
+    """The value as a float, nan if it is none; True is not a number here."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
+        return float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")
+
+
+def _radius(value: Any) -> Any:
+    number = _number(_ratio(value))
     if not 0 < number <= 1:
         hint = f"; nearest match: '{number:g}/255'" if 1 < number <= 255 else ""
         raise PydanticCustomError(
@@ -57,10 +61,7 @@ def _radius(value: Any) -> Any:
 
 
 def _sparsity(value: Any) -> Any:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
+    number = _number(value)
     if not 0 < number < 1:
         hint = f"; nearest match: {number / 100:g}" if 1 < number < 100 else ""
         raise PydanticCustomError(

@@ -88,6 +88,8 @@ def _read(kind: str, module: str, path: Path) -> list[Entry]:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     except SyntaxError as error:
         raise UsageError(f"{path}: line {error.lineno}: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: expected Python source in UTF-8") from None
     literals = _literals(tree)
     params = _params(tree, module, path)
     registered = literals.get("NAMES", (path.stem,))
@@ -113,16 +115,27 @@ def _params(tree: ast.Module, module: str, path: Path) -> type[BaseModel]:
     """
     space: dict[str, Any] = {"__name__": module}
     for node in tree.body:
-        wanted = (isinstance(node, ast.ImportFrom) and node.module in _PARAMS_IMPORTS) or (
-            isinstance(node, ast.ClassDef) and node.bases and _derives_from_model(node, space)
-        )
+        if isinstance(node, ast.ImportFrom):
+            wanted = node.module in _PARAMS_IMPORTS
+        else:
+            wanted = isinstance(node, ast.ClassDef) and _derives_from_model(node, space)
         if wanted:
-            exec(compile(ast.Module([node], []), str(path), "exec"), space)
+            _execute(node, space, path)
     if "Params" not in space:
         raise UsageError(
             f"{path}: no class Params found (expected a robsparse.config.Strict model)"
         )
     return space["Params"]
+
+
+def _execute(node: ast.stmt, space: dict[str, Any], path: Path) -> None:
+    try:
+        exec(compile(ast.Module([node], []), str(path), "exec"), space)
+    except Exception as error:
+        raise UsageError(
+            f"{path}: line {node.lineno}: {type(error).__name__}: {error}; parameter classes "
+            f"may use literals and names from {', '.join(_PARAMS_IMPORTS)} alone"
+        ) from None
 
 
 def _derives_from_model(node: ast.ClassDef, space: dict[str, Any]) -> bool:

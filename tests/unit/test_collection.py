@@ -22,7 +22,8 @@ ATTACKS = {
 }
 
 
-def row(method, sparsity, seed, n_correct, attack="clean", component="all", **changes):
+def row(model, n_correct, attack="clean", component="all", **changes):
+    method, sparsity, seed = model
     low, high = records.wilson_interval(n_correct, 100)
     values = {
         "dataset": "digits",
@@ -61,7 +62,7 @@ def row(method, sparsity, seed, n_correct, attack="clean", component="all", **ch
 
 def rows():
     return [
-        row(method, sparsity, seed, clean - fewer, attack, component)
+        row((method, sparsity, seed), clean - fewer, attack, component)
         for method, sparsity, seed, clean in MODELS
         for (attack, component), fewer in ATTACKS.items()
     ]
@@ -244,9 +245,7 @@ def write(study, layout, **changes):
         cell = cells[method, seed]
         own = [
             row(
-                method,
-                sparsity,
-                seed,
+                (method, sparsity, seed),
                 clean - fewer,
                 attack,
                 component,

@@ -38,7 +38,7 @@ class Project:
             check=False,
         )
 
-    def start(self, *words: str) -> subprocess.Popen:
+    def start(self, *words: str, **options: Any) -> subprocess.Popen:
         """Start a command; stdout is a pipe of lines."""
         return subprocess.Popen(
             words,
@@ -47,6 +47,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            **options,
         )
 
     def write(self, data: dict[str, Any], name: str = "config/tiny.yaml") -> str:

@@ -189,6 +189,7 @@ def test_a_new_file_is_a_method_by_one_line_of_a_config(mirror, tiny, project):
     key = f"digits/small_cnn/{dense}"
     assert main(["train", str(project.root / study), "--cell", key, *results]) == 0
     tiny["grid"]["methods"].append("mine")
+    tiny["methods"]["mine"] = {"finetune": {"epochs": 1}}
     project.write(tiny)
 
     def python(*words):

@@ -1,16 +1,20 @@
 """The workflow from start to report on a study of a minute, and what runs again after a change."""
 
 import csv
+import os
 import re
 import shutil
+import signal
 import sys
+import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
 from robsparse import records
-from robsparse.cells import Layout
+from robsparse.cells import Cell, Layout
 from robsparse.cli import main
 from robsparse.config import load
 from robsparse.figures import PLOTS, REPORT, TABLES
@@ -131,6 +135,19 @@ def test_csv_and_parquet_hold_the_same_rows(finished):
     assert one[[*records.KEY, "accuracy"]].equals(other[[*records.KEY, "accuracy"]])
 
 
+def test_every_row_counts_the_outcomes_of_the_single_images(finished):
+    project, _ = finished
+    for row in rows_of(project):
+        cell = Cell.parse(
+            f"{row['dataset']}/{row['arch']}/{row['method']}/{row['objective']}"
+            f"/s{float(row['sparsity']):.4f}/seed{row['seed']}"
+        )
+        path = Layout(project.root / "results" / "tiny").flags(cell, row["selection"])
+        with np.load(path) as flags:
+            outcomes = flags[f"{row['attack']}.{row['component']}"]
+        assert (len(outcomes), outcomes.sum()) == (int(row["n_examples"]), int(row["n_correct"]))
+
+
 def test_every_job_kept_its_log(finished):
     project, _ = finished
     logs = list(project.root.glob("results/tiny/logs/**/*.log"))
@@ -207,6 +224,10 @@ def say_a_default(study):
     study["methods"]["bcs"]["train"]["momentum"] = 0.9
 
 
+def change_the_title(study):
+    study["title"] = "Another title"
+
+
 def remove_a_method(study):
     study["grid"]["methods"].remove("hydra")
 
@@ -222,6 +243,7 @@ RERUNS = [
     (change_the_threat, {"train": 5, "evaluate": 10} | REPORTS),
     (change_the_machine, {}),
     (say_a_default, {}),
+    (change_the_title, {"figures": 1}),
     (remove_a_method, REPORTS),
 ]
 
@@ -283,13 +305,37 @@ def test_lint_reports_nothing_but_the_missing_conda_environment(project):
 
 
 def test_one_broken_cell_does_not_stop_the_others(study, project):
-    study["grid"]["methods"] = ["dense", "lwm", "bcs"]
+    study["grid"]["methods"] = ["dense", "bcs"]
     study["methods"]["bcs"]["train"]["lr"] = 1e30
     project.write(study)
     done = project.run("snakemake", "--cores", "2", "trained", "--configfile", STUDY)
     assert done.returncode == 1
     trained = {path.parts[-5] for path in project.root.glob("results/tiny/models/**/training.json")}
-    assert trained == {"dense", "lwm"}
+    assert trained == {"dense"}
     log = next(project.root.glob("results/tiny/logs/train/**/bcs/**/*.log")).read_text()
     assert "a smaller lr may help" in log
     assert "Traceback" not in log
+
+
+def wait_for(path, text, seconds=60):
+    ends = time.monotonic() + seconds
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < ends, f"{path} does not say '{text}'"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_leaves_nothing_half_written_and_the_same_command_goes_on(study, project):
+    study["grid"]["methods"] = ["dense"]
+    study["methods"]["dense"]["pretrain"]["epochs"] = 60
+    project.write(study)
+    command = ("snakemake", "--cores", "1", "trained", "--configfile", STUDY)
+    log = project.root / "results/tiny/logs/train/digits/small_cnn/dense/at/s0.0000/seed0.log"
+    process = project.start(*command, process_group=0)
+    wait_for(log, "pretrain epoch")
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes of the command
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert all(name.startswith("results/tiny/resume/") for name in project.files())
+    done = project.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().startswith("resuming digits/small_cnn/dense/at/s0.0000/seed0")
