@@ -1,5 +1,6 @@
 """Configurations: what a bad one is told, and what a good one means."""
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,8 @@ BAD = {
     "eps that is a word": ("threat.eps", "small", ['threat.eps = "small"'], ""),
     "eps that is true": ("threat.eps", True, ["threat.eps = true"], ""),
     "eps too large for a float": ("threat.eps", 10**400, ["threat.eps = 1000"], ""),
+    "eps that is a ratio too large for a float": ("threat.eps", f"{10**400}/1", ["threat.eps"], ""),
+    "eps that is a mapping": ("threat.eps", {datetime.date(2020, 1, 1): 1}, ["threat.eps = "], ""),
     "step size in 8-bit units": (
         "training.crafting.step_size",
         2,

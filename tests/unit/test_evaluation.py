@@ -208,7 +208,7 @@ def test_restart_attacks_only_what_survived():
 def test_more_restarts_never_leave_more_images(restarts):
     model, x, y = trained()
     fewer, more = (
-        pgd.run(model, x, y, pgd.Params(steps=2, restarts=n), threat()).components["all"]
+        pgd.run(model, x, y, pgd.Params(steps=2, restarts=n), threat(0.08)).components["all"]
         for n in (restarts, restarts + 2)
     )
     assert not (more & ~fewer).any()
@@ -339,7 +339,7 @@ def test_flags_of_pgd_do_not_depend_on_the_batch_size(batch_size):
     model, x, y = trained()
     params = pgd.Params(steps=3, restarts=3)
     flags = [
-        pgd.run(model, x, y, params, threat(0.04, batch_size=size)).components["all"]
+        pgd.run(model, x, y, params, threat(0.08, batch_size=size)).components["all"]
         for size in (batch_size, 100)
     ]
     assert 0 < int(flags[0].sum()) < 16  # else they would be equal anyway
@@ -348,7 +348,7 @@ def test_flags_of_pgd_do_not_depend_on_the_batch_size(batch_size):
 
 def test_pgd_agrees_with_a_slow_loop_over_single_images():
     model, x, y = trained()
-    params, eps = pgd.Params(steps=3, restarts=2), 0.04
+    params, eps = pgd.Params(steps=3, restarts=2), 0.08
     generator = torch.Generator().manual_seed(3)
     starts = [torch.rand(x.shape, generator=generator) for _ in range(params.restarts)]
     expected = []
@@ -378,8 +378,9 @@ class Quick(AutoAttack):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.square.n_queries = 40
-        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 5
+        self.square.n_queries = 60
+        self.fab.n_iter = 5
+        self.apgd.n_iter = self.apgd_targeted.n_iter = 2
 
 
 @pytest.fixture
@@ -387,7 +388,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(autoattack, "AutoAttack", Quick)
 
 
-@pytest.mark.parametrize(("eps", "batch_size"), [(0.03, 5), (0.02, 100)])
+@pytest.mark.parametrize(("eps", "batch_size"), [(0.09, 5), (0.08, 100)])
 def test_components_run_alone_give_the_outcome_of_one_stock_run(eps, batch_size, quick):
     model, x, y = trained()
     found = autoattack.run(model, x, y, autoattack.Params(), threat(eps, batch_size=batch_size))
@@ -402,7 +403,8 @@ def test_components_run_alone_give_the_outcome_of_one_stock_run(eps, batch_size,
         with torch.no_grad():
             assert torch.equal(model(x_adv).argmax(1) == y, y_adv == y)
     assert found.max_perturbation == pytest.approx(float((x_adv - x).abs().max()))
-    assert 0 < int((y_adv == y).sum()) < 16  # else they would be equal anyway
+    counts = [int(flags.sum()) for flags in found.components.values()]
+    assert 16 > counts[0] > counts[2] >= counts[3] > 0  # else little would be shown
     model.zero_grad(set_to_none=True)
 
 
@@ -449,7 +451,7 @@ def test_warnings_are_not_printed_as_well(quick, caplog):
     model, x, y = softmax_net()
     with caplog.at_level(logging.DEBUG):
         autoattack.run(model, x, y, autoattack.Params(), threat(1e-3))
-    assert not [record for record in caplog.records if record.name == "auto-attack"]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("fails", [False, True])

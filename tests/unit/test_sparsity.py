@@ -91,6 +91,13 @@ def test_erk_by_hand_with_a_full_layer():
     assert erk_keep_counts(model, 0.5) == {"0": 48, "1": 4}
 
 
+def test_erk_by_hand_shares_what_a_full_layer_cannot_take_in_proportion():
+    # budget 1949 over 200 + 40 + 20: the last would get 149.9 of its 100; 1849 / 240 = 7.704
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(20, 20), nn.Linear(10, 10))
+    assert keep_count(10_500, 0.8143) == 1949
+    assert erk_keep_counts(model, 0.8143) == {"0": 1541, "1": 308, "2": 100}
+
+
 def test_erk_by_hand_where_a_full_layer_fills_another():
     # sizes 100, 12, 2 and budget 95: round one fills the last two at once or one after the other
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(6, 2), nn.Linear(2, 1))
