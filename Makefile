@@ -30,10 +30,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 reference:
-	mkdir -p results/reference/quick/plots
+	mkdir -p results/reference/quick
 	cp results/quick/report.md results/reference/quick/README.md
-	cp results/quick/results.csv results/quick/layers.csv results/reference/quick/
-	cp results/quick/plots/*.png results/reference/quick/plots/
+	cp -r results/quick/tables results/quick/plots results/quick/results.csv results/quick/layers.csv \
+	  results/reference/quick/
 
 clean:
 	rm -rf $(VENV) results/quick results/tiny
