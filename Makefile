@@ -15,7 +15,7 @@ reproduce: $(INSTALLED)
 	snakemake --cores all
 
 test: $(INSTALLED)
-	python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 install: $(INSTALLED)
 

@@ -51,6 +51,12 @@ def run(
         seed=threat.seed,
         device=threat.device,
     )
+    if len(x_NCHW):
+        with torch.no_grad():
+            classes = model(x_NCHW[:1].to(threat.device)).shape[1]
+        # The package fixes nine targets; with fewer classes it would look for labels beyond them.
+        for part in (attack.apgd_targeted, attack.fab):
+            part.n_target_classes = min(part.n_target_classes, classes - 1)
     robust = torch.ones(len(y_N), dtype=torch.bool)
     components: dict[str, Tensor] = {}
     warnings: dict[str, None] = {}
@@ -102,8 +108,11 @@ def _warnings_into(found: dict[str, None]) -> Iterator[None]:
     handler = Collect(logging.WARNING)
     logger.addHandler(handler)
     propagates, logger.propagate = logger.propagate, False
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
         logger.propagate = propagates
+        logger.setLevel(level)
         logger.removeHandler(handler)

@@ -43,7 +43,7 @@ def _show(value: Any) -> str:
     """A value as it stands in YAML, cut to a readable length."""
     try:
         text = json.dumps(value, default=str)
-    except ValueError:  # a YAML anchor may contain itself
+    except (TypeError, ValueError):  # dates as keys, an anchor that contains itself
         text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

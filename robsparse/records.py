@@ -159,6 +159,8 @@ def read_rows(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
     """Read back what `write_rows` wrote. Raises UsageError naming the field that is wrong."""
     content = read_json(path)
     try:
+        if not content["rows"]:
+            raise UsageError(f"{path}: expected at least one row")
         return [Row.model_validate(row) for row in content["rows"]], content["layers"]
     except (KeyError, TypeError):
         raise UsageError(f"{path}: expected 'rows' and 'layers'") from None

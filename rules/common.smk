@@ -17,7 +17,13 @@ shell.prefix(f"export PATH={Path(sys.executable).parent}:$PATH; ")
 
 
 def load_study():
+    settings = workflow.config_settings
     try:
+        if settings.config or len(settings.configfiles) > 1:
+            raise UsageError(
+                "a study is one file, read whole: expected one --configfile and no --config "
+                "(copy the file and change it there; name targets before --configfile)"
+            )
         return load(STUDY_FILE)
     except UsageError as error:
         sys.stderr.write(f"robsparse: error: {error}\n")

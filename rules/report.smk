@@ -37,6 +37,7 @@ rule figures:
         f"{ROOT}/logs/figures.log",
     params:
         study=STUDY_FILE,
+        printed=f"{STUDY.title} {STUDY.small}",
     message:
         "draw the tables and plots of {STUDY.study}"
     shell:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,8 @@ class Project:
 
     def start(self, *words: str, **options: Any) -> subprocess.Popen:
         """Start a command; stdout is a pipe of lines."""
+        # A background shell hands an ignored SIGINT down to its children; a terminal does not.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(
             words,
             cwd=self.root,
