@@ -416,6 +416,15 @@ def test_stock_budgets_are_those_of_the_standard_version():
     assert autoattack.AutoAttack is AutoAttack
 
 
+def test_fewer_than_ten_classes_have_fewer_targets(quick):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    x = torch.rand(6, 1, 8, 8)
+    y = model(x).argmax(1)
+    found = autoattack.run(model, x, y, autoattack.Params(), threat(0.001))
+    assert list(found.components) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
 def softmax_net():
     model, x, y = trained()
     return nn.Sequential(model, nn.Softmax(dim=1)).eval(), x[:4], y[:4]
