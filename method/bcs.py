@@ -157,9 +157,10 @@ def initial_counts(model: nn.Module, sparsity: float, init: str) -> dict[str, in
     if init == "strict":
         return erk_keep_counts(model, sparsity)
     sizes = {name: module.weight.numel() for name, module in prunable(model).items()}
-    first, *_, last = sizes
+    names = list(sizes)
+    ends = (names[0], names[-1])
     return {
-        name: int((0.6 if name in (first, last) else 0.5 * density(sparsity)) * size)
+        name: int((0.6 if name in ends else 0.5 * density(sparsity)) * size)
         for name, size in sizes.items()
     }
 

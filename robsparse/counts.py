@@ -26,6 +26,7 @@ def layer_keep_count(size: int, sparsity: float) -> int:
 
 def round_to_sum(wanted: dict[str, float], caps: dict[str, int], total: int) -> dict[str, int]:
     """Integers near `wanted` that sum to `total`, none above its cap (largest remainder first)."""
+    assert total <= sum(caps.values()), "more is asked for than there is room for"
     counts = {name: min(int(value), caps[name]) for name, value in wanted.items()}
     by_remainder = sorted(wanted, key=lambda name: int(wanted[name]) - wanted[name])
     missing = total - sum(counts.values())

@@ -32,7 +32,7 @@ from robsparse.sparsity import prunable
 class AttackThreat:
     """The adversary of one attack run. `seed` decides all its random draws.
 
-    `report(done, total, robust)` may be called between parts of a long attack.
+    `report(text)` may be called between parts of a long attack.
     """
 
     norm: str

@@ -19,7 +19,7 @@ def _line(fault: Any, data: Any, prefix: str) -> str:
     """One fault as "key = value: what was expected"."""
     context = fault.get("ctx") or {}
     location = [part for part in fault["loc"] if part != "[key]"]
-    if fault["type"] == "unknown_key":
+    if "key" in context:
         location.append(context["key"])
     key = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
     if fault["type"] == "missing":

@@ -18,7 +18,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:
+    def _refuse_unknown_keys_and_stray_booleans(cls, data: Any) -> Any:
         for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
                 known = ", ".join(cls.model_fields)
@@ -26,6 +26,11 @@ class Strict(BaseModel):
                     "unknown_key",
                     "unknown key, expected one of: {known}{nearest}",
                     {"key": key, "known": known, "nearest": nearest(key, cls.model_fields)},
+                )
+            if isinstance(data[key], bool) and cls.model_fields[key].annotation is not bool:
+                # pydantic would read `epochs: true` as one epoch
+                raise PydanticCustomError(
+                    "stray_boolean", "expected a value, not true or false", {"key": key}
                 )
         return data
 

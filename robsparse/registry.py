@@ -99,9 +99,15 @@ def _read(kind: str, module: str, path: Path) -> list[Entry]:
 def _literals(tree: ast.Module) -> dict[str, Any]:
     values = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        if isinstance(node, ast.Assign):
+            target = node.targets[0]
+        elif isinstance(node, ast.AnnAssign) and node.value:
+            target = node.target
+        else:
+            continue
+        if isinstance(target, ast.Name):
             try:
-                values[node.targets[0].id] = ast.literal_eval(node.value)
+                values[target.id] = ast.literal_eval(node.value)
             except ValueError:
                 continue
     return values

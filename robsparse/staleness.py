@@ -11,7 +11,15 @@ from robsparse import registry
 from robsparse.cells import Cell
 from robsparse.config import Selection, Study, digest, starting_cell
 
-_SHARED = ("counts.py", "sparsity.py", "perturb.py", "weights.py")
+_SHARED = (
+    "cells.py",
+    "datasets/__init__.py",
+    "models/__init__.py",
+    "counts.py",
+    "sparsity.py",
+    "perturb.py",
+    "weights.py",
+)
 _TRAINING = ("stages.py", "training.py", "objectives.py", "checkpoints.py", "validation.py")
 _EVALUATION = ("evaluation.py",)
 

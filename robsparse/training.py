@@ -139,7 +139,8 @@ class Trainer:
         )
         if saved:
             self._restore(stage, saved)
-        progress.peak_live = max(progress.peak_live, stage.live_weights(run))
+        else:
+            progress.peak_live = max(progress.peak_live, stage.live_weights(run))
         epochs = range(progress.epoch, fit.epochs)
         for epoch in tqdm(epochs, desc=f"{self.cell.key} {stage.name}", unit="epoch", disable=None):
             progress.epoch = run.epoch = epoch

@@ -30,9 +30,9 @@ def load_into(model: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: not a readable safetensors file ({error})") from None
     expected = {name: value.shape for name, value in model.state_dict().items()}
-    for name in expected.keys() - state.keys():
+    for name in sorted(expected.keys() - state.keys()):
         raise UsageError(f"{path}: the weights '{name}' are missing; is the arch the right one?")
-    for name in state.keys() - expected.keys():
+    for name in sorted(state.keys() - expected.keys()):
         raise UsageError(f"{path}: unexpected weights '{name}'; is the arch the right one?")
     for name, value in state.items():
         if value.shape != expected[name]:

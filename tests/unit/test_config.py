@@ -96,6 +96,12 @@ BAD = {
     "eps that is no ratio": ("threat.eps", "8/255/3", ['threat.eps = "8/255/3"'], ""),
     "eps that is a word": ("threat.eps", "small", ['threat.eps = "small"'], ""),
     "eps that is true": ("threat.eps", True, ["threat.eps = true"], ""),
+    "batch size that is true": (
+        "training.batch_size",
+        True,
+        ["training.batch_size = true"],
+        "",
+    ),
     "eps too large for a float": ("threat.eps", 10**400, ["threat.eps = 1000"], ""),
     "eps that is a ratio too large for a float": ("threat.eps", f"{10**400}/1", ["threat.eps"], ""),
     "eps that is a mapping": ("threat.eps", {datetime.date(2020, 1, 1): 1}, ["threat.eps = "], ""),

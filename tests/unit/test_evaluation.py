@@ -193,6 +193,18 @@ def test_pgd_takes_steps_of_the_relative_length():
         assert outcome.components["all"].tolist() == expected.tolist()
 
 
+def test_largest_perturbation_is_that_of_all_batches():
+    # The second image is already where the attack wants it, in a corner of the box.
+    x = torch.tensor([[0.5, 0.5, 0.5, 0.5], [1.0, 0.0, 1.0, 0.5]]).view(2, 1, 2, 2)
+    params = pgd.Params(steps=10, restarts=1)
+    for order in ([0, 1], [1, 0]):
+        y = torch.zeros(2, dtype=torch.int64)
+        outcome = pgd.run(Line(), x[order], y, params, threat(batch_size=1))
+        assert outcome.max_perturbation == pytest.approx(EPS)
+    alone = pgd.run(Line(), x[1:], y[:1], params, threat(batch_size=1))
+    assert alone.max_perturbation < 0.99 * EPS
+
+
 def test_restart_attacks_only_what_survived():
     x, y = line_images()
     model = Line()

@@ -202,3 +202,8 @@ def test_file_that_is_not_utf8_is_one_line(package):
 def test_file_with_a_null_byte_is_one_line(package):
     folder = package({"mine.py": METHOD, "null.py": METHOD + "\0"})
     assert str(folder / "null.py") in refusal()
+
+
+def test_literals_may_carry_a_type(package):
+    package({"mine.py": 'STARTS_FROM: str = "dense"\n' + METHOD})
+    assert registry.entry("method", "mine").literals["STARTS_FROM"] == "dense"
