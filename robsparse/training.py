@@ -300,7 +300,7 @@ class Trainer:
             {
                 "cell": cell.key,
                 "settings": self.study.training_settings(cell),
-                "settings_digest": training_digest(self.study, cell),
+                "settings_digest": self.checkpoint.digest,
                 "selected": {
                     "best_val": progress.best,
                     "last": {"epoch": last["epoch"], "val_robust": last["val_robust"]},
