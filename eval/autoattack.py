@@ -1,22 +1,26 @@
 """AutoAttack: APGD-CE, targeted APGD-DLR, targeted FAB and Square, worst case over all four.
 
 Source: Croce and Hein, ICML 2020, through the package pyautoattack. Its components are run one at a
-time on the images that are still robust, which is what its own evaluation does, so that the
-outcome of each is kept; a test compares the two image for image.
+time on the images that are still robust, in the package's own batches and from its own seeds, so
+that the outcome equals one call of it image for image; each finished batch is kept, so that a
+killed evaluation goes on from there and a longer one takes over what a shorter one has found.
 """
 
+import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+import re
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
+import numpy as np
 import torch
-from pyautoattack import AutoAttack
+from pyautoattack import AutoAttack, checks
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from robsparse import perturb
-from robsparse.config import Strict
-from robsparse.evaluation import AttackThreat, Outcome
+from robsparse.attacks import AttackThreat, Outcome, Progress, Tally, in_batches
+from robsparse.config import Reach
 
 LABEL = "AutoAttack"
 
@@ -24,26 +28,121 @@ LABEL = "AutoAttack"
 SQUARE_MARGIN = 0.002
 
 
-class Params(Strict):
+class Params(Reach):
     """version: the package's preset of components and their budgets."""
 
+    VERSIONS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+        "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+        "rand": ("apgd-ce", "apgd-dlr"),
+    }
     version: Literal["standard", "plus", "rand"] = "standard"
+    components: tuple[str, ...] = Field(
+        (), description="some of the version's components, in this order; empty: all of them"
+    )
+
+    @field_validator("components")
+    @classmethod
+    def _of_the_version(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        known = cls.VERSIONS[info.data.get("version", "standard")]
+        if len(set(names)) != len(names) or not set(names) <= set(known):
+            raise ValueError(f"expected each at most once of: {', '.join(known)}")
+        return names
+
+    def parts(self) -> tuple[str, ...]:
+        """The components that run, in their order."""
+        return self.components or self.VERSIONS[self.version]
 
 
 def passes(params: Params) -> tuple[int, int]:
     """Forward-and-backward passes and forward-only passes over an image that survives.
 
-    With ten classes: APGD-CE 100 steps, APGD-T and FAB-T 100 steps for each of 9 targets, Square
-    5,000 queries; "plus" adds APGD and FAB with 5 restarts, "rand" averages 20 gradients a step.
+    With ten classes: APGD takes 100 steps a restart and, targeted, for each of 9 classes; so does
+    FAB, and asks for all classes' gradients when it is not targeted; Square makes 5,000 queries.
+    "plus" restarts APGD-CE, APGD-DLR and FAB 5 times; "rand" averages 20 gradients a step.
     """
-    return {"standard": (1900, 5900), "plus": (3400, 6900), "rand": (4000, 200)}[params.version]
+    often = {"standard": 1, "plus": 5, "rand": 20}[params.version]
+    costs = {
+        "apgd-ce": (100 * often, often),
+        "apgd-dlr": (100 * often, often),
+        "apgd-t": (900, 9),
+        "fab": (500 * often, 100 * often),
+        "fab-t": (900, 900),
+        "square": (0, 5000),
+    }
+    backward, forward = zip(*(costs[name] for name in params.parts()), strict=True)
+    return sum(backward), sum(forward)
 
 
 def run(
     model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
 ) -> Outcome:
     """Which images survive each component, and what the package warned of."""
-    attack = AutoAttack(
+    tally = Tally(x_NCHW, y_N, threat)
+    components: dict[str, Tensor] = {}
+    # The package seeds torch's global generator and asks for gradients of all weights.
+    cuda = [threat.device] if threat.device.type == "cuda" else []
+    with (
+        _Warnings() as warnings,
+        perturb.frozen(model),
+        torch.random.fork_rng(devices=cuda),
+    ):
+        if len(y_N):
+            package = _package(model, x_NCHW, params, threat)
+            _check(package, x_NCHW, y_N, params, threat)
+        for position, name in enumerate(params.parts()):
+            before = tally.robust.clone()
+            if before.any():
+                said = [params.version, *params.parts()[: position + 1]]
+                _run_component(_searcher(package, name), model, tally, warnings, said)
+            components[name] = tally.robust.clone()
+            if name == "square":
+                warnings.of_square(before, tally.robust)
+    return tally.outcome({"version": params.version}, components, warnings.texts())
+
+
+def _run_component(
+    search: Callable[[Tensor, Tensor], Tensor],
+    model: nn.Module,
+    tally: Tally,
+    warnings: "_Warnings",
+    said: list[str],
+) -> None:
+    """Let the last component of `said` search for the images that are still robust.
+
+    `said` is the version and all components so far: the name under which the outcome is kept.
+    """
+    name = said[-1]
+    threat, key = tally.threat, json.dumps(said)
+    alive = tally.robust.nonzero().squeeze(1)
+    done = 0
+    if found := threat.saved.get(key):
+        done = int(found.pop("done"))
+        warnings.take(json.loads(str(found.pop("warnings"))))
+        tally.take(found)
+        threat.report(f"{name}: {done} of {len(alive)} images taken from an earlier run")
+    progress = Progress(name, len(alive), threat.report)
+
+    def work(where: slice) -> None:
+        index = alive[done:][where]
+        x, y = tally.x_NCHW[index].to(threat.device), tally.y_N[index].to(threat.device)
+        with torch.no_grad():
+            adversarial = search(x.clone(), y.clone())
+        tally.judge(model, index, adversarial)
+        threat.saved.put(
+            key,
+            done=np.array(done + where.stop),
+            warnings=np.array(json.dumps(warnings.found)),
+            **tally.arrays(),
+        )
+        progress.update(done + where.stop, int(tally.robust.sum()))
+
+    in_batches(len(alive) - done, threat.batch_size, work, threat.report)
+    progress.close(int(tally.robust.sum()), len(alive))
+
+
+def _package(model: nn.Module, x_NCHW: Tensor, params: Params, threat: AttackThreat) -> AutoAttack:
+    package = AutoAttack(
         model,
         norm=threat.norm,
         eps=threat.eps,
@@ -51,68 +150,82 @@ def run(
         seed=threat.seed,
         device=threat.device,
     )
-    if len(x_NCHW):
-        with torch.no_grad():
-            classes = model(x_NCHW[:1].to(threat.device)).shape[1]
-        # The package fixes nine targets; with fewer classes it would look for labels beyond them.
-        for part in (attack.apgd_targeted, attack.fab):
-            part.n_target_classes = min(part.n_target_classes, classes - 1)
-    robust = torch.ones(len(y_N), dtype=torch.bool)
-    components: dict[str, Tensor] = {}
-    warnings: dict[str, None] = {}
-    largest, nans = 0.0, 0
-    for component in list(attack.attacks_to_run):
-        before = int(robust.sum())
-        if before:
-            attack.attacks_to_run = [component]
-            alive = robust.nonzero().squeeze(1)
-            # The package seeds torch's global generator and asks for gradients of all weights.
-            cuda = [threat.device] if threat.device.type == "cuda" else []
-            with (
-                _warnings_into(warnings),
-                perturb.frozen(model),
-                torch.random.fork_rng(devices=cuda),
-            ):
-                x_adv, y_adv = attack.run_standard_evaluation(
-                    x_NCHW[alive], y_N[alive], batch_size=threat.batch_size
-                )
-            robust[alive] = y_adv == y_N[alive]
-            nans += int(x_adv.isnan().sum())
-            largest = max(largest, float((x_adv - x_NCHW[alive]).abs().max()))
-        components[component] = robust.clone()
-        after = int(robust.sum())
-        threat.report(f"{component}: {after} of {before} still robust")
-        if component == "square" and before - after > SQUARE_MARGIN * len(y_N):
-            warnings[
-                f"Square broke {before - after} of the {before} images that survived the white-box "
-                "attacks, which may be unreliable on this model"
-            ] = None
-    return Outcome(
-        components,
-        {"version": params.version},
-        list(warnings),
-        max_perturbation=largest,
-        nan_count=nans,
+    with torch.no_grad():
+        classes = model(x_NCHW[:1].to(threat.device)).shape[1]
+    # The package fixes nine targets; with fewer classes it would look for labels beyond them.
+    for part in (package.apgd_targeted, package.fab):
+        part.n_target_classes = min(part.n_target_classes, classes - 1)
+    return package
+
+
+def _check(
+    package: AutoAttack, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+) -> None:
+    """The package's own checks of the network, on the first batch, once."""
+    x, y = (v[: threat.batch_size].to(threat.device) for v in (x_NCHW, y_N))
+    logger = package.logger
+    if params.version != "rand":
+        checks.check_randomized(package.get_logits, x, y, bs=len(x), logger=logger)
+    classes = checks.check_range_output(package.get_logits, x, logger=logger)
+    # The package never forgets a dynamic network: later ones would be taken for one.
+    checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+    checks.check_dynamic(package.model, x, logger=logger)
+    targets = package.apgd_targeted.n_target_classes, package.fab.n_target_classes
+    checks.check_n_classes(classes, list(params.parts()), *targets, logger=logger)
+
+
+def _searcher(package: AutoAttack, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """perturb(x, y) of one component, set and seeded as the package's own loop does it."""
+    part = {"apgd-t": package.apgd_targeted, "square": package.square}.get(
+        name, package.fab if name.startswith("fab") else package.apgd
     )
+    if name in ("apgd-ce", "apgd-dlr"):
+        part.loss = name.removeprefix("apgd-")
+    if name in ("fab", "fab-t"):
+        part.targeted = name == "fab-t"
+        part.n_restarts = 1 if part.targeted else part.n_restarts
+    part.seed = package.get_seed()
+    return part.perturb
 
 
-@contextmanager
-def _warnings_into(found: dict[str, None]) -> Iterator[None]:
-    """Collect what the package logs as a warning, each text once and in order."""
+class _Warnings(logging.Handler):
+    """Collects what the package warns of: each kind of text once, the one with the most points."""
 
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.setdefault(record.getMessage().split(" See ")[0])
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: dict[str, str] = {}
+        self.logger = logging.getLogger("auto-attack")
 
-    logger = logging.getLogger("auto-attack")
-    handler = Collect(logging.WARNING)
-    logger.addHandler(handler)
-    propagates, logger.propagate = logger.propagate, False
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.propagate = propagates
-        logger.setLevel(level)
-        logger.removeHandler(handler)
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage().split(" See ")[0]
+        kind, count = re.sub(r"\d+", "#", text), [int(n) for n in re.findall(r"\d+", text)]
+        if count >= [int(n) for n in re.findall(r"\d+", self.found.get(kind, ""))]:
+            self.found[kind] = text
+
+    def take(self, found: dict[str, str]) -> None:
+        """What an earlier run was warned of."""
+        self.found |= found
+
+    def of_square(self, before: Tensor, after: Tensor) -> None:
+        """The package's check of Square, which it cannot make when it runs alone."""
+        broken = int(before.sum() - after.sum())
+        if broken > SQUARE_MARGIN * len(before):
+            self.found["square"] = (
+                f"Square broke {broken} of the {int(before.sum())} images that survived the "
+                "white-box attacks, which may be unreliable on this model"
+            )
+
+    def texts(self) -> list[str]:
+        return list(self.found.values())
+
+    def __enter__(self) -> "_Warnings":
+        self._before = self.logger.propagate, self.logger.level
+        self.logger.addHandler(self)
+        self.logger.propagate = False
+        self.logger.setLevel(logging.WARNING)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.propagate, level = self._before
+        self.logger.setLevel(level)

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
+from robsparse.attacks import AttackThreat, Outcome, correct_flags
 from robsparse.config import Strict
 from robsparse.datasets import Part
-from robsparse.evaluation import AttackThreat, Outcome, correct_flags
 
 LABEL = "Clean"
 
@@ -22,5 +22,5 @@ def run(
     model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
 ) -> Outcome:
     """Which images are classified correctly."""
-    flags = correct_flags(model, Part(x_NCHW, y_N), threat.batch_size, threat.device)
+    flags = correct_flags(model, Part(x_NCHW, y_N), threat.batch_size, threat.device, threat.report)
     return Outcome({"all": flags}, max_perturbation=0.0)

@@ -5,24 +5,32 @@ Source: Madry et al., ICLR 2018. The defaults are those of the BCS authors' eval
 (run_foolbox_eval.py): 50 steps of 2.5 * eps / 50, 10 uniform random starts.
 """
 
+import math
+from typing import Literal
+
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from robsparse import perturb
-from robsparse.config import Strict
-from robsparse.datasets import Part
-from robsparse.evaluation import AttackThreat, Outcome, batched
+from robsparse.attacks import AttackThreat, Outcome, Progress, Tally, in_batches
+from robsparse.config import Reach
 
 LABEL = "PGD"
 
 
-class Params(Strict):
-    """Each step is relative_step * eps / steps long."""
+class Params(Reach):
+    """The first step is relative_step * eps / steps long.
+
+    rule: later steps are as long, or shrink to 0 along a cosine.
+    start: drawn uniformly from the ball, or the image itself.
+    """
 
     steps: PositiveInt = 50
     restarts: PositiveInt = 10
     relative_step: PositiveFloat = 2.5
+    rule: Literal["constant", "cosine"] = "constant"
+    start: Literal["uniform", "image"] = "uniform"
 
 
 def passes(params: Params) -> tuple[int, int]:
@@ -38,31 +46,39 @@ def run(
     The random starts are drawn for all images at once on the CPU, so that the batch size does not
     change them.
     """
-    robust = torch.ones(len(y_N), dtype=torch.bool)
-    largest, nans = 0.0, 0
+    tally = Tally(x_NCHW, y_N, threat)
     generator = torch.Generator().manual_seed(threat.seed)
-    for _ in range(params.restarts):
-        start = perturb.uniform_start(x_NCHW, threat.eps, generator)
-        alive = robust.nonzero().squeeze(1)
-        if not len(alive):
-            break
-        batches = batched(Part(x_NCHW[alive], y_N[alive]), threat.batch_size, threat.device)
-        starts = start[alive].split(threat.batch_size)
-        for (x, y), begin, index in zip(
-            batches, starts, alive.split(threat.batch_size), strict=True
-        ):
+    progress = Progress("PGD", len(y_N) * params.restarts, threat.report)
+    for restart in range(params.restarts):
+        start = x_NCHW
+        if params.start == "uniform":
+            start = perturb.uniform_start(x_NCHW, threat.eps, generator, threat.norm)
+        alive = tally.robust.nonzero().squeeze(1)
+
+        def work(where: slice, start: Tensor = start, alive: Tensor = alive) -> None:
+            index = alive[where]
+            x, y = x_NCHW[index].to(threat.device), y_N[index].to(threat.device)
             adversarial = perturb.ascend(
                 model,
                 x,
-                begin.to(threat.device),
+                start[index].to(threat.device),
                 perturb.cross_entropy_of(y),
                 eps=threat.eps,
-                step_size=params.relative_step * threat.eps / params.steps,
+                step_size=_step_sizes(params, threat.eps),
                 steps=params.steps,
+                norm=threat.norm,
             )
-            with torch.no_grad():
-                robust[index] = (model(adversarial).argmax(1) == y).cpu()
-            nans += int(adversarial.isnan().sum())
-            largest = max(largest, float((adversarial - x).abs().max()))
-    settings = {"steps": params.steps, "restarts": params.restarts}
-    return Outcome({"all": robust}, settings, max_perturbation=largest, nan_count=nans)
+            tally.judge(model, index, adversarial)
+
+        with perturb.frozen(model):
+            in_batches(len(alive), threat.batch_size, work, threat.report)
+        progress.update((restart + 1) * len(y_N), int(tally.robust.sum()))
+    progress.close(int(tally.robust.sum()), len(y_N))
+    return tally.outcome({"steps": params.steps, "restarts": params.restarts})
+
+
+def _step_sizes(params: Params, eps: float) -> list[float]:
+    first = params.relative_step * eps / params.steps
+    if params.rule == "constant":
+        return [first] * params.steps
+    return [first * (1 + math.cos(math.pi * t / params.steps)) / 2 for t in range(params.steps)]

@@ -3,7 +3,10 @@
 from robsparse.config import Study
 
 # What `robsparse figures` writes under results/<study>, for the workflow to declare.
-TABLES = tuple(f"tables/{name}" for name in ("main.md", "main.tex", "main.csv"))
+TABLES = tuple(
+    f"tables/{name}"
+    for name in ("main.md", "main.tex", "main.csv", "per_class.csv", "disagreements.csv")
+)
 PLOTS = tuple(
     f"plots/{name}.{suffix}"
     for name in (
@@ -16,6 +19,8 @@ PLOTS = tuple(
         "survival",
         "weight_magnitudes",
         "overlap",
+        "per_class",
+        "pictures",
     )
     for suffix in ("png", "pdf")
 )
@@ -28,7 +33,21 @@ def tables_of(study: Study) -> tuple[str, ...]:
     return (*TABLES, *papers)
 
 
+def measures_distances(study: Study) -> list[str]:
+    """Attacks of the first selection that look for the smallest perturbation."""
+    names = next(iter(study.evaluation.selections.values()))
+    return [n for n in names if study.entry("attack", n).literals.get("GIVES_DISTANCES")]
+
+
 def plots_of(study: Study) -> tuple[str, ...]:
-    """All plots of a study; published numbers are drawn where a table names their files."""
-    published = any(table.published for table in study.tables)
-    return (*PLOTS, *(f"plots/published.{suffix}" for suffix in ("png", "pdf") if published))
+    """All plots of a study; some are drawn only where it has what they show.
+
+    Published numbers: where a table names their files. Accuracy against eps: where an attack of the
+    first selection looks for the smallest perturbation.
+    """
+    further = {
+        "published": any(table.published for table in study.tables),
+        "accuracy_against_eps": bool(measures_distances(study)),
+    }
+    names = [name for name, wanted in further.items() if wanted]
+    return (*PLOTS, *(f"plots/{name}.{suffix}" for name in names for suffix in ("png", "pdf")))

@@ -24,12 +24,12 @@ def is_ours(study: Study, method: str) -> bool:
 def compare(material: Material, group: Group) -> pd.DataFrame:
     """One row a (sparsity, our method, baseline), in the primary selection.
 
-    Columns, fractions, nan where either side is missing: `ours_accuracy`, `ours_low`, `ours_high`
-    and the same of `theirs`; `difference` of the means; `low` and `high` of the difference,
-    bootstrapped over the same seeds and images of both (nan unless both have the same seeds);
-    `overlap` of the two intervals (None if one is missing); `p` of the paired test of the two over
-    images and `p_holm`, corrected for the number of rows. A dense baseline is compared with at
-    every sparsity.
+    Columns, fractions, nan where either side is missing: `ours_accuracy`, `ours_low`, `ours_high`,
+    `ours_suspicious` (why, in words) and the same of `theirs`; `difference` of the means; `low` and
+    `high` of the difference, bootstrapped over the same seeds and images of both (nan unless both
+    have the same seeds); `overlap` of the two intervals (None if one is missing); `p` of the
+    paired test of the two over images and `p_holm`, corrected for the number of rows. A dense
+    baseline is compared with at every sparsity.
     """
     study, found = material.study, []
     for sparsity in sparsities(study, group):
@@ -117,6 +117,7 @@ def _pair(
             f"{side}_{name}": line[f"{STRONGEST}_{name}"] if line is not None else np.nan
             for name in ("accuracy", "low", "high")
         }
+        pair[f"{side}_suspicious"] = line.suspicious if line is not None else ""
     pair["difference"] = pair["ours_accuracy"] - pair["theirs_accuracy"]
     pair["low"], pair["high"], pair["p"] = _paired(material, group, *sides.values())
     ends = [(pair[f"{side}_low"], pair[f"{side}_high"]) for side in sides]

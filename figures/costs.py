@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from robsparse.figures import style
-from robsparse.figures.notes import interval_note, percent, plot_caption
+from robsparse.figures.notes import doubt_note, interval_note, percent, plot_caption
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import groups, sparsities
 
@@ -30,12 +30,13 @@ def cost(material: Material) -> Figure:
         "over batches, crafting and pretraining included. Peak live weights: the most prunable "
         "weights that training had to hold. Markers of equal cost stand side by side; the cost "
         "table has the numbers. The dense network is the same in every column.",
+        *doubt_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]
     column = f"{STRONGEST}_accuracy"
     rows = material.summary[material.summary.selection == material.primary]
     if column not in rows or rows[[column, "forward_passes"]].isna().any(axis=1).all():
-        return style.empty(f"No {label} accuracy and its cost have been measured.", caption[1:])
+        return style.empty(f"No {label} accuracy and its cost have been measured.", caption[-1:])
     rows = rows.assign(passes=rows.forward_passes + rows.backward_passes)
     found, columns = groups(study), sparsities(study)
     figure, axes = style.panels(2 * len(found), len(columns), sharey="row", sharex="row")
@@ -73,6 +74,8 @@ def _panel(
         panel.vlines(own[x], low, high, color=look.color, linewidth=0.9, transform=moved)
         drawn = look.line | {"linestyle": "none"}
         handles[name] = panel.plot(own[x], mean, **drawn, transform=moved)[0]
+        for place, level, said in zip(own[x], mean, own.suspicious, strict=True):
+            style.doubt(panel, place, level, said, xycoords=moved)
     return handles
 
 

@@ -15,7 +15,7 @@ from robsparse.figures.tidy import Group, cells, methods, seeds, sparsities
 
 NONE = "n/a"
 SMALL = "Small study: not comparable with published numbers."
-WEAK, WARNED, FAILED, MISSED = "†", "‡", "§", "¶"
+SUSPICIOUS, FAILED, MISSED = "†", "§", "¶"
 SELECTION_RULES = {
     "best_val": "the epoch with the best PGD accuracy on held-out training images, "
     "among those in which the network is at its sparsity",
@@ -90,6 +90,9 @@ def threat(study: Study, results: pd.DataFrame) -> str:
             words.append(f"x {join(rows.restarts)} restarts")
         if (rows.version != "").any():
             words.append(f"version {join(rows.version)}")
+        reach = (join(rows.norm), rows.eps.iloc[0])
+        if reach != (study.threat.norm, study.threat.eps):
+            words.append(f"({reach[0]}, eps {radius(reach[1])})")
         parts.append(" ".join(words))
     return "; ".join(parts)
 
@@ -211,11 +214,9 @@ def incomplete(material: Material, group: Group) -> list[str]:
 
 def marks(material: Material, group: Group) -> list[str]:
     """What the marks in a group's table mean, and the text of each."""
-    label = material.study.label("attack", STRONGEST)
     lines = group.of(material.summary)
     meanings = {
-        "doubt": f"{WEAK} {label} is not the strongest attack here, so its accuracy is too high",
-        "warnings": f"{WARNED} {label} itself warns that its accuracy may be too high",
+        "suspicious": f"{SUSPICIOUS} suspicious: its accuracy under attack may be too high",
         "failure": f"{FAILED} training failed, so this is no result of the method",
         "budget": f"{MISSED} not at the sparsity that was asked for",
     }
@@ -242,6 +243,13 @@ def interval_note() -> str:
         f"{100 * statistics.LEVEL:g} % intervals: percentile bootstrap over seeds and test images "
         f"({statistics.DRAWS} draws; with few seeds they understate what other seeds would change)"
     )
+
+
+def doubt_note(material: Material) -> list[str]:
+    """What a dagger in a plot means, if there is one."""
+    if not (material.summary.suspicious != "").any():
+        return []
+    return [f"{SUSPICIOUS}: suspicious, may be too high; the reasons stand under the main table."]
 
 
 def plot_caption(material: Material, *, attacked: bool, selected: bool) -> str:

@@ -13,11 +13,11 @@ from robsparse.cells import Cell
 from robsparse.config import Study, Table
 from robsparse.errors import UsageError
 from robsparse.figures import published
-from robsparse.figures.notes import NONE, SMALL, join, percent
+from robsparse.figures.notes import NONE, SMALL, SUSPICIOUS, join, percent
 from robsparse.figures.summary import Material
 from robsparse.figures.tables import bullets, escape_latex, markdown
 
-COLUMNS = [*published.KEYS, "ours", "published", "difference", "source"]
+COLUMNS = [*published.KEYS, "ours", "published", "difference", "source", "suspicious"]
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -47,7 +47,7 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
     """One row a network and attack, and a row more for each further source of its number.
 
     Columns: the keys of a published number; `ours` (fraction, mean over seeds), `published`,
-    `difference` (ours - published), `source`; nan and "" where there is none.
+    `difference` (ours - published), `source`, `suspicious`; nan and "" where there is none.
     """
     sources = [published.read(Path(name)) for name in spec.published]
     theirs = pd.concat(sources) if sources else pd.DataFrame(columns=[*published.COLUMNS, "source"])
@@ -56,7 +56,7 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
         for attack in spec.attacks:
             key = {k: getattr(cell, k) for k in published.KEYS if k != "attack"}
             key |= {"attack": attack}
-            ours = _ours(material, spec, key)
+            ours, suspicious = _ours(material, spec, key)
             found = _matching(theirs, key, material.study)
             for number, source in found or [(np.nan, "")]:
                 rows.append(
@@ -66,6 +66,7 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
                         "published": number,
                         "difference": ours - number,
                         "source": source,
+                        "suspicious": suspicious,
                     }
                 )
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -99,11 +100,14 @@ def _cells(study: Study, spec: Table) -> list[Cell]:
     return list(found.values())
 
 
-def _ours(material: Material, spec: Table, key: dict) -> float:
+def _ours(material: Material, spec: Table, key: dict) -> tuple[float, str]:
+    """Our accuracy, and what is suspicious about it."""
     rows = material.summary[material.summary.selection == spec.selection]
     same = np.logical_and.reduce([rows[k] == v for k, v in key.items() if k != "attack"])
     column = f"{key['attack']}_accuracy"
-    return float(rows[same][column].iloc[0]) if column in rows and same.any() else np.nan
+    if column not in rows or not same.any():
+        return np.nan, ""
+    return float(rows[same][column].iloc[0]), rows[same].suspicious.iloc[0]
 
 
 def _matching(theirs: pd.DataFrame, key: dict, study: Study) -> list[tuple[float, str]]:
@@ -144,7 +148,8 @@ def _printed(study: Study, spec: Table, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _three(rows: pd.DataFrame, letters: dict[str, str]) -> str:
-    ours = _number(rows.ours.iloc[0])
+    doubted = bool(rows.suspicious.iloc[0]) and not np.isnan(rows.ours.iloc[0])
+    ours = _number(rows.ours.iloc[0]) + f" {SUSPICIOUS}" * doubted
     known = rows[rows.source != ""]
     if known.empty:
         return f"{ours} / {NONE} / {NONE}"
@@ -175,6 +180,8 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
         f"{NONE} is not known or not measured. Ours: first {study.evaluation.n_examples} test "
         f"images, mean over seeds, selection {spec.selection}, eps {study.threat.eps:.5g}.",
     ]
+    if (table.suspicious != "").any():
+        notes.append(f"{SUSPICIOUS} suspicious, for the reasons that stand under the main table.")
     sources = _sources(table)
     if not sources:
         read = ", ".join(spec.published) or "no file"

@@ -18,7 +18,9 @@ from robsparse.figures import (
     connections,
     costs,
     curves,
+    details,
     finals,
+    images,
     leaderboard,
     papers,
     plots_of,
@@ -48,6 +50,9 @@ _DRAW: dict[str, tuple[Callable[[Material], Figure], str]] = {
     "survival": (connections.survival, "How long regrown connections live"),
     "weight_magnitudes": (connections.weight_magnitudes, "How large the live weights are"),
     "overlap": (connections.overlap, "How much the live sets have in common"),
+    "per_class": (details.per_class, "Robust accuracy of each class"),
+    "pictures": (images.pictures, "Images that break for one method and not for another"),
+    "accuracy_against_eps": (details.accuracy_against_eps, "Robust accuracy at every eps"),
     "published": (leaderboard.published, "Among published numbers"),
 }
 
@@ -57,7 +62,7 @@ _FILES = """\
 | `results.csv`, `results.parquet` | one network under one attack component | the cell (dataset, \
 arch, method, objective, sparsity, seed), selection, attack, component (`all`: the whole attack); \
 `accuracy` as a fraction with its Wilson interval `ci_low`, `ci_high`; threat; sizes; cost; \
-provenance; `doubt`, filled where another attack is stronger than AutoAttack |
+provenance; `suspicious`: why the robustness of the network may not be real |
 | `layers.csv` | one layer of one saved network | `size` and `nonzero` weights, output `positions` |
 | `curves.csv` | one epoch of one training run, pretraining included | `stage`, `lr`, `loss`, \
 `live_weights`, held-out accuracies `val_clean`, `val_robust` |
@@ -66,13 +71,19 @@ network) | `deaths` and `regrown` since the row before, `live` weights, mean `ag
 | `lifetimes.parquet` | regrown connections by age in steps | how many `died` at it, how many were \
 `alive` at it in the end |
 | `weights.csv` | live weights of one saved network by magnitude | `count` in [`low`, `high`) |
+| `doubts.csv` | one saved network | what was looked for to find its robustness not real: shares \
+of the `examined` images, see `robsparse/doubts.py` |
 | `failures.csv` | one network that could not be trained | the cell, `reason` |
 | `overlap.csv` | two saved networks of the same size and sparsity | `overlap`: Jaccard index of \
 their live sets; `chance`: the same expected of random sets with as many weights in each layer |
 | `tables/main.csv` | one line of the main table | `<attack>_accuracy` (mean over seeds), \
 `_spread` (sample standard deviation), `_low`, `_high` (bootstrap interval), as fractions |
+| `tables/per_class.csv` | one class for one method at one sparsity | accuracy under the \
+strongest attack, `images` of the class |
+| `tables/disagreements.csv` | one test image that breaks for one method and not for another | \
+methods by outcome, first seed |
 | `evaluations/**/*.flags.npz` | one network | outcome of each test image: `labels`, \
-`<attack>.<component>` |
+`<attack>.<component>`, `<attack>.distance`; pictures of the first ones that broke |
 """
 
 
@@ -94,12 +105,14 @@ def write(study: Study, layout: Layout, folder: Path) -> str:
 
 def _write_tables(material: Material, root: Path) -> None:
     contents = {
-        ".md": tables.main_markdown(material),
-        ".tex": tables.main_latex(material),
-        ".csv": material.summary.to_csv(index=False),
+        "main.md": tables.main_markdown(material),
+        "main.tex": tables.main_latex(material),
+        "main.csv": material.summary.to_csv(index=False),
+        "per_class.csv": details.class_accuracies(material).to_csv(index=False),
+        "disagreements.csv": images.disagreements(material).to_csv(index=False),
     }
     for name in TABLES:
-        _write_text(root / name, contents[Path(name).suffix])
+        _write_text(root / name, contents[Path(name).name])
     for spec in material.study.tables:
         for suffix, text in papers.contents(material, spec).items():
             _write_text(root / "tables" / f"{spec.name}{suffix}", text)
@@ -164,6 +177,16 @@ def _group_tables(material: Material, group: Group) -> list[str]:
             "column counts all before it and the last is the accuracy of the main table. "
             "Mean over seeds.",
             tables.markdown(broken_down),
+        ]
+    doubts = tables.doubts_table(material, group)
+    if doubts is not None:
+        parts += [
+            f"### Doubts: {group}",
+            f"Selection {material.primary}, the first images of the evaluation, the worst of the "
+            "seeds; PGD with so many steps and one restart. Robustness that is real falls to "
+            "chance at eps 1, has gradients, and is broken by gradients rather than by random "
+            "search; the reasons for a mark stand under the main table.",
+            tables.markdown(doubts),
         ]
     parts += [
         f"### Cost of training: {group}",

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from robsparse import records
 from robsparse.config import Study
-from robsparse.figures.notes import percent
+from robsparse.figures.notes import SUSPICIOUS, percent
 from robsparse.figures.summary import Material
 from robsparse.figures.tidy import Group, groups, methods, sparsities
 
@@ -118,6 +118,13 @@ def log_axis(panel: Axes, low: float, high: float, form: str) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
+def doubt(panel: Axes, x: float, y: float, suspicious: str, **where: Any) -> None:
+    """A dagger beside a number if something is suspicious about it."""
+    if suspicious and not math.isnan(y):
+        offset = {"xytext": (4, 3), "textcoords": "offset points"}
+        panel.annotate(SUSPICIOUS, (x, y), **offset | where, fontsize=8, zorder=6)
+
+
 def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) -> Figure:
     """Add one legend above the panels and the caption below them, and lay everything out.
 
@@ -151,6 +158,11 @@ def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) ->
         columns = math.ceil(len(entries) / rows)
         figure.legend(handles=entries, loc="outside upper center", ncols=columns)
     return figure
+
+
+def wrap(text: str, letters: int) -> list[str]:
+    """Text in lines of at most so many letters."""
+    return textwrap.wrap(text, letters)
 
 
 def empty(message: str, caption: Sequence[str]) -> Figure:

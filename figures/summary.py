@@ -60,7 +60,7 @@ def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
     Columns, accuracies as fractions, nan where nothing was measured: `seeds` and `seeds_planned`;
     for each attack `<attack>_accuracy` (mean over seeds), `_spread` (sample standard deviation),
     `_low` and `_high` (bootstrap interval); `nonzero`, `prunable`, `peak_live_weights` and COSTS
-    (means); `doubt` and `warnings` (of the strongest attack) and `failure` (of training) and
+    (means); `suspicious` (signs that the robustness is not real), `failure` (of training) and
     `budget` (a sparsity that was missed), with their seeds.
     """
     whole = tidy.results[tidy.results.component == "all"]
@@ -104,10 +104,8 @@ def _line(
         line |= {f"{attack}_{name}": v for name, v in zip(names, values, strict=True)}
     for column in ("nonzero", "prunable", "peak_live_weights", *COSTS):
         line[column] = models[column].mean() if len(models) else np.nan
-    strongest = rows[rows.attack == STRONGEST]
-    for column in ("doubt", "warnings", "failure", "budget"):
-        spoken = strongest if column in ("doubt", "warnings") else models
-        said = spoken[spoken[column] != ""]
+    for column in ("suspicious", "failure", "budget"):
+        said = models[models[column] != ""]
         line[column] = "; ".join(f"seed {row.seed}: {row[column]}" for _, row in said.iterrows())
     return line
 
@@ -152,8 +150,8 @@ def stack(key: dict[str, Any], rows: pd.DataFrame, outcomes: Outcomes) -> np.nda
 def components(material: Material, group: Group) -> pd.DataFrame:
     """Accuracy (fraction, mean over seeds) after each component of the strongest attack.
 
-    One row a (method, sparsity, selection) that the study asks it for, columns in the order in
-    which the components ran; no columns but the keys if none was run.
+    One row a (method, sparsity, selection) that the study asks it for, with `suspicious`; columns
+    in the order in which the components ran, none of those if none was run.
     """
     rows = group.of(material.tidy.results)
     rows = rows[(rows.attack == STRONGEST) & (rows.component != "all")]
@@ -162,5 +160,5 @@ def components(material: Material, group: Group) -> pd.DataFrame:
     means = rows.groupby([*keys, "component"]).accuracy.mean().unstack("component")
     asked = [s for s, names in material.study.evaluation.selections.items() if STRONGEST in names]
     lines = group.of(material.summary)
-    lines = lines.loc[lines.selection.isin(asked), keys]
+    lines = lines.loc[lines.selection.isin(asked), [*keys, "suspicious"]]
     return lines.join(means.reindex(columns=order), on=keys)

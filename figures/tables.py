@@ -11,7 +11,7 @@ import pandas as pd
 
 from robsparse.config import Study
 from robsparse.figures import compare
-from robsparse.figures.notes import FAILED, MISSED, NONE, WARNED, WEAK, percent, table_notes
+from robsparse.figures.notes import FAILED, MISSED, NONE, SUSPICIOUS, join, percent, table_notes
 from robsparse.figures.summary import STRONGEST, Material, components
 from robsparse.figures.tidy import Group, attacks, groups, sparsities
 
@@ -26,8 +26,7 @@ _LATEX = str.maketrans(
         ">": r"\textgreater{}",
         "±": r"$\pm$",
         "−": r"$-$",
-        WEAK: r"$^{\dagger}$",
-        WARNED: r"$^{\ddagger}$",
+        SUSPICIOUS: r"$^{\dagger}$",
         FAILED: r"\S{}",
         MISSED: r"\P{}",
     }
@@ -77,8 +76,8 @@ def _accuracy(line: pd.Series, attack: str, bold: bool = False) -> str:
     text = f"{100 * mean:.1f}" + ("" if np.isnan(spread) else f" ± {100 * spread:.1f}")
     text = f"**{text}**" if bold else text
     marks = {FAILED: line.failure, MISSED: line.budget}
-    if attack == STRONGEST:
-        marks |= {WEAK: line.doubt, WARNED: line.warnings}
+    if attack != "clean":
+        marks[SUSPICIOUS] = line.suspicious
     return " ".join([text, *(mark for mark, said in marks.items() if said)])
 
 
@@ -89,7 +88,7 @@ def _count(value: float) -> str:
 def component_table(material: Material, group: Group) -> pd.DataFrame | None:
     """Accuracy in % after each component of the strongest attack, or None if it was not run."""
     table = components(material, group)
-    names = [name for name in table if name not in ("method", "sparsity", "selection")]
+    names = [n for n in table if n not in ("method", "sparsity", "selection", "suspicious")]
     if not names:
         return None
     shown = pd.DataFrame(
@@ -100,7 +99,10 @@ def component_table(material: Material, group: Group) -> pd.DataFrame | None:
         }
     )
     for name in names:
-        shown[f"after {name} (%)"] = table[name].map(_percentage)
+        shown[f"after {name} (%)"] = [
+            _percentage(share) + f" {SUSPICIOUS}" * bool(said and not np.isnan(share))
+            for share, said in zip(table[name], table.suspicious, strict=True)
+        ]
     return shown
 
 
@@ -124,11 +126,13 @@ def _pairs_as_text(
         {
             "Sparsity": percent(pair.sparsity),
             ours: study.label("method", pair.ours),
-            "Accuracy (%)": _with_interval(pair.ours_accuracy, pair.ours_low, pair.ours_high),
+            "Accuracy (%)": _with_interval(pair.ours_accuracy, pair.ours_low, pair.ours_high)
+            + f" {SUSPICIOUS}" * bool(pair.ours_suspicious),
             theirs: study.label("method", pair.theirs),
             f"{theirs} accuracy (%)": _with_interval(
                 pair.theirs_accuracy, pair.theirs_low, pair.theirs_high
-            ),
+            )
+            + f" {SUSPICIOUS}" * bool(pair.theirs_suspicious),
             "Difference (points)": _with_interval(pair.difference, pair.low, pair.high, "+"),
             "Intervals overlap": verdict[pair.overlap],
             "p": _p_value(pair.p),
@@ -162,6 +166,32 @@ def cost_table(material: Material, group: Group) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def doubts_table(material: Material, group: Group) -> pd.DataFrame | None:
+    """Signs that robustness is not real, as text; the worst of the seeds. None if not looked for.
+
+    See robsparse.doubts for what each number is.
+    """
+    study, doubts = material.study, group.of(material.tidy.doubts)
+    if "examined" not in doubts or doubts.examined.isna().all():
+        return None
+    rows = []
+    lines = group.of(material.summary)
+    for _, line in lines[lines.selection == material.primary].iterrows():
+        own = doubts[(doubts.method == line.method) & (doubts.sparsity == line.sparsity)]
+        own = own[own.selection == line.selection]
+        row = {
+            "Method": study.label("method", line.method),
+            "Sparsity": percent(line.sparsity),
+            "Images": join(own.examined),
+        }
+        for column, (title, form) in _DOUBTS.items():
+            value = own[column].min() if column.startswith("pgd") else own[column].max()
+            row[title] = NONE if np.isnan(value) else form(value)
+        row["Suspicious"] = f"{SUSPICIOUS} yes" if line.suspicious else "no"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def rank_table(material: Material) -> pd.DataFrame | None:
     """Ranks over all cells as text, or None if there is no cell to rank in."""
     table = compare.ranks(material)
@@ -172,6 +202,10 @@ def rank_table(material: Material) -> pd.DataFrame | None:
     for column in ("mean", "best", "worst"):
         shown[f"{column.capitalize()} rank"] = table[column].map("{:.1f}".format)
     return shown
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def _percentage(share: float, sign: str = "") -> str:
@@ -189,7 +223,15 @@ def _with_interval(value: float, low: float, high: float, sign: str = "") -> str
 
 def markdown(table: pd.DataFrame) -> str:
     """A Markdown table: words to the left, numbers to the right."""
-    words = ("Method", "Baseline", "Variant", "Plain", "Selection", "Intervals overlap")
+    words = (
+        "Method",
+        "Baseline",
+        "Variant",
+        "Plain",
+        "Selection",
+        "Intervals overlap",
+        "Suspicious",
+    )
     align = ["left" if name in words else "right" for name in table]
     # Without disable_numparse tabulate would read "0.10" as a number and print 0.1.
     return table.to_markdown(index=False, disable_numparse=True, colalign=align)
@@ -203,6 +245,20 @@ def bullets(notes: Sequence[str]) -> str:
 def title(material: Material, group: Group) -> str:
     """Heading of a group's main table."""
     return f"{material.study.title} ({group})"
+
+
+_DOUBTS = {
+    "zero_gradient": ("No gradient (%)", _percentage),
+    "huge_eps": ("Correct at eps 1 (%)", _percentage),
+    "pgd_10": ("PGD-10 (%)", _percentage),
+    "pgd_50": ("PGD-50 (%)", _percentage),
+    "pgd_200": ("PGD-200 (%)", _percentage),
+    "black_box_only": ("Only random search breaks (%)", _percentage),
+    "randomness": ("Two passes differ by", _number),
+    "nan_logits": ("Outputs NaN", _number),
+    "nan_count": ("Pixels NaN", _number),
+    "largest_perturbation": ("Largest perturbation (eps)", _number),
+}
 
 
 def main_markdown(material: Material) -> str:

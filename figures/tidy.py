@@ -7,6 +7,7 @@ import functools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ LINE = [*GROUP, "method", "sparsity"]
 SEEDED = [*LINE, "seed"]
 
 _COLUMNS = {
-    "results.csv": [*Row.model_fields, "doubt", "budget"],
+    "results.csv": [*Row.model_fields, "budget"],
     "layers.csv": [*SEEDED, "selection", "layer", "size", "nonzero"],
     "curves.csv": [*SEEDED, "epoch", "stage", "live_weights"],
     "steps.parquet": [*SEEDED, *STEP_COLUMNS],
@@ -29,10 +30,11 @@ _COLUMNS = {
     "weights.csv": [*SEEDED, "selection", "low", "high", "count"],
     "overlap.csv": [*OVERLAP_COLUMNS],
     "failures.csv": [*SEEDED, "reason"],
+    "doubts.csv": [*SEEDED, "selection"],
 }
 _WORDS = [
     "warnings",
-    "doubt",
+    "suspicious",
     "failure",
     "budget",
     "layer",
@@ -72,6 +74,7 @@ class Tidy:
     weights: pd.DataFrame
     overlap: pd.DataFrame
     failures: pd.DataFrame
+    doubts: pd.DataFrame
 
 
 def read(folder: Path) -> Tidy:
@@ -167,6 +170,31 @@ class Outcomes:
     def of(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
         """Correct under the whole attack (bool N), or None if that was not run here."""
         return self._read(cell, selection).get(f"{attack}.all")
+
+    def distances(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
+        """Smallest perturbation found that breaks each image (float N), if the attack has looked.
+
+        0 where the image is misclassified as it is, inf where none was found.
+        """
+        return self._read(cell, selection).get(f"{attack}.distance")
+
+    def pictures(self, cell: Cell, selection: str, attack: str) -> dict[int, "Broken"]:
+        """Some of the images that the attack broke, by their index."""
+        found = self._read(cell, selection)
+        names = (f"{attack}.{name}" for name in ("pictured", "taken_for", "pictures"))
+        stored = [found.get(name, np.zeros(0)) for name in names]
+        return {
+            int(index): Broken(pair[0], pair[1], int(label))
+            for index, label, pair in zip(*stored, strict=True)
+        }
+
+
+class Broken(NamedTuple):
+    """An image (C×H×W, in [0,1]) as it is and perturbed, and what the latter was taken for."""
+
+    clean: np.ndarray
+    perturbed: np.ndarray
+    taken_for: int
 
 
 def _flags(layout: Layout, cell: Cell, selection: str) -> dict[str, np.ndarray]:

@@ -93,6 +93,10 @@ class Layout:
         """Result rows of one attacked model (JSON)."""
         return self.root / "evaluations" / cell.key / f"{selection}.json"
 
+    def parts(self, cell: Cell, selection: str) -> Path:
+        """Folder of finished parts of an evaluation, which a killed one goes on from."""
+        return self.root / "resume" / "evaluations" / cell.key / selection
+
     def flags(self, cell: Cell, selection: str) -> Path:
         """Outcome of each test image under each attack component (npz)."""
         return self.root / "evaluations" / cell.key / f"{selection}.flags.npz"

@@ -144,6 +144,11 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
         "--weights", type=Path, metavar="FILE", help="safetensors, or a torch state dict"
     )
     single.add_argument("--zoo", metavar="NAME", help="a network of RobustBench's zoo instead")
+    single.add_argument(
+        "--callable",
+        metavar="MODULE:FUNCTION",
+        help="a function of yours that returns a torch module instead; it takes images in [0,1]",
+    )
     single.add_argument("--arch", metavar="NAME", help="architecture of the weights")
     single.add_argument(
         "--arch-option",
@@ -154,7 +159,12 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     )
     single.add_argument("--dataset", metavar="NAME", help="data set whose test images are attacked")
     single.add_argument("--data-dir", metavar="DIR", help="where the data set is")
-    single.add_argument("--eps", default="8/255", help="L-inf radius (default: %(default)s)")
+    single.add_argument(
+        "--norm", choices=("Linf", "L2"), default="Linf", help="(default: %(default)s)"
+    )
+    single.add_argument(
+        "--eps", default="8/255", help="radius, pixels in [0,1] (default: %(default)s)"
+    )
     single.add_argument(
         "--attacks",
         default="clean,pgd,autoattack",
@@ -249,12 +259,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    single = arguments.weights or arguments.zoo
+    single = arguments.weights or arguments.zoo or arguments.callable
     of_study = arguments.config is not None and arguments.cell is not None
     if of_study == bool(single and arguments.dataset):
         raise UsageError(
             "expected CONFIG --cell KEY, or --weights FILE --arch NAME --dataset NAME "
-            "(--zoo NAME --dataset NAME for one of RobustBench's)"
+            "(--zoo NAME or --callable MODULE:FUNCTION instead of weights and arch)"
         )
     if single:
         return _evaluate_single(arguments)
@@ -279,15 +289,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate_single(arguments: argparse.Namespace) -> None:
-    wanted = ("weights", "zoo", "arch", "dataset", "data_dir", "eps", "n_examples", "batch_size")
-    options = {
-        name: getattr(arguments, name) for name in (*wanted, "mean", "std", "match", "arch_option")
-    }
+    wanted = ("weights", "zoo", "callable", "arch", "arch_option", "match", "mean", "std")
+    wanted += ("dataset", "data_dir", "norm", "eps", "n_examples", "batch_size")
+    options = {name: getattr(arguments, name) for name in wanted}
     attacks = [name.strip() for name in arguments.attacks.split(",")]
     study = importlib.import_module("robsparse.single").study_of(**options, attacks=attacks)
     [cell] = study.cells()
-    # A network of the zoo has no file that the record could lie beside.
-    beside = arguments.weights or arguments.results / "zoo" / arguments.zoo
+    beside = arguments.weights
+    if beside is None:  # there is no file that the record could lie beside
+        folder = "zoo" if arguments.zoo else "callable"
+        beside = arguments.results / folder / study.models[cell.method].source.replace(":", ".")
     evaluation = importlib.import_module("robsparse.evaluation")
     record = evaluation.evaluate_cell(
         study,

@@ -24,6 +24,7 @@ class Gathered:
     rows: list[records.Row] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     histogram: list[dict[str, Any]] = field(default_factory=list)
+    doubts: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     steps: list[pd.DataFrame] = field(default_factory=list)
     lifetimes: list[pd.DataFrame] = field(default_factory=list)
@@ -54,6 +55,7 @@ def collect(study: Study, layout: Layout, folder: Path) -> str:
     _write(folder / "layers.csv", pd.DataFrame(gathered.layers))
     _write(folder / "curves.csv", pd.DataFrame(gathered.curves))
     _write(folder / "weights.csv", pd.DataFrame(gathered.histogram))
+    _write(folder / "doubts.csv", pd.DataFrame(gathered.doubts))
     failures = pd.DataFrame(gathered.failures, columns=[*_MODEL_KEY[:-1], "reason"])
     _write(folder / "failures.csv", failures)
     _write(folder / "steps.parquet", _joined(gathered.steps, records.STEP_COLUMNS))
@@ -84,11 +86,24 @@ def gather(study: Study, layout: Layout) -> Gathered:
             found.rows += record.rows
             found.layers += [axes | {"selection": selection} | layer for layer in record.layers]
             found.histogram += [axes | {"selection": selection} | b for b in record.histogram]
+            found.doubts.append(axes | {"selection": selection} | _doubts_of(record))
         _gather_training(found, cell, axes, layout)
         if layout.failed(cell).exists():
             reason = " ".join(layout.failed(cell).read_text(encoding="utf-8").split())
             found.failures.append(axes | {"reason": reason})
     return found
+
+
+def _doubts_of(record: records.Record) -> dict[str, Any]:
+    """What was measured of one network's doubts, and what its attacks did.
+
+    `largest_perturbation` is a multiple of the eps of the attack that made it.
+    """
+    reached = [r.max_perturbation / r.eps for r in record.rows if r.max_perturbation and r.eps]
+    return record.doubts | {
+        "largest_perturbation": max(reached, default=None),
+        "nan_count": sum(row.nan_count for row in record.rows),
+    }
 
 
 def _gather_training(found: Gathered, cell: Cell, axes: dict[str, Any], layout: Layout) -> None:
@@ -108,19 +123,23 @@ def _joined(tables: list[pd.DataFrame], columns: tuple[str, ...]) -> pd.DataFram
 
 
 def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
-    """Add the column `doubt`: filled where AutoAttack left more images correct than another attack.
+    """Add to the column `suspicious` where AutoAttack left more images correct than another attack.
 
-    AutoAttack should be the strongest; where it is not, its number is too high, and says so.
+    AutoAttack should be the strongest under its threat; where it is not, its number is too high,
+    and all rows of that network say so.
     """
     whole = results[results.component == "all"]
-    strongest = whole.groupby(_MODEL_KEY, dropna=False).n_correct.min().rename("strongest")
-    joined = results.join(strongest, on=_MODEL_KEY)
-    excess = joined.n_correct - joined.strongest
-    weak = (results.attack == "autoattack") & (results.component == "all") & (excess > 0)
-    doubt = (
-        "another attack breaks " + excess.astype(int).astype(str) + " more images than AutoAttack"
-    )
-    return results.assign(doubt=doubt.where(weak, ""))
+    said: dict[tuple, str] = {}
+    for key, rows in whole.groupby([*_MODEL_KEY, "norm", "eps"], dropna=False):
+        ours = rows[rows.attack == "autoattack"].n_correct
+        excess = int(ours.iloc[0] - rows.n_correct.min()) if len(ours) else 0
+        if excess > 0:
+            strongest = rows.loc[rows.n_correct.idxmin(), "attack"]
+            said[key[:-2]] = f"{strongest} breaks {excess} more images than AutoAttack"
+    keys = zip(*(results[name] for name in _MODEL_KEY), strict=True)
+    added = pd.Series([said.get(key, "") for key in keys], index=results.index, dtype=object)
+    joined = results.suspicious.fillna("") + "; " + added
+    return results.assign(suspicious=joined.where(added != "", results.suspicious).str.strip("; "))
 
 
 def mark_missed_budgets(results: pd.DataFrame) -> pd.DataFrame:

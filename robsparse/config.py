@@ -25,6 +25,7 @@ from robsparse.sections import (
     Grid,
     Machine,
     Objective,
+    Reach,
     Selection,
     Table,
     Threat,
@@ -42,6 +43,7 @@ __all__ = [
     "Machine",
     "Objective",
     "Radius",
+    "Reach",
     "Selection",
     "Share",
     "Sparsity",
@@ -141,6 +143,7 @@ def _fill_in(study: Study, data: dict[str, Any]) -> Study:
     _check_test_size(study)
     _check_extra_images(study)
     _check_tables(study)
+    _check_surrogates(study)
     if not study.planned:
         left_out = "every block is left out, because its where_exists is missing"
         raise UsageError(f"grid: {left_out if study.grid else 'expected a block, or models'}")
@@ -233,6 +236,13 @@ def _check_extra_images(study: Study) -> None:
             "pseudo-labelled extra images, an npz with the arrays 'images' and 'labels'; the "
             "authors took theirs from TinyImages, which was withdrawn, so there is none to download"
         )
+
+
+def _check_surrogates(study: Study) -> None:
+    """Say before anything is trained that there is no network to transfer an attack from."""
+    for cell in study.cells():
+        for selection in study.evaluation.selections:
+            study.surrogates(cell, selection)
 
 
 def _check_tables(study: Study) -> None:

@@ -1,17 +1,8 @@
-"""The one evaluator: it sees a plain torch model and test images, never a method.
-
-An attack is a file in eval/ with `Params` and
-
-    def run(model, x_NCHW, y_N, params, threat: AttackThreat) -> Outcome
-    def passes(params) -> tuple[int, int]
-
-`run` gets the images which the model classifies correctly (`clean` gets them all); `passes` says
-what an image that survives costs, for estimates of time.
-"""
+"""The one evaluator: it sees a plain torch model and test images, never a method."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robsparse import datasets, networks, records, registry, weights
+from robsparse import datasets, doubts, networks, perturb, records, registry, weights
+from robsparse.attacks import AttackThreat, Outcome, Saved, fingerprint, no_network
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.config import Evaluation, Selection, Study, Threat
 from robsparse.datasets import Part
 from robsparse.errors import UsageError
 from robsparse.machine import device_name, pick_device, set_threads
 from robsparse.sparsity import prunable
-
-
-@dataclass(frozen=True)
-class AttackThreat:
-    """The adversary of one attack run. `seed` decides all its random draws.
-
-    `report(text)` may be called between parts of a long attack.
-    """
-
-    norm: str
-    eps: float
-    seed: int
-    batch_size: int
-    device: torch.device
-    report: Callable[[str], None] = print
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an attack found.
-
-    components: for each part, in the order run, which images are robust to it and to all parts
-        before it (bool N); the last is the attack's result.
-    settings: the fields steps, restarts and version of a result row, where they apply.
-    warnings: the attack's own doubts, in words.
-    max_perturbation: largest distance of an adversarial image in the norm of the threat, or None.
-    """
-
-    components: dict[str, Tensor]
-    settings: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    max_perturbation: float | None = None
-    nan_count: int = 0
 
 
 def evaluate_cell(
@@ -83,48 +42,107 @@ def evaluate_cell(
     """
     set_threads(threads or study.machine.threads)
     target = pick_device(device or study.machine.device)
-    path = model_path or layout.model(cell, selection)
+    source = _Source.of(study, cell, selection, layout, model_path)
+    record, flags = source.record, source.flags
+    records.check_writable(record.parent)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
     model = networks.build(study, cell, splits.image_shape, splits.classes)
-    external = study.models.get(cell.method)
-    from_zoo = external is not None and external.zoo is not None and model_path is not None
-    if not from_zoo:
-        weights.load_into(model, path, external.match if external and model_path else "names")
+    if source.file is not None:
+        weights.load_into(model, source.file, source.match)
     examples = first_examples(splits.test, study.evaluation.n_examples, splits.classes)
+    model = checked(model.to(target).eval(), examples, splits.classes, target)
     names = ["clean", *(n for n in study.evaluation.selections[selection] if n != "clean")]
     results = attack_model(
-        model.to(target),
+        model,
         examples,
         names,
         settings=study.evaluation,
         threat=study.threat,
         device=target,
+        saved=layout.parts(cell, selection),
+        network=surrogates(study, cell, selection, layout, target),
     )
+    found = doubts.examine(model, examples, study.evaluation, study.threat, target)
     measured = measure(model, splits.image_shape)
     common = {
         **{name: getattr(cell, name) for name in records.KEY if hasattr(cell, name)},
         "selection": selection,
+        "suspicious": found.suspicious([r.outcome for r in results]),
         **measured.columns,
         **({} if model_path else _training_columns(layout, cell, selection)),
-        "model_bytes": sum(v.nbytes for v in model.state_dict().values())
-        if from_zoo
-        else path.stat().st_size,
+        "model_bytes": source.size(model),
         "eval_device": device_name(target),
         "settings_digest": settings_digest,
         "data_checksum": splits.checksum(),
-        "model_checksum": external.zoo if from_zoo else records.file_checksum(path),
+        "model_checksum": source.checksum(),
         **records.provenance(),
     }
-    record, flags = layout.evaluation(cell, selection), layout.flags(cell, selection)
-    if model_path:
-        record = model_path.with_name(f"{model_path.name}.evaluation.json")
-        flags = model_path.with_name(f"{model_path.name}.flags.npz")
     with records.atomic(flags) as temporary, temporary.open("wb") as handle:
-        outcomes = {key: value for result in results for key, value in result.flags().items()}
+        outcomes: dict[str, np.ndarray] = {}
+        for result in results:
+            outcomes |= result.arrays(examples)
         np.savez_compressed(handle, labels=examples.y_N.numpy(), **outcomes)
     rows = [row for result in results for row in result.rows(common)]
-    records.write_record(record, records.Record(rows, measured.layers, measured.histogram))
+    kept = records.Record(rows, measured.layers, measured.histogram, found.numbers)
+    records.write_record(record, kept)
     return record
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the weights come from, and where the outcome goes.
+
+    file: None for a network that brings its own weights; `name` says which one that is.
+    """
+
+    file: Path | None
+    match: str
+    name: str
+    record: Path
+    flags: Path
+
+    @classmethod
+    def of(
+        cls, study: Study, cell: Cell, selection: Selection, layout: Layout, path: Path | None
+    ) -> "_Source":
+        external = study.models.get(cell.method)
+        if path is None:
+            own = layout.model(cell, selection)
+            return cls(
+                own, "names", "", layout.evaluation(cell, selection), layout.flags(cell, selection)
+            )
+        beside = (
+            path.with_name(f"{path.name}.evaluation.json"),
+            path.with_name(f"{path.name}.flags.npz"),
+        )
+        if external is not None and external.file is None:
+            return cls(None, "names", external.source, *beside)
+        return cls(path, external.match if external else "names", "", *beside)
+
+    def size(self, model: nn.Module) -> int:
+        """Bytes of the weights."""
+        if self.file is not None:
+            return self.file.stat().st_size
+        return sum(value.nbytes for value in model.state_dict().values())
+
+    def checksum(self) -> str:
+        """What tells the weights from others."""
+        return self.name if self.file is None else records.file_checksum(self.file)
+
+
+def surrogates(
+    study: Study, cell: Cell, selection: Selection, layout: Layout, device: torch.device
+) -> Callable[[str], nn.Module]:
+    """network(method) -> the network of another cell that an attack on `cell` may use."""
+
+    def network(method: str) -> nn.Module:
+        other = study.surrogate(cell, method)
+        splits = datasets.load(study.base("dataset", other.dataset), study.datasets[other.dataset])
+        model = networks.build(study, other, splits.image_shape, splits.classes)
+        weights.load_into(model, layout.model(other, selection))
+        return model.to(device).eval()
+
+    return network
 
 
 def in_words(record: Path) -> str:
@@ -132,17 +150,44 @@ def in_words(record: Path) -> str:
     rows = [row for row in records.read_record(record).rows if row.component == "all"]
     first = rows[0]
     lines = [f"{row.attack:12s} {100 * row.accuracy:6.2f} %" for row in rows]
-    warned = [f"{row.attack} warns: {row.warnings}" for row in rows if row.warnings]
     return "\n".join(
         [
             f"{first.nonzero:,} of {first.prunable:,} prunable weights are live "
             f"(sparsity {first.sparsity_reached:.4f}); first {first.n_examples} test images, "
             f"{rows[-1].norm} eps {rows[-1].eps:.5g}",
             *lines,
-            *warned,
+            *([f"suspicious: {first.suspicious}"] if first.suspicious else []),
             f"record: {record}",
         ]
     )
+
+
+def checked(model: nn.Module, examples: Part, classes: int, device: torch.device) -> nn.Module:
+    """The model, if it maps images to one number for each class, and can be differentiated.
+
+    Raises UsageError otherwise.
+    """
+    x = examples.x_NCHW[:2].to(device).requires_grad_(True)
+    try:
+        with torch.enable_grad(), perturb.frozen(model):
+            logits = model(x)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"network: fails on images of shape {tuple(x.shape[1:])} ({said})"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.shape != (len(x), classes):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(
+            f"network: {len(x)} images give {found}, expected logits {(len(x), classes)}; the data "
+            f"set has {classes} classes"
+        )
+    if not logits.requires_grad:
+        raise UsageError(
+            "network: its outputs have no gradient with respect to the images, expected a torch "
+            "module that can be differentiated"
+        )
+    return model
 
 
 def first_examples(test: Part, n: int, classes: int) -> Part:
@@ -160,13 +205,14 @@ def first_examples(test: Part, n: int, classes: int) -> Part:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """One attack's outcome, spread over all examples."""
+    """One attack's outcome, spread over all examples; `where` are those that it saw (int)."""
 
     attack: str
     robust: dict[str, Tensor]
     outcome: Outcome
     threat: AttackThreat
     seconds: float
+    where: Tensor
 
     def rows(self, common: dict[str, Any]) -> list[records.Row]:
         """A row for each component of a composite attack, and one for the whole ("all")."""
@@ -195,9 +241,20 @@ class AttackResult:
             attack_seconds=round(self.seconds, 3) if whole else None,
         )
 
-    def flags(self) -> dict[str, np.ndarray]:
-        """Per-image outcomes, named attack.component."""
-        return {f"{self.attack}.{name}": value.numpy() for name, value in self.robust.items()}
+    def arrays(self, examples: Part) -> dict[str, np.ndarray]:
+        """Per-image outcomes, named attack.component; distances and pictures beside them."""
+        found = {f"{self.attack}.{name}": value.numpy() for name, value in self.robust.items()}
+        if self.outcome.distances is not None:
+            lengths = torch.zeros(len(self.where))  # what was wrong without an attack has length 0
+            lengths[self.where] = self.outcome.distances.float()
+            found[f"{self.attack}.distance"] = lengths.numpy()
+        shown = {int(self.where[i]): picture for i, picture in self.outcome.pictures.items()}
+        if shown:
+            pairs = [torch.stack([examples.x_NCHW[i], p.image]) for i, p in shown.items()]
+            found[f"{self.attack}.pictured"] = np.array(list(shown))
+            found[f"{self.attack}.taken_for"] = np.array([p.taken_for for p in shown.values()])
+            found[f"{self.attack}.pictures"] = torch.stack(pairs).half().numpy()
+        return found
 
 
 def attack_model(
@@ -208,8 +265,13 @@ def attack_model(
     settings: Evaluation,
     threat: Threat,
     device: torch.device,
+    saved: Path | None = None,
+    network: Callable[[str], nn.Module] = no_network,
 ) -> list[AttackResult]:
     """Run the named attacks, `clean` first, on the images that are classified correctly.
+
+    Finished parts are kept in the folder `saved` and taken from there by a later call with the
+    same network, images and settings.
 
     Raises AssertionError if any module of the model is in train mode.
     """
@@ -217,18 +279,22 @@ def attack_model(
     assert not any(module.training for module in model.modules()), "expected eval mode"
     results: list[AttackResult] = []
     correct = torch.ones(len(examples), dtype=torch.bool)
+    kept = Saved(saved, fingerprint(model, examples) if saved else "")
     for name in names:
-        seed = derive_seed("attack", name, settings.seed) % 2**31
+        params = settings.attacks[name]
         faced = AttackThreat(
-            threat.norm,
-            0.0 if name == "clean" else threat.eps,
-            seed,
+            getattr(params, "norm", None) or threat.norm,
+            0.0 if name == "clean" else getattr(params, "eps", None) or threat.eps,
+            derive_seed("attack", name, settings.seed) % 2**31,
             settings.batch_size,
             device,
             report=lambda text, name=name: print(f"{name}: {text}", flush=True),
+            network=network,
         )
-        params = settings.attacks[name]
-        attack = registry.load("attack", getattr(params, "base", name))
+        base = getattr(params, "base", name)
+        said = (base, faced.norm, faced.eps, faced.seed, faced.batch_size, versions())
+        faced = replace(faced, saved=kept.of(*said))
+        attack = registry.load("attack", base)
         x_NCHW, y_N = examples.x_NCHW[correct], examples.y_N[correct]
         began = time.perf_counter()
         outcome = attack.run(model, x_NCHW, y_N, params, faced)
@@ -236,11 +302,17 @@ def attack_model(
         robust = {part: _spread(flags, correct) for part, flags in outcome.components.items()}
         whole = list(robust.values())[-1]
         robust = robust if "all" in robust else robust | {"all": whole}
-        results.append(AttackResult(name, robust, outcome, faced, seconds))
+        where = correct.nonzero().squeeze(1)
+        results.append(AttackResult(name, robust, outcome, faced, seconds, where))
         print(f"{name}: {int(whole.sum())}/{len(whole)} correct, {seconds:.1f} s", flush=True)
         if name == "clean":
             correct = whole
     return results
+
+
+def versions() -> str:
+    """The libraries that decide the outcome of an attack."""
+    return records.provenance()["libraries"]
 
 
 def _spread(flags: Tensor, where: Tensor) -> Tensor:
@@ -274,7 +346,7 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Measured:
 
     modules = prunable(model)
     hooks = [module.register_forward_hook(remember(name)) for name, module in modules.items()]
-    device = next(model.parameters()).device
+    device = next(iter([*model.parameters(), torch.zeros(0)])).device
     with torch.no_grad():
         model(torch.zeros(1, *image_shape, device=device))
     for hook in hooks:
@@ -338,16 +410,3 @@ def _training_columns(layout: Layout, cell: Cell, selection: Selection) -> dict[
         "train_device": cost["device"],
         "failure": record["failure"],
     }
-
-
-def batched(part: Part, size: int, device: torch.device) -> Any:
-    """Yield (x, y) batches on the device; the images themselves stay on the CPU."""
-    for x, y in zip(part.x_NCHW.split(size), part.y_N.split(size), strict=True):
-        yield x.to(device), y.to(device)
-
-
-def correct_flags(model: nn.Module, part: Part, size: int, device: torch.device) -> Tensor:
-    """Which images the model classifies correctly (bool N, on the CPU)."""
-    with torch.no_grad():
-        flags = [(model(x).argmax(1) == y).cpu() for x, y in batched(part, size, device)]
-    return torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool)

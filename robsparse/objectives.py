@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from robsparse import perturb
 from robsparse.config import Crafting, Training
 
-Start = Callable[[Tensor, float, torch.Generator], Tensor]  # (x, eps, generator) -> first iterate
+# (x, eps, generator, norm) -> first iterate
+Start = Callable[[Tensor, float, torch.Generator, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Attacker:
     eps: float
     crafting: Crafting
     generator: torch.Generator
+    norm: str = "Linf"
     scale: float = 1.0
 
     def scaled(self, scale: float) -> "Attacker":
@@ -50,11 +52,12 @@ class Attacker:
             return perturb.ascend(
                 model,
                 x,
-                start(x, eps, self.generator),
+                start(x, eps, self.generator, self.norm),
                 loss,
                 eps=eps,
                 step_size=self.scale * self.crafting.step_size,
                 steps=self.crafting.steps,
+                norm=self.norm,
             )
 
 

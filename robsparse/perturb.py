@@ -1,14 +1,17 @@
-"""Inner maximisation: projected gradient ascent inside the L-inf ball and the [0,1] box.
+"""Inner maximisation: projected gradient ascent inside the L-inf or L2 ball and the [0,1] box.
 
 Used while training and, with a different loss and more steps, by the PGD attack of the evaluation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Length of all steps together, as a multiple of eps, of the BCS authors' evaluation.
+RELATIVE_STEP = 2.5
 
 Loss = Callable[[Tensor], Tensor]  # logits_NK -> scalar to be maximised
 
@@ -38,14 +41,30 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def uniform_start(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """x plus uniform noise in [-eps, eps], clipped to [0,1]."""
-    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return (x + eps * (2 * noise - 1)).clamp(0, 1)
+def uniform_start(x: Tensor, eps: float, generator: torch.Generator, norm: str = "Linf") -> Tensor:
+    """x plus a perturbation drawn uniformly from the ball, clipped to [0,1]."""
+    options = {"generator": generator, "device": x.device, "dtype": x.dtype}
+    if norm == "Linf":
+        return (x + eps * (2 * torch.rand(x.shape, **options) - 1)).clamp(0, 1)
+    direction = _unit(torch.randn(x.shape, **options))
+    radius = torch.rand(len(x), **options) ** (1 / x[0].numel()) if len(x) else x.new_zeros(0)
+    return (x + eps * radius.view(-1, *[1] * (x.ndim - 1)) * direction).clamp(0, 1)
 
 
-def gaussian_start(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """x plus 0.001 * N(0, 1), the start of TRADES; eps is not used, the first projection is."""
+def _unit(change: Tensor) -> Tensor:
+    """Each image's change scaled to L2 length 1; where it is 0 it stays so."""
+    lengths = change.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return change / lengths.view(-1, *[1] * (change.ndim - 1))
+
+
+def _project(change: Tensor, eps: float) -> Tensor:
+    """Each image's change, shortened to L2 length eps if it is longer."""
+    lengths = change.flatten(1).norm(dim=1)
+    return change * (eps / lengths.clamp(min=eps)).view(-1, *[1] * (change.ndim - 1))
+
+
+def gaussian_start(x: Tensor, eps: float, generator: torch.Generator, norm: str = "Linf") -> Tensor:
+    """x plus 0.001 * N(0, 1), the start of TRADES; the first projection brings it into the ball."""
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return x + 0.001 * noise
 
@@ -57,16 +76,18 @@ def ascend(
     loss: Loss,
     *,
     eps: float,
-    step_size: float,
+    step_size: float | Sequence[float],
     steps: int,
+    norm: str = "Linf",
 ) -> Tensor:
-    """Maximise `loss` of the logits by `steps` signed gradient steps.
+    """Maximise `loss` of the logits by `steps` steps of the signed or normalised gradient.
 
     Args:
         x: clean images x_NCHW in [0,1], the centre of the ball.
         start: first iterate, same shape.
         loss: maps logits_NK to a scalar.
-        eps: L-inf radius; step_size: length of each step, both in pixel units.
+        eps: radius; step_size: length of all steps, or of each; in pixel units and the norm.
+        norm: "Linf" or "L2".
 
     Returns:
         Images in [0,1] within eps of x, detached. Parameter gradients are neither computed
@@ -74,13 +95,18 @@ def ascend(
 
     Source: Madry et al., ICLR 2018, section 2.1.
     """
+    sizes = [step_size] * steps if isinstance(step_size, float | int) else step_size
     adversarial = start.detach()
-    for _ in range(steps):
+    for step in sizes:
         adversarial.requires_grad_(True)
         (gradient,) = torch.autograd.grad(loss(model(adversarial)), adversarial)
         with torch.no_grad():
-            adversarial = adversarial + step_size * gradient.sign()
-            adversarial = torch.minimum(torch.maximum(adversarial, x - eps), x + eps).clamp_(0, 1)
+            if norm == "Linf":
+                moved = adversarial + step * gradient.sign()
+                moved = torch.minimum(torch.maximum(moved, x - eps), x + eps)
+            else:
+                moved = x + _project(adversarial + step * _unit(gradient) - x, eps)
+            adversarial = moved.clamp_(0, 1)
     return adversarial.detach()
 
 

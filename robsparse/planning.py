@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from robsparse import datasets, networks, objectives, registry
+from robsparse import datasets, doubts, networks, objectives, registry
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.cost import PASSES
@@ -43,6 +43,7 @@ class Clock:
             # One crafting step is timed; the others cost as much as the gradient pass that it is.
             training.crafting.model_copy(update={"steps": 1}),
             torch.Generator(self.device),
+            self.study.threat.norm,
         )
         once = self._time(
             ("step", cell.dataset, cell.arch, cell.objective),
@@ -146,7 +147,10 @@ def evaluation_seconds(clock: Clock, cell: Cell, selection: str) -> float:
         gradients, forwards = attack.passes(params)
         each = gradients * clock.gradient(cell) + forwards * clock.forward(cell)
         seconds += settings.n_examples * ROBUST_SHARE * each
-    return seconds
+    looked = min(settings.doubts.n_examples, settings.n_examples)
+    gradients, forwards = doubts.passes(settings)
+    each = gradients * clock.gradient(cell) + forwards * clock.forward(cell)
+    return seconds + looked * ROBUST_SHARE * each
 
 
 def _seconds_per_image(work: Callable[[int], Any], most: int) -> float:

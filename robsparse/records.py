@@ -90,6 +90,7 @@ class Row(BaseModel):
     model_checksum: str
     source: Literal["measured"] | str = "measured"
     failure: str = Field("", description="what went wrong in training; such a row is marked")
+    suspicious: str = Field("", description="why the network's robustness is in doubt, in words")
 
 
 KEY = list(Row.model_fields)[:9]
@@ -143,7 +144,7 @@ def atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise UsageError(f"{path.parent}: cannot write results here ({error.strerror})") from None
+        raise _unwritable(path.parent, error) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -152,6 +153,20 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UsageError if no file can be written to a folder, before hours of work for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"{folder}: cannot write results here ({error.strerror})")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -175,18 +190,20 @@ class Record:
     """One evaluation: result rows, live weights of each layer, and how large the weights are.
 
     layers: layer, size, nonzero, positions. histogram: counts of live prunable weights whose
-    magnitude is in [low, high).
+    magnitude is in [low, high). doubts: what robsparse.doubts measured.
     """
 
     rows: list[Row]
     layers: list[dict[str, Any]]
     histogram: list[dict[str, float]]
+    doubts: dict[str, float]
 
 
 def write_record(path: Path, record: Record) -> None:
     """Write the record of one evaluation."""
     rows = [row.model_dump() for row in record.rows]
-    write_json(path, {"rows": rows, "layers": record.layers, "histogram": record.histogram})
+    rest = {key: value for key, value in vars(record).items() if key != "rows"}
+    write_json(path, {"rows": rows, **rest})
 
 
 def read_record(path: Path) -> Record:
@@ -196,9 +213,9 @@ def read_record(path: Path) -> Record:
         if not content["rows"]:
             raise UsageError(f"{path}: expected at least one row")
         rows = [Row.model_validate(row) for row in content["rows"]]
-        return Record(rows, content["layers"], content["histogram"])
+        return Record(rows, content["layers"], content["histogram"], content["doubts"])
     except (KeyError, TypeError):
-        raise UsageError(f"{path}: expected 'rows', 'layers' and 'histogram'") from None
+        raise UsageError(f"{path}: expected 'rows', 'layers', 'histogram' and 'doubts'") from None
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
@@ -216,7 +233,7 @@ def provenance() -> dict[str, Any]:
     """code_version, code_dirty and libraries of this process, as columns of a Row."""
     libraries = {
         name: importlib.metadata.version(name)
-        for name in ("torch", "pyautoattack", "numpy", "scikit-learn")
+        for name in ("torch", "pyautoattack", "foolbox", "numpy", "scikit-learn")
     }
     libraries["python"] = platform.python_version()
     commit, dirty = _git_state()

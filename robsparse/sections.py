@@ -1,5 +1,6 @@
 """The sections of a study's configuration file, each with its defaults. No torch in here."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,6 +17,7 @@ from robsparse.fields import Radius, Share, Sparsity, Strict
 from robsparse.imagesets import Augmentation
 
 Selection = Literal["best_val", "last"]
+Norm = Literal["Linf", "L2"]
 Objective = Literal["natural", "at", "mat", "trades", "mart", "rst"]
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -87,8 +89,11 @@ class Finetune(Fit):
 class Threat(Strict):
     """The adversary that models are trained against and attacked with."""
 
-    norm: Literal["Linf"] = "Linf"
-    eps: Radius = Field(description="radius in [0,1] pixel units, a number or a ratio like 8/255")
+    norm: Norm = "Linf"
+    eps: Radius = Field(
+        description="radius in [0,1] pixel units, a number or a ratio like 8/255; for L2 the "
+        "length of the whole perturbation"
+    )
 
 
 class Crafting(Strict):
@@ -195,12 +200,18 @@ class External(Strict):
     """A network that was trained elsewhere: attacked and printed like all others, never trained.
 
     Its weights come from `file` (safetensors, or a state dict saved by torch) for an arch of the
-    study, or from RobustBench's model zoo (`zoo`).
+    study, from RobustBench's model zoo (`zoo`), or with the network that a Python function returns
+    (`callable`).
     """
 
     file: str | None = None
     arch: str | None = Field(None, description="name in the section archs, or a registered one")
     zoo: str | None = Field(None, description="name of a model in RobustBench's zoo")
+    callable: str | None = Field(
+        None,
+        description="module:function of a function without arguments that returns a torch module "
+        "which maps images in [0,1] to logits",
+    )
     dataset: str
     objective: Objective = Field(description="what it was trained with")
     sparsity: Claimed = Field(
@@ -217,8 +228,14 @@ class External(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> "External":
-        if (self.zoo is None) == (self.file is None):
-            raise PydanticCustomError("source", "expected either file or zoo", {"key": "file"})
+        if [self.zoo, self.file, self.callable].count(None) != 2:
+            raise PydanticCustomError(
+                "source", "expected one of file, zoo and callable", {"key": "file"}
+            )
+        if self.callable is not None and not re.fullmatch(r"[\w.]+:\w+", self.callable):
+            raise PydanticCustomError(
+                "source", "expected module:function, like mynets:resnet", {"key": "callable"}
+            )
         if (self.file is None) != (self.arch is None):
             raise PydanticCustomError(
                 "source", "expected an arch for a file alone", {"key": "arch"}
@@ -226,6 +243,30 @@ class External(Strict):
         if (self.mean is None) != (self.std is None):
             raise PydanticCustomError("source", "expected std beside it", {"key": "mean"})
         return self
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from, in a word."""
+        return str(self.file or self.zoo or self.callable)
+
+
+class Reach(Strict):
+    """Base of an attack's parameters: how far it goes, if not as far as the study's threat.
+
+    eps in the norm: for L2 the length of the whole perturbation, pixels in [0,1].
+    """
+
+    norm: Norm | None = None
+    eps: Radius | None = None
+
+
+class Doubts(Strict):
+    """Looks for signs that a network's robustness is not real; see robsparse.doubts."""
+
+    n_examples: NonNegativeInt = Field(
+        100, description="the first n images of the evaluation; 0: do not look"
+    )
+    queries: PositiveInt = Field(500, description="of the black-box attack, for each image")
 
 
 class Evaluation(Strict):
@@ -238,6 +279,7 @@ class Evaluation(Strict):
         min_length=1, description="attacks to run on the weights of each selection"
     )
     attacks: dict[str, Any] = Field(default_factory=dict)
+    doubts: Doubts = Doubts()
 
     @field_validator("selections")
     @classmethod

@@ -1,4 +1,4 @@
-"""One network from a file or a zoo, attacked without a study file."""
+"""One network from a file, a zoo or a function, attacked without a study file."""
 
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ def study_of(
     *,
     weights: Path | None,
     zoo: str | None,
+    callable: str | None,
     arch: str | None,
     arch_option: list[str],
     dataset: str,
     data_dir: str | None,
+    norm: str,
     eps: str,
     attacks: list[str],
     n_examples: int,
@@ -35,6 +37,7 @@ def study_of(
     model = {
         "file": str(weights) if weights else None,
         "zoo": zoo,
+        "callable": callable,
         "arch": arch,
         "dataset": dataset,
         "objective": "natural",  # not known and not used
@@ -44,11 +47,11 @@ def study_of(
     }
     data: dict[str, Any] = {
         "study": "single",
-        "title": f"{weights or zoo} on {dataset}",
+        "title": f"{weights or zoo or callable} on {dataset}",
         "models": {NAME: model},
         "archs": {arch: _mapping(arch_option)} if arch else {},
         "datasets": {dataset: {"data_dir": data_dir} if data_dir else {}},
-        "threat": {"eps": eps},
+        "threat": {"norm": norm, "eps": eps},
         "training": {"crafting": {"step_size": eps}},  # nothing is trained
         "evaluation": {
             "n_examples": n_examples,

@@ -101,7 +101,7 @@ class Study(Strict):
                         f"grid: the cell {cell.key} stands in two blocks with different settings"
                     )
         for name, model in self.models.items():
-            arch = model.arch or str(model.zoo)
+            arch = model.arch or model.source.replace(":", ".")
             cell = Cell(model.dataset, arch, name, model.objective, round(model.sparsity, 4), 0)
             found[cell] = Planned(model, self.training)
         return found
@@ -167,7 +167,7 @@ class Study(Strict):
         if kind == "method" and self.is_external(name):
             return self.models[name].label or name
         if kind == "arch" and name not in self.archs:
-            return name  # of a network from the zoo
+            return name  # of a network that is not built from an arch
         own = getattr(self._section(kind).get(name), "label", None)
         return own or self.entry(kind, name).literals.get("LABEL", name)
 
@@ -219,6 +219,44 @@ class Study(Strict):
             "start": self.training_settings(start) if start else None,
         }
 
+    def surrogate(self, cell: Cell, method: str) -> Cell:
+        """The network of `method` that an attack on `cell` is crafted on: never the same one.
+
+        Of the same data set; of the same arch and objective, and with the next seed, where there is
+        one; dense or as sparse. Raises UsageError when there is no other network.
+        """
+        found = [
+            other
+            for other in self.cells()
+            if other.dataset == cell.dataset
+            and other.method == method
+            and other.sparsity in (0.0, cell.sparsity)
+            and other != cell
+        ]
+        if not found:
+            raise UsageError(
+                f"evaluation.attacks: no network of '{method}' to transfer from to {cell.key}; "
+                "expected a method of the grid, and a second seed for its own networks"
+            )
+
+        def apart(other: Cell) -> tuple:
+            return (
+                other.arch != cell.arch,
+                other.objective != cell.objective,
+                other.seed <= cell.seed,
+                other.seed,
+            )
+
+        return min(found, key=apart)
+
+    def surrogates(self, cell: Cell, selection: Selection) -> list[Cell]:
+        """All networks besides its own that the attacks on a cell look at."""
+        names = (
+            getattr(self.evaluation.attacks[name], "surrogate", None)
+            for name in self.evaluation.selections[selection]
+        )
+        return [self.surrogate(cell, name) for name in dict.fromkeys(names) if name]
+
     def evaluation_settings(self, cell: Cell, selection: Selection) -> dict[str, Any]:
         """All settings that decide the outcome of attacking `cell`, its training included."""
         attacks = {
@@ -229,9 +267,10 @@ class Study(Strict):
             "training": self.training_settings(cell),
             "selection": selection,
             "evaluation": self.evaluation.model_dump(
-                mode="json", include={"n_examples", "batch_size", "seed"}
+                mode="json", include={"n_examples", "batch_size", "seed", "doubts"}
             ),
             "attacks": attacks,
+            "surrogates": [self.training_settings(c) for c in self.surrogates(cell, selection)],
         }
 
 

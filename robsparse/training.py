@@ -108,6 +108,7 @@ class Trainer:
             self.training.eps or study.threat.eps,
             self.training.crafting,
             self._generator("craft", cell.dataset, cell.objective),
+            study.threat.norm,
         )
         self.start = self._read_start()
         self.progress = Progress()

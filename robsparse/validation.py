@@ -22,7 +22,7 @@ def validate(model: nn.Module, part: Part, attacker: Attacker, steps: int) -> di
     with perturb.batch_norm_mode(model, "eval"), effective_weights(model):
         batches = zip(part.x_NCHW.split(BATCH), part.y_N.split(BATCH), strict=True)
         for x_NCHW, y_N in batches:
-            start = perturb.uniform_start(x_NCHW, attacker.eps, generator)
+            start = perturb.uniform_start(x_NCHW, attacker.eps, generator, attacker.norm)
             adversarial = perturb.ascend(
                 model,
                 x_NCHW,
@@ -31,6 +31,7 @@ def validate(model: nn.Module, part: Part, attacker: Attacker, steps: int) -> di
                 eps=attacker.eps,
                 step_size=attacker.crafting.step_size,
                 steps=steps,
+                norm=attacker.norm,
             )
             correct["val_clean"] += correct_count(model, x_NCHW, y_N)
             correct["val_robust"] += correct_count(model, adversarial, y_N)

@@ -62,6 +62,11 @@ def starting_weights(wildcards):
     )
 
 
+def surrogate_weights(wildcards):
+    cells = STUDY.surrogates(cell_of(wildcards), wildcards.selection)
+    return [str(LAYOUT.model(cell, wildcards.selection)) for cell in cells]
+
+
 def training_digest(wildcards):
     return staleness.training_digest(STUDY, cell_of(wildcards))
 

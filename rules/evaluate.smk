@@ -12,6 +12,7 @@ rule evaluate:
     input:
         model=f"{ROOT}/models/{CELL}/{{selection}}.safetensors",
         training=f"{ROOT}/models/{CELL}/training.json",
+        surrogates=surrogate_weights,
     output:
         record=f"{ROOT}/evaluations/{CELL}/{{selection}}.json",
         flags=f"{ROOT}/evaluations/{CELL}/{{selection}}.flags.npz",

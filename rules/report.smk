@@ -11,6 +11,7 @@ rule collect:
         lifetimes=f"{ROOT}/lifetimes.parquet",
         magnitudes=f"{ROOT}/weights.csv",
         overlap=f"{ROOT}/overlap.csv",
+        doubts=f"{ROOT}/doubts.csv",
         failures=f"{ROOT}/failures.csv",
     log:
         f"{ROOT}/logs/collect.log",

@@ -200,33 +200,43 @@ def test_several_faults_are_all_told(table):
 # ---------------------------------------------------------------- weak attacks
 
 
-def test_autoattack_that_another_attack_beats_is_marked_and_kept(table):
+def test_autoattack_that_another_attack_beats_makes_the_network_suspicious(table):
     change(table, "pgd", n_correct=50, accuracy=0.5)
+    change(table, "clean", suspicious="no gradient")
     marked = mark_weak_attacks(table)
-    index = where(table, "autoattack")
-    assert marked.doubt[index] == "another attack breaks 5 more images than AutoAttack"
-    assert (marked.doubt.drop(index) == "").all()
-    pd.testing.assert_frame_equal(marked.drop(columns="doubt"), table)
+    reason = "pgd breaks 5 more images than AutoAttack"
+    own = (table.method == "bcs") & (table.seed == 0)
+    assert set(marked.suspicious[own & (table.attack != "clean")]) == {reason}
+    assert marked.suspicious[where(table, "clean")] == f"no gradient; {reason}"
+    assert (marked.suspicious[~own] == "").all()
+    rest = table.drop(columns="suspicious")
+    pd.testing.assert_frame_equal(marked.drop(columns="suspicious"), rest)
 
 
-def test_autoattack_that_is_strongest_or_equal_is_not_marked(table):
-    assert (mark_weak_attacks(table).doubt == "").all()
+def test_autoattack_that_is_strongest_or_equal_is_not_suspicious(table):
+    assert (mark_weak_attacks(table).suspicious == "").all()
     change(table, "pgd", n_correct=55, accuracy=0.55)
-    assert (mark_weak_attacks(table).doubt == "").all()
+    assert (mark_weak_attacks(table).suspicious == "").all()
+
+
+@pytest.mark.parametrize("reach", [{"eps": 0.2}, {"norm": "L2"}])
+def test_attacks_of_another_reach_are_not_compared(reach, table):
+    change(table, "pgd", n_correct=10, accuracy=0.1, **reach)
+    assert (mark_weak_attacks(table).suspicious == "").all()
 
 
 def test_attacks_are_compared_on_the_same_model_alone(table):
     index = where(table, "pgd", seed=1)
     table.loc[index, "n_correct"] = 10  # 45 is what AutoAttack leaves of that model
     marked = mark_weak_attacks(table)
-    assert marked.doubt[where(table, "autoattack", seed=1)].startswith("another attack breaks 35")
-    assert marked.doubt[where(table, "autoattack")] == ""
-    assert marked.doubt[where(table, "autoattack", method="dense")] == ""
+    assert marked.suspicious[where(table, "autoattack", seed=1)].startswith("pgd breaks 35 more")
+    assert marked.suspicious[where(table, "autoattack")] == ""
+    assert marked.suspicious[where(table, "autoattack", method="dense")] == ""
 
 
-def test_table_without_autoattack_is_not_marked(table):
+def test_table_without_autoattack_is_not_suspicious(table):
     marked = mark_weak_attacks(table[table.attack != "autoattack"])
-    assert (marked.doubt == "").all()
+    assert (marked.suspicious == "").all()
 
 
 # ---------------------------------------------------------------- reading and writing
@@ -256,7 +266,7 @@ def write(study, layout, **changes):
         ]
         layers = [{"layer": "0", "size": 1000, "nonzero": own[0].nonzero, "positions": 1}]
         bins = [{"low": 0.1, "high": 0.2, "count": own[0].nonzero}]
-        record = records.Record(own, layers, bins)
+        record = records.Record(own, layers, bins, {"examined": 50.0, "zero_gradient": 0.02})
         records.write_record(layout.evaluation(cell, "last"), record)
 
 
@@ -271,12 +281,16 @@ def test_collected_tables_hold_every_row_and_missing_ones_are_named(study, tmp_p
         pd.read_parquet(layout.root / "results.parquet"),
     ):
         assert len(found) == 15
-        assert list(found.columns) == [*Row.model_fields, "doubt", "budget"]
+        assert list(found.columns) == [*Row.model_fields, "budget"]
         assert sorted(found.n_correct) == sorted(r.n_correct for r in rows())
     layers = pd.read_csv(layout.root / "layers.csv")
     assert layers.nonzero.tolist() == [1000, 100, 100]
     bins = pd.read_csv(layout.root / "weights.csv")
     assert bins["count"].tolist() == [1000, 100, 100]
+    doubts = pd.read_csv(layout.root / "doubts.csv")
+    assert doubts.zero_gradient.tolist() == [0.02] * 3
+    assert doubts.largest_perturbation.tolist() == [1.0] * 3
+    assert doubts.nan_count.tolist() == [0] * 3
     assert list(pd.read_csv(layout.root / "overlap.csv")) == list(records.OVERLAP_COLUMNS)
     for name, columns in (
         ("steps", records.STEP_COLUMNS),

@@ -764,8 +764,15 @@ def test_a_network_from_elsewhere_is_a_cell(study_data, given, load_study):
 
 
 MODEL_FAULTS = {
-    "no source": ({"file": None}, "models.mine.file = null: expected either file or zoo"),
-    "two sources": ({"zoo": "X"}, "expected either file or zoo"),
+    "no source": (
+        {"file": None},
+        "models.mine.file = null: expected one of file, zoo and callable",
+    ),
+    "two sources": ({"zoo": "X"}, "expected one of file, zoo and callable"),
+    "callable": (
+        {"file": None, "arch": None, "callable": "nets"},
+        'models.mine.callable = "nets": expected module:function, like mynets:resnet',
+    ),
     "no arch": ({"arch": None}, "models.mine.arch = null: expected an arch for a file alone"),
     "no such file": ({"file": "none.pt"}, 'models.mine.file = "none.pt": no such file'),
     "mean alone": ({"mean": [0.5]}, "models.mine.mean = [0.5]: expected std beside it"),

@@ -10,15 +10,14 @@ from pyautoattack import AutoAttack
 from torch import nn
 
 from robsparse import evaluation, models, records, registry, weights
+from robsparse.attacks import AttackThreat, correct_flags
 from robsparse.cells import Layout, derive_seed
 from robsparse.config import Evaluation, Threat
 from robsparse.datasets import Part
 from robsparse.errors import UsageError
 from robsparse.eval import autoattack, clean, pgd
 from robsparse.evaluation import (
-    AttackThreat,
     attack_model,
-    correct_flags,
     evaluate_cell,
     first_examples,
     measure,
@@ -246,7 +245,13 @@ def test_attacks_see_only_what_is_classified_correctly_and_flags_are_spread_over
     assert first.threat.eps == 0.0
     assert second.threat.eps == EPS
     assert second.threat.seed == derive_seed("attack", "pgd", 0) % 2**31
-    assert second.flags()["pgd.all"].tolist() == ROBUST.tolist()
+    arrays = second.arrays(Part(x, y))
+    assert arrays["pgd.all"].tolist() == ROBUST.tolist()
+    # The images that broke, as they were and as they broke, by their place among all of them.
+    assert set(arrays["pgd.pictured"]) == {1, 5, 7, 8}
+    pairs = torch.from_numpy(arrays["pgd.pictures"]).float()
+    assert torch.allclose(pairs[:, 0], x[torch.from_numpy(arrays["pgd.pictured"])], atol=1e-3)
+    assert (pairs[:, 1] - pairs[:, 0]).abs().amax((1, 2, 3)).allclose(torch.tensor(EPS), atol=1e-3)
 
 
 def test_model_in_train_mode_is_put_into_eval_mode_for_every_pass():
@@ -285,7 +290,7 @@ def test_rows_of_an_attack_by_hand():
     flags = {"one": torch.tensor([1, 1, 0, 0]), "two": torch.tensor([1, 0, 0, 0])}
     robust = {name: value.bool() for name, value in flags.items()}
     result = evaluation.AttackResult(
-        "mine", robust | {"all": robust["two"]}, outcome, threat(), 1.23456
+        "mine", robust | {"all": robust["two"]}, outcome, threat(), 1.23456, torch.arange(2)
     )
     common = {
         name: 1 if field.annotation in (int, float) else "x"
@@ -490,11 +495,20 @@ def test_logger_of_the_package_is_left_as_it_was(fails, quick):
 class SquareBreaksTwo(AutoAttack):
     """Square breaks two of the images, the other components none."""
 
-    def run_standard_evaluation(self, x, y, /, *, batch_size):
-        y_adv = y.clone()
-        if self.attacks_to_run == ["square"]:
-            y_adv[:2] += 1
-        return x, y_adv
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.broken = 0
+        for part in (self.apgd, self.apgd_targeted, self.fab):
+            part.perturb = lambda x, y: x
+        self.square.perturb = self.search
+
+    def search(self, x, y):
+        """Only the first batch holds images that look otherwise."""
+        found = x.clone()
+        if not self.broken:
+            found[:2] = x[:2].flip(0)  # of another class
+            self.broken = 2
+        return found
 
 
 def test_square_that_beats_the_white_box_attacks_is_told(monkeypatch):
@@ -525,7 +539,11 @@ def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_pat
     with np.load(layout.flags(cell, "last")) as stored:
         flags = dict(stored)
     assert [row.attack for row in rows] == ["clean", "pgd"]
-    assert flags.keys() == {"labels", "clean.all", "pgd.all"}
+    assert flags.keys() - {"pgd.pictured", "pgd.taken_for", "pgd.pictures"} == {
+        "labels",
+        "clean.all",
+        "pgd.all",
+    }
     for row in rows:
         assert row.n_correct == int(flags[f"{row.attack}.all"].sum())
         assert row.n_examples == len(flags["labels"]) == 12

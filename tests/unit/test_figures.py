@@ -27,6 +27,7 @@ from robsparse.figures import (
     TABLES,
     compare,
     connections,
+    costs,
     curves,
     finals,
     notes,
@@ -79,7 +80,7 @@ class MadeUp:
     layers: Sequence[tuple[str, int]] = tuple(LAYERS.items())
     epochs: int = 4
     steps_per_epoch: int = 5
-    warnings: str = ""
+    suspicious: str = ""
     skip: Callable[[Cell], bool] = lambda cell: False
 
     def write(self) -> Layout:
@@ -143,7 +144,6 @@ class MadeUp:
         rows = []
         for name, robust in flags.items():
             attack, component = name.split(".")
-            whole = component == "all"
             row = records.Row(
                 **vars(cell),
                 selection=selection,
@@ -159,7 +159,7 @@ class MadeUp:
                 steps=50 if attack == "pgd" else None,
                 restarts=5 if attack == "pgd" else None,
                 version="standard" if attack == "autoattack" else None,
-                warnings=self.warnings if whole and attack == "autoattack" else "",
+                suspicious=self.suspicious,
                 sparsity_reached=1 - nonzero / size,
                 nonzero=nonzero,
                 prunable=size,
@@ -403,20 +403,45 @@ def test_number_of_a_weak_autoattack_is_marked_and_explained(tmp_path):
     material = prepare(tmp_path, correct=weak)
     [group] = tidy.groups(material.study)
     main = tables.main(material, group)
-    marked = main[main["AutoAttack (%)"].str.contains(notes.WEAK)]
+    marked = main[main["AutoAttack (%)"].str.contains(notes.SUSPICIOUS)]
     assert set(zip(marked.Method, marked.Selection, strict=True)) == {("LWM", "last")}
     [note] = notes.marks(material, group)
-    assert "LWM 95 % last, seed 1: another attack breaks 3 more images than AutoAttack" in note
-    assert not main["AutoAttack (%)"].str.contains(notes.WARNED).any()
+    assert "LWM 95 % last, seed 1: pgd breaks 3 more images than AutoAttack" in note
 
 
-def test_autoattacks_own_warnings_have_another_mark(tmp_path):
-    material = prepare(tmp_path, warnings="zero gradient")
+def test_every_attacked_number_of_a_suspicious_network_is_marked_in_every_table(tmp_path):
+    material = prepare(tmp_path, suspicious="no gradient on 12% of the images")
     [group] = tidy.groups(material.study)
-    assert tables.main(material, group)["AutoAttack (%)"].str.endswith(notes.WARNED).all()
+    main = tables.main(material, group)
+    for column in ("AutoAttack (%)", "PGD (%)"):
+        assert main[column].str.endswith(notes.SUSPICIOUS).all()
+    assert not main["Clean (%)"].str.contains(notes.SUSPICIOUS).any()
+    others = (
+        tables.component_table(material, group)["after apgd-ce (%)"],
+        tables.cost_table(material, group)["AutoAttack (%)"],
+        tables.comparison_table(material, group)["Accuracy (%)"],
+        tables.comparison_table(material, group)["Baseline accuracy (%)"],
+    )
+    for column in others:
+        assert column.str.endswith(notes.SUSPICIOUS).all()
     [note] = notes.marks(material, group)
-    assert note.startswith(notes.WARNED)
-    assert "Dense last, seed 0: zero gradient; seed 1: zero gradient." in note
+    assert note.startswith(notes.SUSPICIOUS)
+    reason = "no gradient on 12% of the images"
+    assert f"Dense last, seed 0: {reason}; seed 1: {reason}." in note
+
+
+@pytest.mark.parametrize("draw", [finals.robust_accuracy, costs.cost])
+def test_suspicious_networks_are_marked_in_plots(draw, tmp_path):
+    def daggers(material):
+        passes = {"forward_passes": 10.0, "backward_passes": 10.0}
+        material = dataclasses.replace(material, summary=material.summary.assign(**passes))
+        texts = [text for panel in draw(material).axes for text in panel.texts]
+        return [text for text in texts if text.get_text() == notes.SUSPICIOUS]
+
+    assert daggers(prepare(tmp_path, suspicious="")) == []
+    found = daggers(prepare(tmp_path, suspicious="no gradient"))
+    lines = 1 + 2 * 2  # dense, and two methods at two sparsities
+    assert len(found) == (lines if draw is finals.robust_accuracy else 2 * (2 + 2 * 2))
 
 
 def test_notes_say_how_it_was_measured(material, group):

@@ -36,10 +36,10 @@ def material(study_data, load_study, tmp_path):
     study_data["grid"] |= {"methods": ["bcs", "lwm"], "sparsities": [0.9, 0.99]}
     study = load_study(study_data)
     keys = ["dataset", "arch", "objective", "method", "sparsity", "selection"]
-    line = ["digits", "small_cnn", "at", "bcs", 0.9, "best_val", 0.7]
-    summary = pd.DataFrame([line], columns=[*keys, "clean_accuracy"])
+    line = ["digits", "small_cnn", "at", "bcs", 0.9, "best_val", "", 0.7]
+    summary = pd.DataFrame([line], columns=[*keys, "suspicious", "clean_accuracy"])
     nothing = pd.DataFrame()
-    return Material(study, Tidy(*[nothing] * 8), Outcomes(tmp_path), summary)
+    return Material(study, Tidy(*[nothing] * 9), Outcomes(tmp_path), summary)
 
 
 def spec(*files, **changes):
@@ -169,8 +169,8 @@ def test_the_tables_of_the_paper_can_be_drawn_before_anything_is_measured(reposi
     from robsparse.records import Row  # noqa: PLC0415
 
     study = config.load(repository / "config" / "paper.yaml")
-    empty = pd.DataFrame(columns=[*Row.model_fields, "doubt", "budget"])
-    tidy = Tidy(empty, *[pd.DataFrame()] * 7)
+    empty = pd.DataFrame(columns=[*Row.model_fields, "budget"])
+    tidy = Tidy(empty, *[pd.DataFrame()] * 8)
     material = Material(study, tidy, Outcomes(tmp_path), summarise(study, tidy, Outcomes(tmp_path)))
     drawn = {}
     for each in study.tables:

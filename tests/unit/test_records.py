@@ -157,7 +157,7 @@ def test_number_that_is_not_finite_is_not_written(tmp_path):
 def test_rows_come_back_equal(tmp_path, values):
     rows = [Row(**values), Row(**values | {"attack": "clean", "max_perturbation": 0.1 + 0.2})]
     layers = [{"layer": "0", "size": 10, "nonzero": 1, "positions": 4}]
-    record = Record(rows, layers, [{"low": 0.1, "high": 0.2, "count": 3}])
+    record = Record(rows, layers, [{"low": 0.1, "high": 0.2, "count": 3}], {"examined": 5.0})
     write_record(tmp_path / "r.json", record)
     assert read_record(tmp_path / "r.json") == record
 
@@ -221,7 +221,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_record_is_one_line_with_its_path(damage, tmp_path, values):
     path = tmp_path / "r.json"
-    write_record(path, Record([Row(**values)], [], []))
+    write_record(path, Record([Row(**values)], [], [], {}))
     path.write_text(DAMAGES[damage](path.read_text()))
     with pytest.raises(UsageError) as caught:
         read_record(path)
@@ -243,7 +243,7 @@ def test_missing_record_is_one_line(tmp_path):
 
 def test_wrong_field_is_named(tmp_path, values):
     path = tmp_path / "r.json"
-    write_record(path, Record([Row(**values)], [], []))
+    write_record(path, Record([Row(**values)], [], [], {}))
     content = json.loads(path.read_text())
     content["rows"][0]["accuracy"] = 75
     path.write_text(json.dumps(content))

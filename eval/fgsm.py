@@ -1,0 +1,46 @@
+"""The fast gradient sign method: one step of length eps from the image itself.
+
+Source: Goodfellow et al., ICLR 2015. In L2 the step follows the gradient's direction.
+"""
+
+from torch import Tensor, nn
+
+from robsparse import perturb
+from robsparse.attacks import AttackThreat, Outcome, Tally, in_batches
+from robsparse.config import Reach
+
+LABEL = "FGSM"
+
+
+class Params(Reach):
+    """Nothing else to set."""
+
+
+def passes(params: Params) -> tuple[int, int]:
+    """Forward-and-backward passes and forward-only passes over an image."""
+    return 1, 1
+
+
+def run(
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+) -> Outcome:
+    """Which images survive the step."""
+    tally = Tally(x_NCHW, y_N, threat)
+
+    def work(where: slice) -> None:
+        x, y = x_NCHW[where].to(threat.device), y_N[where].to(threat.device)
+        adversarial = perturb.ascend(
+            model,
+            x,
+            x,
+            perturb.cross_entropy_of(y),
+            eps=threat.eps,
+            step_size=threat.eps,
+            steps=1,
+            norm=threat.norm,
+        )
+        tally.judge(model, where, adversarial)
+
+    with perturb.frozen(model):
+        in_batches(len(y_N), threat.batch_size, work, threat.report)
+    return tally.outcome({"steps": 1, "restarts": 1})

@@ -1,0 +1,52 @@
+"""Square alone: random search that sees nothing but the network's outputs.
+
+Source: Andriushchenko et al., ECCV 2020, through the package pyautoattack, with the settings that
+AutoAttack has for it.
+"""
+
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from robsparse.attacks import AttackThreat, Outcome, Progress, Tally, in_batches, random_search
+from robsparse.config import Reach
+
+LABEL = "Square"
+
+
+class Params(Reach):
+    """queries: passes for each image and restart."""
+
+    queries: PositiveInt = 5000
+    restarts: PositiveInt = 1
+
+
+def passes(params: Params) -> tuple[int, int]:
+    """Forward-and-backward passes and forward-only passes over an image that survives."""
+    return 0, params.queries * params.restarts
+
+
+def run(
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+) -> Outcome:
+    """Which images survive the search."""
+    tally = Tally(x_NCHW, y_N, threat)
+    progress = Progress("Square", len(y_N), threat.report)
+
+    def work(where: slice) -> None:
+        x, y = x_NCHW[where].to(threat.device), y_N[where].to(threat.device)
+        found = random_search(
+            model,
+            x,
+            y,
+            norm=threat.norm,
+            eps=threat.eps,
+            queries=params.queries,
+            restarts=params.restarts,
+            seed=threat.seed,
+        )
+        tally.judge(model, where, found)
+        progress.update(where.stop, int(tally.robust.sum()))
+
+    in_batches(len(y_N), threat.batch_size, work, threat.report)
+    progress.close(int(tally.robust.sum()), len(y_N))
+    return tally.outcome({"steps": params.queries, "restarts": params.restarts})

@@ -1,0 +1,60 @@
+"""Transfer: PGD on another network of the study, a surrogate; the attacked one is only asked once.
+
+Source: Papernot et al., "Practical black-box attacks against machine learning", 2017. Where it
+breaks more images than the white-box attacks do, those were misled.
+"""
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from robsparse import perturb
+from robsparse.attacks import AttackThreat, Outcome, Tally, in_batches
+from robsparse.config import Reach
+
+LABEL = "Transfer"
+
+
+class Params(Reach):
+    """Each step is relative_step * eps / steps long, from a uniform random start."""
+
+    surrogate: str = Field(
+        "dense",
+        description="method of the grid whose network the images are crafted on: of the same data "
+        "set, with another seed where there is one, never the attacked network itself",
+    )
+    steps: PositiveInt = 50
+    relative_step: PositiveFloat = 2.5
+
+
+def passes(params: Params) -> tuple[int, int]:
+    """Forward-and-backward passes and forward-only passes over an image."""
+    return params.steps, 1
+
+
+def run(
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+) -> Outcome:
+    """Which images survive what the surrogate was broken by."""
+    tally = Tally(x_NCHW, y_N, threat)
+    surrogate = threat.network(params.surrogate)
+    generator = torch.Generator().manual_seed(threat.seed)
+    start = perturb.uniform_start(x_NCHW, threat.eps, generator, threat.norm)
+
+    def work(where: slice) -> None:
+        x, y = x_NCHW[where].to(threat.device), y_N[where].to(threat.device)
+        adversarial = perturb.ascend(
+            surrogate,
+            x,
+            start[where].to(threat.device),
+            perturb.cross_entropy_of(y),
+            eps=threat.eps,
+            step_size=params.relative_step * threat.eps / params.steps,
+            steps=params.steps,
+            norm=threat.norm,
+        )
+        tally.judge(model, where, adversarial)
+
+    with perturb.frozen(surrogate):
+        in_batches(len(y_N), threat.batch_size, work, threat.report)
+    return tally.outcome({"steps": params.steps, "restarts": 1})

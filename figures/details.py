@@ -1,0 +1,182 @@
+"""Plots of what a single accuracy hides: every eps, every class.
+
+Import path: robsparse.figures.details
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from robsparse.cells import Cell
+from robsparse.figures import measures_distances, style
+from robsparse.figures.notes import percent, plot_caption, radius
+from robsparse.figures.summary import STRONGEST, Material
+from robsparse.figures.tidy import Group, cells, groups, methods, sparsities
+
+_FEW_CLASSES = 10
+
+
+def accuracy_against_eps(material: Material) -> Figure:
+    """Robust accuracy at every eps, from one run of a minimum-norm attack, for all methods."""
+    study = material.study
+    general = plot_caption(material, attacked=True, selected=True)
+    attack = next(iter(measures_distances(study)), None)
+    if attack is None:
+        return style.empty("No attack of this study looks for smallest perturbations.", [general])
+    label, norm = study.label("attack", attack), study.evaluation.attacks[attack].norm
+    strongest = study.label("attack", STRONGEST)
+    caption = [
+        f"Share of test images that {label} finds no perturbation of length eps for, mean over "
+        f"seeds. Dotted: the study's eps, {radius(study.threat.eps)}; markers: {strongest} there, "
+        "which searches harder. The dense network is the same in every panel.",
+        general,
+    ]
+    figure, panels = style.grid(material, sharey=True, sharex=True)
+    handles: dict[str, Line2D] = {}
+    farthest = 0.0
+    for group, sparsity, panel in panels:
+        found, reach = _eps_panel(panel, material, group, sparsity, attack)
+        handles |= found
+        farthest = max(farthest, reach)
+        if panel.get_subplotspec().is_first_col():
+            panel.set_ylabel(f"{label} accuracy (%)")
+        panel.set_xlabel(f"eps ({norm or study.threat.norm}, pixels in [0,1])")
+        panel.set_ylim(0, 100)
+    for panel in figure.axes:
+        panel.set_xlim(0, max(farthest, 1.5 * study.threat.eps))
+    return style.finish(figure, handles.values(), caption)
+
+
+def _eps_panel(
+    panel: Axes, material: Material, group: Group, sparsity: float, attack: str
+) -> tuple[dict[str, Line2D], float]:
+    """Draw one panel; also returns an eps at which 98 % of the images of every network fall."""
+    handles, reach = {}, 0.0
+    same_norm = material.study.evaluation.attacks[attack].norm in (None, material.study.threat.norm)
+    for name, look in style.looks(material.study).items():
+        found = [
+            lengths
+            for cell in _cells_at(material, group, name, sparsity)
+            if (lengths := material.outcomes.distances(cell, material.primary, attack)) is not None
+        ]
+        if not found:
+            continue
+        eps, share = curve(np.stack(found))
+        shown = vars(look) | {"marker": ""}
+        handles[name] = panel.plot(eps, 100 * share, **shown, drawstyle="steps-post")[0]
+        reach = max(reach, float(np.quantile(np.stack(found), 0.98)))
+        line = _summary_line(material, group, name, sparsity)
+        if same_norm and line is not None and f"{STRONGEST}_accuracy" in line:
+            level = 100 * line[f"{STRONGEST}_accuracy"]
+            marker = look.line | {"linestyle": "none", "label": "_strongest"}
+            panel.plot(material.study.threat.eps, level, **marker)
+            style.doubt(panel, material.study.threat.eps, level, line.suspicious)
+    if same_norm:
+        grey = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+        panel.axvline(material.study.threat.eps, **grey)
+    return handles, reach if np.isfinite(reach) else 1.0
+
+
+def curve(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Robust accuracy as a step function of eps.
+
+    Args:
+        lengths: smallest perturbations that break each image (S×N, inf where none was found).
+
+    Returns:
+        Values of eps, ascending from 0, and the share of images that need a longer perturbation.
+    """
+    ends = np.sort(lengths[np.isfinite(lengths)])
+    eps = np.r_[0.0, ends]
+    return eps, 1 - np.searchsorted(np.sort(lengths.ravel()), eps, side="right") / lengths.size
+
+
+def _cells_at(material: Material, group: Group, method: str, sparsity: float) -> list[Cell]:
+    """The networks of a method at a sparsity, whatever their seed; dense ones at every sparsity."""
+    at = 0.0 if material.study.is_dense(method) else sparsity
+    return [
+        cell
+        for cell in cells(material.study, group)
+        if (cell.method, cell.sparsity) == (method, at)
+    ]
+
+
+def _summary_line(
+    material: Material, group: Group, method: str, sparsity: float
+) -> pd.Series | None:
+    rows = group.of(material.summary)
+    at = 0.0 if material.study.is_dense(method) else sparsity
+    rows = rows[(rows.method == method) & (rows.sparsity == at)]
+    rows = rows[rows.selection == material.primary]
+    return None if rows.empty else rows.iloc[0]
+
+
+def per_class(material: Material) -> Figure:
+    """Robust accuracy of each class under the strongest attack, a row a method."""
+    study, label = material.study, material.study.label("attack", STRONGEST)
+    caption = [
+        f"{label} accuracy in % of the test images of each class, mean over seeds. A class has few "
+        "images: in the quick study about 20, where one image is 5 points.",
+        plot_caption(material, attacked=True, selected=True),
+    ]
+    table = class_accuracies(material)
+    if table.empty:
+        return style.empty(f"No {label} outcome of single images has been kept.", caption[1:])
+    found, columns = groups(study), sparsities(study)
+    classes = int(table.label.max()) + 1
+    height = 0.7 + 0.24 * max(len(methods(study, group)) for group in found)
+    width = max(3.0, 1.2 + 0.27 * min(classes, 30))
+    figure, axes = style.panels(len(found), len(columns), width=width, height=height)
+    picture = None
+    for group, row in zip(found, axes, strict=True):
+        for sparsity, panel in zip(columns, row, strict=True):
+            own = group.of(table)
+            own = own[own.sparsity.eq(sparsity) | own.method.map(study.is_dense)]
+            if sparsity not in sparsities(study, group) or own.empty:
+                panel.set_visible(False)
+                continue
+            picture = _class_panel(panel, material, own)
+            panel.set_title(f"{group}\n" * (len(found) > 1) + f"sparsity {percent(sparsity)}")
+    if picture is not None:
+        figure.colorbar(picture, ax=figure.axes, shrink=0.8, label=f"{label} accuracy (%)")
+    return style.finish(figure, [], caption)
+
+
+def class_accuracies(material: Material) -> pd.DataFrame:
+    """One row a (group, method, sparsity, class): accuracy under the strongest attack (fraction,
+    mean over seeds) and how many images of the class were attacked, in the primary selection.
+    """
+    rows: dict[tuple, list[np.ndarray]] = {}
+    for cell in material.study.cells():
+        labels = material.outcomes.labels(cell, material.primary)
+        robust = material.outcomes.of(cell, material.primary, STRONGEST)
+        if labels is None or robust is None:
+            continue
+        key = (cell.dataset, cell.arch, cell.objective, cell.method, cell.sparsity)
+        for label in np.unique(labels):
+            rows.setdefault((*key, int(label)), []).append(robust[labels == label])
+    names = ["dataset", "arch", "objective", "method", "sparsity", "label"]
+    found = [
+        dict(zip(names, key, strict=True))
+        | {"accuracy": float(np.mean(kept)), "images": len(kept[0])}
+        for key, kept in rows.items()
+    ]
+    return pd.DataFrame(found, columns=[*names, "accuracy", "images"])
+
+
+def _class_panel(panel: Axes, material: Material, table: pd.DataFrame) -> object:
+    study = material.study
+    wide = 100 * table.pivot_table(index="method", columns="label", values="accuracy")
+    wide = wide.reindex([name for name in methods(study) if name in wide.index])
+    picture = panel.imshow(wide, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    panel.set_yticks(range(len(wide)), [study.label("method", name) for name in wide.index])
+    panel.grid(visible=False)
+    panel.set_xlabel("class")
+    if len(wide.columns) <= _FEW_CLASSES:
+        panel.set_xticks(range(len(wide.columns)), wide.columns)
+        for (y, x), value in np.ndenumerate(wide.to_numpy()):
+            colour = "white" if value < 50 else "black"
+            panel.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)
+    return picture

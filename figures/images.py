@@ -1,0 +1,152 @@
+"""Which test images one method withstands and another does not, for people to look at.
+
+Import path: robsparse.figures.images
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from robsparse.cells import Cell
+from robsparse.figures import style
+from robsparse.figures.notes import join, percent, plot_caption, radius
+from robsparse.figures.summary import STRONGEST, Material
+from robsparse.figures.tidy import Broken, Group, cells, groups, methods, seeds, sparsities
+
+_KEYS = ["dataset", "arch", "objective", "sparsity", "seed", "image", "label"]
+_COLUMNS = [*_KEYS, "robust", "broken", "misclassified"]
+_ROWS = {1: 6, 2: 3}  # images shown of a group, by the number of groups; 2 of more groups
+_MOST_GROUPS = 6
+
+
+def disagreements(material: Material) -> pd.DataFrame:
+    """One row a test image that the strongest attack breaks for one method and not for another.
+
+    Columns: the keys of the networks, their first seed; `image` (place among the attacked ones),
+    `label`; `robust`, `broken` and `misclassified` (without an attack): methods, with spaces. The
+    dense network is among them at every sparsity.
+    """
+    study, rows = material.study, []
+    for group in groups(study):
+        first = seeds(study, group)[0]
+        for sparsity in sparsities(study, group):
+            found = _outcomes(material, group, sparsity, first)
+            if len(found) < 2:
+                continue
+            clean = {name: pair[0] for name, pair in found.items()}
+            robust = {name: pair[1] for name, pair in found.items()}
+            broken = {name: clean[name] & ~robust[name] for name in found}
+            apart = np.any(list(robust.values()), axis=0) & np.any(list(broken.values()), axis=0)
+            labels = _labels(material, group)
+            for image in np.flatnonzero(apart):
+                words = [
+                    " ".join(name for name, flags in kind.items() if flags[image])
+                    for kind in (robust, broken, {n: ~flags for n, flags in clean.items()})
+                ]
+                place = (*vars(group).values(), sparsity, first, image, labels[image])
+                rows.append(dict(zip(_COLUMNS, (*place, *words), strict=True)))
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def _outcomes(
+    material: Material, group: Group, sparsity: float, seed: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(correct without, correct under the strongest attack) of each method."""
+    found = {}
+    for name in methods(material.study, group):
+        cell = _cell(material, group, name, sparsity, seed)
+        if cell is None:
+            continue
+        clean = material.outcomes.of(cell, material.primary, "clean")
+        robust = material.outcomes.of(cell, material.primary, STRONGEST)
+        if clean is not None and robust is not None:
+            found[name] = (clean, robust)
+    return found
+
+
+def _cell(material: Material, group: Group, method: str, sparsity: float, seed: int) -> Cell | None:
+    at = 0.0 if material.study.is_dense(method) else sparsity
+    for cell in cells(material.study, group):
+        if (cell.method, cell.sparsity, cell.seed) == (method, at, seed):
+            return cell
+    return None
+
+
+def _labels(material: Material, group: Group) -> np.ndarray:
+    found = (material.outcomes.labels(c, material.primary) for c in cells(material.study, group))
+    return next(labels for labels in found if labels is not None)
+
+
+def pictures(material: Material) -> Figure:
+    """Some of those images at the highest sparsity: clean, perturbed, and what was changed."""
+    study, label = material.study, material.study.label("attack", STRONGEST)
+    caption = [
+        f"Test images that {label} breaks for one method and not for another, at the highest "
+        "sparsity: those on which the methods are most divided. Left: as it is; middle: perturbed "
+        f"for the method named above it; right: the change, grey for none, black and white for "
+        f"-/+ {radius(study.threat.eps)}. All outcomes: tables/disagreements.csv.",
+        plot_caption(material, attacked=True, selected=True),
+    ]
+    shown = _chosen(material)
+    if not shown:
+        return style.empty(f"No image divides the methods under {label}.", caption[1:])
+    figure, axes = style.panels(len(shown), 4, width=1.6, height=1.55)
+    for row, (place, method, broken) in zip(axes, shown, strict=True):
+        _draw(row, material, place, method, broken)
+    return style.finish(figure, [], caption)
+
+
+def _chosen(material: Material) -> list[tuple[pd.Series, str, Broken]]:
+    """Image, a method that it was broken for, and its pictures."""
+    study, table = material.study, disagreements(material)
+    found = []
+    for group in groups(study)[:_MOST_GROUPS]:
+        own = group.of(table)
+        own = own[own.sparsity == own.sparsity.max()]
+        divided = own.robust.str.split().str.len().sub(own.broken.str.split().str.len()).abs()
+        wanted = _ROWS.get(len(groups(study)), 2)
+        for _, place in own.loc[divided.sort_values(kind="stable").index].iterrows():
+            pair = _picture(material, group, place)
+            if pair is not None and wanted:
+                found.append((place, *pair))
+                wanted -= 1
+    return found
+
+
+def _picture(material: Material, group: Group, place: pd.Series) -> tuple[str, Broken] | None:
+    for method in place.broken.split():
+        cell = _cell(material, group, method, place.sparsity, place.seed)
+        if cell is not None:
+            kept = material.outcomes.pictures(cell, material.primary, STRONGEST)
+            if place.image in kept:
+                return method, kept[place.image]
+    return None
+
+
+def _draw(
+    row: list[Axes], material: Material, place: pd.Series, method: str, broken: Broken
+) -> None:
+    study, eps = material.study, material.study.threat.eps
+    change = broken.perturbed.astype(np.float32) - broken.clean
+    for panel, image in zip(
+        row, (broken.clean, broken.perturbed, 0.5 + change / (2 * eps)), strict=False
+    ):
+        drawn = np.clip(np.moveaxis(image.astype(np.float32), 0, -1), 0, 1)
+        panel.imshow(
+            drawn.squeeze(-1) if drawn.shape[-1] == 1 else drawn, cmap="gray", vmin=0, vmax=1
+        )
+        panel.set_axis_off()
+    row[0].set_title(f"image {place.image}: class {place.label}", fontsize=7)
+    name = study.label("method", method)
+    row[1].set_title(f"{name}: class {broken.taken_for}", fontsize=7)
+    row[2].set_title("change", fontsize=7)
+    names = {
+        kind: join(study.label("method", n) for n in place[kind].split())
+        for kind in ("robust", "broken", "misclassified")
+    }
+    words = [f"{place.dataset}, {place.arch},", f"{place.objective}, {percent(place.sparsity)}"]
+    words += [f"{kind}: {said}" for kind, said in names.items() if said != "n/a"]
+    row[3].set_axis_off()
+    text = "\n".join(line for part in words for line in style.wrap(part, 28))
+    row[3].text(0, 0.5, text, fontsize=6.5, va="center", transform=row[3].transAxes)

@@ -1,0 +1,188 @@
+"""What attacks share: kept parts, batches that shrink, tallies, progress."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robsparse import attacks
+from robsparse.attacks import AttackThreat, Picture, Progress, Saved, Tally, in_batches
+from robsparse.datasets import Part
+from robsparse.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------- kept parts
+
+
+def test_parts_come_back_under_the_settings_they_were_made_with(tmp_path):
+    kept = Saved(tmp_path / "parts", "network").of("pgd", 0.1)
+    assert kept.get("one") is None
+    kept.put("one", flags=np.array([True, False]), done=np.array(3))
+    found = kept.get("one")
+    assert found["flags"].tolist() == [True, False]
+    assert int(found["done"]) == 3
+    assert kept.get("other") is None
+    assert Saved(tmp_path / "parts", "network").of("pgd", 0.2).get("one") is None
+    assert Saved(tmp_path / "parts", "another").of("pgd", 0.1).get("one") is None
+
+
+def test_damaged_part_is_made_again(tmp_path):
+    kept = Saved(tmp_path, "network")
+    kept.put("one", flags=np.ones(100))
+    [path] = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:50])
+    assert kept.get("one") is None
+
+
+def test_part_that_wants_to_run_code_is_not_opened(tmp_path):
+    kept = Saved(tmp_path, "network")
+    kept.put("one", flags=np.ones(1))
+    [path] = tmp_path.iterdir()
+    with path.open("wb") as handle:
+        np.savez(handle, flags=np.array([print], dtype=object))  # a pickle inside
+    assert kept.get("one") is None
+
+
+def test_full_disk_leaves_the_part_before_it_whole(tmp_path, monkeypatch):
+    kept = Saved(tmp_path, "network")
+    kept.put("one", flags=np.ones(3))
+
+    def full(handle, **arrays):
+        handle.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space left"):
+        kept.put("one", flags=np.zeros(3))
+    assert kept.get("one")["flags"].tolist() == [1, 1, 1]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_nothing_is_kept_nowhere():
+    kept = Saved(None)
+    kept.put("one", flags=np.ones(1))
+    assert kept.get("one") is None
+
+
+def test_fingerprint_tells_weights_images_and_labels_apart():
+    model, part = nn.Linear(2, 2), Part(torch.rand(3, 1, 1, 2), torch.tensor([0, 1, 1]))
+    first = attacks.fingerprint(model, part)
+    assert attacks.fingerprint(model, part) == first
+    assert attacks.fingerprint(model, Part(part.x_NCHW, part.y_N.flip(0))) != first
+    assert attacks.fingerprint(model, Part(part.x_NCHW + 1e-6, part.y_N)) != first
+    with torch.no_grad():
+        model.bias[0] += 1e-6
+    assert attacks.fingerprint(model, part) != first
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 3), (1, 3), (7, 3), (6, 3), (2, 9)])
+def test_batches_visit_every_image_once_in_order(count, size):
+    seen = []
+    in_batches(count, size, lambda where: seen.extend(range(count)[where]), print)
+    assert seen == list(range(count))
+
+
+@pytest.mark.parametrize("fits", [1, 2, 3, 5])
+def test_out_of_memory_halves_the_batch_goes_on_and_is_told(fits):
+    seen, told = [], []
+
+    def work(where: slice) -> None:
+        if where.stop - where.start > fits:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        seen.append(where)
+
+    in_batches(11, 8, work, told.append)
+    assert [i for where in seen for i in range(11)[where]] == list(range(11))
+    assert max(where.stop - where.start for where in seen) <= fits
+    assert told[0] == "out of memory: batches of 4 images from here on"
+
+
+def test_other_errors_and_a_batch_of_one_that_does_not_fit_are_raised():
+    def broken(_: slice) -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        in_batches(4, 2, broken, print)
+
+    def full(_: slice) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    told = []
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        in_batches(4, 4, full, told.append)
+    assert len(told) == 2  # 4 -> 2 -> 1
+
+
+def test_clean_flags_survive_an_image_size_that_does_not_fit(capsys):
+    class Small(nn.Module):
+        def forward(self, x):
+            if len(x) > 2:
+                raise RuntimeError("can't allocate memory")
+            return torch.stack([x.flatten(1).sum(1), torch.zeros(len(x))], 1)
+
+    part = Part(torch.ones(7, 1, 1, 1), torch.tensor([0, 1] * 3 + [0]))
+    assert attacks.correct_flags(Small(), part, 7, CPU).tolist() == [True, False] * 3 + [True]
+    assert "out of memory" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what was found
+
+
+class Sum(nn.Module):
+    """Class 1 where the pixels sum to more than 1."""
+
+    def forward(self, x):
+        total = x.flatten(1).sum(1) - 1
+        return torch.stack([-total, total], 1)
+
+
+@pytest.mark.parametrize(("norm", "expected"), [("Linf", 0.4), ("L2", 0.5)])
+def test_tally_of_three_images_by_hand(norm, expected):
+    x = torch.tensor([[0.4, 0.4], [0.9, 0.9], [0.0, 0.0]]).view(3, 1, 1, 2)
+    y = torch.tensor([0, 1, 0])
+    tally = Tally(x, y, AttackThreat(norm, 0.5, 0, 3, CPU))
+    change = torch.tensor([[0.3, 0.4], [0.0, 0.0], [0.0, 0.1]]).view(3, 1, 1, 2)
+    tally.judge(Sum(), slice(0, 3), x + change)
+    assert tally.robust.tolist() == [False, True, True]
+    assert tally.largest == pytest.approx(expected)
+    assert tally.nans == 0
+    assert list(tally.pictures) == [0]
+    assert tally.pictures[0].taken_for == 1
+    tally.judge(Sum(), torch.tensor([2]), x[2:] + torch.nan)
+    assert tally.nans == 2
+    other = Tally(x, y, tally.threat)
+    other.take(tally.arrays())
+    assert other.robust.tolist() == tally.robust.tolist()
+    assert (other.largest, other.nans) == (tally.largest, 2)
+    assert isinstance(other.pictures[0], Picture)
+    assert torch.allclose(other.pictures[0].image, tally.pictures[0].image, atol=1e-3)
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_plain_log_tells_images_robust_ones_seconds_and_the_rest(monkeypatch):
+    now, told = [100.0], []
+    monkeypatch.setattr(attacks.time, "monotonic", lambda: now[0])
+    progress = Progress("apgd-ce", 40, told.append)
+    progress.bar.disable = True
+    progress.update(10, 9)
+    assert told == []  # a line for every batch would be too many
+    now[0] = 120.0
+    progress.update(20, 15)
+    assert told == ["apgd-ce: 20 of 40 images, 15 still robust, 20 s, about 20 s left"]
+    now[0] = 140.0
+    progress.update(40, 30)
+    progress.close(30, 40)
+    assert told[1:] == ["apgd-ce: 30 of 40 still robust, 40.0 s"]
+
+
+def test_no_network_to_transfer_from_is_told():
+    with pytest.raises(LookupError, match="dense"):
+        attacks.no_network("dense")
+    assert not issubclass(LookupError, UsageError)
