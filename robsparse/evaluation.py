@@ -245,7 +245,8 @@ class AttackResult:
         """Per-image outcomes, named attack.component; distances and pictures beside them."""
         found = {f"{self.attack}.{name}": value.numpy() for name, value in self.robust.items()}
         if self.outcome.distances is not None:
-            lengths = torch.zeros(len(self.where))  # what was wrong without an attack has length 0
+            # What was wrong without an attack has length 0.
+            lengths = torch.zeros(len(examples))
             lengths[self.where] = self.outcome.distances.float()
             found[f"{self.attack}.distance"] = lengths.numpy()
         shown = {int(self.where[i]): picture for i, picture in self.outcome.pictures.items()}

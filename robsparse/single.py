@@ -52,7 +52,7 @@ def study_of(
         "archs": {arch: _mapping(arch_option)} if arch else {},
         "datasets": {dataset: {"data_dir": data_dir} if data_dir else {}},
         "threat": {"norm": norm, "eps": eps},
-        "training": {"crafting": {"step_size": eps}},  # nothing is trained
+        "training": {"crafting": {"step_size": 0.01}},  # nothing is trained
         "evaluation": {
             "n_examples": n_examples,
             "batch_size": batch_size,
