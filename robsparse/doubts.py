@@ -4,7 +4,6 @@ Sources: Athalye et al., ICML 2018, section 3.1 (signs of obfuscated gradients);
 evaluating adversarial robustness", 2019; the checks of AutoAttack (Croce and Hein, ICML 2020).
 """
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +19,7 @@ HUGE_STEPS = 20
 STEPS = (10, 50, 200)
 RANDOM = 1e-4  # largest difference of two passes' logits that counts as rounding
 ZEROS = 0.05  # share of images without a gradient
+_FAR = 1e9  # stands for an infinite difference
 GAP = 0.02  # share of images that a stronger search may still find
 
 
@@ -116,8 +116,10 @@ class _Look:
             with torch.no_grad():
                 one, other = self.model(x), self.model(x)
             self.correct[where] = one.argmax(1).cpu() == self.part.y_N[where]
-            apart = float((one - other).abs().nan_to_num(math.inf).max())
-            found["randomness"] = max(found["randomness"], apart)
+            apart = (one - other).abs().masked_fill(one.isnan() & other.isnan(), 0.0)
+            # A record holds finite numbers alone.
+            worst = float(apart.nan_to_num(_FAR, _FAR).max())
+            found["randomness"] = max(found["randomness"], worst)
             found["nan_logits"] += int(one.isnan().any(1).sum())
             summed = (one.sum(1) - 1).abs().max() < 1e-5
             found["probabilities"] *= float(one.min() > -1e-5 and bool(summed))

@@ -1,6 +1,7 @@
 """Networks that only look robust raise doubts; an honest one raises none."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -89,6 +90,9 @@ def test_network_made_to_look_robust_is_told(name, known_network):
     for reason in reasons:
         assert any(reason in text for text in found.reasons), found
     assert found.suspicious([])
+    assert all(math.isfinite(value) for value in found.numbers.values())
+    if name == "NaN":
+        assert found.numbers["randomness"] == 0  # the same images, twice
 
 
 def test_honest_network_raises_no_doubt(known_network):
