@@ -3,14 +3,15 @@
 The model is in train mode when an objective is called; crafting switches it by `Crafting.bn_mode`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robsparse import perturb
+from robsparse import frozen, perturb
 from robsparse.config import Crafting, Training
 
 # (x, eps, generator, norm) -> first iterate
@@ -42,15 +43,15 @@ class Attacker:
 
     def attack_outputs(self, model: nn.Module, x: Tensor) -> Tensor:
         """Maximise the KL divergence from the model's own clean output, from x + 0.001 N(0,1)."""
-        with torch.no_grad(), perturb.batch_norm_mode(model, self.crafting.bn_mode):
-            clean_logits = model(x)
+        with self._view(model) as view, torch.no_grad():
+            clean_logits = view(x)
         return self._craft(model, x, perturb.gaussian_start, perturb.divergence_from(clean_logits))
 
     def _craft(self, model: nn.Module, x: Tensor, start: Start, loss: perturb.Loss) -> Tensor:
         eps = self.scale * self.eps
-        with perturb.batch_norm_mode(model, self.crafting.bn_mode):
+        with self._view(model) as view:
             return perturb.ascend(
-                model,
+                view,
                 x,
                 start(x, eps, self.generator, self.norm),
                 loss,
@@ -59,6 +60,12 @@ class Attacker:
                 steps=self.crafting.steps,
                 norm=self.norm,
             )
+
+    @contextmanager
+    def _view(self, model: nn.Module) -> Iterator[nn.Module]:
+        """What images are crafted on: the frozen view, unless batch norm follows the batch."""
+        with perturb.batch_norm_mode(model, self.crafting.bn_mode):
+            yield frozen.view_of(model) if self.crafting.bn_mode == "eval" else model
 
 
 def natural(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:

@@ -96,17 +96,18 @@ def ascend(
     Source: Madry et al., ICLR 2018, section 2.1.
     """
     sizes = [step_size] * steps if isinstance(step_size, float | int) else step_size
+    low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     adversarial = start.detach()
     for step in sizes:
         adversarial.requires_grad_(True)
         (gradient,) = torch.autograd.grad(loss(model(adversarial)), adversarial)
         with torch.no_grad():
             if norm == "Linf":
-                moved = adversarial + step * gradient.sign()
-                moved = torch.minimum(torch.maximum(moved, x - eps), x + eps)
+                moved = torch.add(adversarial, gradient.sign_(), alpha=step)
+                adversarial = torch.clamp(moved, low, high)
             else:
                 moved = x + _project(adversarial + step * _unit(gradient) - x, eps)
-            adversarial = moved.clamp_(0, 1)
+                adversarial = moved.clamp_(0, 1)
     return adversarial.detach()
 
 

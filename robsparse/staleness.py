@@ -19,6 +19,7 @@ _SHARED = (
     "counts.py",
     "networks.py",
     "sparsity.py",
+    "frozen.py",
     "perturb.py",
     "weights.py",
 )
@@ -33,7 +34,7 @@ _TRAINING = (
     "checkpoints.py",
     "validation.py",
 )
-_EVALUATION = ("evaluation.py",)
+_EVALUATION = ("evaluation.py", "attacks.py", "doubts.py")
 
 
 def training_digest(study: Study, cell: Cell) -> str:

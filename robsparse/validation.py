@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from robsparse import perturb
+from robsparse import frozen, perturb
 from robsparse.cells import derive_seed
 from robsparse.datasets import Part
 from robsparse.objectives import Attacker
@@ -20,11 +20,12 @@ def validate(model: nn.Module, part: Part, attacker: Attacker, steps: int) -> di
     generator = torch.Generator(part.x_NCHW.device).manual_seed(derive_seed("validate", len(part)))
     correct = {"val_clean": 0, "val_robust": 0}
     with perturb.batch_norm_mode(model, "eval"), effective_weights(model):
+        view = frozen.view_of(model)
         batches = zip(part.x_NCHW.split(BATCH), part.y_N.split(BATCH), strict=True)
         for x_NCHW, y_N in batches:
             start = perturb.uniform_start(x_NCHW, attacker.eps, generator, attacker.norm)
             adversarial = perturb.ascend(
-                model,
+                view,
                 x_NCHW,
                 start,
                 perturb.cross_entropy_of(y_N),
@@ -33,8 +34,8 @@ def validate(model: nn.Module, part: Part, attacker: Attacker, steps: int) -> di
                 steps=steps,
                 norm=attacker.norm,
             )
-            correct["val_clean"] += correct_count(model, x_NCHW, y_N)
-            correct["val_robust"] += correct_count(model, adversarial, y_N)
+            correct["val_clean"] += correct_count(view, x_NCHW, y_N)
+            correct["val_robust"] += correct_count(view, adversarial, y_N)
     return {name: count / len(part) for name, count in correct.items()}
 
 

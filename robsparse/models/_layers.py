@@ -37,8 +37,12 @@ class TensorFlowConv2d(nn.Conv2d):
         super().__init__(inputs, outputs, 3, stride=2, bias=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
+        return super().forward(self.padded(x_NCHW))
+
+    def padded(self, x_NCHW: Tensor) -> Tensor:
+        """The images with the zeros that this convolution adds."""
         height, width = x_NCHW.shape[-2:]
-        return super().forward(functional.pad(x_NCHW, (width % 2, 1, height % 2, 1)))
+        return functional.pad(x_NCHW, (width % 2, 1, height % 2, 1))
 
 
 class BasicBlock(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse import objectives
+from robsparse import frozen, objectives
 from robsparse.config import Crafting
 from robsparse.cost import PASSES
 from robsparse.objectives import OBJECTIVES, Attacker
@@ -208,14 +208,17 @@ def test_crafting_uses_running_statistics_in_eval_and_those_of_the_batch_in_trai
     model = with_batch_norm()
     with torch.no_grad():
         model[1].running_mean.fill_(5.0)
-    seen = []
+    seen, viewed = [], []
     model[1].register_forward_hook(lambda module, *_: seen.append(module.training))
+    frozen.view_of(model).register_forward_hook(lambda *_: viewed.append(True))
     craft(name, model, attacker(steps=2))
-    assert seen
-    assert not any(seen)
-    seen.clear()
+    assert viewed  # a view has running statistics alone
+    assert not seen
+    viewed.clear()
     craft(name, model, attacker(steps=2, bn_mode="train"))
+    assert seen
     assert all(seen)
+    assert not viewed
 
 
 @pytest.mark.parametrize(("name", "batches"), [("natural", 1), ("at", 1), ("trades", 2)])
@@ -263,6 +266,7 @@ def test_passes_are_those_that_a_step_takes(name, steps):
             output.register_hook(lambda gradient: backward.append(len(gradient)))
 
     model.register_forward_hook(count)
+    frozen.view_of(model).register_forward_hook(count)
     loss_of(name, model, attacker(steps=steps)).backward()
     # In batches: half of a batch is half a pass.
     assert (sum(forward) / len(BATCH), sum(backward) / len(BATCH)) == PASSES[name](steps)

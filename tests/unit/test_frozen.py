@@ -1,0 +1,199 @@
+"""The frozen view computes what the network computes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from robsparse import frozen, models, objectives, perturb, registry
+from robsparse.config import Crafting
+from robsparse.sparsity import apply_masks, bake, magnitude_masks, prunable
+
+SHAPES = {"small_cnn": (1, 8, 8), "small_resnet": (1, 8, 8)}
+ARCHS = [
+    (name, padding)
+    for name in ("small_cnn", "small_resnet", "vgg16", "resnet18", "resnet50", "wrn28_2")
+    for padding in ("symmetric", "tensorflow")
+    if padding == "symmetric" or "padding" in registry.entry("arch", name).params.model_fields
+]
+
+
+def build(name, padding="symmetric", **options):
+    params = registry.entry("arch", name).params
+    if padding != "symmetric":
+        options["padding"] = padding
+    torch.manual_seed(0)
+    model = models.build(name, params(**options), SHAPES.get(name, (3, 32, 32)), 10)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.3)
+    return model.eval()
+
+
+def outputs_and_gradient(model, x):
+    x = x.clone().requires_grad_(True)
+    logits = model(x)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), x)
+    return logits.detach(), gradient
+
+
+def largest_difference(model, x):
+    """Of outputs, and of gradients: length of the difference over length of the network's own."""
+    own = outputs_and_gradient(model, x)
+    view = outputs_and_gradient(frozen.view_of(model), x)
+    return max(float((a - b).norm() / a.norm()) for a, b in zip(own, view, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 2e-3)])
+@pytest.mark.parametrize(("name", "padding"), ARCHS)
+def test_values_are_those_of_the_network(name, padding, dtype, limit):
+    model = build(name, padding).to(dtype)
+    x = torch.rand(3, *SHAPES.get(name, (3, 32, 32)), dtype=dtype)
+    assert isinstance(frozen.view_of(model), frozen.View)
+    assert largest_difference(model, x) < limit
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "steps"),
+    [
+        ("small_cnn", torch.float32, 9),
+        ("small_resnet", torch.float32, 9),
+        ("wrn28_2", torch.float64, 9),
+        ("wrn28_2", torch.float32, 1),  # so deep a net, untrained, parts within steps by rounding
+    ],
+)
+def test_crafted_images_move_the_same_way(name, dtype, steps):
+    model = build(name).to(dtype)
+    x = torch.rand(8, *SHAPES.get(name, (3, 32, 32)), dtype=dtype)
+    y = torch.arange(8)
+    # An odd number of steps, none of them cut off: no pixel ends where it began.
+    made = [
+        perturb.ascend(m, x, x, perturb.cross_entropy_of(y), eps=0.03, step_size=0.003, steps=steps)
+        for m in (model, frozen.view_of(model))
+    ]
+    same = ((made[0] - x).sign() == (made[1] - x).sign()).float().mean()
+    assert same > 0.999
+
+
+def test_normalised_images():
+    model = build("resnet18", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)).double()
+    assert largest_difference(model, torch.rand(2, 3, 32, 32, dtype=torch.float64)) < 1e-10
+
+
+def test_view_follows_weights_statistics_and_masks():
+    model = build("small_resnet").double()
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    first = frozen.view_of(model)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(1.1)
+        model[1].running_mean.add_(0.1)
+    assert largest_difference(model, x) < 1e-10
+    assert frozen.view_of(model) is first
+    apply_masks(model, magnitude_masks(model, 0.5))
+    assert largest_difference(model, x) < 1e-10
+    bake(model)
+    assert largest_difference(model, x) < 1e-10
+
+
+def test_sparse_weights_stay_exactly_zero_in_the_view():
+    model = build("small_cnn")
+    apply_masks(model, magnitude_masks(model, 0.9))
+    view = frozen.view_of(model)
+    live = sum(int(m.weight.count_nonzero()) for m in prunable(model).values())
+    assert sum(int(layer.weight.count_nonzero()) for layer in view.layers) == live
+
+
+def test_view_has_no_trace_in_the_network():
+    model = build("small_cnn")
+    before = copy.deepcopy(model.state_dict())
+    names = [name for name, _ in model.named_modules()]
+    view = frozen.view_of(model)
+    x = torch.rand(2, 1, 8, 8).requires_grad_(True)
+    view(x).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert [name for name, _ in model.named_modules()] == names
+    assert not model.training
+    assert not list(view.parameters())
+
+
+class Odd(nn.Conv2d):
+    """A layer that does more than its kind."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Turning(nn.Module):
+    """Python decides by the values of the images."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :10] if x.sum() > 0 else -x.flatten(1)[:, :10]
+
+
+class Loose(nn.Module):
+    """A parameter outside a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.scale * x.flatten(1)[:, :10]
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Sequential(Odd(1, 2, 3), nn.Flatten()), "Odd has a forward of its own"),
+        (Turning(), "it cannot be traced"),
+        (Loose(), "it uses the tensor 'scale' outside a layer"),
+    ],
+)
+def test_network_without_a_view_runs_as_it_is_and_one_line_says_so(model, said, capsys):
+    model.eval()
+    assert frozen.view_of(model) is model
+    assert frozen.view_of(model) is model
+    [line] = capsys.readouterr().out.splitlines()
+    assert said in line
+
+
+class Shared(nn.Module):
+    """Batch norm of something that is used elsewhere too, and ReLU of something still needed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+        self.end = nn.Linear(72, 10)
+
+    def forward(self, x):
+        made = self.conv(x)
+        both = functional.relu(made) + self.norm(made)
+        return self.end((functional.relu(both) - both).flatten(1))
+
+
+def test_what_is_used_twice_is_neither_folded_nor_overwritten():
+    model = Shared().double().eval()
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+        model.norm.bias.normal_()
+    x = torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    assert isinstance(frozen.view_of(model), frozen.View)
+    assert largest_difference(model, x) < 1e-12
+
+
+def test_batch_norm_that_follows_the_batch_is_crafted_on_as_it_is():
+    model = build("small_cnn")
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    crafting = Crafting(steps=2, step_size=0.05, bn_mode="train")
+    attacker = objectives.Attacker(0.1, crafting, torch.Generator().manual_seed(0))
+    before = int(model[1].num_batches_tracked)
+    attacker.attack_labels(model, x, y)
+    assert int(model[1].num_batches_tracked) == before + 2
