@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robsparse import datasets, doubts, networks, perturb, records, registry, weights
+from robsparse import datasets, doubts, frozen, networks, perturb, records, registry, weights
 from robsparse.attacks import AttackThreat, Outcome, Saved, fingerprint, no_network
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.config import Evaluation, Selection, Study, Threat
@@ -61,6 +61,7 @@ def evaluate_cell(
         device=target,
         saved=layout.parts(cell, selection),
         network=surrogates(study, cell, selection, layout, target),
+        folded=source.file is not None,
     )
     found = doubts.examine(model, examples, study.evaluation, study.threat, target)
     measured = measure(model, splits.image_shape)
@@ -268,11 +269,14 @@ def attack_model(
     device: torch.device,
     saved: Path | None = None,
     network: Callable[[str], nn.Module] = no_network,
+    folded: bool = False,
 ) -> list[AttackResult]:
     """Run the named attacks, `clean` first, on the images that are classified correctly.
 
     Finished parts are kept in the folder `saved` and taken from there by a later call with the
-    same network, images and settings.
+    same network, images and settings. With `folded`, the network's frozen view is attacked: the
+    same outputs to rounding, sooner. A network of foreign code, which a view may miss something of,
+    is attacked as it is.
 
     Raises AssertionError if any module of the model is in train mode.
     """
@@ -280,7 +284,8 @@ def attack_model(
     assert not any(module.training for module in model.modules()), "expected eval mode"
     results: list[AttackResult] = []
     correct = torch.ones(len(examples), dtype=torch.bool)
-    kept = Saved(saved, fingerprint(model, examples) if saved else "")
+    kept = Saved(saved, f"{fingerprint(model, examples)} {folded}" if saved else "")
+    attacked = frozen.view_of(model).eval() if folded else model
     for name in names:
         params = settings.attacks[name]
         faced = AttackThreat(
@@ -298,7 +303,7 @@ def attack_model(
         attack = registry.load("attack", base)
         x_NCHW, y_N = examples.x_NCHW[correct], examples.y_N[correct]
         began = time.perf_counter()
-        outcome = attack.run(model, x_NCHW, y_N, params, faced)
+        outcome = attack.run(attacked, x_NCHW, y_N, params, faced)
         seconds = time.perf_counter() - began
         robust = {part: _spread(flags, correct) for part, flags in outcome.components.items()}
         whole = list(robust.values())[-1]
