@@ -319,6 +319,7 @@ def _export(arguments: argparse.Namespace) -> None:
     export = importlib.import_module("robsparse.export")
     path = export.model_info(study, cell, arguments.selection, layout)
     print(f"{path}: fill in link, name, authors and venue")
+    print(f"{export.dense_weights(cell, arguments.selection, layout)}: the weights, zeros included")
 
 
 def _new_method(arguments: argparse.Namespace) -> None:
@@ -389,7 +390,8 @@ _COMMANDS = {
     "export": (
         _export,
         "write a result as an entry for RobustBench",
-        "Writes DIR/STUDY/export/KEY/SELECTION.model_info.json.",
+        "Writes SELECTION.model_info.json and SELECTION.safetensors (ordinary dense weights) to "
+        "DIR/STUDY/export/KEY.",
     ),
     "new-method": (
         _new_method,

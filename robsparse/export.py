@@ -1,8 +1,10 @@
-"""Writes a result in the form in which RobustBench takes entries."""
+"""Writes a result in the form in which RobustBench takes entries, and weights for anyone."""
 
 from pathlib import Path
 
-from robsparse import records
+import safetensors.numpy
+
+from robsparse import compact, records
 from robsparse.cells import Cell, Layout
 from robsparse.config import Selection, Study
 from robsparse.counts import keep_count
@@ -40,13 +42,25 @@ def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -
             "clean_acc": _percent(whole["clean"].accuracy),
             "reported": _percent(row.accuracy),
             "autoattack_acc": _percent(row.accuracy),
-            "unreliable": bool(row.warnings),
+            "unreliable": bool(row.suspicious),
             "footnote": f"{label}, sparsity {row.sparsity_reached:.4f} ({row.nonzero} of "
             f"{row.prunable} weights, {keep_count(row.prunable, cell.sparsity)} asked), "
             f"objective {cell.objective}, seed {cell.seed}, selection {selection}, first "
             f"{row.n_examples} test images, robsparse {row.code_version}",
         },
     )
+    return path
+
+
+def dense_weights(cell: Cell, selection: Selection, layout: Layout) -> Path:
+    """Write a network's weights as ordinary safetensors, zeros included; returns the path.
+
+    For other programs: files of a study hold live weights alone.
+    """
+    arrays = compact.load(layout.model(cell, selection))
+    path = layout.root / "export" / cell.key / f"{selection}.safetensors"
+    with records.atomic(path) as temporary:
+        safetensors.numpy.save_file(arrays, temporary)
     return path
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
+from robsparse import compact
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.records import OVERLAP_COLUMNS
@@ -53,7 +53,7 @@ def live_sets(path: Path) -> list[np.ndarray]:
 
     Packed bits, one array a layer, in the order of their names.
     """
-    state = safetensors.numpy.load_file(path)
+    state = compact.load(path)
     return [np.packbits(state[name] != 0) for name in sorted(state) if state[name].ndim > 1]
 
 

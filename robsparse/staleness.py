@@ -16,6 +16,7 @@ _SHARED = (
     "imagesets.py",
     "datasets/__init__.py",
     "models/__init__.py",
+    "compact.py",
     "counts.py",
     "networks.py",
     "sparsity.py",

@@ -1,13 +1,16 @@
-"""Plain weights on disk: safetensors out; safetensors, or tensors saved by torch, in."""
+"""Plain weights on disk: safetensors out; safetensors, or tensors saved by torch, in.
+
+Ours hold live weights alone (robsparse.compact); those of others are dense.
+"""
 
 import pickle
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from robsparse import compact
 from robsparse.errors import UsageError
 from robsparse.records import atomic
 
@@ -15,9 +18,9 @@ _COUNTER = "num_batches_tracked"
 
 
 def save(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a plain state dict atomically."""
+    """Write a plain state dict atomically, weights that are mostly zero in their compact form."""
     with atomic(path) as temporary:
-        safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, temporary)
+        compact.save(temporary, {name: value.numpy() for name, value in state.items()})
 
 
 def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
@@ -70,7 +73,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name. Nothing in it is executed."""
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            found = compact.load(path, "pt")
+            return {name: torch.as_tensor(value) for name, value in found.items()}
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such model file") from None
