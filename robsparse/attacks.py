@@ -121,6 +121,7 @@ class Outcome:
     distances: for an attack that looks for the smallest perturbation, its length for each image
         (float N, inf where none was found).
     pictures: adversarial versions of some of the first images, by their index.
+    earlier_seconds: what an earlier, killed run had spent on the parts that were taken over.
     """
 
     components: dict[str, Tensor]
@@ -130,6 +131,51 @@ class Outcome:
     nan_count: int = 0
     distances: Tensor | None = None
     pictures: dict[int, Picture] = field(default_factory=dict)
+    earlier_seconds: float = 0.0
+
+    def arrays(self, seconds: float) -> dict[str, np.ndarray]:
+        """All of it, to be kept; `seconds` is what the attack took."""
+        words = {
+            "settings": self.settings,
+            "warnings": self.warnings,
+            "max_perturbation": self.max_perturbation,
+            "nan_count": self.nan_count,
+            "components": list(self.components),
+            "seconds": seconds,
+        }
+        found = {f"flags{i}": f.cpu().numpy() for i, f in enumerate(self.components.values())}
+        if self.distances is not None:
+            found["distances"] = self.distances.numpy()
+        return {"words": np.array(json.dumps(words)), **found, **_arrays_of(self.pictures)}
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> "Outcome":
+        """What `arrays` was made from; all its seconds are earlier ones."""
+        words = json.loads(str(arrays["words"]))
+        names, seconds = words.pop("components"), words.pop("seconds")
+        lengths = arrays.get("distances")
+        return cls(
+            {name: torch.from_numpy(arrays[f"flags{i}"]) for i, name in enumerate(names)},
+            **words,
+            distances=None if lengths is None else torch.from_numpy(lengths),
+            pictures=_pictures_of(arrays),
+            earlier_seconds=seconds,
+        )
+
+
+def _arrays_of(pictures: dict[int, Picture]) -> dict[str, np.ndarray]:
+    images = [picture.image for picture in pictures.values()]
+    return {
+        "pictured": np.array(list(pictures), dtype=np.int64),
+        "taken_for": np.array([p.taken_for for p in pictures.values()], dtype=np.int64),
+        "pictures": torch.stack(images).half().numpy() if images else np.zeros(0, np.float16),
+    }
+
+
+def _pictures_of(arrays: dict[str, np.ndarray]) -> dict[int, Picture]:
+    images = torch.from_numpy(arrays["pictures"]).float()
+    found = map(Picture, images, arrays["taken_for"].tolist())
+    return dict(zip(arrays["pictured"].tolist(), found, strict=True))
 
 
 class Tally:
@@ -139,6 +185,7 @@ class Tally:
         self.x_NCHW, self.y_N, self.threat = x_NCHW, y_N, threat
         self.robust = torch.ones(len(y_N), dtype=torch.bool)
         self.largest, self.nans = 0.0, 0
+        self.began, self.earlier = time.monotonic(), 0.0
         self.pictures: dict[int, Picture] = {}
 
     def judge(self, model: nn.Module, where: slice | Tensor, adversarial: Tensor) -> None:
@@ -158,22 +205,23 @@ class Tally:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that was found so far, to be kept."""
-        images = [picture.image for picture in self.pictures.values()]
         return {
             "robust": self.robust.numpy(),
-            "numbers": np.array([self.largest, self.nans], dtype=np.float64),
-            "pictured": np.array(list(self.pictures), dtype=np.int64),
-            "taken_for": np.array([p.taken_for for p in self.pictures.values()], dtype=np.int64),
-            "pictures": torch.stack(images).half().numpy() if images else np.zeros(0, np.float16),
+            "numbers": np.array([self.largest, self.nans, self.seconds()], dtype=np.float64),
+            **_arrays_of(self.pictures),
         }
 
     def take(self, arrays: dict[str, np.ndarray]) -> None:
         """What an earlier run has found, in the place of what is here."""
         self.robust = torch.from_numpy(arrays["robust"])
-        self.largest, self.nans = float(arrays["numbers"][0]), int(arrays["numbers"][1])
-        images = torch.from_numpy(arrays["pictures"]).float()
-        pictures = map(Picture, images, arrays["taken_for"].tolist())
-        self.pictures = dict(zip(arrays["pictured"].tolist(), pictures, strict=True))
+        largest, nans, self.earlier = arrays["numbers"].tolist()
+        self.largest, self.nans = largest, int(nans)
+        self.pictures = _pictures_of(arrays)
+        self.began = time.monotonic()
+
+    def seconds(self) -> float:
+        """What has been spent so far, by earlier runs too."""
+        return self.earlier + time.monotonic() - self.began
 
     def outcome(
         self,
@@ -189,6 +237,7 @@ class Tally:
             max_perturbation=self.largest,
             nan_count=self.nans,
             pictures=self.pictures,
+            earlier_seconds=self.earlier,
         )
 
 

@@ -170,18 +170,24 @@ class _Look:
     def broken_by_search(self, among: Tensor, threat: Threat, queries: int, seed: int) -> int:
         """How many of some images random search (Square) breaks, which needs no gradient."""
         index = among.nonzero().squeeze(1)
-        if not len(index):
-            return 0
-        x, y = self.part.x_NCHW[index].to(self.device), self.part.y_N[index].to(self.device)
-        found = random_search(
-            self.model,
-            x,
-            y,
-            norm=threat.norm,
-            eps=threat.eps,
-            queries=queries,
-            restarts=1,
-            seed=seed,
-        )
-        with torch.no_grad():
-            return int((self.model(found).argmax(1) != y).sum())
+        broken = 0
+
+        def look(where: slice) -> None:
+            nonlocal broken
+            x, y = self.part.x_NCHW[index[where]], self.part.y_N[index[where]]
+            x, y = x.to(self.device), y.to(self.device)
+            found = random_search(
+                self.model,
+                x,
+                y,
+                norm=threat.norm,
+                eps=threat.eps,
+                queries=queries,
+                restarts=1,
+                seed=seed,
+            )
+            with torch.no_grad():
+                broken += int((self.model(found).argmax(1) != y).sum())
+
+        in_batches(len(index), self.size, look, print)
+        return broken

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from robsparse import attacks
-from robsparse.attacks import AttackThreat, Picture, Progress, Saved, Tally, in_batches
+from robsparse.attacks import AttackThreat, Outcome, Picture, Progress, Saved, Tally, in_batches
 from robsparse.datasets import Part
 from robsparse.errors import UsageError
 
@@ -161,6 +161,30 @@ def test_tally_of_three_images_by_hand(norm, expected):
     assert (other.largest, other.nans) == (tally.largest, 2)
     assert isinstance(other.pictures[0], Picture)
     assert torch.allclose(other.pictures[0].image, tally.pictures[0].image, atol=1e-3)
+
+
+def test_outcome_comes_back_from_its_arrays(tmp_path):
+    outcome = Outcome(
+        {"one": torch.tensor([True, True]), "two": torch.tensor([True, False])},
+        {"steps": 3},
+        ["a warning"],
+        max_perturbation=0.25,
+        nan_count=1,
+        distances=torch.tensor([torch.inf, 0.5]),
+        pictures={1: Picture(torch.full((1, 2, 2), 0.5), 7)},
+    )
+    kept = Saved(tmp_path, "network")
+    kept.put("whole", **outcome.arrays(12.5))
+    found = Outcome.of_arrays(kept.get("whole"))
+    assert list(found.components) == ["one", "two"]
+    assert found.components["two"].tolist() == [True, False]
+    assert (found.settings, found.warnings) == ({"steps": 3}, ["a warning"])
+    assert (found.max_perturbation, found.nan_count) == (0.25, 1)
+    assert found.distances.tolist() == [float("inf"), 0.5]
+    assert found.pictures[1].taken_for == 7
+    assert torch.equal(found.pictures[1].image, outcome.pictures[1].image)
+    assert found.earlier_seconds == 12.5
+    assert Outcome.of_arrays(Outcome({}).arrays(0.0)) == Outcome({})
 
 
 # ---------------------------------------------------------------- progress
