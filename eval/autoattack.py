@@ -24,7 +24,8 @@ from robsparse.config import Reach
 
 LABEL = "AutoAttack"
 
-# pyautoattack warns when Square lowers the accuracy by more than this; run alone it cannot tell.
+# pyautoattack warns when Square lowers the accuracy by more than this; run alone it cannot tell. On
+# few images a single one would do: here it takes two, as one says nothing.
 SQUARE_MARGIN = 0.002
 
 
@@ -209,7 +210,7 @@ class _Warnings(logging.Handler):
     def of_square(self, before: Tensor, after: Tensor) -> None:
         """The package's check of Square, which it cannot make when it runs alone."""
         broken = int(before.sum() - after.sum())
-        if broken > SQUARE_MARGIN * len(before):
+        if broken > max(1, SQUARE_MARGIN * len(before)):
             self.found["square"] = (
                 f"Square broke {broken} of the {int(before.sum())} images that survived the "
                 "white-box attacks, which may be unreliable on this model"

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from robsparse.cells import Cell
 from robsparse.figures import measures_distances, style
-from robsparse.figures.notes import percent, plot_caption, radius
+from robsparse.figures.notes import SUSPICIOUS, doubt_note, percent, plot_caption, radius
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, cells, groups, methods, sparsities
 
@@ -30,7 +30,9 @@ def accuracy_against_eps(material: Material) -> Figure:
     caption = [
         f"Share of test images that {label} finds no perturbation of length eps for, mean over "
         f"seeds. Dotted: the study's eps, {radius(study.threat.eps)}; markers: {strongest} there, "
-        "which searches harder. The dense network is the same in every panel.",
+        "which searches harder: a curve is an upper bound. The dense network is the same in every "
+        "panel.",
+        *doubt_note(material),
         general,
     ]
     figure, panels = style.grid(material, sharey=True, sharex=True)
@@ -55,7 +57,7 @@ def _eps_panel(
     """Draw one panel; also returns an eps at which 98 % of the images of every network fall."""
     handles, reach = {}, 0.0
     same_norm = material.study.evaluation.attacks[attack].norm in (None, material.study.threat.norm)
-    for name, look in style.looks(material.study).items():
+    for place, (name, look) in enumerate(style.looks(material.study).items()):
         found = [
             lengths
             for cell in _cells_at(material, group, name, sparsity)
@@ -66,13 +68,15 @@ def _eps_panel(
         eps, share = curve(np.stack(found))
         shown = vars(look) | {"marker": ""}
         handles[name] = panel.plot(eps, 100 * share, **shown, drawstyle="steps-post")[0]
-        reach = max(reach, float(np.quantile(np.stack(found), 0.98)))
+        reach = max(reach, float(np.quantile(np.stack(found), 0.98, method="lower")))
         line = _summary_line(material, group, name, sparsity)
         if same_norm and line is not None and f"{STRONGEST}_accuracy" in line:
             level = 100 * line[f"{STRONGEST}_accuracy"]
             marker = look.line | {"linestyle": "none", "label": "_strongest"}
             panel.plot(material.study.threat.eps, level, **marker)
-            style.doubt(panel, material.study.threat.eps, level, line.suspicious)
+            # Markers stand on one line: their daggers side by side.
+            beside = {"xytext": (4 + 5 * place, -3)}
+            style.doubt(panel, material.study.threat.eps, level, line.suspicious, **beside)
     if same_norm:
         grey = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
         panel.axvline(material.study.threat.eps, **grey)
@@ -116,14 +120,18 @@ def _summary_line(
 def per_class(material: Material) -> Figure:
     """Robust accuracy of each class under the strongest attack, a row a method."""
     study, label = material.study, material.study.label("attack", STRONGEST)
-    caption = [
-        f"{label} accuracy in % of the test images of each class, mean over seeds. A class has few "
-        "images: in the quick study about 20, where one image is 5 points.",
+    table, general = (
+        class_accuracies(material),
         plot_caption(material, attacked=True, selected=True),
-    ]
-    table = class_accuracies(material)
+    )
     if table.empty:
-        return style.empty(f"No {label} outcome of single images has been kept.", caption[1:])
+        return style.empty(f"No {label} outcome of single images has been kept.", [general])
+    caption = [
+        f"{label} accuracy in % of the attacked test images of each class, mean over seeds. A "
+        f"class has {table.images.min()} to {table.images.max()} of them.",
+        *doubt_note(material),
+        general,
+    ]
     found, columns = groups(study), sparsities(study)
     classes = int(table.label.max()) + 1
     height = 0.7 + 0.24 * max(len(methods(study, group)) for group in found)
@@ -146,7 +154,8 @@ def per_class(material: Material) -> Figure:
 
 def class_accuracies(material: Material) -> pd.DataFrame:
     """One row a (group, method, sparsity, class): accuracy under the strongest attack (fraction,
-    mean over seeds) and how many images of the class were attacked, in the primary selection.
+    mean over seeds), how many images of the class were attacked, and why the network is
+    `suspicious`, in the primary selection.
     """
     rows: dict[tuple, list[np.ndarray]] = {}
     for cell in material.study.cells():
@@ -163,7 +172,9 @@ def class_accuracies(material: Material) -> pd.DataFrame:
         | {"accuracy": float(np.mean(kept)), "images": len(kept[0])}
         for key, kept in rows.items()
     ]
-    return pd.DataFrame(found, columns=[*names, "accuracy", "images"])
+    table = pd.DataFrame(found, columns=[*names, "accuracy", "images"])
+    lines = material.summary[material.summary.selection == material.primary]
+    return table.merge(lines[[*names[:-1], "suspicious"]], how="left", on=names[:-1])
 
 
 def _class_panel(panel: Axes, material: Material, table: pd.DataFrame) -> object:
@@ -171,7 +182,9 @@ def _class_panel(panel: Axes, material: Material, table: pd.DataFrame) -> object
     wide = 100 * table.pivot_table(index="method", columns="label", values="accuracy")
     wide = wide.reindex([name for name in methods(study) if name in wide.index])
     picture = panel.imshow(wide, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    panel.set_yticks(range(len(wide)), [study.label("method", name) for name in wide.index])
+    doubted = set(table.method[table.suspicious != ""])
+    labels = [study.label("method", n) + f" {SUSPICIOUS}" * (n in doubted) for n in wide.index]
+    panel.set_yticks(range(len(wide)), labels)
     panel.grid(visible=False)
     panel.set_xlabel("class")
     if len(wide.columns) <= _FEW_CLASSES:

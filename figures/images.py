@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from robsparse.cells import Cell
 from robsparse.figures import style
-from robsparse.figures.notes import join, percent, plot_caption, radius
+from robsparse.figures.notes import SUSPICIOUS, doubt_note, join, percent, plot_caption, radius
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Broken, Group, cells, groups, methods, seeds, sparsities
 
@@ -86,12 +86,13 @@ def pictures(material: Material) -> Figure:
         "sparsity: those on which the methods are most divided. Left: as it is; middle: perturbed "
         f"for the method named above it; right: the change, grey for none, black and white for "
         f"-/+ {radius(study.threat.eps)}. All outcomes: tables/disagreements.csv.",
+        *doubt_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]
     shown = _chosen(material)
     if not shown:
-        return style.empty(f"No image divides the methods under {label}.", caption[1:])
-    figure, axes = style.panels(len(shown), 4, width=1.6, height=1.55)
+        return style.empty(f"No image divides the methods under {label}.", caption[-1:])
+    figure, axes = style.panels(len(shown), 4, width=1.6, height=1.8)
     for row, (place, method, broken) in zip(axes, shown, strict=True):
         _draw(row, material, place, method, broken)
     return style.finish(figure, [], caption)
@@ -124,10 +125,23 @@ def _picture(material: Material, group: Group, place: pd.Series) -> tuple[str, B
     return None
 
 
+def _labels_of(material: Material, place: pd.Series) -> dict[str, str]:
+    """Printed names of the methods at a place, with a dagger if suspicious."""
+    lines = material.summary[material.summary.selection == material.primary]
+    keys = ["dataset", "arch", "objective"]
+    lines = lines[np.logical_and.reduce([lines[k] == place[k] for k in keys])]
+    lines = lines[lines.sparsity.isin([0.0, place.sparsity])]
+    return {
+        line.method: material.study.label("method", line.method)
+        + f"\N{NO-BREAK SPACE}{SUSPICIOUS}" * bool(line.suspicious)
+        for line in lines.itertuples()
+    }
+
+
 def _draw(
     row: list[Axes], material: Material, place: pd.Series, method: str, broken: Broken
 ) -> None:
-    study, eps = material.study, material.study.threat.eps
+    eps = material.study.threat.eps
     change = broken.perturbed.astype(np.float32) - broken.clean
     for panel, image in zip(
         row, (broken.clean, broken.perturbed, 0.5 + change / (2 * eps)), strict=False
@@ -136,17 +150,17 @@ def _draw(
         panel.imshow(
             drawn.squeeze(-1) if drawn.shape[-1] == 1 else drawn, cmap="gray", vmin=0, vmax=1
         )
-        panel.set_axis_off()
+        style.bare(panel)
+    said = _labels_of(material, place)
     row[0].set_title(f"image {place.image}: class {place.label}", fontsize=7)
-    name = study.label("method", method)
-    row[1].set_title(f"{name}: class {broken.taken_for}", fontsize=7)
+    row[1].set_title(f"{said[method]}: class {broken.taken_for}", fontsize=7)
     row[2].set_title("change", fontsize=7)
     names = {
-        kind: join(study.label("method", n) for n in place[kind].split())
+        kind: join(said[n] for n in place[kind].split())
         for kind in ("robust", "broken", "misclassified")
     }
     words = [f"{place.dataset}, {place.arch},", f"{place.objective}, {percent(place.sparsity)}"]
     words += [f"{kind}: {said}" for kind, said in names.items() if said != "n/a"]
-    row[3].set_axis_off()
+    style.bare(row[3])
     text = "\n".join(line for part in words for line in style.wrap(part, 28))
     row[3].text(0, 0.5, text, fontsize=6.5, va="center", transform=row[3].transAxes)

@@ -160,6 +160,14 @@ def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) ->
     return figure
 
 
+def bare(panel: Axes) -> None:
+    """No axes, but room for the title, which `set_axis_off` would not leave."""
+    panel.set(xticks=[], yticks=[])
+    panel.grid(visible=False)
+    for spine in panel.spines.values():
+        spine.set_visible(False)
+
+
 def wrap(text: str, letters: int) -> list[str]:
     """Text in lines of at most so many letters."""
     return textwrap.wrap(text, letters)
