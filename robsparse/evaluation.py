@@ -324,14 +324,16 @@ def _run(
 ) -> tuple[Outcome, float]:
     """The outcome of one attack and what it took in seconds; one that was kept is not run again."""
     name = params.model_dump_json()
-    if arrays := threat.saved.get(name):
+    # The name says nothing of another network's weights, so what looked at one is not kept.
+    saved = Saved(None) if getattr(params, "surrogate", None) else threat.saved
+    if arrays := saved.get(name):
         outcome = Outcome.of_arrays(arrays)
         threat.report("taken from an earlier run")
         return outcome, outcome.earlier_seconds
     began = time.perf_counter()
     outcome = attack.run(model, *images, params, threat)
     seconds = outcome.earlier_seconds + time.perf_counter() - began
-    threat.saved.put(name, **outcome.arrays(seconds))
+    saved.put(name, **outcome.arrays(seconds))
     return outcome, seconds
 
 
