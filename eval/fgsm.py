@@ -6,7 +6,7 @@ Source: Goodfellow et al., ICLR 2015. In L2 the step follows the gradient's dire
 from torch import Tensor, nn
 
 from robsparse import perturb
-from robsparse.attacks import AttackThreat, Outcome, Tally, in_batches
+from robsparse.attacks import AttackThreat, Outcome, Tally
 from robsparse.config import Reach
 
 LABEL = "FGSM"
@@ -27,20 +27,12 @@ def run(
     """Which images survive the step."""
     tally = Tally(x_NCHW, y_N, threat)
 
-    def work(where: slice) -> None:
-        x, y = x_NCHW[where].to(threat.device), y_N[where].to(threat.device)
-        adversarial = perturb.ascend(
-            model,
-            x,
-            x,
-            perturb.cross_entropy_of(y),
-            eps=threat.eps,
-            step_size=threat.eps,
-            steps=1,
-            norm=threat.norm,
+    def craft(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+        loss = perturb.cross_entropy_of(y)
+        return perturb.ascend(
+            model, x, x, loss, eps=threat.eps, step_size=threat.eps, steps=1, norm=threat.norm
         )
-        tally.judge(model, where, adversarial)
 
     with perturb.frozen(model):
-        in_batches(len(y_N), threat.batch_size, work, threat.report)
+        tally.attack(model, craft)
     return tally.outcome({"steps": 1, "restarts": 1})

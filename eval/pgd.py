@@ -13,7 +13,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from robsparse import perturb
-from robsparse.attacks import AttackThreat, Outcome, Progress, Tally, in_batches
+from robsparse.attacks import AttackThreat, Outcome, Progress, Tally
 from robsparse.config import Reach
 
 LABEL = "PGD"
@@ -53,12 +53,9 @@ def run(
         start = x_NCHW
         if params.start == "uniform":
             start = perturb.uniform_start(x_NCHW, threat.eps, generator, threat.norm)
-        alive = tally.robust.nonzero().squeeze(1)
 
-        def work(where: slice, start: Tensor = start, alive: Tensor = alive) -> None:
-            index = alive[where]
-            x, y = x_NCHW[index].to(threat.device), y_N[index].to(threat.device)
-            adversarial = perturb.ascend(
+        def craft(x: Tensor, y: Tensor, index: Tensor, start: Tensor = start) -> Tensor:
+            return perturb.ascend(
                 model,
                 x,
                 start[index].to(threat.device),
@@ -68,10 +65,9 @@ def run(
                 steps=params.steps,
                 norm=threat.norm,
             )
-            tally.judge(model, index, adversarial)
 
         with perturb.frozen(model):
-            in_batches(len(alive), threat.batch_size, work, threat.report)
+            tally.attack(model, craft, tally.robust.nonzero().squeeze(1))
         progress.update((restart + 1) * len(y_N), int(tally.robust.sum()))
     progress.close(int(tally.robust.sum()), len(y_N))
     return tally.outcome({"steps": params.steps, "restarts": params.restarts})

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from robsparse import perturb
-from robsparse.attacks import AttackThreat, Outcome, Tally, in_batches
+from robsparse.attacks import AttackThreat, Outcome, Tally
 from robsparse.config import Reach
 
 LABEL = "Transfer"
@@ -41,20 +41,18 @@ def run(
     generator = torch.Generator().manual_seed(threat.seed)
     start = perturb.uniform_start(x_NCHW, threat.eps, generator, threat.norm)
 
-    def work(where: slice) -> None:
-        x, y = x_NCHW[where].to(threat.device), y_N[where].to(threat.device)
-        adversarial = perturb.ascend(
+    def craft(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        return perturb.ascend(
             surrogate,
             x,
-            start[where].to(threat.device),
+            start[index].to(threat.device),
             perturb.cross_entropy_of(y),
             eps=threat.eps,
             step_size=params.relative_step * threat.eps / params.steps,
             steps=params.steps,
             norm=threat.norm,
         )
-        tally.judge(model, where, adversarial)
 
     with perturb.frozen(surrogate):
-        in_batches(len(y_N), threat.batch_size, work, threat.report)
+        tally.attack(model, craft)
     return tally.outcome({"steps": params.steps, "restarts": 1})

@@ -188,6 +188,23 @@ class Tally:
         self.began, self.earlier = time.monotonic(), 0.0
         self.pictures: dict[int, Picture] = {}
 
+    def attack(
+        self,
+        model: nn.Module,
+        craft: Callable[[Tensor, Tensor, Tensor], Tensor],
+        among: Tensor | None = None,
+    ) -> None:
+        """Judge craft(x, y, index) of batch after batch, of all images or those `among` (int)."""
+        threat = self.threat
+        among = torch.arange(len(self.y_N)) if among is None else among
+
+        def work(where: slice) -> None:
+            index = among[where]
+            x, y = self.x_NCHW[index].to(threat.device), self.y_N[index].to(threat.device)
+            self.judge(model, index, craft(x, y, index))
+
+        in_batches(len(among), threat.batch_size, work, threat.report)
+
     def judge(self, model: nn.Module, where: slice | Tensor, adversarial: Tensor) -> None:
         """Look whether the model is wrong on adversarial versions of the images at `where`."""
         index = torch.arange(len(self.y_N))[where]
