@@ -4,7 +4,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,46 @@ def _of_method(cell: Cell, path: Path) -> Iterator[None]:
             raise
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise TrainingError(f"{cell.key}: {path}, line {lines[-1]}: {said}") from error
+
+
+def optimizer_of(stage: Stage, model: nn.Module) -> torch.optim.SGD:
+    """What a stage is optimised with."""
+    fit = stage.fit
+    return torch.optim.SGD(
+        stage.parameters(model),
+        lr=fit.lr,
+        momentum=fit.momentum,
+        weight_decay=fit.weight_decay if fit.decay == "coupled" else 0.0,
+    )
+
+
+def descend(run: Run, stage: Stage, loss: Callable[[], Tensor], x_NCHW: Tensor) -> Tensor:
+    """All passes of one step: gradients are in place then. Returns the loss with its penalty."""
+    run.model.train()
+    with effective_weights(run.model):
+        with torch.no_grad():
+            for _ in range(stage.fit.clean_passes):
+                run.model(x_NCHW)
+        total, penalty = loss(), stage.penalty(run)
+        if penalty is not None:
+            total = total + penalty
+        run.optimizer.zero_grad()
+        total.backward()
+    return total.detach()
+
+
+def update(run: Run, stage: Stage) -> None:
+    """Change the parameters by the gradients in place, and let the method do what it does then."""
+    stage.before_step(run)
+    if stage.fit.decay == "sgdw":
+        # Weight decay that is not multiplied by the learning rate, on all trained tensors.
+        factor = 1 - stage.fit.weight_decay * run.lr_factor
+        with torch.no_grad():
+            for group in run.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(factor)
+    run.optimizer.step()
+    stage.after_step(run)
 
 
 class Trainer:
@@ -195,12 +235,7 @@ class Trainer:
             run.model.load_state_dict(weights_before)
         self.before_stage = {k: v.detach().clone() for k, v in run.model.state_dict().items()}
         stage.before_fit(run)
-        run.optimizer = torch.optim.SGD(
-            stage.parameters(run.model),
-            lr=fit.lr,
-            momentum=fit.momentum,
-            weight_decay=fit.weight_decay if fit.decay == "coupled" else 0.0,
-        )
+        run.optimizer = optimizer_of(stage, run.model)
         if saved:
             self._restore(stage, saved)
         else:
@@ -258,37 +293,19 @@ class Trainer:
 
     def _step(self, stage: Stage, x_NCHW: Tensor, y_N: Tensor) -> float:
         """One update; returns the loss."""
-        run, fit = self.run, stage.fit
-        run.model.train()
-        with effective_weights(run.model):
-            with torch.no_grad():
-                for _ in range(fit.clean_passes):
-                    run.model(x_NCHW)
-            loss = self.objective(run.model, x_NCHW, y_N, self._attacker())
-            penalty = stage.penalty(run)
-            total = loss if penalty is None else loss + penalty
-            run.optimizer.zero_grad()
-            total.backward()
-        value = float(total.detach())
+        run = self.run
+        attacker = self._attacker()
+        value = float(
+            descend(run, stage, lambda: self.objective(run.model, x_NCHW, y_N, attacker), x_NCHW)
+        )
         if not math.isfinite(value):
             raise TrainingError(
                 f"{self.cell.key}: the loss is {value} in stage {stage.name}, "
                 f"epoch {run.epoch + 1}; a smaller lr may help"
             )
-        self._count_passes(fit)
-        stage.before_step(run)
-        if fit.decay == "sgdw":
-            self._shrink(1 - fit.weight_decay * run.lr_factor)
-        run.optimizer.step()
-        stage.after_step(run)
+        self._count_passes(stage.fit)
+        update(run, stage)
         return value
-
-    def _shrink(self, factor: float) -> None:
-        """Weight decay that is not multiplied by the learning rate, on all trained tensors."""
-        with torch.no_grad():
-            for group in self.run.optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.mul_(factor)
 
     def _count_passes(self, fit: Fit) -> None:
         forward, backward = PASSES[self.cell.objective](self.attacker.crafting.steps)
