@@ -43,20 +43,28 @@ def outputs_and_gradient(model, x):
     return logits.detach(), gradient
 
 
-def largest_difference(model, x):
+def differences(model, x, dtype=None):
     """Of outputs, and of gradients: length of the difference over length of the network's own."""
     own = outputs_and_gradient(model, x)
-    view = outputs_and_gradient(frozen.view_of(model), x)
-    return max(float((a - b).norm() / a.norm()) for a, b in zip(own, view, strict=True))
+    view = outputs_and_gradient(frozen.view_of(model, dtype), x)
+    return [float((a - b).norm() / a.norm()) for a, b in zip(own, view, strict=True)]
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 2e-3)])
+def largest_difference(model, x):
+    return max(differences(model, x))
+
+
+# In fp32 a ReLU of an untrained net now and then opens on one side and not on the other.
+@pytest.mark.parametrize(
+    ("dtype", "limits"), [(torch.float64, (1e-10, 1e-10)), (torch.float32, (1e-5, 2e-2))]
+)
 @pytest.mark.parametrize(("name", "padding"), ARCHS)
-def test_values_are_those_of_the_network(name, padding, dtype, limit):
+def test_values_are_those_of_the_network(name, padding, dtype, limits):
     model = build(name, padding).to(dtype)
     x = torch.rand(3, *SHAPES.get(name, (3, 32, 32)), dtype=dtype)
     assert isinstance(frozen.view_of(model), frozen.View)
-    assert largest_difference(model, x) < limit
+    found = differences(model, x)
+    assert all(value < limit for value, limit in zip(found, limits, strict=True)), found
 
 
 @pytest.mark.parametrize(
