@@ -23,14 +23,14 @@ from robsparse.attacks import AttackThreat, correct_flags
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.datasets import Part
 from robsparse.evaluation import first_examples
-from robsparse.machine import device_name, pick_device, set_threads
+from robsparse.machine import device_name, pick_device, prepare
 
 SHIPPED = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
 
 
 def main() -> None:
     arguments = _parser().parse_args()
-    set_threads(arguments.threads)
+    prepare(arguments.threads)
     device = pick_device(arguments.device)
     if arguments.source == "shipped":
         model, part = _shipped(arguments)

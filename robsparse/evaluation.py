@@ -17,7 +17,7 @@ from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.config import Evaluation, Selection, Study, Threat
 from robsparse.datasets import Part
 from robsparse.errors import UsageError
-from robsparse.machine import device_name, pick_device, set_threads
+from robsparse.machine import device_name, pick_device, prepare
 from robsparse.sparsity import prunable
 
 
@@ -41,7 +41,7 @@ def evaluate_cell(
     Returns the path of the record. Raises UsageError, and writes nothing, when the weights are
     missing or damaged or the images are not what an attack expects.
     """
-    set_threads(threads or study.machine.threads)
+    prepare(threads or study.machine.threads)
     target = pick_device(device or study.machine.device)
     source = _Source.of(study, cell, selection, layout, model_path)
     record, flags = source.record, source.flags

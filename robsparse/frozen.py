@@ -43,7 +43,7 @@ class View(nn.Module):
     def refresh(self, dtype: torch.dtype | None = None) -> "View":
         """Form all weights anew from the network's; returns the view.
 
-        dtype: what convolutions compute in and pass on, e.g. bfloat16; None for the network's own.
+        dtype: what convolutions of an fp32 network compute in and pass on, e.g. bfloat16.
         """
         with torch.no_grad():
             for layer in self.layers:

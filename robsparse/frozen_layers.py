@@ -34,8 +34,8 @@ class Weighted(nn.Module):
     def refresh(self, dtype: torch.dtype | None) -> None:
         """weight * g and (bias - mean) * g + beta, with g = gamma / sqrt(variance + eps).
 
-        dtype: what convolutions compute in, None for that of the weights. Linear layers are small
-        and the logits need their digits: they keep that of the weights.
+        dtype: what convolutions with fp32 weights compute in, None for fp32. Linear layers are
+        small and the logits need their digits: they stay as they are.
         """
         weight, bias = self.layer.weight.detach(), self.layer.bias
         bias = None if bias is None else bias.detach()
@@ -43,7 +43,7 @@ class Weighted(nn.Module):
             scale, shift = scale_and_shift(self.norm)
             weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
             bias = shift if bias is None else bias * scale + shift
-        if weight.ndim == 4 and dtype is not None:
+        if weight.ndim == 4 and dtype is not None and weight.dtype == torch.float32:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if weight.ndim == 4:
             weight = weight.contiguous(memory_format=_layout(weight))
@@ -124,10 +124,10 @@ class Norm(nn.Module):
         self.__dict__["norm"] = norm
 
     def refresh(self, dtype: torch.dtype | None) -> None:
-        """Form scale and shift, in `dtype` if there is one."""
+        """Form scale and shift, as `Weighted.refresh` does."""
         scale, shift = scale_and_shift(self.norm)
         self.scale, self.shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
-        if dtype is not None:
+        if dtype is not None and scale.dtype == torch.float32:
             self.scale, self.shift = self.scale.to(dtype), self.shift.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:

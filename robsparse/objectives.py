@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robsparse import frozen, perturb
 from robsparse.config import Crafting, Training
+from robsparse.machine import computing
 
 # (x, eps, generator, norm) -> first iterate
 Start = Callable[[Tensor, float, torch.Generator, str], Tensor]
@@ -22,13 +23,15 @@ Start = Callable[[Tensor, float, torch.Generator, str], Tensor]
 class Attacker:
     """Crafts training examples under the threat of the study with its own random numbers.
 
-    `scale` in (0, 1] shortens eps and step_size alike, for a warm-up.
+    `precision` is what the passes compute in: fp32, tf32 or bf16. `scale` in (0, 1] shortens eps
+    and step_size alike, for a warm-up.
     """
 
     eps: float
     crafting: Crafting
     generator: torch.Generator
     norm: str = "Linf"
+    precision: str = "fp32"
     scale: float = 1.0
 
     def scaled(self, scale: float) -> "Attacker":
@@ -43,13 +46,13 @@ class Attacker:
 
     def attack_outputs(self, model: nn.Module, x: Tensor) -> Tensor:
         """Maximise the KL divergence from the model's own clean output, from x + 0.001 N(0,1)."""
-        with self._view(model) as view, torch.no_grad():
+        with self._view(model, x) as view, torch.no_grad():
             clean_logits = view(x)
         return self._craft(model, x, perturb.gaussian_start, perturb.divergence_from(clean_logits))
 
     def _craft(self, model: nn.Module, x: Tensor, start: Start, loss: perturb.Loss) -> Tensor:
         eps = self.scale * self.eps
-        with self._view(model) as view:
+        with self._view(model, x) as view:
             return perturb.ascend(
                 view,
                 x,
@@ -62,10 +65,16 @@ class Attacker:
             )
 
     @contextmanager
-    def _view(self, model: nn.Module) -> Iterator[nn.Module]:
+    def _view(self, model: nn.Module, x: Tensor) -> Iterator[nn.Module]:
         """What images are crafted on: the frozen view, unless batch norm follows the batch."""
         with perturb.batch_norm_mode(model, self.crafting.bn_mode):
-            yield frozen.view_of(model) if self.crafting.bn_mode == "eval" else model
+            view, precision = model, self.precision
+            if self.crafting.bn_mode == "eval":
+                view = frozen.view_of(model, torch.bfloat16 if precision == "bf16" else None)
+            if view is not model and precision == "bf16":
+                precision = "fp32"  # bf16 is in the view's weights; autocast would round its logits
+            with computing(precision, x.device):
+                yield view
 
 
 def natural(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:

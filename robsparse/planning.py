@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from robsparse import datasets, doubts, networks, objectives, registry
+from robsparse import datasets, doubts, frozen, networks, objectives, registry
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.cost import PASSES
 from robsparse.datasets import Description
-from robsparse.machine import device_name, pick_device, set_threads
+from robsparse.machine import computing, device_name, pick_device, pick_precision, prepare
 
 # Shares that are not known before the study is run; the estimate says so.
 ROBUST_SHARE = 0.7
@@ -44,23 +45,29 @@ class Clock:
             training.crafting.model_copy(update={"steps": 1}),
             torch.Generator(self.device),
             self.study.threat.norm,
+            pick_precision(training.crafting.precision, self.device),
         )
-        once = self._time(
-            ("step", cell.dataset, cell.arch, cell.objective),
-            cell,
-            lambda model, x, y: objective(model, x, y, attacker).backward(),
-        )
+        precision = pick_precision(training.precision, self.device)
+
+        def work(model: nn.Module, x: Tensor, y: Tensor) -> None:
+            with computing(precision, self.device):
+                loss = objective(model, x, y, attacker)
+            loss.backward()
+
+        once = self._time(("step", cell.dataset, cell.arch, cell.objective), cell, work)
         passes = PASSES[cell.objective]
         steps = training.crafting.steps
-        return once + (passes(steps)[1] - passes(1)[1]) * self.gradient(cell)
+        return once + (passes(steps)[1] - passes(1)[1]) * self.gradient(cell, attacker.precision)
 
-    def gradient(self, cell: Cell) -> float:
-        """Gradient of the input, per image."""
-        return self._time(
-            ("gradient", cell.dataset, cell.arch),
-            cell,
-            lambda model, x, y: torch.autograd.grad(model(x.requires_grad_(True)).sum(), x),
-        )
+    def gradient(self, cell: Cell, precision: str = "fp32") -> float:
+        """Gradient of the input on the frozen view, per image."""
+        dtype = torch.bfloat16 if precision == "bf16" else None
+
+        def work(model: nn.Module, x: Tensor, _: Tensor) -> None:
+            view = frozen.view_of(model.eval(), dtype)
+            torch.autograd.grad(view(x.requires_grad_(True)).sum(), x)
+
+        return self._time(("gradient", cell.dataset, cell.arch, precision), cell, work)
 
     def forward(self, cell: Cell) -> float:
         """Forward pass, per image."""
@@ -82,7 +89,7 @@ class Clock:
 
 def describe(study: Study, layout: Layout, cores: int) -> str:
     """One line a cell with its state and estimated time, then the total."""
-    set_threads(study.machine.threads)
+    prepare(study.machine.threads)
     clock = Clock(study)
     lines = [
         f"{study.title}: {len(study.cells())} networks, "

@@ -96,6 +96,9 @@ class Threat(Strict):
     )
 
 
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
+
+
 class Crafting(Strict):
     """Inner maximisation of training: PGD with `steps` steps of `step_size`."""
 
@@ -103,6 +106,11 @@ class Crafting(Strict):
     step_size: Radius
     bn_mode: Literal["eval", "train"] = Field(
         "eval", description="mode of batch norm while crafting (ADMM's authors: train)"
+    )
+    precision: Precision = Field(
+        "auto",
+        description="what convolutions compute in while crafting; auto: bf16 where the device is "
+        "much faster at it, else fp32 (validation and attacks are always in fp32)",
     )
     eps_warmup: NonNegativeInt = Field(
         0,
@@ -123,6 +131,9 @@ class Training(Strict):
 
     batch_size: PositiveInt = 128
     crafting: Crafting
+    precision: Precision = Field(
+        "auto", description="what the training pass computes in (weights and updates: fp32)"
+    )
     eps: Radius | None = Field(
         None, description="radius that is trained against, if it is not the threat's"
     )

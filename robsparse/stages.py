@@ -26,15 +26,16 @@ class Run:
 
     `step` counts from 0 through all epochs of the stage, which has `steps` in all. `lr` is the
     learning rate of the step that was just taken, `lr_factor` its ratio to the stage's initial
-    one. `generator` lives on the model's device and serves the method's own randomness. A stage
-    that rewires sets `connections` in before_fit and records each step there, one row for every
-    `log_every` steps.
+    one. `generator` lives on the model's device and serves the method's own randomness. `precision`
+    is that of the training pass. A stage that rewires sets `connections` in before_fit and records
+    each step there, one row for every `log_every` steps.
     """
 
     model: nn.Module
     sparsity: float
     generator: torch.Generator
     arch: str = ""
+    precision: str = "fp32"
     log_every: int = 1
     connections: ConnectionLog | None = None
     optimizer: torch.optim.Optimizer | None = None

@@ -22,7 +22,16 @@ from robsparse.cost import PASSES
 from robsparse.datasets import Part, Splits
 from robsparse.datasets._arrays import pseudo_labelled
 from robsparse.errors import UsageError
-from robsparse.machine import device_name, peak_memory_mb, pick_device, set_threads
+from robsparse.machine import (
+    computing,
+    device_name,
+    laid_out,
+    peak_memory_mb,
+    pick_device,
+    pick_precision,
+    precision_note,
+    prepare,
+)
 from robsparse.sparsity import effective_weights, plain_state
 from robsparse.stages import Run, Stage
 from robsparse.staleness import training_digest
@@ -52,7 +61,7 @@ def train_cell(
     Raises UsageError when the starting weights are missing, TrainingError when the loss is not
     finite, Interrupted after a signal.
     """
-    set_threads(threads or study.machine.threads)
+    prepare(threads or study.machine.threads)
     with locked(layout.resume(cell)):
         if study.is_external(cell.method):
             with _noted(layout.failed(cell), UsageError):
@@ -107,10 +116,12 @@ def descend(run: Run, stage: Stage, loss: Callable[[], Tensor], x_NCHW: Tensor) 
     """All passes of one step: gradients are in place then. Returns the loss with its penalty."""
     run.model.train()
     with effective_weights(run.model):
-        with torch.no_grad():
-            for _ in range(stage.fit.clean_passes):
-                run.model(x_NCHW)
-        total, penalty = loss(), stage.penalty(run)
+        with computing(run.precision, x_NCHW.device):
+            with torch.no_grad():
+                for _ in range(stage.fit.clean_passes):
+                    run.model(x_NCHW)
+            total = loss()
+        penalty = stage.penalty(run)
         if penalty is not None:
             total = total + penalty
         run.optimizer.zero_grad()
@@ -149,6 +160,7 @@ class Trainer:
             self.training.crafting,
             self._generator("craft", cell.dataset, cell.objective),
             study.threat.norm,
+            pick_precision(self.training.crafting.precision, device),
         )
         self.start = self._read_start()
         self.progress = Progress()
@@ -159,6 +171,7 @@ class Trainer:
             # Variants of a method make the same random choices as long as they go the same way.
             generator=self._generator("method", method, f"{cell.sparsity:.4f}"),
             arch=study.base("arch", cell.arch),
+            precision=pick_precision(self.training.precision, device),
             log_every=self.training.log_every,
         )
         self.method = study.entry("method", cell.method)
@@ -293,8 +306,8 @@ class Trainer:
 
     def _step(self, stage: Stage, x_NCHW: Tensor, y_N: Tensor) -> float:
         """One update; returns the loss."""
-        run = self.run
-        attacker = self._attacker()
+        run, attacker = self.run, self._attacker()
+        x_NCHW = laid_out(x_NCHW, run.precision)
         value = float(
             descend(run, stage, lambda: self.objective(run.model, x_NCHW, y_N, attacker), x_NCHW)
         )
@@ -456,5 +469,6 @@ class Trainer:
         return {key: value + before.get(key, 0) for key, value in own.items()} | {
             "peak_live_weights": max(progress.peak_live, before.get("peak_live_weights", 0)),
             "peak_memory_mb": max(peak_memory_mb(self.device), before.get("peak_memory_mb", 0.0)),
-            "device": device_name(self.device),
+            "device": device_name(self.device)
+            + precision_note(self.attacker.precision, self.run.precision),
         }

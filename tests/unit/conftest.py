@@ -41,7 +41,8 @@ def study_data(tiny: dict[str, Any]) -> dict[str, Any]:
     """A study of one dense and one sparse cell a method that trains in a fraction of a second."""
     tiny["grid"] |= {"methods": ["bcs", "lwm"], "seeds": [0], "sparsities": [0.9]}
     tiny["datasets"]["digits"] |= {"validation_examples": 20, "test_examples": 800}
-    tiny["training"] |= {"batch_size": 64}
+    tiny["training"] |= {"batch_size": 64, "precision": "fp32"}  # the same on every machine
+    tiny["training"]["crafting"]["precision"] = "fp32"
     for params in tiny["methods"].values():
         for value in params.values():
             if isinstance(value, dict):

@@ -566,6 +566,8 @@ CHANGES = {
     "training.batch_size": (32, ALL, ALL),
     "training.crafting.steps": (3, ALL, ALL),
     "training.crafting.bn_mode": ("train", ALL, ALL),
+    "training.crafting.precision": ("bf16", ALL, ALL),
+    "training.precision": ("bf16", ALL, ALL),
     "training.beta": (3, set(), set()),
     "training.rst_fraction": (0.25, set(), set()),
     "training.rst_file": ("extra.npz", set(), set()),
