@@ -153,7 +153,7 @@ class Trainer:
         self.data_checksum = splits.checksum()
         self.validation = splits.validation.to(device)
         extra = self._extra_images(splits)
-        self.batches = batches.Batches(study, cell, splits.train.to(device), extra)
+        self.batches = batches.Batches(study, cell, splits.train, extra, device)
         self.objective = objectives.of(cell.objective, self.training)
         self.attacker = objectives.Attacker(
             self.training.eps or study.threat.eps,
@@ -196,7 +196,7 @@ class Trainer:
         if self.cell.objective != "rst":
             return None
         path = Path(self.training.rst_file or "")
-        return pseudo_labelled(path, splits.image_shape, splits.classes).to(self.device)
+        return pseudo_labelled(path, splits.image_shape, splits.classes)
 
     def _read_start(self) -> dict[str, Any] | None:
         """Record of the cell whose last weights this one starts from (HYDRA's hand-over)."""

@@ -86,9 +86,8 @@ def counts_at_start(model, sparsity, init):
 
 def take_step(made, stage, n, factor=1.0):
     """One step of a trainer on the first n training images."""
-    part = made.batches.train
     made._set_lr(stage.fit, factor)
-    return made._step(stage, part.x_NCHW[:n], part.y_N[:n])
+    return made._step(stage, *made.batches.train[:n])
 
 
 def sgd_step(stage, run, loss):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from robsparse import config
+from robsparse.batches import Stored
 from robsparse.cells import Layout
 from robsparse.checkpoints import StopRequest
 from robsparse.counts import keep_count
@@ -156,8 +157,8 @@ def compared(study, cell, layout, sides):
     trainer = Compared(study, cell, layout, torch.device("cpu"))
     trainer.sides, trainer.seen = sides, {}
     trainer.run.model.double()
-    part = trainer.batches.train
-    trainer.batches.train = Part(part.x_NCHW.double(), part.y_N)
+    x_NCHW, y_N = trainer.batches.train[:]
+    trainer.batches.train = Stored(x_NCHW.double(), y_N, None)
     held = trainer.validation
     trainer.validation = Part(held.x_NCHW[:20].double(), held.y_N[:20])
     trainer.run_stages(StopRequest(), None)

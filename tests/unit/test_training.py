@@ -38,9 +38,8 @@ def one(study_data, load_study, tmp_path):
 
 def take_step(trainer, stage, batch, factor=1.0):
     """One step on the training images of these numbers."""
-    part = trainer.batches.train
     trainer._set_lr(stage.fit, factor)
-    return trainer._step(stage, part.x_NCHW[batch], part.y_N[batch])
+    return trainer._step(stage, *trainer.batches.train[batch])
 
 
 def fresh(study, cell):
