@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from robsparse.backends import Backend
 from robsparse.frozen_layers import Norm, Weighted, require_plain
 
 _VIEWS: "weakref.WeakKeyDictionary[nn.Module, View]" = weakref.WeakKeyDictionary()
@@ -39,6 +40,15 @@ class View(nn.Module):
         self.layers = _fold(graph, dict(model.named_modules()), root)
         # Not a submodule: the network's own modules in it must not be found twice.
         self.__dict__["run"] = fx.GraphModule(root, graph)
+        self.backends: dict[str, Backend] = {}
+        self.use("eager")
+
+    def use(self, backend: str) -> "View":
+        """Run as `Backend` says from here on; returns the view."""
+        if backend not in self.backends:
+            self.backends[backend] = Backend(backend, self.run)
+        self.__dict__["backend"] = self.backends[backend]
+        return self
 
     def refresh(self, dtype: torch.dtype | None = None) -> "View":
         """Form all weights anew from the network's; returns the view.
@@ -51,14 +61,16 @@ class View(nn.Module):
         return self
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return self.run(x_NCHW).to(x_NCHW.dtype)
+        return self.backend(x_NCHW).to(x_NCHW.dtype)
 
 
-def view_of(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def view_of(
+    model: nn.Module, dtype: torch.dtype | None = None, backend: str = "eager"
+) -> nn.Module:
     """The network's frozen view with its weights of now, or the network itself if it has none.
 
     The network is expected to be in eval mode. Views are kept as long as their networks.
-    dtype: as for `View.refresh`.
+    dtype: as for `View.refresh`; backend: as for `Backend`.
     """
     view = _VIEWS.get(model)
     if view is None or view.kinds != kinds(model):
@@ -68,7 +80,7 @@ def view_of(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             print(f"frozen view: none of this network, {error}; it runs as it is", flush=True)
             view = _Plain(model)
         _VIEWS[model] = view
-    return view.refresh(dtype)
+    return view.use(backend).refresh(dtype)
 
 
 def kinds(model: nn.Module) -> tuple[type, ...]:
@@ -83,6 +95,9 @@ class _Plain(nn.Module):
         super().__init__()
         self.__dict__["model"] = weakref.ref(model)
         self.kinds = kinds(model)
+
+    def use(self, _: str) -> "_Plain":
+        return self
 
     def refresh(self, _: torch.dtype | None) -> nn.Module:
         return self.model()

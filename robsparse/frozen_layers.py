@@ -25,11 +25,13 @@ class Weighted(nn.Module):
     def __init__(self, layer: nn.Module, norm: nn.BatchNorm2d | None, rectified: bool) -> None:
         super().__init__()
         self.rectified = rectified
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         self.__dict__["layer"], self.__dict__["norm"] = layer, norm
         self.__dict__["apply"] = _how(layer)
-        # By size of the map: the table of taps and the size of the next map; the matrix and bias.
+        # By size of the map: the table of taps and the size of the next map; the matrix, the bias.
         self.tables: dict[torch.Size, tuple[Tensor, torch.Size]] = {}
-        self.matrices: dict[torch.Size, tuple[Tensor, Tensor | None]] = {}
+        self.matrices: dict[torch.Size, list[Tensor | None]] = {}
 
     def refresh(self, dtype: torch.dtype | None) -> None:
         """weight * g and (bias - mean) * g + beta, with g = gamma / sqrt(variance + eps).
@@ -47,8 +49,9 @@ class Weighted(nn.Module):
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if weight.ndim == 4:
             weight = weight.contiguous(memory_format=_layout(weight))
-        self.weight, self.bias = weight, bias
-        self.matrices = {}
+        self.weight, self.bias = renewed(self.weight, weight), renewed(self.bias, bias)
+        for size in self.matrices:
+            self._form_matrix(size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
@@ -75,10 +78,10 @@ class Weighted(nn.Module):
         size = x.shape[2:]
         if size not in self.tables:
             self.tables[size] = self._table(x), self.apply(x[:1], self.weight, None).shape[2:]
-        table, (height, width) = self.tables[size]
-        if size not in self.matrices:
-            self.matrices[size] = self._matrix(table)
+            self.matrices[size] = [None, None]
+            self._form_matrix(size)
         matrix, bias = self.matrices[size]
+        height, width = self.tables[size][1]
         rows = x.permute(0, 2, 3, 1).reshape(len(x), -1)
         out = rows @ matrix
         if bias is not None:
@@ -87,12 +90,14 @@ class Weighted(nn.Module):
             out.relu_()
         return out.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
-    def _matrix(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _form_matrix(self, size: torch.Size) -> None:
         """(inputs, outputs) from the weights of now, and the bias of every output."""
+        table = self.tables[size][0]
         taps = self.weight.permute(1, 2, 3, 0).reshape(-1, len(self.weight))
         taps = torch.cat([taps, taps.new_zeros(1, taps.shape[1])])
         matrix = taps[table].view(len(table), -1)
-        return matrix, None if self.bias is None else self.bias.repeat(table.shape[1])
+        bias = None if self.bias is None else self.bias.repeat(table.shape[1])
+        self.matrices[size] = list(map(renewed, self.matrices[size], (matrix, bias)))
 
     def _table(self, x: Tensor) -> Tensor:
         """Which tap (of C * height * width; their number: none) joins an input to an out pixel.
@@ -122,13 +127,15 @@ class Norm(nn.Module):
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
         self.__dict__["norm"] = norm
+        self.scale: Tensor | None = None
+        self.shift: Tensor | None = None
 
     def refresh(self, dtype: torch.dtype | None) -> None:
         """Form scale and shift, as `Weighted.refresh` does."""
-        scale, shift = scale_and_shift(self.norm)
-        self.scale, self.shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+        scale, shift = (value.view(-1, 1, 1) for value in scale_and_shift(self.norm))
         if dtype is not None and scale.dtype == torch.float32:
-            self.scale, self.shift = self.scale.to(dtype), self.shift.to(dtype)
+            scale, shift = scale.to(dtype), shift.to(dtype)
+        self.scale, self.shift = renewed(self.scale, scale), renewed(self.shift, shift)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift, x.to(self.scale.dtype), self.scale)
@@ -141,6 +148,14 @@ def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         scale = scale * norm.weight.detach()
     shift = -norm.running_mean * scale
     return scale, shift if norm.bias is None else shift + norm.bias.detach()
+
+
+def renewed(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """A copy of `new`, in the memory of `old` if that is alike: a CUDA graph goes on reading it."""
+    if new is None:
+        return None
+    kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in (old, new) if t is not None]
+    return old.copy_(new) if len(kinds) == 2 and kinds[0] == kinds[1] else new.clone()
 
 
 def require_plain(module: nn.Module) -> None:

@@ -70,7 +70,8 @@ class Attacker:
         with perturb.batch_norm_mode(model, self.crafting.bn_mode):
             view, precision = model, self.precision
             if self.crafting.bn_mode == "eval":
-                view = frozen.view_of(model, torch.bfloat16 if precision == "bf16" else None)
+                dtype = torch.bfloat16 if precision == "bf16" else None
+                view = frozen.view_of(model, dtype, self.crafting.backend)
             if view is not model and precision == "bf16":
                 precision = "fp32"  # bf16 is in the view's weights; autocast would round its logits
             with computing(precision, x.device):

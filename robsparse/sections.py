@@ -97,6 +97,7 @@ class Threat(Strict):
 
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
+Backend = Literal["auto", "eager", "compiled", "graph"]
 
 
 class Crafting(Strict):
@@ -111,6 +112,10 @@ class Crafting(Strict):
         "auto",
         description="what convolutions compute in while crafting; auto: bf16 where the device is "
         "much faster at it, else fp32 (validation and attacks are always in fp32)",
+    )
+    backend: Backend = Field(
+        "auto",
+        description="how the frozen view runs while crafting; graph: as a CUDA graph; auto: eager",
     )
     eps_warmup: NonNegativeInt = Field(
         0,

@@ -205,3 +205,85 @@ def test_batch_norm_that_follows_the_batch_is_crafted_on_as_it_is():
     before = int(model[1].num_batches_tracked)
     attacker.attack_labels(model, x, y)
     assert int(model[1].num_batches_tracked) == before + 2
+
+
+# ---------------------------------------------------------------- backends
+
+
+def test_compiled_view_computes_the_same():
+    model, x = build("small_cnn", width=4), torch.rand(4, 1, 8, 8)
+    expected = outputs_and_gradient(model, x)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.1)
+    frozen.view_of(model, backend="compiled")  # compiled before the weights change again
+    with torch.no_grad():
+        next(model.parameters()).div_(1.1)
+    found = outputs_and_gradient(frozen.view_of(model, backend="compiled"), x)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "graph"])
+def test_backend_that_does_not_start_is_one_line_and_eager(backend, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    model, x = build("small_cnn"), torch.rand(3, 1, 8, 8)
+    expected = outputs_and_gradient(frozen.view_of(model), x)
+    for _ in range(2):
+        found = outputs_and_gradient(frozen.view_of(model, backend=backend), x)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert f"backend '{backend}' does not run here (RuntimeError: " in out
+
+
+def test_out_of_memory_is_not_taken_for_a_backend_that_does_not_start(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "compile", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        frozen.view_of(build("small_cnn"), backend="compiled")(torch.rand(1, 1, 8, 8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_graph_computes_the_same_after_weights_have_changed():
+    model, x = build("resnet18").cuda(), torch.rand(8, 3, 32, 32, device="cuda")
+    for factor in (1.0, 1.1, 0.9):
+        with torch.no_grad():
+            next(model.parameters()).mul_(factor)
+        expected = outputs_and_gradient(frozen.view_of(model), x)
+        found = outputs_and_gradient(frozen.view_of(model, backend="graph"), x)
+        for a, b in zip(expected, found, strict=True):
+            assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_tiny_maps_are_multiplied_only_for_gradients():
+    model, x = build("small_cnn"), torch.rand(2, 1, 8, 8)
+    view = frozen.view_of(model)
+    with torch.no_grad():
+        plain = view(x)
+    assert not any(layer.matrices for layer in view.layers)
+    logits, _ = outputs_and_gradient(view, x)
+    assert [bool(layer.matrices) for layer in view.layers] == [True, False, True, False]
+    assert torch.allclose(plain, logits, atol=1e-5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert max(differences(model, x)) < 1e-5
+
+
+def test_view_owns_its_weights():
+    """Weights that change without a refresh leave the view alone, and the view never the weights."""
+    model, x = build("small_cnn"), torch.rand(2, 1, 8, 8)
+    view = frozen.view_of(model)
+    before = view(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert torch.equal(view(x), before)
+    kept = copy.deepcopy(model.state_dict())
+    frozen.view_of(model)
+    assert all(torch.equal(kept[k], v) for k, v in model.state_dict().items())
