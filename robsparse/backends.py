@@ -3,6 +3,7 @@
 All give the same values to rounding. What fails to start falls back to `eager` with one line.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -54,7 +55,8 @@ def _graphed(eager: Run, x: Tensor) -> Run:
     if not x.is_cuda:
         raise RuntimeError("there are CUDA graphs on CUDA devices alone")
     sample = x.detach().clone().requires_grad_(x.requires_grad)
-    graph = torch.cuda.make_graphed_callables(lambda images: eager(images), (sample,))
+    # A module would have its own forward replaced; what wraps it has not.
+    graph = torch.cuda.make_graphed_callables(functools.partial(eager), (sample,))
     # Multiplying by 1 makes the gradient that is handed out a copy, as clone does the logits.
     return lambda images: graph(images * 1.0).clone()
 

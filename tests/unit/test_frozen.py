@@ -276,7 +276,7 @@ def test_tiny_maps_are_multiplied_only_for_gradients():
 
 
 def test_view_owns_its_weights():
-    """Weights that change without a refresh leave the view alone, and the view never the weights."""
+    """Weights that change without a refresh leave the view alone, and the view leaves them."""
     model, x = build("small_cnn"), torch.rand(2, 1, 8, 8)
     view = frozen.view_of(model)
     before = view(x)
