@@ -15,6 +15,8 @@ from robsparse.models._layers import TensorFlowConv2d
 
 # Entries of the largest matrix that stands for a convolution: in fp32 it fits a core's cache.
 LARGEST_MATRIX = 300_000
+# Pixels of a map up to which a CPU is faster at it with channels first, if no gradient is asked.
+SMALL_MAP = 64
 # Weights of a convolution from which a CPU is faster at fp32 with channels first.
 MANY_WEIGHTS = 2**20
 
@@ -27,6 +29,7 @@ class Weighted(nn.Module):
         self.rectified = rectified
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.plain: Tensor | None = None  # the weights, channels first, once they are asked for
         self.__dict__["layer"], self.__dict__["norm"] = layer, norm
         self.__dict__["apply"] = _how(layer)
         # By size of the map: the table of taps and the size of the next map; the matrix, the bias.
@@ -49,18 +52,29 @@ class Weighted(nn.Module):
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if weight.ndim == 4:
             weight = weight.contiguous(memory_format=_layout(weight))
+        self.plain = None
         self.weight, self.bias = renewed(self.weight, weight), renewed(self.bias, bias)
         for size in self.matrices:
             self._form_matrix(size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)
-        if self.weight.ndim == 4:
+        x, weight = x.to(self.weight.dtype), self.weight
+        if weight.ndim == 4:
             if x.requires_grad and not x.is_cuda and self._is_tiny(x):
                 return self._multiplied(x)
-            x = x.contiguous(memory_format=_layout(self.weight))
-        out = self.apply(x, self.weight, self.bias)
+            weight, layout = self._laid_out(x)
+            x = x.contiguous(memory_format=layout)
+        out = self.apply(x, weight, self.bias)
         return out.relu_() if self.rectified else out
+
+    def _laid_out(self, x: Tensor) -> tuple[Tensor, torch.memory_format]:
+        """The weights of a convolution, and the layout that they and x have."""
+        forward_only = not x.requires_grad and not x.is_cuda and x.dtype == torch.float32
+        if not forward_only or x.shape[2] * x.shape[3] > SMALL_MAP:
+            return self.weight, _layout(self.weight)
+        if self.plain is None:
+            self.plain = self.weight.contiguous()
+        return self.plain, torch.contiguous_format
 
     # ---------------------------------------------------------------- tiny maps on a CPU
 
