@@ -279,7 +279,10 @@ class Trainer:
             progress.loss_sum += self._step(stage, *batches.mixed(sources, step))
             progress.step += 1
             budget[0] -= 1
-            if stop.signum is not None or budget[0] == 0:
+            stopped = stop.signum is not None or budget[0] == 0
+            if stopped or step + 1 == steps or self.device.type == "cpu":
+                self._look_at_loss(stage)  # for which a GPU has to be waited for
+            if stopped:
                 progress.seconds += time.perf_counter() - began
                 self._save(stage)
                 raise Interrupted(stop.signum or 15, self.checkpoint.path)
@@ -304,21 +307,23 @@ class Trainer:
             return self.attacker
         return self.attacker.scaled((done + 1) / steps)
 
-    def _step(self, stage: Stage, x_NCHW: Tensor, y_N: Tensor) -> float:
-        """One update; returns the loss."""
+    def _step(self, stage: Stage, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
+        """One update; returns the loss, which the device may still be computing."""
         run, attacker = self.run, self._attacker()
         x_NCHW = laid_out(x_NCHW, run.precision)
-        value = float(
-            descend(run, stage, lambda: self.objective(run.model, x_NCHW, y_N, attacker), x_NCHW)
-        )
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"{self.cell.key}: the loss is {value} in stage {stage.name}, "
-                f"epoch {run.epoch + 1}; a smaller lr may help"
-            )
+        loss = descend(run, stage, lambda: self.objective(run.model, x_NCHW, y_N, attacker), x_NCHW)
         self._count_passes(stage.fit)
         update(run, stage)
-        return value
+        return loss.double()
+
+    def _look_at_loss(self, stage: Stage) -> None:
+        """Read what the losses of the epoch add up to so far. Raises TrainingError if it is NaN."""
+        self.progress.loss_sum = float(self.progress.loss_sum)
+        if not math.isfinite(self.progress.loss_sum):
+            raise TrainingError(
+                f"{self.cell.key}: the loss is {self.progress.loss_sum} in stage {stage.name}, "
+                f"epoch {self.run.epoch + 1}; a smaller lr may help"
+            )
 
     def _count_passes(self, fit: Fit) -> None:
         forward, backward = PASSES[self.cell.objective](self.attacker.crafting.steps)
