@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from robsparse import datasets, models, training, weights
 from robsparse.batches import mixed
 from robsparse.cells import Layout, derive_seed
+from robsparse.checkpoints import StopRequest
 from robsparse.config import Crafting, Fit
 from robsparse.errors import UsageError
 from robsparse.objectives import Attacker
