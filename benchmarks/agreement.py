@@ -4,8 +4,10 @@
     python benchmarks/agreement.py config/quick.yaml --cell KEY
 
 `shipped` is the CIFAR-10 ResNet-18 that comes with the package; FOLDER holds test/<class>/ images.
-A cell is a trained network of a study, attacked as the study says. Both run with the same seed,
-batch size and images (those that are classified correctly), in turn.
+A cell is a trained network of a study, attacked as the study says; more images than it has for
+tests are taken from the others. Ours attacks the frozen view, as `robsparse evaluate` does, the
+stock package the network. Both run with the same seed, batch size and images (those that are
+classified correctly), in turn.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import torch
 from pyautoattack import AutoAttack
 from torch import nn
 
-from robsparse import config, datasets, models, networks, registry, weights
+from robsparse import config, datasets, frozen, models, networks, registry, weights
 from robsparse.attacks import AttackThreat, correct_flags
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.datasets import Part
@@ -46,14 +48,15 @@ def main() -> None:
     print(f"{len(right)} images, {len(part)} classified correctly, eps {eps:.5g}, AutoAttack")
     threat = AttackThreat("Linf", eps, seed, batch_size, device, report=lambda text: None)
     module = registry.load("attack", "autoattack")
+    view = frozen.view_of(model).eval()
     ours, our_seconds = _timed(
-        lambda: module.run(model, part.x_NCHW, part.y_N, module.Params(), threat).components
+        lambda: module.run(view, part.x_NCHW, part.y_N, module.Params(), threat).components
     )
     theirs, their_seconds = _timed(lambda: _stock(model, part, threat))
     final = list(ours.values())[-1]
     apart = (final != theirs).nonzero().squeeze(1).tolist()
     print(f"survivors: ours {int(final.sum())}, stock {int(theirs.sum())}")
-    print(f"images that differ: {apart or 'none'}")
+    print(f"images that differ: {apart or 'none'} ({1 - len(apart) / len(part):.2%} agree)")
     print(f"seconds: ours {our_seconds:.1f}, stock {their_seconds:.1f}", end="")
     print(f", ratio {their_seconds / our_seconds:.2f} on {device_name(device)}")
 
@@ -89,7 +92,11 @@ def _of_study(
     layout = Layout(arguments.results / study.study)
     weights.load_into(model, layout.model(cell, "best_val"))
     n = arguments.n or study.evaluation.n_examples
-    return model, first_examples(splits.test, n, splits.classes)
+    if n <= len(splits.test):
+        return model, first_examples(splits.test, n, splits.classes)
+    parts = (splits.test, splits.validation, splits.train)
+    x_NCHW, y_N = (torch.cat([getattr(p, name) for p in parts]) for name in ("x_NCHW", "y_N"))
+    return model, Part(x_NCHW[:n], y_N[:n])
 
 
 def _parser() -> argparse.ArgumentParser:
