@@ -23,7 +23,7 @@ Kept as theirs, with another choice offered: `momentum`, `regrowth`, `noise_scal
 batch norm alike) and `velocity`.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -35,6 +35,7 @@ from robsparse.connections import ConnectionLog
 from robsparse.counts import density, keep_count, round_to_sum
 from robsparse.sparsity import erk_keep_counts, prunable
 from robsparse.stages import Run, Stage
+from robsparse.wiring import Wiring, draw_layers
 
 LABEL = "BCS"
 
@@ -141,9 +142,11 @@ class SamplingStage(Stage):
     def __init__(self, params: Params) -> None:
         super().__init__(params.train)
         self.params = params
-        self.live: list[Tensor] = []
+        self.wiring: Wiring | None = None
+        self.saved_live: Tensor | None = None
 
     def before_fit(self, run: Run) -> None:
+        self.wiring = self.saved_live = None
         counts = initial_counts(run, self.params.init)
         for name, module in prunable(run.model).items():
             weight = module.weight.detach()
@@ -153,18 +156,32 @@ class SamplingStage(Stage):
             theta = module.parametrizations.weight.original.data
             theta.clamp_(min=self.params.regrown_theta)  # a drawn weight may be 0 by chance
             theta.view(-1)[order[counts[name] :]] = 0.0
-        live = {
-            name: module.parametrizations.weight.original > 0
-            for name, module in prunable(run.model).items()
-        }
+        live = dict(zip(prunable(run.model), live_sets(run.model), strict=True))
         run.connections = ConnectionLog(live, run.log_every)
 
     def before_step(self, run: Run) -> None:
-        if self._rewiring_is_over(run):
+        if self.wiring is None or not self.wiring.is_intact():
+            self._wire(run)
+        if self.params.waking == "drift" and not self.fixed:
+            self.wiring.find_live()
+        if self._rewiring_is_over(run) and not self.fixed:
             for layer, theta in zip(signed_layers(run.model), thetas(run.model), strict=True):
-                if not layer.fixed:
-                    layer.fix(theta > 0)
-        self.live = live_sets(run.model)
+                layer.fix(theta > 0)
+            self.fixed = True
+
+    def _wire(self, run: Run) -> None:
+        """Gather all theta; the live ones are those of the network or of an interrupted run."""
+        live = self.saved_live
+        if live is None:
+            live = torch.cat([layer.flatten() for layer in live_sets(run.model)])
+            live = live.nonzero().squeeze(1)
+        layers = thetas(run.model)
+        budget = keep_count(sum(theta.numel() for theta in layers), run.sparsity)
+        device = layers[0].device
+        exact = device.type == "cpu"
+        self.wiring = Wiring(layers, live.to(device), budget, run.generator, exact=exact)
+        self.saved_live = None
+        self.fixed = all(layer.fixed for layer in signed_layers(run.model))
 
     def _rewiring_is_over(self, run: Run) -> bool:
         if self.params.rewiring == "until_last_drop":
@@ -172,59 +189,31 @@ class SamplingStage(Stage):
         return self.params.rewiring == "never"
 
     def after_step(self, run: Run) -> None:
+        wiring, may_wake = self.wiring, self.params.waking == "drift"
         with torch.no_grad():
-            everything = thetas(run.model)
-            for theta, live in zip(everything, self.live, strict=True):
-                self._move(theta, live, run)
-            now = live_sets(run.model)
-            died = [_where(old & ~new) for old, new in zip(self.live, now, strict=True)]
-            woken = [_where(new & ~old) for old, new in zip(self.live, now, strict=True)]
-            drawn = self._rewire(everything, now, run)
-        regrown = [torch.cat(both) for both in zip(woken, drawn, strict=True)]
+            wiring.move(self._noise(run), may_wake=may_wake)
+            died = regrown = wiring.live[:0]
+            if not self.fixed:
+                by_room = self.params.regrowth == "dormant"
+                theta = self.params.regrown_theta
+                died, regrown = wiring.rewire(theta, by_room=by_room, may_wake=may_wake)
+                if self.params.momentum == "reset" and len(regrown):
+                    states = [run.optimizer.state[theta] for theta in wiring.layers]
+                    wiring.reset([state.get("momentum_buffer") for state in states], regrown)
         run.connections.record(died, regrown)
 
-    def _move(self, theta: Tensor, live: Tensor, run: Run) -> None:
-        """Add noise to the live theta; unless they may drift, keep the dormant ones dormant."""
-        scale = run.lr * self.params.noise_scale
+    def _noise(self, run: Run) -> float:
+        """Standard deviation of the noise on a live theta."""
         if self.params.temperature is not None:
-            scale = (2 * run.lr * self.params.temperature) ** 0.5
-        if scale:
-            noise = torch.randn(theta.shape, generator=run.generator, device=theta.device)
-            theta.add_(noise * live, alpha=scale)
-        if self.params.waking == "drawn":
-            theta.copy_(torch.where(live, theta, theta.clamp(max=0)))
+            return (2 * run.lr * self.params.temperature) ** 0.5
+        return run.lr * self.params.noise_scale
 
-    def _rewire(self, everything: list[Tensor], now: list[Tensor], run: Run) -> list[Tensor]:
-        """Bring the live count back to the budget; returns the regrown positions of each layer.
+    def state(self) -> dict[str, Any]:
+        """The live positions: noise and draws go on in their order."""
+        return {} if self.wiring is None else {"live": self.wiring.live.int()}
 
-        Layers are drawn with probability ~ size (or ~ dormant positions), positions uniformly
-        among the dormant ones of a layer.
-        """
-        sizes = torch.tensor([theta.numel() for theta in everything])
-        dormant = [_where(~live) for live in now]
-        room = torch.tensor([len(positions) for positions in dormant])
-        budget = keep_count(int(sizes.sum()), run.sparsity)
-        deficit = budget - int(sizes.sum() - room.sum())
-        if deficit <= 0 or self._rewiring_is_over(run):
-            return [positions[:0] for positions in dormant]
-        chances = sizes if self.params.regrowth == "size" else room
-        drawn = draw_layers(deficit, chances, room, run.generator)
-        regrown = []
-        for theta, positions, count in zip(everything, dormant, drawn.tolist(), strict=True):
-            order = torch.randperm(len(positions), generator=run.generator, device=theta.device)
-            picked = positions[order[:count]]
-            theta.view(-1)[picked] = self.params.regrown_theta
-            if self.params.momentum == "reset":
-                velocity = run.optimizer.state[theta].get("momentum_buffer")
-                if velocity is not None:
-                    velocity.view(-1)[picked] = 0.0
-            regrown.append(picked)
-        return regrown
-
-
-def _where(mask: Tensor) -> Tensor:
-    """Flat positions of the true entries."""
-    return mask.flatten().nonzero().squeeze(1)
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.saved_live = state["live"].long() if state else None
 
 
 def thetas(model: nn.Module) -> list[Tensor]:
@@ -287,21 +276,6 @@ def _brought_to(
         layer_of = torch.bucketize(gone[:-missing].cpu(), edges, right=True)
         have = have - torch.bincount(layer_of, minlength=len(have))
     return dict(zip(counts, have.tolist(), strict=True))
-
-
-def draw_layers(count: int, chances: Tensor, room: Tensor, generator: torch.Generator) -> Tensor:
-    """How many of `count` regrowths each layer gets: independent draws with probability ~ chances.
-
-    Draws beyond a layer's `room` (dormant positions) are drawn again among layers with room left.
-    """
-    drawn = torch.zeros_like(room)
-    while count > 0:
-        weights = (chances * (drawn < room)).double().to(generator.device)
-        choice = torch.multinomial(weights, count, replacement=True, generator=generator)
-        drawn += torch.bincount(choice.cpu(), minlength=len(room))
-        count = int((drawn - room).clamp(min=0).sum())
-        drawn = torch.minimum(drawn, room)
-    return drawn
 
 
 def stages(params: Params, sparsity: float) -> list[Stage]:

@@ -40,7 +40,7 @@ def test_log_equals_slow_bookkeeping(seed, count, every):
             born[name] |= dict.fromkeys(positions(new).tolist(), step)
             window[name][0] += int(gone.sum())
             window[name][1] += int(new.sum())
-        log.record(dead, grown)
+        log.record_by_layer(dead, grown)
         if step % every == 0:
             rows.append(
                 {
@@ -68,6 +68,6 @@ def test_log_equals_slow_bookkeeping(seed, count, every):
 
 def test_tables_of_a_method_that_never_rewires_have_the_same_columns():
     log = ConnectionLog({"only": torch.ones(3, dtype=torch.bool)})
-    log.record([torch.tensor([0])], [torch.tensor([0])])
+    log.record(torch.tensor([0]), torch.tensor([0]))
     assert list(log.steps()) == list(no_steps())
     assert list(log.lifetimes()) == list(no_lifetimes())

@@ -1,0 +1,255 @@
+"""The live connections of a whole network at once, and new places for those that die.
+
+For methods that rewire at every step: beyond a pass over the values, a step costs by the
+connections that live and change, not by the weights.
+"""
+
+import torch
+from torch import Tensor
+
+# A draw tries so many positions of its layer in a round, and so many rounds at most, before the
+# dormant ones are counted out. One whose layer has a dormant share a gets there with probability
+# (1 - a) ** 24: 1e-24 at a = 0.9, 5e-6 at 0.4.
+CANDIDATES, ROUNDS = 8, 3
+
+
+def draw_layers(count: int, chances: Tensor, room: Tensor, generator: torch.Generator) -> Tensor:
+    """How many of `count` regrowths each layer gets: independent draws with probability ~ chances.
+
+    Draws beyond a layer's `room` (dormant positions) are drawn again among layers with room left.
+    """
+    drawn = torch.zeros_like(room)
+    while count > 0:
+        weights = (chances * (drawn < room)).double().to(generator.device)
+        choice = torch.multinomial(weights, count, replacement=True, generator=generator)
+        drawn += torch.bincount(choice.cpu(), minlength=len(room))
+        count = int((drawn - room).clamp(min=0).sum())
+        drawn = torch.minimum(drawn, room)
+    return drawn
+
+
+class Wiring:
+    """The values of all layers in one tensor, the positions that live, and draws of new ones.
+
+    A position counts through the layers' weights, one layer after the other; one whose value is
+    above 0 lives, all others are dormant. Position `nowhere`, after the last, is of no layer.
+
+    A step is rewired in one of two ways. The exact one looks at how many connections died, which
+    is free on a CPU. The blind one never makes the host wait for a GPU: its lists have a fixed
+    length, filled up with `nowhere`, and a draw that finds no place is made again at the next
+    step. That happens to draws beyond a layer's room, to those beyond `most` in a step, and with
+    the probability above to those that meet another one in a nearly full layer.
+    """
+
+    def __init__(
+        self,
+        layers: list[Tensor],
+        live: Tensor,
+        budget: int,
+        generator: torch.Generator,
+        *,
+        exact: bool,
+    ) -> None:
+        """Take over the layers' values: from here on each layer is a view of `values`.
+
+        live: positions (int64) of the live connections, or the `live` of an earlier wiring.
+        """
+        self.layers, self.budget, self.generator, self.exact = layers, budget, generator, exact
+        sizes = [layer.numel() for layer in layers]
+        self.nowhere = sum(sizes)
+        self.values = torch.cat([*(x.detach().flatten() for x in layers), layers[0].new_zeros(1)])
+        self.parts = self.values[:-1].split(sizes)
+        for layer, part in zip(layers, self.parts, strict=True):
+            layer.data = part.view_as(layer)
+        # Of each layer, and last of nowhere.
+        self.sizes = torch.tensor([*sizes, 0], device=live.device)
+        self.starts = self.sizes.cumsum(0) - self.sizes
+        self.ends = self.starts[1:]
+        self.room = self.sizes.clone()
+        self._make_room(live, -1)
+        if not exact and (len(live) == 0 or live[-1] != self.nowhere):
+            # The last slot stays empty: it stands for none.
+            missing = max(0, budget - len(live))
+            live = torch.cat([live, live.new_full((missing + 1,), self.nowhere)])
+        self.live = live
+        self.most = min(len(live), max(1024, budget // 8))
+
+    def is_intact(self) -> bool:
+        """Whether the layers still are views of `values`: nothing has put other tensors there."""
+        pairs = zip(self.layers, self.parts, strict=True)
+        return all(layer.data_ptr() == part.data_ptr() for layer, part in pairs)
+
+    def find_live(self) -> None:
+        """List all positions above 0 as live, whatever was listed before."""
+        self.live = self._where(self.values[:-1] > 0, self.nowhere)
+        if not self.exact:
+            self.live = torch.cat([self.live, self.live.new_full((1,), self.nowhere)])
+
+    def move(self, noise: float, *, may_wake: bool) -> None:
+        """Add noise * N(0, 1) to the live values; hold the others at 0 or below unless they may
+        wake up by themselves.
+        """
+        values = self.values.index_select(0, self.live)
+        if noise:
+            device = values.device
+            normal = torch.randn(len(values), generator=self.generator, device=device)
+            values.add_(normal, alpha=noise)
+        if not may_wake:
+            self.values.clamp_(max=0)
+        self.values.index_copy_(0, self.live, values)
+
+    def rewire(
+        self, value: float, *, by_room: bool = False, may_wake: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Replace the connections that died, up to the budget; returns the positions that died
+        and those that came alive.
+
+        Layers are drawn with probability ~ size (`by_room`: ~ dormant positions), positions
+        uniformly among the dormant ones of the layer, and get `value`.
+        """
+        lives = self.values.index_select(0, self.live) > 0
+        woken = self._woken() if may_wake else self.live[:0]
+        self._make_room(woken, -1)
+        draw = self._rewire_exactly if self.exact else self._rewire_blindly
+        died, drawn = draw(lives, woken, value, self.room if by_room else self.sizes)
+        self._make_room(drawn, -1)
+        return died, torch.cat([woken, drawn])
+
+    def reset(self, tensors: list[Tensor | None], positions: Tensor) -> None:
+        """Set to 0 what the layers' own tensors hold at these positions."""
+        layer = torch.bucketize(positions, self.ends, right=True)
+        start = 0
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                # Positions of other layers multiply some element by 1: no list by layer is needed.
+                own = (positions - start).clamp(0, tensor.numel() - 1)
+                factor = (layer != i).to(tensor.dtype)
+                tensor.view(-1).scatter_reduce_(0, own, factor, "prod")
+            start += self.layers[i].numel()
+
+    def _make_room(self, positions: Tensor, sign: int) -> None:
+        """Keep count of the layers' dormant positions: so many more (sign 1) or fewer (-1)."""
+        if len(positions):
+            layer = torch.bucketize(positions, self.ends, right=True)
+            self.room.index_add_(0, layer, torch.ones_like(positions), alpha=sign)
+
+    def _woken(self) -> Tensor:
+        """Positions that live without being listed."""
+        alive = self.values > 0
+        alive.index_fill_(0, self.live, False)
+        return self._where(alive[:-1], self.nowhere)
+
+    def _where(self, mask: Tensor, none: int, most: int | None = None) -> Tensor:
+        """Indices where the mask is true; blindly, the first `most` (or all), filled with `none`."""
+        if self.exact:
+            return mask.nonzero().squeeze(1)
+        most = len(mask) if most is None else most
+        rank = mask.cumsum(0).masked_fill_(~mask, most + 1).clamp_(max=most + 1)
+        found = torch.full((most + 1,), none, device=mask.device)
+        found.scatter_(0, rank - 1, torch.arange(len(mask), device=mask.device))
+        return found[:most]
+
+    # ---------------------------------------------------------------- the exact way
+
+    def _rewire_exactly(
+        self, lives: Tensor, woken: Tensor, value: float, chances: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        slots = self._where(~lives, self.nowhere)
+        died = self.live[slots]
+        self._make_room(died, 1)
+        missing = self.budget - (len(lives) - len(died) + len(woken))
+        drawn = self._draw(missing, value, chances) if missing > 0 else died[:0]
+        if len(drawn) == len(died):
+            self.live[slots] = drawn
+        else:
+            self.live = torch.cat([self.live[lives], drawn])
+        return died, drawn
+
+    def _draw(self, count: int, value: float, chances: Tensor) -> Tensor:
+        """Bring so many dormant positions to life."""
+        counts = draw_layers(count, chances[:-1], self.room[:-1], self.generator)
+        layer = torch.repeat_interleave(counts)
+        places = self._claim(self._anywhere(layer), value)
+        for _ in range(ROUNDS - 1):
+            left = (places == self.nowhere).nonzero().squeeze(1)
+            if len(left) == 0:
+                return places
+            places[left] = self._claim(self._anywhere(layer[left]), value)
+        for i, part in enumerate(self.parts):
+            left = ((places == self.nowhere) & (layer == i)).nonzero().squeeze(1)
+            if len(left):
+                dormant = (~(part > 0)).nonzero().squeeze(1)
+                order = torch.randperm(len(dormant), generator=self.generator)
+                places[left] = self.starts[i] + dormant[order[: len(left)]]
+        return self._woke(places, value)
+
+    # ---------------------------------------------------------------- the blind way
+
+    def _rewire_blindly(
+        self, lives: Tensor, woken: Tensor, value: float, chances: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        died = self.live.masked_fill(lives, self.nowhere)
+        self._make_room(died, 1)
+        empty = (~lives).logical_or_(self.live == self.nowhere)
+        missing = self.budget - (~empty).sum() - (woken < self.nowhere).sum()
+        chosen = empty & (empty.cumsum(0) <= missing)
+        chosen[-1:].fill_(False)
+        none = len(empty) - 1
+        slots = self._where(chosen, none, self.most)
+        drawn = self._draw_blindly(slots < none, value, chances)
+        self.live = self.live.masked_fill(empty, self.nowhere).index_copy_(0, slots, drawn)
+        return died, drawn
+
+    def _draw_blindly(self, wanted: Tensor, value: float, chances: Tensor) -> Tensor:
+        """Bring a dormant position to life where one is wanted and a place is found for it."""
+        edges = (chances * (self.room > 0))[:-1].double().cumsum(0)
+        layer = torch.bucketize(self._uniform(wanted.shape) * edges[-1], edges, right=True)
+        nothing = len(self.parts)
+        layer.masked_fill_(~wanted, nothing)
+        places = torch.full_like(layer, self.nowhere)
+        for proposed in [self._anywhere] * ROUNDS + [self._counted_out]:
+            left = layer.masked_fill(places < self.nowhere, nothing)
+            places = torch.minimum(places, self._claim(proposed(left), value))
+        return places
+
+    def _counted_out(self, layer_N: Tensor) -> Tensor:
+        """A dormant position of each given layer, found by its rank (N x 1)."""
+        dormant = torch.zeros_like(self.values, dtype=torch.int64)
+        torch.cumsum(~(self.values[:-1] > 0), 0, out=dormant[1:])  # before each position
+        before = dormant[self.starts]
+        room = (before[1:] - before[:-1])[layer_N.clamp(max=len(self.parts) - 1)]
+        rank = before[layer_N] + (self._uniform(layer_N.shape) * room).long()
+        place = torch.bucketize(rank, dormant, right=True) - 1
+        return place.masked_fill_((room == 0) | (layer_N == len(self.parts)), self.nowhere)[:, None]
+
+    # ---------------------------------------------------------------- both
+
+    def _uniform(self, shape: tuple[int, ...]) -> Tensor:
+        device = self.values.device
+        return torch.rand(shape, generator=self.generator, device=device, dtype=torch.float64)
+
+    def _anywhere(self, layer_N: Tensor) -> Tensor:
+        """Positions of each given layer, live or dormant (N x CANDIDATES)."""
+        share = self._uniform((len(layer_N), CANDIDATES))
+        offset = share.mul_(self.sizes[layer_N][:, None]).long()
+        return offset.add_(self.starts[layer_N][:, None])
+
+    def _claim(self, candidates: Tensor, value: float) -> Tensor:
+        """Bring to life the first dormant candidate of each row; returns it, or nowhere where all
+        candidates live or an earlier row takes the same one.
+
+        Which positions win depends on nothing but who drew them, so that every set of dormant
+        positions of a layer is as probable as any other of its size.
+        """
+        lives = self.values[candidates] > 0
+        first = lives.to(torch.uint8).argmin(1, keepdim=True)
+        place = candidates.gather(1, first).squeeze(1)
+        place.masked_fill_(lives.gather(1, first).squeeze(1), self.nowhere)
+        ordered, order = place.sort(stable=True)
+        again = ordered[1:] == ordered[:-1]
+        place.scatter_(0, order[1:], ordered[1:].masked_fill(again, self.nowhere))
+        return self._woke(place, value)
+
+    def _woke(self, positions: Tensor, value: float) -> Tensor:
+        self.values.index_fill_(0, positions, value)
+        return positions
