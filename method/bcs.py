@@ -178,8 +178,9 @@ class SamplingStage(Stage):
         layers = thetas(run.model)
         budget = keep_count(sum(theta.numel() for theta in layers), run.sparsity)
         device = layers[0].device
-        exact = device.type == "cpu"
-        self.wiring = Wiring(layers, live.to(device), budget, run.generator, exact=exact)
+        self.wiring = Wiring(
+            layers, live.to(device), budget, run.generator, exact=steps_exactly(device)
+        )
         self.saved_live = None
         self.fixed = all(layer.fixed for layer in signed_layers(run.model))
 
@@ -189,18 +190,21 @@ class SamplingStage(Stage):
         return self.params.rewiring == "never"
 
     def after_step(self, run: Run) -> None:
-        wiring, may_wake = self.wiring, self.params.waking == "drift"
+        wiring, params, may_wake = self.wiring, self.params, self.params.waking == "drift"
+        died = woken = drawn = wiring.live[:0]
         with torch.no_grad():
-            wiring.move(self._noise(run), may_wake=may_wake)
-            died = regrown = wiring.live[:0]
+            lives = wiring.move(self._noise(run), may_wake=may_wake)
             if not self.fixed:
-                by_room = self.params.regrowth == "dormant"
-                theta = self.params.regrown_theta
-                died, regrown = wiring.rewire(theta, by_room=by_room, may_wake=may_wake)
-                if self.params.momentum == "reset" and len(regrown):
-                    states = [run.optimizer.state[theta] for theta in wiring.layers]
-                    wiring.reset([state.get("momentum_buffer") for state in states], regrown)
-        run.connections.record(died, regrown)
+                died, woken, drawn = wiring.rewire(
+                    lives,
+                    params.regrown_theta,
+                    by_room=params.regrowth == "dormant",
+                    may_wake=may_wake,
+                )
+            if params.momentum == "reset" and len(drawn):
+                states = [run.optimizer.state[theta] for theta in wiring.layers]
+                wiring.reset([state.get("momentum_buffer") for state in states], drawn)
+        run.connections.record(died, torch.cat([woken, drawn]))
 
     def _noise(self, run: Run) -> float:
         """Standard deviation of the noise on a live theta."""
@@ -214,6 +218,11 @@ class SamplingStage(Stage):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.saved_live = state["live"].long() if state else None
+
+
+def steps_exactly(device: torch.device) -> bool:
+    """Whether a step may look at how many connections died: on a GPU the host would wait."""
+    return device.type == "cpu"
 
 
 def thetas(model: nn.Module) -> list[Tensor]:

@@ -35,6 +35,7 @@ class ConnectionLog:
         self.totals = torch.zeros(len(live) + 1, 4, dtype=torch.float64, device=device)
         self.totals[:-1, 2] = torch.stack([mask.sum() for mask in live.values()])
         self.died_at = torch.zeros(1024, dtype=torch.int64, device=device)
+        self.one = torch.ones(1, dtype=torch.int64, device=device)
         self.rows: list[Tensor] = [self.totals[:-1].clone()]
         self.death = torch.tensor([[1.0, 0.0, -1.0, 0.0]], dtype=torch.float64, device=device)
         self.regrowth = torch.tensor([[0.0, 1.0, 1.0, 0.0]], dtype=torch.float64, device=device)
@@ -43,7 +44,7 @@ class ConnectionLog:
         """Take in one step: the positions (int64) that died and those that came alive."""
         self.step += 1
         if len(died):
-            births = self.born[died]
+            births = self.born.index_select(0, died)
             self.born.index_fill_(0, died, -1)
             layer = torch.bucketize(died, self.ends, right=True)
             self.totals.index_add_(0, layer, self.death.expand(len(died), 4))
@@ -69,11 +70,12 @@ class ConnectionLog:
         self.record(*both)
 
     def _count_lifetimes(self, births: Tensor) -> None:
-        """Add the ages of regrown connections that died; all others count at 0, where none dies."""
-        if self.step >= len(self.died_at):
+        """Add the ages of regrown connections that died: all are younger than the training."""
+        if self.step + 2 > len(self.died_at):
             self.died_at = torch.cat([self.died_at, torch.zeros_like(self.died_at)])
-        ages = ((self.step - births) * (births > 0)).long()
-        self.died_at.index_add_(0, ages, torch.ones_like(ages))
+        self.died_at.index_add_(0, self.step - births, self.one.expand(len(births)))
+        # Those of the initial network are as old as the training, nowhere (-1) a step older.
+        self.died_at[self.step : self.step + 2].zero_()
 
     def steps(self) -> pd.DataFrame:
         """One row a logged step and layer; those of step 0 are the initial network."""
@@ -94,7 +96,7 @@ class ConnectionLog:
         ages = (self.step - born[born > 0]).long()
         alive = torch.bincount(ages, minlength=len(self.died_at)).numpy()
         died = np.zeros_like(alive)
-        died[1 : len(self.died_at)] = self.died_at[1:].cpu()
+        died[: len(self.died_at)] = self.died_at.cpu()
         table = pd.DataFrame({"age": np.arange(len(alive)), "died": died, "alive": alive})
         return table[(table.died > 0) | (table.alive > 0)].reset_index(drop=True)
 

@@ -23,8 +23,9 @@ def draw_layers(count: int, chances: Tensor, room: Tensor, generator: torch.Gene
         weights = (chances * (drawn < room)).double().to(generator.device)
         choice = torch.multinomial(weights, count, replacement=True, generator=generator)
         drawn += torch.bincount(choice.cpu(), minlength=len(room))
-        count = int((drawn - room).clamp(min=0).sum())
-        drawn = torch.minimum(drawn, room)
+        over = (drawn - room).clamp_(min=0)
+        count = int(over.sum())
+        drawn -= over
     return drawn
 
 
@@ -65,7 +66,8 @@ class Wiring:
         self.sizes = torch.tensor([*sizes, 0], device=live.device)
         self.starts = self.sizes.cumsum(0) - self.sizes
         self.ends = self.starts[1:]
-        self.room = self.sizes.clone()
+        self.layout = torch.stack([self.sizes, self.starts], dim=1)
+        self.room, self.one = self.sizes.clone(), torch.ones_like(self.sizes[:1])
         self._make_room(live, -1)
         if not exact and (len(live) == 0 or live[-1] != self.nowhere):
             # The last slot stays empty: it stands for none.
@@ -85,9 +87,9 @@ class Wiring:
         if not self.exact:
             self.live = torch.cat([self.live, self.live.new_full((1,), self.nowhere)])
 
-    def move(self, noise: float, *, may_wake: bool) -> None:
+    def move(self, noise: float, *, may_wake: bool) -> Tensor:
         """Add noise * N(0, 1) to the live values; hold the others at 0 or below unless they may
-        wake up by themselves.
+        wake up by themselves. Returns which of `live` are above 0 still.
         """
         values = self.values.index_select(0, self.live)
         if noise:
@@ -97,23 +99,23 @@ class Wiring:
         if not may_wake:
             self.values.clamp_(max=0)
         self.values.index_copy_(0, self.live, values)
+        return values > 0
 
     def rewire(
-        self, value: float, *, by_room: bool = False, may_wake: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Replace the connections that died, up to the budget; returns the positions that died
-        and those that came alive.
+        self, lives: Tensor, value: float, *, by_room: bool, may_wake: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Replace the connections that died, up to the budget: what `move` returned says which.
 
         Layers are drawn with probability ~ size (`by_room`: ~ dormant positions), positions
-        uniformly among the dormant ones of the layer, and get `value`.
+        uniformly among the dormant ones of the layer, and get `value`. Returns the positions that
+        died, that woke up by themselves and that were drawn.
         """
-        lives = self.values.index_select(0, self.live) > 0
         woken = self._woken() if may_wake else self.live[:0]
         self._make_room(woken, -1)
         draw = self._rewire_exactly if self.exact else self._rewire_blindly
         died, drawn = draw(lives, woken, value, self.room if by_room else self.sizes)
         self._make_room(drawn, -1)
-        return died, torch.cat([woken, drawn])
+        return died, woken, drawn
 
     def reset(self, tensors: list[Tensor | None], positions: Tensor) -> None:
         """Set to 0 what the layers' own tensors hold at these positions."""
@@ -131,7 +133,7 @@ class Wiring:
         """Keep count of the layers' dormant positions: so many more (sign 1) or fewer (-1)."""
         if len(positions):
             layer = torch.bucketize(positions, self.ends, right=True)
-            self.room.index_add_(0, layer, torch.ones_like(positions), alpha=sign)
+            self.room.index_add_(0, layer, self.one.expand(len(layer)), alpha=sign)
 
     def _woken(self) -> Tensor:
         """Positions that live without being listed."""
@@ -140,7 +142,7 @@ class Wiring:
         return self._where(alive[:-1], self.nowhere)
 
     def _where(self, mask: Tensor, none: int, most: int | None = None) -> Tensor:
-        """Indices where the mask is true; blindly, the first `most` (or all), filled with `none`."""
+        """Indices where the mask is true; blindly the first `most` (or all), then `none`."""
         if self.exact:
             return mask.nonzero().squeeze(1)
         most = len(mask) if most is None else most
@@ -155,12 +157,12 @@ class Wiring:
         self, lives: Tensor, woken: Tensor, value: float, chances: Tensor
     ) -> tuple[Tensor, Tensor]:
         slots = self._where(~lives, self.nowhere)
-        died = self.live[slots]
+        died = self.live.index_select(0, slots)
         self._make_room(died, 1)
         missing = self.budget - (len(lives) - len(died) + len(woken))
         drawn = self._draw(missing, value, chances) if missing > 0 else died[:0]
         if len(drawn) == len(died):
-            self.live[slots] = drawn
+            self.live.index_copy_(0, slots, drawn)
         else:
             self.live = torch.cat([self.live[lives], drawn])
         return died, drawn
@@ -230,9 +232,9 @@ class Wiring:
 
     def _anywhere(self, layer_N: Tensor) -> Tensor:
         """Positions of each given layer, live or dormant (N x CANDIDATES)."""
-        share = self._uniform((len(layer_N), CANDIDATES))
-        offset = share.mul_(self.sizes[layer_N][:, None]).long()
-        return offset.add_(self.starts[layer_N][:, None])
+        size, start = self.layout.index_select(0, layer_N).split(1, dim=1)
+        offset = self._uniform((len(layer_N), CANDIDATES)).mul_(size).long()
+        return offset.add_(start)
 
     def _claim(self, candidates: Tensor, value: float) -> Tensor:
         """Bring to life the first dormant candidate of each row; returns it, or nowhere where all
@@ -241,7 +243,7 @@ class Wiring:
         Which positions win depends on nothing but who drew them, so that every set of dormant
         positions of a layer is as probable as any other of its size.
         """
-        lives = self.values[candidates] > 0
+        lives = self.values.take(candidates) > 0
         first = lives.to(torch.uint8).argmin(1, keepdim=True)
         place = candidates.gather(1, first).squeeze(1)
         place.masked_fill_(lives.gather(1, first).squeeze(1), self.nowhere)
