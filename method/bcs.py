@@ -25,6 +25,7 @@ batch norm alike) and `velocity`.
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -274,16 +275,14 @@ def _brought_to(
     budget: int, counts: dict[str, int], sizes: dict[str, int], generator: torch.Generator
 ) -> dict[str, int]:
     """Counts that sum to the budget: topped up as rewiring does, or thinned out uniformly."""
-    have = torch.tensor(list(counts.values()))
-    size = torch.tensor(list(sizes.values()))
+    have, size = np.array(list(counts.values())), np.array(list(sizes.values()))
     missing = budget - int(have.sum())
     if missing >= 0:
         have += draw_layers(missing, size, size - have, generator)
     else:
         gone = torch.randperm(int(have.sum()), generator=generator, device=generator.device)
-        edges = have.cumsum(0)
-        layer_of = torch.bucketize(gone[:-missing].cpu(), edges, right=True)
-        have = have - torch.bincount(layer_of, minlength=len(have))
+        layer_of = have.cumsum().searchsorted(gone[:-missing].cpu().numpy(), side="right")
+        have = have - np.bincount(layer_of, minlength=len(have))
     return dict(zip(counts, have.tolist(), strict=True))
 
 

@@ -4,6 +4,7 @@ For methods that rewire at every step: beyond a pass over the values, a step cos
 connections that live and change, not by the weights.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,20 +14,26 @@ from torch import Tensor
 CANDIDATES, ROUNDS = 8, 3
 
 
-def draw_layers(count: int, chances: Tensor, room: Tensor, generator: torch.Generator) -> Tensor:
+def draw_layers(
+    count: int, chances: np.ndarray, room: np.ndarray, generator: torch.Generator
+) -> np.ndarray:
     """How many of `count` regrowths each layer gets: independent draws with probability ~ chances.
 
     Draws beyond a layer's `room` (dormant positions) are drawn again among layers with room left.
     """
-    drawn = torch.zeros_like(room)
+    drawn = np.zeros_like(room)
     while count > 0:
-        weights = (chances * (drawn < room)).double().to(generator.device)
-        choice = torch.multinomial(weights, count, replacement=True, generator=generator)
-        drawn += torch.bincount(choice.cpu(), minlength=len(room))
-        over = (drawn - room).clamp_(min=0)
-        count = int(over.sum())
+        edges = np.cumsum(chances * (drawn < room))
+        at = _uniform((count,), generator).cpu().numpy() * edges[-1]
+        drawn += np.bincount(edges.searchsorted(at, side="right"), minlength=len(room))
+        over = np.maximum(drawn - room, 0)
         drawn -= over
+        count = int(over.sum())
     return drawn
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
 
 
 class Wiring:
@@ -66,7 +73,6 @@ class Wiring:
         self.sizes = torch.tensor([*sizes, 0], device=live.device)
         self.starts = self.sizes.cumsum(0) - self.sizes
         self.ends = self.starts[1:]
-        self.layout = torch.stack([self.sizes, self.starts], dim=1)
         self.room, self.one = self.sizes.clone(), torch.ones_like(self.sizes[:1])
         self._make_room(live, -1)
         if not exact and (len(live) == 0 or live[-1] != self.nowhere):
@@ -114,7 +120,6 @@ class Wiring:
         self._make_room(woken, -1)
         draw = self._rewire_exactly if self.exact else self._rewire_blindly
         died, drawn = draw(lives, woken, value, self.room if by_room else self.sizes)
-        self._make_room(drawn, -1)
         return died, woken, drawn
 
     def reset(self, tensors: list[Tensor | None], positions: Tensor) -> None:
@@ -153,37 +158,54 @@ class Wiring:
 
     # ---------------------------------------------------------------- the exact way
 
+    # In NumPy: on the short lists of a step its calls take a fraction of PyTorch's time.
+
     def _rewire_exactly(
         self, lives: Tensor, woken: Tensor, value: float, chances: Tensor
     ) -> tuple[Tensor, Tensor]:
-        slots = self._where(~lives, self.nowhere)
-        died = self.live.index_select(0, slots)
-        self._make_room(died, 1)
-        missing = self.budget - (len(lives) - len(died) + len(woken))
+        live, room = self.live.numpy(), self.room.numpy()
+        slots = np.flatnonzero(~lives.numpy())
+        died = live[slots]
+        layers = self.ends.numpy().searchsorted(died, side="right")
+        room += np.bincount(layers, minlength=len(room))
+        missing = self.budget - (len(live) - len(died) + len(woken))
         drawn = self._draw(missing, value, chances) if missing > 0 else died[:0]
         if len(drawn) == len(died):
-            self.live.index_copy_(0, slots, drawn)
+            live[slots] = drawn
         else:
-            self.live = torch.cat([self.live[lives], drawn])
-        return died, drawn
+            self.live = torch.from_numpy(np.concatenate([live[lives.numpy()], drawn]))
+        return torch.from_numpy(died), torch.from_numpy(drawn)
 
-    def _draw(self, count: int, value: float, chances: Tensor) -> Tensor:
+    def _draw(self, count: int, value: float, chances: Tensor) -> np.ndarray:
         """Bring so many dormant positions to life."""
-        counts = draw_layers(count, chances[:-1], self.room[:-1], self.generator)
-        layer = torch.repeat_interleave(counts)
-        places = self._claim(self._anywhere(layer), value)
-        for _ in range(ROUNDS - 1):
-            left = (places == self.nowhere).nonzero().squeeze(1)
+        values, room = self.values.numpy(), self.room.numpy()
+        sizes, starts = self.sizes.numpy(), self.starts.numpy()
+        counts = draw_layers(count, chances.numpy()[:-1], room[:-1], self.generator)
+        room[:-1] -= counts
+        layer = np.arange(len(counts)).repeat(counts)
+        places, left = np.full(count, self.nowhere), np.arange(count)
+        for _ in range(ROUNDS):
             if len(left) == 0:
                 return places
-            places[left] = self._claim(self._anywhere(layer[left]), value)
-        for i, part in enumerate(self.parts):
-            left = ((places == self.nowhere) & (layer == i)).nonzero().squeeze(1)
-            if len(left):
-                dormant = (~(part > 0)).nonzero().squeeze(1)
-                order = torch.randperm(len(dormant), generator=self.generator)
-                places[left] = self.starts[i] + dormant[order[: len(left)]]
-        return self._woke(places, value)
+            own = layer[left][:, None]
+            share = _uniform((len(left), CANDIDATES), self.generator).numpy()
+            tried = starts[own] + (share * sizes[own]).astype(np.int64)
+            lives = values[tried] > 0
+            rows, first = np.arange(len(left)), lives.argmin(axis=1)
+            place = tried[rows, first]
+            place[lives[rows, first]] = self.nowhere
+            found, rows = np.unique(place, return_index=True)  # of several the first gets it
+            values[found] = value
+            places[left[rows]] = found
+            left = np.flatnonzero(places == self.nowhere)
+        for i in np.unique(layer[left]):
+            own = left[layer[left] == i]
+            part = values[starts[i] : starts[i + 1]]
+            dormant = starts[i] + np.flatnonzero(~(part > 0))
+            order = torch.randperm(len(dormant), generator=self.generator).numpy()
+            places[own] = dormant[order[: len(own)]]
+        values[places] = value
+        return places
 
     # ---------------------------------------------------------------- the blind way
 
@@ -200,12 +222,15 @@ class Wiring:
         slots = self._where(chosen, none, self.most)
         drawn = self._draw_blindly(slots < none, value, chances)
         self.live = self.live.masked_fill(empty, self.nowhere).index_copy_(0, slots, drawn)
+        self._make_room(drawn, -1)
         return died, drawn
 
     def _draw_blindly(self, wanted: Tensor, value: float, chances: Tensor) -> Tensor:
         """Bring a dormant position to life where one is wanted and a place is found for it."""
         edges = (chances * (self.room > 0))[:-1].double().cumsum(0)
-        layer = torch.bucketize(self._uniform(wanted.shape) * edges[-1], edges, right=True)
+        layer = torch.bucketize(
+            _uniform(wanted.shape, self.generator) * edges[-1], edges, right=True
+        )
         nothing = len(self.parts)
         layer.masked_fill_(~wanted, nothing)
         places = torch.full_like(layer, self.nowhere)
@@ -220,21 +245,15 @@ class Wiring:
         torch.cumsum(~(self.values[:-1] > 0), 0, out=dormant[1:])  # before each position
         before = dormant[self.starts]
         room = (before[1:] - before[:-1])[layer_N.clamp(max=len(self.parts) - 1)]
-        rank = before[layer_N] + (self._uniform(layer_N.shape) * room).long()
+        rank = before[layer_N] + (_uniform(layer_N.shape, self.generator) * room).long()
         place = torch.bucketize(rank, dormant, right=True) - 1
         return place.masked_fill_((room == 0) | (layer_N == len(self.parts)), self.nowhere)[:, None]
 
-    # ---------------------------------------------------------------- both
-
-    def _uniform(self, shape: tuple[int, ...]) -> Tensor:
-        device = self.values.device
-        return torch.rand(shape, generator=self.generator, device=device, dtype=torch.float64)
-
     def _anywhere(self, layer_N: Tensor) -> Tensor:
         """Positions of each given layer, live or dormant (N x CANDIDATES)."""
-        size, start = self.layout.index_select(0, layer_N).split(1, dim=1)
-        offset = self._uniform((len(layer_N), CANDIDATES)).mul_(size).long()
-        return offset.add_(start)
+        share = _uniform((len(layer_N), CANDIDATES), self.generator)
+        offset = share.mul_(self.sizes.take(layer_N)[:, None]).long()
+        return offset.add_(self.starts.take(layer_N)[:, None])
 
     def _claim(self, candidates: Tensor, value: float) -> Tensor:
         """Bring to life the first dormant candidate of each row; returns it, or nowhere where all
@@ -244,14 +263,11 @@ class Wiring:
         positions of a layer is as probable as any other of its size.
         """
         lives = self.values.take(candidates) > 0
-        first = lives.to(torch.uint8).argmin(1, keepdim=True)
+        first = lives.view(torch.uint8).argmin(1, keepdim=True)
         place = candidates.gather(1, first).squeeze(1)
         place.masked_fill_(lives.gather(1, first).squeeze(1), self.nowhere)
         ordered, order = place.sort(stable=True)
         again = ordered[1:] == ordered[:-1]
         place.scatter_(0, order[1:], ordered[1:].masked_fill(again, self.nowhere))
-        return self._woke(place, value)
-
-    def _woke(self, positions: Tensor, value: float) -> Tensor:
-        self.values.index_fill_(0, positions, value)
-        return positions
+        self.values.index_fill_(0, place, value)
+        return place

@@ -219,13 +219,18 @@ class Places:
 
 def slow_layers(missing, chances, room, generator):
     """The layer of each connection that is to be drawn, in order."""
-    drawn = np.zeros(4, dtype=int)
+    drawn = [0, 0, 0, 0]
     while missing > 0:
-        left = torch.tensor(chances * (drawn < room)).double()
-        for layer in torch.multinomial(left, missing, replacement=True, generator=generator):
-            drawn[int(layer)] += 1
-        missing = int(np.maximum(drawn - room, 0).sum())
-        drawn = np.minimum(drawn, room)
+        open_ones = [layer for layer in range(4) if drawn[layer] < room[layer]]
+        total = sum(int(chances[layer]) for layer in open_ones)
+        for share in torch.rand(missing, generator=generator, dtype=torch.float64).tolist():
+            rest, chosen = share * total, iter(open_ones)
+            layer = next(chosen)
+            while rest >= sum(int(chances[one]) for one in open_ones if one <= layer):
+                layer = next(chosen)
+            drawn[layer] += 1
+        missing = sum(max(0, drawn[layer] - room[layer]) for layer in range(4))
+        drawn = [min(drawn[layer], room[layer]) for layer in range(4)]
     return [layer for layer in range(4) for _ in range(drawn[layer])]
 
 
