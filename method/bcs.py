@@ -36,7 +36,7 @@ from robsparse.connections import ConnectionLog
 from robsparse.counts import density, keep_count, round_to_sum
 from robsparse.sparsity import erk_keep_counts, prunable
 from robsparse.stages import Run, Stage
-from robsparse.wiring import Wiring, draw_layers
+from robsparse.wiring import Wiring
 
 LABEL = "BCS"
 
@@ -284,6 +284,25 @@ def _brought_to(
         layer_of = have.cumsum().searchsorted(gone[:-missing].cpu().numpy(), side="right")
         have = have - np.bincount(layer_of, minlength=len(have))
     return dict(zip(counts, have.tolist(), strict=True))
+
+
+def draw_layers(
+    count: int, chances: np.ndarray, room: np.ndarray, generator: torch.Generator
+) -> np.ndarray:
+    """How many of `count` regrowths each layer gets: independent draws with probability ~ chances.
+
+    Draws beyond a layer's `room` (dormant positions) are drawn again among layers with room left.
+    """
+    drawn = np.zeros_like(room)
+    while count > 0:
+        edges = np.cumsum(chances * (drawn < room))
+        share = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+        at = share.cpu().numpy() * edges[-1]
+        drawn += np.bincount(edges.searchsorted(at, side="right"), minlength=len(room))
+        over = np.maximum(drawn - room, 0)
+        drawn -= over
+        count = int(over.sum())
+    return drawn
 
 
 def stages(params: Params, sparsity: float) -> list[Stage]:

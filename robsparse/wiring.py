@@ -14,24 +14,6 @@ from torch import Tensor
 CANDIDATES, ROUNDS = 8, 3
 
 
-def draw_layers(
-    count: int, chances: np.ndarray, room: np.ndarray, generator: torch.Generator
-) -> np.ndarray:
-    """How many of `count` regrowths each layer gets: independent draws with probability ~ chances.
-
-    Draws beyond a layer's `room` (dormant positions) are drawn again among layers with room left.
-    """
-    drawn = np.zeros_like(room)
-    while count > 0:
-        edges = np.cumsum(chances * (drawn < room))
-        at = _uniform((count,), generator).cpu().numpy() * edges[-1]
-        drawn += np.bincount(edges.searchsorted(at, side="right"), minlength=len(room))
-        over = np.maximum(drawn - room, 0)
-        drawn -= over
-        count = int(over.sum())
-    return drawn
-
-
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
 
@@ -69,12 +51,11 @@ class Wiring:
         self.parts = self.values[:-1].split(sizes)
         for layer, part in zip(layers, self.parts, strict=True):
             layer.data = part.view_as(layer)
+        self.addresses = [part.data_ptr() for part in self.parts]
         # Of each layer, and last of nowhere.
         self.sizes = torch.tensor([*sizes, 0], device=live.device)
         self.starts = self.sizes.cumsum(0) - self.sizes
         self.ends = self.starts[1:]
-        self.room, self.one = self.sizes.clone(), torch.ones_like(self.sizes[:1])
-        self._make_room(live, -1)
         if not exact and (len(live) == 0 or live[-1] != self.nowhere):
             # The last slot stays empty: it stands for none.
             missing = max(0, budget - len(live))
@@ -84,8 +65,7 @@ class Wiring:
 
     def is_intact(self) -> bool:
         """Whether the layers still are views of `values`: nothing has put other tensors there."""
-        pairs = zip(self.layers, self.parts, strict=True)
-        return all(layer.data_ptr() == part.data_ptr() for layer, part in pairs)
+        return [layer.data_ptr() for layer in self.layers] == self.addresses
 
     def find_live(self) -> None:
         """List all positions above 0 as live, whatever was listed before."""
@@ -112,14 +92,13 @@ class Wiring:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Replace the connections that died, up to the budget: what `move` returned says which.
 
-        Layers are drawn with probability ~ size (`by_room`: ~ dormant positions), positions
-        uniformly among the dormant ones of the layer, and get `value`. Returns the positions that
-        died, that woke up by themselves and that were drawn.
+        A layer is drawn for each with probability ~ size (`by_room`: ~ dormant positions), among
+        those with room left, and a position uniformly among the dormant ones of the layer. They
+        get `value`. Returns the positions that died, that woke up by themselves, that were drawn.
         """
         woken = self._woken() if may_wake else self.live[:0]
-        self._make_room(woken, -1)
-        draw = self._rewire_exactly if self.exact else self._rewire_blindly
-        died, drawn = draw(lives, woken, value, self.room if by_room else self.sizes)
+        rewire = self._rewire_exactly if self.exact else self._rewire_blindly
+        died, drawn = rewire(lives, woken, value, by_room)
         return died, woken, drawn
 
     def reset(self, tensors: list[Tensor | None], positions: Tensor) -> None:
@@ -134,11 +113,9 @@ class Wiring:
                 tensor.view(-1).scatter_reduce_(0, own, factor, "prod")
             start += self.layers[i].numel()
 
-    def _make_room(self, positions: Tensor, sign: int) -> None:
-        """Keep count of the layers' dormant positions: so many more (sign 1) or fewer (-1)."""
-        if len(positions):
-            layer = torch.bucketize(positions, self.ends, right=True)
-            self.room.index_add_(0, layer, self.one.expand(len(layer)), alpha=sign)
+    def _room(self) -> Tensor:
+        """How many positions of each layer are dormant."""
+        return torch.stack([(~(part > 0)).sum() for part in self.parts])
 
     def _woken(self) -> Tensor:
         """Positions that live without being listed."""
@@ -161,78 +138,95 @@ class Wiring:
     # In NumPy: on the short lists of a step its calls take a fraction of PyTorch's time.
 
     def _rewire_exactly(
-        self, lives: Tensor, woken: Tensor, value: float, chances: Tensor
+        self, lives: Tensor, woken: Tensor, value: float, by_room: bool
     ) -> tuple[Tensor, Tensor]:
-        live, room = self.live.numpy(), self.room.numpy()
-        slots = np.flatnonzero(~lives.numpy())
-        died = live[slots]
-        layers = self.ends.numpy().searchsorted(died, side="right")
-        room += np.bincount(layers, minlength=len(room))
+        live, dead = self.live.numpy(), ~lives.numpy()
+        slots = np.flatnonzero(dead)
+        died = drawn = live[slots]
         missing = self.budget - (len(live) - len(died) + len(woken))
-        drawn = self._draw(missing, value, chances) if missing > 0 else died[:0]
+        chances = self._room() if by_room else self.sizes[:-1]
+        drawn = self._draw(missing, value, chances.numpy()) if missing > 0 else died[:0]
         if len(drawn) == len(died):
             live[slots] = drawn
         else:
-            self.live = torch.from_numpy(np.concatenate([live[lives.numpy()], drawn]))
+            self.live = torch.from_numpy(np.concatenate([live[~dead], drawn]))
         return torch.from_numpy(died), torch.from_numpy(drawn)
 
-    def _draw(self, count: int, value: float, chances: Tensor) -> np.ndarray:
-        """Bring so many dormant positions to life."""
-        values, room = self.values.numpy(), self.room.numpy()
-        sizes, starts = self.sizes.numpy(), self.starts.numpy()
-        counts = draw_layers(count, chances.numpy()[:-1], room[:-1], self.generator)
-        room[:-1] -= counts
-        layer = np.arange(len(counts)).repeat(counts)
-        places, left = np.full(count, self.nowhere), np.arange(count)
-        for _ in range(ROUNDS):
+    def _draw(self, count: int, value: float, chances: np.ndarray) -> np.ndarray:
+        """Bring so many dormant positions to life, in layers drawn with these chances."""
+        edges = chances.cumsum()
+        share = _uniform((count,), self.generator).numpy()
+        layer = edges.searchsorted(share * edges[-1], side="right")
+        places = self._try(layer, value)
+        for _ in range(ROUNDS - 1):
+            left = np.flatnonzero(places == self.nowhere)
             if len(left) == 0:
                 return places
-            own = layer[left][:, None]
-            share = _uniform((len(left), CANDIDATES), self.generator).numpy()
-            tried = starts[own] + (share * sizes[own]).astype(np.int64)
-            lives = values[tried] > 0
-            rows, first = np.arange(len(left)), lives.argmin(axis=1)
-            place = tried[rows, first]
-            place[lives[rows, first]] = self.nowhere
-            found, rows = np.unique(place, return_index=True)  # of several the first gets it
-            values[found] = value
-            places[left[rows]] = found
-            left = np.flatnonzero(places == self.nowhere)
+            places[left] = self._try(layer[left], value)
+        return self._count_out(places, layer, value, chances)
+
+    def _try(self, layer: np.ndarray, value: float) -> np.ndarray:
+        """A dormant position of each given layer, or nowhere: see `_claim`."""
+        values, own = self.values.numpy(), layer[:, None]
+        share = _uniform((len(layer), CANDIDATES), self.generator).numpy()
+        offset = (share * self.sizes.numpy()[own]).astype(np.int64)
+        tried = offset + self.starts.numpy()[own]
+        lives = values[tried] > 0
+        rows, first = np.arange(len(layer)), lives.argmin(axis=1)
+        place = tried[rows, first]
+        place[lives[rows, first]] = self.nowhere
+        order = place.argsort(kind="stable")
+        ordered = place[order]
+        place[order[1:][ordered[1:] == ordered[:-1]]] = self.nowhere
+        values[place] = value
+        return place
+
+    def _count_out(
+        self, places: np.ndarray, layer: np.ndarray, value: float, chances: np.ndarray
+    ) -> np.ndarray:
+        """Find the places that are still nowhere in lists of their layers' dormant positions, and
+        those that a layer has no room for in other layers.
+        """
+        values, starts, chances = self.values.numpy(), self.starts.numpy(), chances.copy()
+        left = np.flatnonzero(places == self.nowhere)
         for i in np.unique(layer[left]):
             own = left[layer[left] == i]
-            part = values[starts[i] : starts[i + 1]]
-            dormant = starts[i] + np.flatnonzero(~(part > 0))
+            dormant = starts[i] + np.flatnonzero(~(values[starts[i] : starts[i + 1]] > 0))
             order = torch.randperm(len(dormant), generator=self.generator).numpy()
-            places[own] = dormant[order[: len(own)]]
-        values[places] = value
+            chosen = dormant[order[: len(own)]]
+            places[own[: len(chosen)]] = chosen
+            values[chosen] = value
+            if len(own) >= len(dormant):
+                chances[i] = 0
+        left = np.flatnonzero(places == self.nowhere)
+        if len(left):
+            places[left] = self._draw(len(left), value, chances)
         return places
 
     # ---------------------------------------------------------------- the blind way
 
     def _rewire_blindly(
-        self, lives: Tensor, woken: Tensor, value: float, chances: Tensor
+        self, lives: Tensor, woken: Tensor, value: float, by_room: bool
     ) -> tuple[Tensor, Tensor]:
         died = self.live.masked_fill(lives, self.nowhere)
-        self._make_room(died, 1)
         empty = (~lives).logical_or_(self.live == self.nowhere)
         missing = self.budget - (~empty).sum() - (woken < self.nowhere).sum()
         chosen = empty & (empty.cumsum(0) <= missing)
         chosen[-1:].fill_(False)
         none = len(empty) - 1
         slots = self._where(chosen, none, self.most)
+        room = self._room()
+        chances = room if by_room else self.sizes[:-1] * (room > 0)
         drawn = self._draw_blindly(slots < none, value, chances)
         self.live = self.live.masked_fill(empty, self.nowhere).index_copy_(0, slots, drawn)
-        self._make_room(drawn, -1)
         return died, drawn
 
     def _draw_blindly(self, wanted: Tensor, value: float, chances: Tensor) -> Tensor:
         """Bring a dormant position to life where one is wanted and a place is found for it."""
-        edges = (chances * (self.room > 0))[:-1].double().cumsum(0)
-        layer = torch.bucketize(
-            _uniform(wanted.shape, self.generator) * edges[-1], edges, right=True
-        )
+        edges = chances.double().cumsum(0)
+        at = _uniform(wanted.shape, self.generator) * edges[-1]
         nothing = len(self.parts)
-        layer.masked_fill_(~wanted, nothing)
+        layer = torch.bucketize(at, edges, right=True).masked_fill_(~wanted, nothing)
         places = torch.full_like(layer, self.nowhere)
         for proposed in [self._anywhere] * ROUNDS + [self._counted_out]:
             left = layer.masked_fill(places < self.nowhere, nothing)

@@ -217,30 +217,24 @@ class Places:
         return [p for p in range(start, start + self.sizes[layer]) if not self[p] > 0]
 
 
-def slow_layers(missing, chances, room, generator):
-    """The layer of each connection that is to be drawn, in order."""
-    drawn = [0, 0, 0, 0]
-    while missing > 0:
-        open_ones = [layer for layer in range(4) if drawn[layer] < room[layer]]
-        total = sum(int(chances[layer]) for layer in open_ones)
-        for share in torch.rand(missing, generator=generator, dtype=torch.float64).tolist():
-            rest, chosen = share * total, iter(open_ones)
-            layer = next(chosen)
-            while rest >= sum(int(chances[one]) for one in open_ones if one <= layer):
-                layer = next(chosen)
-            drawn[layer] += 1
-        missing = sum(max(0, drawn[layer] - room[layer]) for layer in range(4))
-        drawn = [min(drawn[layer], room[layer]) for layer in range(4)]
-    return [layer for layer in range(4) for _ in range(drawn[layer])]
+def slow_layer(share, chances):
+    """The layer in whose part of the chances a share of their sum falls."""
+    at, passed = share * sum(chances), 0
+    for layer, chance in enumerate(chances):
+        passed += chance
+        if at < passed:
+            return layer
+    raise AssertionError("a share below 1 falls into some layer")
 
 
-def slow_draw(places, layers, generator):
-    """A dormant position for each: eight tries in each of three rounds, then one of those left."""
-    found = [None] * len(layers)
+def slow_draw(places, count, chances, generator):
+    """So many dormant positions: eight tries in each of three rounds, then one of those left."""
+    shares = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+    layers, found = [slow_layer(share, chances) for share in shares], [None] * count
     for _ in range(3):
         open_ones = [i for i, place in enumerate(found) if place is None]
         if not open_ones:
-            break
+            return found
         tries = torch.rand(len(open_ones), 8, generator=generator, dtype=torch.float64).tolist()
         claimed = []
         for i, shares in zip(open_ones, tries, strict=True):
@@ -251,6 +245,7 @@ def slow_draw(places, layers, generator):
                 claimed.append(dormant[0])
         for place in claimed:
             places[place] = 1e-12
+    chances = list(chances)
     for layer in range(4):
         open_ones = [i for i, p in enumerate(found) if p is None and layers[i] == layer]
         if open_ones:
@@ -259,6 +254,13 @@ def slow_draw(places, layers, generator):
             for i, k in zip(open_ones, order, strict=False):
                 found[i] = dormant[k]
                 places[dormant[k]] = 1e-12
+            if len(open_ones) >= len(dormant):
+                chances[layer] = 0
+    open_ones = [i for i, p in enumerate(found) if p is None]
+    if open_ones:
+        again = slow_draw(places, len(open_ones), chances, generator)
+        for i, place in zip(open_ones, again, strict=True):
+            found[i] = place
     return found
 
 
@@ -282,10 +284,10 @@ def slow_step(net, places, x, y, generator, *, lr, decay, params):
         for theta, live in zip(thetas, active, strict=True):
             theta[~live & (theta > 0)] = 0.0
     lives = [places[place] > 0 for place in places.live]
-    sizes, room = np.array(places.sizes), np.array([(theta <= 0).sum() for theta in thetas])
-    missing = keep_count(int(sizes.sum()), SPARSITY) - int(sizes.sum() - room.sum())
-    chances = sizes if params.regrowth == "size" else room
-    drawn = slow_draw(places, slow_layers(missing, chances, room, generator), generator)
+    room = [len(places.dormant(layer)) for layer in range(4)]
+    missing = keep_count(sum(places.sizes), SPARSITY) - (sum(places.sizes) - sum(room))
+    chances = places.sizes if params.regrowth == "size" else room
+    drawn = slow_draw(places, missing, chances, generator) if missing > 0 else []
     for place in drawn if params.momentum == "reset" else []:
         velocity, index = places.find(place, net.velocity)
         velocity[index] = 0.0
