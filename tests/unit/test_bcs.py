@@ -36,8 +36,8 @@ def started(model, sparsity, *, seed=0, lr=0.1, sgd_momentum=0.9, **params):
 
 def last_step(run):
     """Deaths and regrowths of the step that was just taken, over all layers."""
-    deaths, regrown = run.connections.rows[-1][:, :2].sum(dim=0).tolist()
-    return {"deaths": deaths, "regrown": regrown}
+    log = run.connections.steps()
+    return log[log.step == log.step.max()][["deaths", "regrown"]].sum().to_dict()
 
 
 def step(stage, run, gradients):

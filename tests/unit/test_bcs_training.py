@@ -68,8 +68,8 @@ def one_theta(values, *, sparsity, sgd=None, sign=None, **params):
 
 def last_step(run):
     """Deaths and regrowths of the step that was just taken, over all layers."""
-    deaths, regrown = run.connections.rows[-1][:, :2].sum(dim=0).tolist()
-    return {"deaths": deaths, "regrown": regrown}
+    log = run.connections.steps()
+    return log[log.step == log.step.max()][["deaths", "regrown"]].sum().to_dict()
 
 
 def fits(observed, expected=None):
