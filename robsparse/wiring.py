@@ -142,7 +142,7 @@ class Wiring:
     ) -> tuple[Tensor, Tensor]:
         live, dead = self.live.numpy(), ~lives.numpy()
         slots = np.flatnonzero(dead)
-        died = drawn = live[slots]
+        died = live[slots]
         missing = self.budget - (len(live) - len(died) + len(woken))
         chances = self._room() if by_room else self.sizes[:-1]
         drawn = self._draw(missing, value, chances.numpy()) if missing > 0 else died[:0]

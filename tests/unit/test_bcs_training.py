@@ -17,6 +17,7 @@ from torch import nn
 from robsparse import models, registry, training
 from robsparse.cells import Cell, Layout
 from robsparse.counts import keep_count
+from robsparse.method import bcs
 from robsparse.method.bcs import (
     Params,
     SamplingStage,
@@ -303,6 +304,45 @@ def test_a_fixed_live_set_survives_a_checkpoint():
     assert all(layer.fixed for layer in bcs_layers(two))
     for name, module in prunable(two).items():
         assert torch.equal(module.weight, prunable(one)[name].weight)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_checkpoint_of_gathered_theta_goes_on_bit_for_bit_and_is_no_larger(
+    exact, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bcs, "steps_exactly", lambda device: exact)
+    x = torch.rand(16, 60)
+
+    def ready():
+        torch.manual_seed(0)
+        model = chain(60, 200, 60)
+        return model, *begin(model, 0.9, noise_scale=1.0)
+
+    def train(model, stage, run, steps):
+        for _ in range(steps):
+            sgd_step(stage, run, (model(x) - x).square().mean())
+
+    model, stage, run = ready()
+    size = {}
+    for moment in ("before", "after"):
+        torch.save(model.state_dict(), tmp_path / moment)
+        size[moment] = (tmp_path / moment).stat().st_size
+        train(model, stage, run, 10)
+    assert size["after"] < size["before"] + 2000
+    kept = {"model": model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    kept |= {"stage": stage.state(), "generator": run.generator.get_state()}
+    torch.save(kept, tmp_path / "state")
+    train(model, stage, run, 10)
+
+    kept = torch.load(tmp_path / "state", weights_only=True)
+    again, stage, run = ready()
+    again.load_state_dict(kept["model"])
+    run.optimizer.load_state_dict(kept["optimizer"])
+    stage.load_state(kept["stage"])
+    run.generator.set_state(kept["generator"])
+    train(again, stage, run, 10)
+    for one, two in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
 # ---------------------------------------------------------------- real steps on tiny data
