@@ -18,13 +18,17 @@ Where this differs from the authors' code, and the switch that brings their beha
   drift back over zero when noise killed it against its momentum, and exceed the budget.
 - A layer never gets more regrowths than it has dormant positions; the remainder is drawn again
   over the others. Theirs stops with a shape error, so there is no switch.
+- Theirs shuffles all dormant positions of a layer at every step; here positions are tried at random
+  until enough are dormant, which comes to the same distribution (`robsparse.wiring`). On a GPU, a
+  regrowth that found no place in a fixed number of tries comes one step later.
 Kept as theirs, with another choice offered: `momentum`, `regrowth`, `noise_scale` or
 `temperature`, `rewiring`; of `train`: `decay` (sgdw: not multiplied by lr, on theta, biases and
 batch norm alike) and `velocity`.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -35,6 +39,7 @@ from robsparse.connections import ConnectionLog
 from robsparse.counts import density, keep_count, round_to_sum
 from robsparse.sparsity import erk_keep_counts, prunable
 from robsparse.stages import Run, Stage
+from robsparse.wiring import Wiring
 
 LABEL = "BCS"
 
@@ -141,9 +146,11 @@ class SamplingStage(Stage):
     def __init__(self, params: Params) -> None:
         super().__init__(params.train)
         self.params = params
-        self.live: list[Tensor] = []
+        self.wiring: Wiring | None = None
+        self.saved_live: Tensor | None = None
 
     def before_fit(self, run: Run) -> None:
+        self.wiring = self.saved_live = None
         counts = initial_counts(run, self.params.init)
         for name, module in prunable(run.model).items():
             weight = module.weight.detach()
@@ -153,18 +160,33 @@ class SamplingStage(Stage):
             theta = module.parametrizations.weight.original.data
             theta.clamp_(min=self.params.regrown_theta)  # a drawn weight may be 0 by chance
             theta.view(-1)[order[counts[name] :]] = 0.0
-        live = {
-            name: module.parametrizations.weight.original > 0
-            for name, module in prunable(run.model).items()
-        }
+        live = dict(zip(prunable(run.model), live_sets(run.model), strict=True))
         run.connections = ConnectionLog(live, run.log_every)
 
     def before_step(self, run: Run) -> None:
-        if self._rewiring_is_over(run):
+        if self.wiring is None or not self.wiring.is_intact():
+            self._wire(run)
+        if self.params.waking == "drift" and not self.fixed:
+            self.wiring.find_live()
+        if self._rewiring_is_over(run) and not self.fixed:
             for layer, theta in zip(signed_layers(run.model), thetas(run.model), strict=True):
-                if not layer.fixed:
-                    layer.fix(theta > 0)
-        self.live = live_sets(run.model)
+                layer.fix(theta > 0)
+            self.fixed = True
+
+    def _wire(self, run: Run) -> None:
+        """Gather all theta; the live ones are those of the network or of an interrupted run."""
+        live = self.saved_live
+        if live is None:
+            live = torch.cat([layer.flatten() for layer in live_sets(run.model)])
+            live = live.nonzero().squeeze(1)
+        layers = thetas(run.model)
+        budget = keep_count(sum(theta.numel() for theta in layers), run.sparsity)
+        device = layers[0].device
+        self.wiring = Wiring(
+            layers, live.to(device), budget, run.generator, exact=steps_exactly(device)
+        )
+        self.saved_live = None
+        self.fixed = all(layer.fixed for layer in signed_layers(run.model))
 
     def _rewiring_is_over(self, run: Run) -> bool:
         if self.params.rewiring == "until_last_drop":
@@ -172,59 +194,39 @@ class SamplingStage(Stage):
         return self.params.rewiring == "never"
 
     def after_step(self, run: Run) -> None:
+        wiring, params, may_wake = self.wiring, self.params, self.params.waking == "drift"
+        died = woken = drawn = wiring.live[:0]
         with torch.no_grad():
-            everything = thetas(run.model)
-            for theta, live in zip(everything, self.live, strict=True):
-                self._move(theta, live, run)
-            now = live_sets(run.model)
-            died = [_where(old & ~new) for old, new in zip(self.live, now, strict=True)]
-            woken = [_where(new & ~old) for old, new in zip(self.live, now, strict=True)]
-            drawn = self._rewire(everything, now, run)
-        regrown = [torch.cat(both) for both in zip(woken, drawn, strict=True)]
-        run.connections.record(died, regrown)
+            lives = wiring.move(self._noise(run), may_wake=may_wake)
+            if not self.fixed:
+                died, woken, drawn = wiring.rewire(
+                    lives,
+                    params.regrown_theta,
+                    by_room=params.regrowth == "dormant",
+                    may_wake=may_wake,
+                )
+            if params.momentum == "reset" and len(drawn):
+                states = [run.optimizer.state[theta] for theta in wiring.layers]
+                wiring.reset([state.get("momentum_buffer") for state in states], drawn)
+        run.connections.record(died, torch.cat([woken, drawn]))
 
-    def _move(self, theta: Tensor, live: Tensor, run: Run) -> None:
-        """Add noise to the live theta; unless they may drift, keep the dormant ones dormant."""
-        scale = run.lr * self.params.noise_scale
+    def _noise(self, run: Run) -> float:
+        """Standard deviation of the noise on a live theta."""
         if self.params.temperature is not None:
-            scale = (2 * run.lr * self.params.temperature) ** 0.5
-        if scale:
-            noise = torch.randn(theta.shape, generator=run.generator, device=theta.device)
-            theta.add_(noise * live, alpha=scale)
-        if self.params.waking == "drawn":
-            theta.copy_(torch.where(live, theta, theta.clamp(max=0)))
+            return (2 * run.lr * self.params.temperature) ** 0.5
+        return run.lr * self.params.noise_scale
 
-    def _rewire(self, everything: list[Tensor], now: list[Tensor], run: Run) -> list[Tensor]:
-        """Bring the live count back to the budget; returns the regrown positions of each layer.
+    def state(self) -> dict[str, Any]:
+        """The live positions: noise and draws go on in their order."""
+        return {} if self.wiring is None else {"live": self.wiring.live.int()}
 
-        Layers are drawn with probability ~ size (or ~ dormant positions), positions uniformly
-        among the dormant ones of a layer.
-        """
-        sizes = torch.tensor([theta.numel() for theta in everything])
-        dormant = [_where(~live) for live in now]
-        room = torch.tensor([len(positions) for positions in dormant])
-        budget = keep_count(int(sizes.sum()), run.sparsity)
-        deficit = budget - int(sizes.sum() - room.sum())
-        if deficit <= 0 or self._rewiring_is_over(run):
-            return [positions[:0] for positions in dormant]
-        chances = sizes if self.params.regrowth == "size" else room
-        drawn = draw_layers(deficit, chances, room, run.generator)
-        regrown = []
-        for theta, positions, count in zip(everything, dormant, drawn.tolist(), strict=True):
-            order = torch.randperm(len(positions), generator=run.generator, device=theta.device)
-            picked = positions[order[:count]]
-            theta.view(-1)[picked] = self.params.regrown_theta
-            if self.params.momentum == "reset":
-                velocity = run.optimizer.state[theta].get("momentum_buffer")
-                if velocity is not None:
-                    velocity.view(-1)[picked] = 0.0
-            regrown.append(picked)
-        return regrown
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.saved_live = state["live"].long() if state else None
 
 
-def _where(mask: Tensor) -> Tensor:
-    """Flat positions of the true entries."""
-    return mask.flatten().nonzero().squeeze(1)
+def steps_exactly(device: torch.device) -> bool:
+    """Whether a step may look at how many connections died: on a GPU the host would wait."""
+    return device.type == "cpu"
 
 
 def thetas(model: nn.Module) -> list[Tensor]:
@@ -276,31 +278,33 @@ def _brought_to(
     budget: int, counts: dict[str, int], sizes: dict[str, int], generator: torch.Generator
 ) -> dict[str, int]:
     """Counts that sum to the budget: topped up as rewiring does, or thinned out uniformly."""
-    have = torch.tensor(list(counts.values()))
-    size = torch.tensor(list(sizes.values()))
+    have, size = np.array(list(counts.values())), np.array(list(sizes.values()))
     missing = budget - int(have.sum())
     if missing >= 0:
         have += draw_layers(missing, size, size - have, generator)
     else:
         gone = torch.randperm(int(have.sum()), generator=generator, device=generator.device)
-        edges = have.cumsum(0)
-        layer_of = torch.bucketize(gone[:-missing].cpu(), edges, right=True)
-        have = have - torch.bincount(layer_of, minlength=len(have))
+        layer_of = have.cumsum().searchsorted(gone[:-missing].cpu().numpy(), side="right")
+        have = have - np.bincount(layer_of, minlength=len(have))
     return dict(zip(counts, have.tolist(), strict=True))
 
 
-def draw_layers(count: int, chances: Tensor, room: Tensor, generator: torch.Generator) -> Tensor:
+def draw_layers(
+    count: int, chances: np.ndarray, room: np.ndarray, generator: torch.Generator
+) -> np.ndarray:
     """How many of `count` regrowths each layer gets: independent draws with probability ~ chances.
 
     Draws beyond a layer's `room` (dormant positions) are drawn again among layers with room left.
     """
-    drawn = torch.zeros_like(room)
+    drawn = np.zeros_like(room)
     while count > 0:
-        weights = (chances * (drawn < room)).double().to(generator.device)
-        choice = torch.multinomial(weights, count, replacement=True, generator=generator)
-        drawn += torch.bincount(choice.cpu(), minlength=len(room))
-        count = int((drawn - room).clamp(min=0).sum())
-        drawn = torch.minimum(drawn, room)
+        edges = np.cumsum(chances * (drawn < room))
+        share = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+        at = share.cpu().numpy() * edges[-1]
+        drawn += np.bincount(edges.searchsorted(at, side="right"), minlength=len(room))
+        over = np.maximum(drawn - room, 0)
+        drawn -= over
+        count = int(over.sum())
     return drawn
 
 

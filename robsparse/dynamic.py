@@ -127,7 +127,7 @@ class DynamicStage(MaskedStage):
             self._update(run)
         none = torch.zeros(0, dtype=torch.int64, device=next(run.model.parameters()).device)
         changes = self.changes or [(none, none) for _ in masked_layers(run.model)]
-        run.connections.record([c[0] for c in changes], [c[1] for c in changes])
+        run.connections.record_by_layer([c[0] for c in changes], [c[1] for c in changes])
         self.changes, self.gradients = [], {}
 
     def _update(self, run: Run) -> None:

@@ -31,6 +31,7 @@ _TRAINING = (
     "objectives.py",
     "connections.py",
     "dynamic.py",
+    "wiring.py",
     "scores.py",
     "checkpoints.py",
     "validation.py",

@@ -17,11 +17,11 @@ from torch import nn
 from robsparse import models, registry, training
 from robsparse.cells import Cell, Layout
 from robsparse.counts import keep_count
+from robsparse.method import bcs
 from robsparse.method.bcs import (
     Params,
     SamplingStage,
     authors_counts,
-    draw_layers,
     initial_counts,
     live_sets,
     stages,
@@ -69,8 +69,8 @@ def one_theta(values, *, sparsity, sgd=None, sign=None, **params):
 
 def last_step(run):
     """Deaths and regrowths of the step that was just taken, over all layers."""
-    deaths, regrown = run.connections.rows[-1][:, :2].sum(dim=0).tolist()
-    return {"deaths": deaths, "regrown": regrown}
+    log = run.connections.steps()
+    return log[log.step == log.step.max()][["deaths", "regrown"]].sum().to_dict()
 
 
 def fits(observed, expected=None):
@@ -165,90 +165,12 @@ def test_dormant_theta_drifts_over_zero_on_its_momentum_only_if_it_may(waking, w
 
 
 def test_rewiring_is_silent_when_nothing_is_missing():
-    _, stage, run, theta = one_theta([0.5, 0.4, 0.0, 0.0], sparsity=0.5)
+    _, stage, run, _ = one_theta([0.5, 0.4, 0.0, 0.0], sparsity=0.5, noise_scale=0.0)
     state = run.generator.get_state()
-    assert [len(picked) for picked in stage._rewire([theta], [theta > 0], run)] == [0]
+    stage.before_step(run)
+    stage.after_step(run)
+    assert last_step(run) == {"deaths": 0, "regrown": 0}
     assert torch.equal(run.generator.get_state(), state)
-
-
-# ---------------------------------------------------------------- where regrowths go
-
-
-class Rewiring:
-    """A stage on given layer sizes with given live counts, rewired again and again."""
-
-    def __init__(self, sizes, live, budget):
-        self.model = nn.Sequential(*(nn.Linear(size, 1, bias=False) for size in sizes))
-        self.stage, self.run = begin(self.model, round(1 - budget / sum(sizes), 4), seed=4)
-        self.sizes, self.live = sizes, live
-
-    def draw(self):
-        """Regrown positions of each layer."""
-        everything = thetas(self.model)
-        with torch.no_grad():
-            for theta, count in zip(everything, self.live, strict=True):
-                theta.fill_(-1.0)
-                theta[0, :count] = 1.0
-            self.stage._rewire(everything, live_sets(self.model), self.run)
-        return [(theta.detach()[0] == 1e-12).numpy() for theta in everything]
-
-
-def test_regrowths_go_to_layers_by_size_not_by_dormant_positions():
-    # Layers of 40 and 60 with 5 and 55 dormant: by size 0.4, by dormant positions 0.083.
-    rewiring = Rewiring([40, 60], [35, 5], budget=41)
-    counts = np.zeros(2)
-    for _ in range(1500):
-        counts += [drawn.sum() for drawn in rewiring.draw()]
-    assert counts.sum() == 1500
-    fits(counts, [600, 900])
-
-
-def test_regrowths_of_a_step_are_spread_like_independent_draws():
-    # Three draws over layers of equal size: the first gets Binomial(3, 1/2).
-    rewiring = Rewiring([50, 50], [10, 10], budget=23)
-    observed = np.zeros(4)
-    for _ in range(1200):
-        observed[int(rewiring.draw()[0].sum())] += 1
-    expected = 1200 * stats.binom(3, 0.5).pmf(range(4))
-    fits(observed, expected)
-
-
-def test_regrown_positions_are_uniform_over_the_dormant_ones_of_a_layer():
-    rewiring = Rewiring([12, 20], [4, 2], budget=11)
-    counts = [np.zeros(12), np.zeros(20)]
-    for _ in range(1500):
-        for total, drawn in zip(counts, rewiring.draw(), strict=True):
-            np.add(total, drawn, out=total)
-    assert sum(total.sum() for total in counts) == 5 * 1500
-    for total, live in zip(counts, (4, 2), strict=True):
-        assert not total[:live].any()
-        # Several are drawn without replacement in a step, which only narrows the spread.
-        fits(total[live:])
-
-
-def test_what_a_nearly_full_layer_cannot_take_goes_elsewhere():
-    # 90 % of the draws aim at the large layer, which has two dormant positions.
-    rewiring = Rewiring([90, 10], [88, 0], budget=98)
-    for _ in range(20):
-        large, small = rewiring.draw()
-        assert int(large.sum() + small.sum()) == 10
-        assert int(large.sum()) <= 2
-        assert int(small.sum()) >= 8
-
-
-def test_all_layers_can_be_filled_to_the_last_position():
-    drawn = draw_layers(
-        9, torch.tensor([1000, 4, 5]), torch.tensor([0, 4, 5]), torch.Generator().manual_seed(0)
-    )
-    assert drawn.tolist() == [0, 4, 5]
-
-
-def test_redrawn_remainder_follows_the_sizes_of_the_layers_with_room():
-    generator = torch.Generator().manual_seed(0)
-    sizes, room = torch.tensor([1000, 30, 10]), torch.tensor([0, 30, 10])
-    total = sum(draw_layers(1, sizes, room, generator) for _ in range(800))
-    assert total[0] == 0
-    fits(total[1:].numpy(), [600, 200])
 
 
 # ---------------------------------------------------------------- the start
@@ -349,16 +271,6 @@ def test_temperature_is_langevin_noise():
     assert stats.kstest(noise.numpy(), "norm").pvalue > 0.01
 
 
-def test_regrowths_can_go_to_layers_by_dormant_positions():
-    # As above, but layers of 5 and 55 dormant positions get 1/12 and 11/12.
-    rewiring = Rewiring([40, 60], [35, 5], budget=41)
-    rewiring.stage.params = Params(regrowth="dormant")
-    counts = np.zeros(2)
-    for _ in range(1500):
-        counts += [drawn.sum() for drawn in rewiring.draw()]
-    fits(counts, [1500 / 12, 1500 * 11 / 12])
-
-
 @pytest.mark.parametrize("rewiring", ["never", "until_last_drop"])
 def test_after_rewiring_the_live_set_is_fixed_and_its_weights_may_change_sign(rewiring):
     model = chain(6, 20, 6)
@@ -391,6 +303,45 @@ def test_a_fixed_live_set_survives_a_checkpoint():
     assert all(layer.fixed for layer in bcs_layers(two))
     for name, module in prunable(two).items():
         assert torch.equal(module.weight, prunable(one)[name].weight)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_checkpoint_of_gathered_theta_goes_on_bit_for_bit_and_is_no_larger(
+    exact, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bcs, "steps_exactly", lambda device: exact)
+    x = torch.rand(16, 60)
+
+    def ready():
+        torch.manual_seed(0)
+        model = chain(60, 200, 60)
+        return model, *begin(model, 0.9, noise_scale=1.0)
+
+    def train(model, stage, run, steps):
+        for _ in range(steps):
+            sgd_step(stage, run, (model(x) - x).square().mean())
+
+    model, stage, run = ready()
+    size = {}
+    for moment in ("before", "after"):
+        torch.save(model.state_dict(), tmp_path / moment)
+        size[moment] = (tmp_path / moment).stat().st_size
+        train(model, stage, run, 10)
+    assert size["after"] < size["before"] + 2000
+    kept = {"model": model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    kept |= {"stage": stage.state(), "generator": run.generator.get_state()}
+    torch.save(kept, tmp_path / "state")
+    train(model, stage, run, 10)
+
+    kept = torch.load(tmp_path / "state", weights_only=True)
+    again, stage, run = ready()
+    again.load_state_dict(kept["model"])
+    run.optimizer.load_state_dict(kept["optimizer"])
+    stage.load_state(kept["stage"])
+    run.generator.set_state(kept["generator"])
+    train(again, stage, run, 10)
+    for one, two in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
 # ---------------------------------------------------------------- real steps on tiny data
@@ -567,10 +518,11 @@ def test_step_gives_the_live_theta_of_every_layer_a_gradient(
     (stage,) = made.stages
     stage.before_fit(made.run)
     made.run.optimizer = torch.optim.SGD(stage.parameters(made.run.model), lr=0.0)
+    live = live_sets(made.run.model)
     take_step(made, stage, 32)
-    for theta, live in zip(thetas(made.run.model), stage.live, strict=True):
-        assert theta.grad[live].abs().sum() > 0
-        assert not theta.grad[~live].any()
+    for theta, own in zip(thetas(made.run.model), live, strict=True):
+        assert theta.grad[own].abs().sum() > 0
+        assert not theta.grad[~own].any()
 
 
 def test_peak_live_weights_tell_of_an_authors_start_above_the_budget(

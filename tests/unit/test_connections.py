@@ -1,9 +1,11 @@
 """The log of connections against slow bookkeeping with one entry a connection."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robsparse import connections
 from robsparse.connections import ConnectionLog, no_lifetimes, no_steps
 
 SIZES = {"first": 7, "second": 12}
@@ -17,8 +19,19 @@ def positions(mask):
     return mask.nonzero().squeeze(1)
 
 
-@given(seed=st.integers(0, 10_000), count=st.integers(1, 12), every=st.sampled_from([1, 2, 5]))
-def test_log_equals_slow_bookkeeping(seed, count, every):
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.integers(1, 12),
+    every=st.sampled_from([1, 2, 5]),
+    at_once=st.sampled_from([1, 3, 256]),
+)
+def test_log_equals_slow_bookkeeping(seed, count, every, at_once):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connections, "STEPS_AT_ONCE", at_once)
+        compare_with_slow_bookkeeping(seed, count, every)
+
+
+def compare_with_slow_bookkeeping(seed, count, every):
     generator = torch.Generator().manual_seed(seed)
     live = sets(generator)
     log = ConnectionLog(live, every)
@@ -40,7 +53,9 @@ def test_log_equals_slow_bookkeeping(seed, count, every):
             born[name] |= dict.fromkeys(positions(new).tolist(), step)
             window[name][0] += int(gone.sum())
             window[name][1] += int(new.sum())
-        log.record(dead, grown)
+        log.record_by_layer(dead, grown)
+        if seed % 3 == 0 and step == count // 2:  # a third of the time after an interruption
+            log = ConnectionLog.from_state(log.state(), torch.device("cpu"))
         if step % every == 0:
             rows.append(
                 {
@@ -68,6 +83,6 @@ def test_log_equals_slow_bookkeeping(seed, count, every):
 
 def test_tables_of_a_method_that_never_rewires_have_the_same_columns():
     log = ConnectionLog({"only": torch.ones(3, dtype=torch.bool)})
-    log.record([torch.tensor([0])], [torch.tensor([0])])
+    log.record(torch.tensor([0]), torch.tensor([0]))
     assert list(log.steps()) == list(no_steps())
     assert list(log.lifetimes()) == list(no_lifetimes())

@@ -188,44 +188,118 @@ class SignedNet(SlowNet):
         return found
 
 
-def slow_step(net, x, y, generator, *, lr, decay, params):
-    """One step of BCS in the order of the authors' code."""
+class Places:
+    """All theta of the slow side by the position that counts through the layers."""
+
+    def __init__(self, net):
+        self.net = net
+        self.sizes = [net.p[f"theta{i}"].size for i in range(4)]
+        self.starts = [sum(self.sizes[:i]) for i in range(4)]
+        self.live = self.positive()
+
+    def find(self, place, of):
+        """Flat view of one layer's array and the index in it."""
+        layer = max(i for i in range(4) if self.starts[i] <= place)
+        return of[f"theta{layer}"].reshape(-1), place - self.starts[layer]
+
+    def __getitem__(self, place):
+        values, index = self.find(place, self.net.p)
+        return values[index]
+
+    def __setitem__(self, place, value):
+        values, index = self.find(place, self.net.p)
+        values[index] = value
+
+    def positive(self):
+        return [place for place in range(sum(self.sizes)) if self[place] > 0]
+
+    def dormant(self, layer):
+        start = self.starts[layer]
+        return [p for p in range(start, start + self.sizes[layer]) if not self[p] > 0]
+
+
+def slow_layer(share, chances):
+    """The layer in whose part of the chances a share of their sum falls."""
+    at, passed = share * sum(chances), 0
+    for layer, chance in enumerate(chances):
+        passed += chance
+        if at < passed:
+            return layer
+    raise AssertionError("a share below 1 falls into some layer")
+
+
+def slow_draw(places, count, chances, generator):
+    """So many dormant positions: eight tries in each of three rounds, then one of those left."""
+    shares = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+    layers, found = [slow_layer(share, chances) for share in shares], [None] * count
+    for _ in range(3):
+        open_ones = [i for i, place in enumerate(found) if place is None]
+        if not open_ones:
+            return found
+        tries = torch.rand(len(open_ones), 8, generator=generator, dtype=torch.float64).tolist()
+        claimed = []
+        for i, shares in zip(open_ones, tries, strict=True):
+            size, start = places.sizes[layers[i]], places.starts[layers[i]]
+            dormant = [p for p in (start + int(u * size) for u in shares) if not places[p] > 0]
+            if dormant and dormant[0] not in claimed:
+                found[i] = dormant[0]
+                claimed.append(dormant[0])
+        for place in claimed:
+            places[place] = 1e-12
+    chances = list(chances)
+    for layer in range(4):
+        open_ones = [i for i, p in enumerate(found) if p is None and layers[i] == layer]
+        if open_ones:
+            dormant = places.dormant(layer)
+            order = torch.randperm(len(dormant), generator=generator).tolist()
+            for i, k in zip(open_ones, order, strict=False):
+                found[i] = dormant[k]
+                places[dormant[k]] = 1e-12
+            if len(open_ones) >= len(dormant):
+                chances[layer] = 0
+    open_ones = [i for i, p in enumerate(found) if p is None]
+    if open_ones:
+        again = slow_draw(places, len(open_ones), chances, generator)
+        for i, place in zip(open_ones, again, strict=True):
+            found[i] = place
+    return found
+
+
+def slow_step(net, places, x, y, generator, *, lr, decay, params):
+    """One step of BCS in the order of the authors' code; returns the number of regrowths."""
     gradients = net.gradients(x, y)
+    if params.waking == "drift":
+        places.live = places.positive()
     active = [net.p[f"theta{i}"] > 0 for i in range(4)]
     for name in net.p:
         net.velocity[name] = 0.9 * net.velocity[name] - lr * gradients[name]
         net.p[name] = (1 - decay) * net.p[name] + net.velocity[name]
-    thetas = [net.p[f"theta{i}"] for i in range(4)]
     scale = lr * params.noise_scale
     if params.temperature is not None:
         scale = np.sqrt(2 * lr * params.temperature)
-    for theta, live in zip(thetas, active, strict=True):
-        noise = torch.randn(theta.shape, generator=generator).double().numpy()
-        theta[live] += scale * noise[live]
-        if params.waking == "drawn":
+    noise = torch.randn(len(places.live), generator=generator).double().numpy()
+    for place, own in zip(places.live, noise, strict=True):
+        places[place] += scale * own
+    thetas = [net.p[f"theta{i}"] for i in range(4)]
+    if params.waking == "drawn":
+        for theta, live in zip(thetas, active, strict=True):
             theta[~live & (theta > 0)] = 0.0
-    sizes = np.array([theta.size for theta in thetas])
-    room = np.array([(theta <= 0).sum() for theta in thetas])
-    deficit = keep_count(int(sizes.sum()), SPARSITY) - int(sizes.sum() - room.sum())
-    if deficit <= 0:
-        return 0
-    left, drawn = deficit, np.zeros(4, dtype=int)
-    while left > 0:
-        chances = (sizes if params.regrowth == "size" else room) * (drawn < room)
-        for layer in torch.multinomial(
-            torch.tensor(chances).double(), left, replacement=True, generator=generator
-        ).tolist():
-            drawn[layer] += 1
-        left = int(np.maximum(drawn - room, 0).sum())
-        drawn = np.minimum(drawn, room)
-    for layer, theta in enumerate(thetas):
-        dormant = [place for place, value in enumerate(theta.flat) if value <= 0]
-        order = torch.randperm(len(dormant), generator=generator).tolist()
-        for place in (dormant[k] for k in order[: drawn[layer]]):
-            theta.flat[place] = 1e-12
-            if params.momentum == "reset":
-                net.velocity[f"theta{layer}"].flat[place] = 0.0
-    return deficit
+    lives = [places[place] > 0 for place in places.live]
+    room = [len(places.dormant(layer)) for layer in range(4)]
+    missing = keep_count(sum(places.sizes), SPARSITY) - (sum(places.sizes) - sum(room))
+    chances = places.sizes if params.regrowth == "size" else room
+    drawn = slow_draw(places, missing, chances, generator) if missing > 0 else []
+    for place in drawn if params.momentum == "reset" else []:
+        velocity, index = places.find(place, net.velocity)
+        velocity[index] = 0.0
+    if len(drawn) == lives.count(False):  # each takes the place of one that died
+        new = iter(drawn)
+        places.live = [
+            p if alive else next(new) for p, alive in zip(places.live, lives, strict=True)
+        ]
+    else:
+        places.live = [p for p, alive in zip(places.live, lives, strict=True) if alive] + drawn
+    return len(drawn)
 
 
 class SlowSampling:
@@ -233,13 +307,14 @@ class SlowSampling:
 
     def __init__(self, run, stage):
         self.run, self.stage, self.net, self.regrown = run, stage, SignedNet(run.model), 0
+        self.places = Places(self.net)
         self.generator = torch.Generator()
         self.generator.set_state(run.generator.get_state())
 
     def step(self, x, y, lr):
         decay = self.stage.fit.weight_decay * self.run.lr_factor
         options = {"lr": lr, "decay": decay, "params": self.stage.params}
-        self.regrown += slow_step(self.net, x, y, self.generator, **options)
+        self.regrown += slow_step(self.net, self.places, x, y, self.generator, **options)
 
     def pairs(self, model):
         pairs = same_norms(model, self.net)
