@@ -73,10 +73,6 @@ def _cropped(x_NCHW: Tensor, offset_N2: Tensor, padding: int) -> Tensor:
     """The window of the old size in the padded image, moved by whole pixels from its middle."""
     height, width = x_NCHW.shape[2:]
     padded = functional.pad(x_NCHW, [padding] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # N, C, top, left, height, width
     top, left = (offset_N2 + padding).unbind(1)
-    rows = top[:, None] + torch.arange(height, device=top.device)
-    columns = left[:, None] + torch.arange(width, device=left.device)
-    image = torch.arange(len(x_NCHW), device=top.device)
-    # Advanced indices on both sides of the colon put the channels last.
-    picked = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2).contiguous()
+    return windows[torch.arange(len(x_NCHW), device=top.device), :, top, left]

@@ -1,4 +1,4 @@
-"""The command line: check, plan, train, evaluate, collect, figures, export and new-method.
+"""The command line: check, plan, train, evaluate, collect, figures, export, new-method, bench.
 
 Exit codes: 0 done, 1 a run failed, 2 bad input (one line says what), 75 stopped by a signal and
 ready to be resumed, 130 stopped by Ctrl-C (resumable too). Torch is imported only by the commands
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
             "signal (the same command continues).",
         )
         command.set_defaults(run=run)
-        if name != "new-method":
+        if name not in ("new-method", "bench"):
             command.add_argument(
                 "config",
                 metavar="CONFIG",
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name in _OPTIONS:
             _OPTIONS[name](command)
-        if name not in ("check", "new-method"):
+        if name not in ("check", "new-method", "bench"):
             command.add_argument(
                 "--results",
                 type=Path,
@@ -200,6 +200,40 @@ def _add_new_method(command: argparse.ArgumentParser) -> None:
     command.add_argument("--label", metavar="TEXT", help="name in print (default: from NAME)")
 
 
+_CASES = ("train", "perturb", "evaluate", "rewire", "data", "together")
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument("case", choices=_CASES, help="what to measure")
+    command.add_argument(
+        "--arch",
+        action="append",
+        metavar="NAME",
+        help="architecture; may be repeated (default: small_cnn and resnet18)",
+    )
+    command.add_argument(
+        "--precision",
+        action="append",
+        choices=("auto", "fp32", "tf32", "bf16"),
+        help="of ours; may be repeated (default: fp32 and auto)",
+    )
+    command.add_argument(
+        "--only", default="", metavar="TEXT", help="run the cases with that in their names"
+    )
+    options = {
+        "--batch-size": (32, "images of a step"),
+        "--images": (8, "images that AutoAttack sees"),
+        "--repeats": (5, "measurements that the median is taken of"),
+        "--threads": (1, "CPU threads"),
+    }
+    for name, (default, text) in options.items():
+        command.add_argument(
+            name, type=_positive, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+
+
 def _add_cores(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--cores",
@@ -327,6 +361,21 @@ def _new_method(arguments: argparse.Namespace) -> None:
     print(scaffold.new_method(arguments.name, arguments.label))
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    bench = importlib.import_module("robsparse.bench")
+    settings = bench.settings_of(
+        arguments.arch or ["small_cnn", "resnet18"],
+        arguments.precision or ["fp32", "auto"],
+        device=arguments.device,
+        threads=arguments.threads,
+        batch_size=arguments.batch_size,
+        images=arguments.images,
+        repeats=arguments.repeats,
+        only=arguments.only,
+    )
+    print(bench.run(arguments.case, settings, arguments.json))
+
+
 def _collect(arguments: argparse.Namespace) -> None:
     study, layout = _study(arguments)
     collection = importlib.import_module("robsparse.collection")
@@ -347,6 +396,7 @@ _OPTIONS = {
     "evaluate": _add_evaluate,
     "export": _add_export,
     "new-method": _add_new_method,
+    "bench": _add_bench,
 }
 _COMMANDS = {
     "check": (
@@ -397,5 +447,11 @@ _COMMANDS = {
         _new_method,
         "start a method of your own from the template",
         "Writes baselines/NAME.py, a whole method with empty hooks.",
+    ),
+    "bench": (
+        _bench,
+        "measure this suite against textbook code and the machine",
+        "Both run in turn in one process, after a warm-up; medians are compared, and ours with "
+        "what the machine's arithmetic allows.",
     ),
 }

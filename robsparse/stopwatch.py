@@ -1,0 +1,133 @@
+"""Compares two ways of doing one thing here: in turn, warmed up, by medians and peak memory."""
+
+import ctypes
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison of ours with a rival, both in `unit`, e.g. images a second.
+
+    limit: what the machine's measured rate would allow at the precision of ours, limit_share: ours
+    of it; None where no rate bounds it. memory_mb, rival_memory_mb: peak beyond what lay in memory
+    before the work began; None where it cannot be measured.
+    """
+
+    case: str
+    unit: str
+    ours: float
+    rival: float
+    rival_name: str
+    ratio: float
+    limit: float | None = None
+    limit_share: float | None = None
+    memory_mb: float | None = None
+    rival_memory_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is timed; `prepare` runs before each time and is not."""
+
+    work: Callable[[], Any]
+    prepare: Callable[[], Any] = lambda: None
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Times both sides in turn, `repeats` times each after one that does not count."""
+
+    device: torch.device
+    repeats: int
+
+    def compare(
+        self,
+        case: str,
+        ours: Side,
+        theirs: Side,
+        rival_name: str,
+        *,
+        count: int,
+        unit: str = "images/s",
+        limit: float | None = None,
+        warm_up: bool = True,
+    ) -> Row:
+        """Median rates of `count` things each; memory is that of the last time."""
+        seconds: tuple[list[float], list[float]] = ([], [])
+        memory: list[float | None] = [None, None]
+        for turn in range(self.repeats + warm_up):
+            for number, side in enumerate((ours, theirs)):
+                side.prepare()
+                taken, memory[number] = self.time(side.work)
+                if turn >= warm_up:
+                    seconds[number].append(taken)
+        mine, other = (count / statistics.median(values) for values in seconds)
+        share = None if limit is None else mine / limit
+        return Row(case, unit, mine, other, rival_name, mine / other, limit, share, *memory)
+
+    def time(self, work: Callable[[], Any]) -> tuple[float, float | None]:
+        """Seconds, and the peak memory in MB beyond what lay there before."""
+        before = self._start_peak()
+        began = time.perf_counter()
+        work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        taken = time.perf_counter() - began
+        return taken, None if before is None else self._peak() - before
+
+    def _start_peak(self) -> float | None:
+        """Forget the peak so far; memory in MB that is taken now."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return torch.cuda.memory_allocated(self.device) / 2**20
+        if not sys.platform.startswith("linux"):
+            return None
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken next
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return None
+        return _resident("VmRSS")
+
+    def _peak(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return _resident("VmHWM")
+
+
+def _resident(key: str) -> float:
+    """A line of Linux's account of this process, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [kilobytes] = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
+    return int(kilobytes) / 2**10
+
+
+@functools.cache
+def multiply_rate(device: torch.device, precision: str) -> float:
+    """Operations a second of a large matrix product, the best of several: a limit of the machine.
+
+    precision: fp32, tf32 or bf16 (in fp32, as `machine.computing` has set it).
+    """
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+    clock = Stopwatch(device, 1)
+    return max(2 * n**3 / clock.time(lambda: a @ b)[0] for _ in range(5))
+
+
+@functools.cache
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that copying reads and writes, the best of several."""
+    block = torch.rand(2**26, device=device)
+    clock = Stopwatch(device, 1)
+    return max(2 * block.nbytes / clock.time(block.clone)[0] for _ in range(5))

@@ -1,0 +1,231 @@
+"""The textbook loop is right, the stopwatch counts what it says, every case of `bench` runs."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from robsparse import bench, perturb
+from robsparse.stopwatch import Row, Side, Stopwatch, copy_rate, multiply_rate
+
+CPU = torch.device("cpu")
+ROW_KEYS = ["case", "unit", "ours", "rival", "rival_name", "ratio", "limit", "limit_share"]
+textbook = bench._textbook()
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4 * 25, 3))
+
+
+def batch(n=6):
+    return torch.rand(n, 1, 5, 5), torch.arange(n) % 3
+
+
+# ---------------------------------------------------------------- the textbook
+
+
+def test_textbook_pgd_gives_our_images_from_the_same_start():
+    model, (x, y) = network(), batch()
+    torch.manual_seed(5)
+    start = (x + torch.empty_like(x).uniform_(-0.1, 0.1)).clamp(0, 1)
+    torch.manual_seed(5)
+    theirs = textbook.pgd(model, x, y, (0.1, 0.03, 7))
+    loss = perturb.cross_entropy_of(y)
+    ours = perturb.ascend(model.eval(), x, start, loss, eps=0.1, step_size=0.03, steps=7)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_textbook_pgd_of_many_networks_is_that_of_each():
+    models, (x, y) = [network().eval(), network().eval()], batch()
+    with torch.no_grad():
+        models[1][0].weight.neg_()
+    both = textbook.pgd_of_many(models, x, y, (0.1, 0.03, 5))
+    for model, found in zip(models, both, strict=True):
+        loss = perturb.cross_entropy_of(y)
+        alone = perturb.ascend(model, x, x, loss, eps=0.1, step_size=0.03, steps=5)
+        assert torch.allclose(found, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", ["at_step", "trades_step"])
+def test_textbook_steps_lower_the_robust_loss(step):
+    model, (x, y) = network(), batch(12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def robust_loss():
+        adversarial = textbook.pgd(model, x, y, (0.05, 0.02, 5))
+        return F.cross_entropy(model(adversarial), y).item()
+
+    before = robust_loss()
+    for _ in range(15):
+        getattr(textbook, step)(model, optimizer, x, y, (0.05, 0.02, 3))
+    assert robust_loss() < 0.9 * before
+
+
+@pytest.mark.parametrize("kind", ["masked", "sampled", "scored"])
+def test_textbook_layers_have_their_density(kind):
+    model = textbook.sparsify(nn.Sequential(nn.Linear(200, 100), nn.ReLU()), kind, 0.1)
+    outputs = model[0](torch.eye(200)) - model[0].bias
+    assert 0.08 < (outputs != 0).float().mean() < 0.12
+    if kind == "scored":
+        assert int((outputs != 0).sum()) == 2000
+        outputs.sum().backward()
+        assert model[0].score.grad.count_nonzero() == 20_000  # straight through
+        assert not model[0].weight.requires_grad
+
+
+def test_textbook_rewiring_restores_the_budget():
+    model = textbook.sparsify(nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 30)), "sampled", 0.2)
+    weights = [layer.weight for layer in model]
+    bench._kill(weights)
+    textbook.rewire(model, 0.2, 0.1)
+    live = sum(int((weight > 0).sum()) for weight in weights)
+    assert abs(live - round(0.2 * (50 * 40 + 40 * 30))) <= 40  # sparsify draws, it does not count
+    for weight in weights:
+        weight.data.clamp_(max=0)
+    textbook.rewire(model, 0.2, 0.1)
+    assert sum(int((weight > 0).sum()) for weight in weights) == 640
+
+
+def test_textbook_images_are_windows_of_the_padded_one():
+    image = np.arange(1, 28, dtype=np.uint8).reshape(3, 3, 3) * 9
+    images = textbook.Images(np.stack([image]), np.array([2]))
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    windows = [padded[i : i + 3, j : j + 3] for i in range(9) for j in range(9)]
+    windows += [window[:, ::-1] for window in windows]
+    found = {torch.from_numpy(w.copy()).permute(2, 0, 1).float().div(255) for w in windows}
+    for _ in range(20):
+        x, y = images[0]
+        assert y == 2
+        assert any(torch.equal(x, window) for window in found)
+
+
+# ---------------------------------------------------------------- the stopwatch
+
+
+def test_stopwatch_takes_turns_and_leaves_out_the_first():
+    order, clock = [], Stopwatch(CPU, repeats=2)
+    sides = [
+        Side(lambda: order.append("o"), lambda: order.append("p")),
+        Side(lambda: order.append("t")),
+    ]
+    clock.compare("case", *sides, "rival", count=1)
+    assert "".join(order) == "pot" * 3
+
+
+def test_rates_shares_and_medians(monkeypatch):
+    taken = iter([9, 9, 1, 4, 2, 2, 5, 8])
+    monkeypatch.setattr(Stopwatch, "time", lambda self, work: (next(taken), 7.0))
+    sides = [Side(lambda: None)] * 2
+    row = Stopwatch(CPU, 3).compare("case", *sides, "rival", count=20, limit=40)
+    assert row == Row("case", "images/s", 10, 5, "rival", 2, 40, 0.25, 7.0, 7.0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_memory_is_the_peak_of_the_work_alone():
+    clock = Stopwatch(CPU, 1)
+    kept = torch.ones(2**24)
+    for megabytes in (80, 20):
+        _, memory = clock.time(lambda megabytes=megabytes: torch.ones(megabytes * 2**18).sum())
+        assert memory == pytest.approx(megabytes, abs=5)
+    assert len(kept)
+
+
+def test_limits_are_rates_of_a_machine():
+    assert multiply_rate(CPU, "fp32") > 1e8
+    assert copy_rate(CPU) > 1e7
+
+
+# ---------------------------------------------------------------- the command
+
+
+def settings(archs=("small_cnn",), precisions=("fp32",), **changes):
+    options = {"batch_size": 4, "images": 2, "repeats": 1, "only": ""} | changes
+    return bench.settings_of(list(archs), list(precisions), device="cpu", threads=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("case", "only", "rows"),
+    [
+        ("train", "", 12),  # two objectives: dense, BCS twice with the dense step each, HYDRA
+        ("perturb", "", 1),
+        ("rewire", "", 4),
+        ("data", "", 1),
+        ("train", "trades hydra", 1),
+    ],
+)
+def test_every_case_runs_and_writes_its_rows(case, only, rows, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    table = bench.run(case, settings(only=only), file)
+    kept = json.loads(file.read_text())["rows"]
+    assert len(kept) == rows == table.count("\n| ") - 1
+    for row in kept:
+        assert list(row)[:8] == ROW_KEYS
+        assert row["ratio"] == pytest.approx(row["ours"] / row["rival"])
+        assert row["ours"] > 0
+        assert only in row["case"]
+    assert capsys.readouterr().out.count("\n") == rows + 1
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg16", "wrn28_4"])
+def test_large_networks_have_their_cases(arch):
+    [row] = bench.perturb(settings([arch], batch_size=1))
+    assert row.case == f"perturb {arch} fp32"
+    assert 0 < row.limit_share < 1.5
+
+
+def test_evaluation_is_compared_with_the_stock_package(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        bench.AutoAttack,
+        "run_standard_evaluation",
+        lambda self, x, y, batch_size: called.append(len(x)),
+    )
+    attack = bench.registry.load("attack", "autoattack")
+    monkeypatch.setattr(attack, "run", lambda view, x, y, *_: called.append(len(x)))
+    [row] = bench.evaluate(settings())
+    assert called == [2, 2]
+    assert row.rival_name == "stock package"
+
+
+def test_several_networks_at_once(monkeypatch):
+    monkeypatch.setattr(bench, "TOGETHER", 1)
+    monkeypatch.setattr(bench, "_in_processes", lambda *_: 0.5)
+    rows = list(bench.together(settings()))
+    assert [row.rival_name for row in rows] == ["one process, in turn", "one process, vmap, fp32"]
+    assert all(row.ours == 4 / 0.5 for row in rows)
+
+
+def test_rewiring_in_the_benchmark_has_something_to_do(monkeypatch):
+    begun, made = bench._started, []
+    monkeypatch.setattr(bench, "_started", lambda *given: made.append(begun(*given)) or made[0])
+    side = bench._our_rewiring("small_cnn", 0.9, settings())
+    for _ in range(5):
+        side.prepare()
+        side.work()
+    [(_, run)] = made
+    table = run.connections.steps()
+    assert table.deaths.sum() > 5
+    assert table.regrown.sum() >= table.deaths.sum()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arch", "smallcnn"], "nearest match: 'small_cnn'"),
+        (["--only", "zzz"], "--only zzz: no case of 'perturb' has that in its name"),
+        (["--repeats", "0"], "expected a whole number of at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(words, said):
+    command = [sys.executable, "-m", "robsparse", "bench", "perturb", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
