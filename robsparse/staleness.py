@@ -20,7 +20,10 @@ _SHARED = (
     "counts.py",
     "networks.py",
     "sparsity.py",
+    "machine.py",
     "frozen.py",
+    "frozen_layers.py",
+    "backends.py",
     "perturb.py",
     "weights.py",
 )
