@@ -23,8 +23,8 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWa
 PIXELS = 64
 # Entries of the largest dense matrix: in fp32 it fits a core's cache.
 LARGEST_DENSE = 300_000
-# Live share of a layer up to which a sparse matrix, made anew for ten passes, beats the convolution:
-# of narrow layers (and their largest number of weights), of others in fp32 and in bf16.
+# Live share of a layer up to which a sparse matrix, made anew for ten passes, is faster than the
+# convolution: of narrow layers (and their largest number of weights), of others in fp32 and bf16.
 NARROW, NARROW_WEIGHTS, WIDE, WIDE_BF16 = 0.3, 100_000, 0.05, 0.01
 
 
