@@ -30,6 +30,7 @@ class Weighted(nn.Module):
         self.__dict__["layer"], self.__dict__["norm"] = layer, norm
         self.__dict__["apply"] = _how(layer)
         self.live = 1.0  # share of the weights that are not 0
+        self.columns = False  # whether other layers of the view are sparse: see `small_maps`
         # What small maps use: the weights in the network's own precision, and by the size of the
         # map and the form its matrix, with those of the last refresh that it was formed in.
         self.full: tuple[Tensor, Tensor | None] | None = None
@@ -81,7 +82,8 @@ class Weighted(nn.Module):
         if key not in self.formed:
             self.small[key].form(form, weight, bias)
             self.formed.add(key)
-        return self.small[key](x.to(weight.dtype), rectified=self.rectified)
+        columns = self.columns or form == "sparse"
+        return self.small[key](x.to(weight.dtype), rectified=self.rectified, columns=columns)
 
     def _laid_out(self, x: Tensor) -> tuple[Tensor, torch.memory_format]:
         """The weights of a convolution, and the layout that they and x have."""

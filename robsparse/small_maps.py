@@ -2,7 +2,8 @@
 
 Libraries are slow at small maps, whose gradient above all, and have no sparse convolution. As a
 matrix a convolution is one product each way, and a sparse one costs by its live weights. Maps are
-columns of features in the order (pixel, channel), one column an image.
+rows or columns of features in the order (pixel, channel), one an image: a sparse product is fast
+with columns alone, convolutions that stay convolutions come from and go to rows at no cost.
 """
 
 import warnings
@@ -81,17 +82,22 @@ class SmallMap:
             self.back = self.matrix.t()
         else:
             self.matrix, self.back = self.pattern.matrices(taps)
-        self.bias = None if bias is None else bias.repeat(len(self.pixel_of))[:, None]
+        self.bias = None if bias is None else bias.repeat(len(self.pixel_of))
 
-    def __call__(self, x: Tensor, *, rectified: bool) -> Tensor:
-        """x_NCHW -> the next map, whose images lie innermost in memory."""
-        columns = x.permute(2, 3, 1, 0).reshape(-1, len(x))
-        out = _Product.apply(columns, self.matrix, self.back)
-        if self.bias is not None:
-            out += self.bias
-        if rectified:
-            out.relu_()
+    def __call__(self, x: Tensor, *, rectified: bool, columns: bool = True) -> Tensor:
+        """x_NCHW -> the next map; with `columns` its images lie innermost in memory."""
+        if not columns:
+            out = x.permute(0, 2, 3, 1).reshape(len(x), -1) @ self.back
+            out = self._finished(out, self.bias, rectified)
+            return out.view(len(x), *self.size, -1).permute(0, 3, 1, 2)
+        out = _Product.apply(x.permute(2, 3, 1, 0).reshape(-1, len(x)), self.matrix, self.back)
+        out = self._finished(out, None if self.bias is None else self.bias[:, None], rectified)
         return out.view(*self.size, -1, len(x)).permute(3, 2, 0, 1)
+
+    def _finished(self, out: Tensor, bias: Tensor | None, rectified: bool) -> Tensor:
+        if bias is not None:
+            out += bias
+        return out.relu_() if rectified else out
 
 
 class _Product(torch.autograd.Function):

@@ -26,21 +26,26 @@ def convolutions(draw):
     return layer, (inputs, height, width)
 
 
-@given(made=convolutions(), kind=st.sampled_from(["dense", "sparse"]), live=st.floats(0, 1))
-def test_both_matrices_are_the_convolution(made, kind, live):
-    layer, shape = made
+@given(
+    made=convolutions(),
+    form=st.sampled_from([("dense", True), ("dense", False), ("sparse", True)]),
+    live=st.floats(0, 1),
+)
+def test_both_matrices_are_the_convolution(made, form, live):
+    (layer, shape), (kind, columns) = made, form
     layer = layer.double().requires_grad_(False)
     layer.weight.mul_(torch.rand_like(layer.weight) < live)
     x = torch.rand(2, *shape, dtype=torch.float64, requires_grad=True)
     matrix = SmallMap(layer, *shape[1:])
     matrix.form(kind, layer.weight, layer.bias)
-    found, expected = matrix(x, rectified=False), layer(x)
+    found, expected = matrix(x, rectified=False, columns=columns), layer(x)
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-12)
     upstream = torch.rand_like(expected)
     gradients = [torch.autograd.grad(out, x, upstream)[0] for out in (found, expected)]
     assert torch.allclose(*gradients, atol=1e-12)
-    assert torch.allclose(matrix(x, rectified=True), expected.relu(), atol=1e-12)
+    rectified = matrix(x, rectified=True, columns=columns)
+    assert torch.allclose(rectified, expected.relu(), atol=1e-12)
 
 
 def test_sparse_matrix_holds_live_weights_alone():
