@@ -8,6 +8,7 @@ no code with dense kernels does more images a second than that many operations a
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +33,7 @@ from robsparse.errors import UsageError
 from robsparse.evaluation import measure
 from robsparse.imagesets import Augmentation
 from robsparse.machine import computing, device_name, laid_out, pick_device, pick_precision, prepare
-from robsparse.sparsity import prunable
+from robsparse.sparsity import erk_keep_counts, prunable, random_masks
 from robsparse.stages import Run, Stage
 from robsparse.stopwatch import Row, Side, Stopwatch, copy_rate, multiply_rate
 from robsparse.training import descend, optimizer_of, update
@@ -195,11 +196,12 @@ def evaluate(settings: Settings) -> Iterator[Row]:
     """AutoAttack standard on images that all survive, against one call of the stock package."""
     module = registry.load("attack", "autoattack")
     gradients, forwards = module.passes(module.Params())
-    for arch in settings.archs:
-        if not settings.wants(f"evaluate {arch}"):
+    for arch, sparsity in itertools.product(settings.archs, (0.0, 0.9, 0.99)):
+        case = f"evaluate {arch} {sparsity:g}"
+        if not settings.wants(case):
             continue
         x, _ = _images(arch, settings, settings.images)
-        model = _build(arch, settings.device).eval()
+        model = _build(arch, settings.device, sparsity).eval()
         with torch.no_grad():
             x, y = x.cpu(), model(x).argmax(1).cpu()
         threat = AttackThreat("Linf", SURVIVE, 0, len(x), settings.device, report=lambda _: None)
@@ -209,7 +211,7 @@ def evaluate(settings: Settings) -> Iterator[Row]:
             module.run(frozen.view_of(model).eval(), *given, module.Params(), threat)
 
         yield dataclasses.replace(settings.watch, repeats=1).compare(
-            f"evaluate {arch}",
+            case,
             Side(ours),
             Side(functools.partial(stock.run_standard_evaluation, x, y, batch_size=len(x))),
             "stock package",
@@ -222,25 +224,23 @@ def evaluate(settings: Settings) -> Iterator[Row]:
 def rewire(settings: Settings) -> Iterator[Row]:
     """Noise, deaths and regrowths of BCS after a step, without the step; and their share of one."""
     textbook = _textbook()
-    for arch in settings.archs:
-        for sparsity in (0.9, 0.99):
-            case = f"rewire {arch} {sparsity:g}"
-            if not settings.wants(case):
-                continue
-            ours, density = _our_rewiring(arch, sparsity, settings), 1 - sparsity
-            model = textbook.sparsify(_build(arch, settings.device), "sampled", density)
-            theirs = Side(
-                functools.partial(textbook.rewire, model, density, 0.1),
-                lambda model=model: _kill([layer.weight for layer in prunable(model).values()]),
+    for arch, sparsity in itertools.product(settings.archs, (0.9, 0.99)):
+        case = f"rewire {arch} {sparsity:g}"
+        if not settings.wants(case):
+            continue
+        ours, density = _our_rewiring(arch, sparsity, settings), 1 - sparsity
+        model = textbook.sparsify(_build(arch, settings.device), "sampled", density)
+        theirs = Side(
+            functools.partial(textbook.rewire, model, density, 0.1),
+            lambda model=model: _kill([layer.weight for layer in prunable(model).values()]),
+        )
+        options = {"count": 1, "unit": "steps/s"}
+        yield settings.watch.compare(case, ours, theirs, "textbook", **options)
+        for precision in settings.precisions:
+            step = _our_step(Step(arch, "at", precision, "bcs", sparsity), settings)
+            yield settings.watch.compare(
+                f"{case} {precision}", ours, step, "whole step of PGD-10", **options
             )
-            options = {"count": 1, "unit": "steps/s"}
-            yield settings.watch.compare(case, ours, theirs, "textbook", **options)
-            for precision in settings.precisions:
-                kind = Step(arch, "at", precision, "bcs", sparsity)
-                step = _our_step(kind, settings)
-                yield settings.watch.compare(
-                    f"{case} {precision}", ours, step, "whole step of PGD-10", **options
-                )
 
 
 def data(settings: Settings) -> Iterator[Row]:
@@ -337,11 +337,17 @@ def _textbook() -> ModuleType:
     return module
 
 
-def _build(arch: str, device: torch.device) -> nn.Module:
+def _build(arch: str, device: torch.device, sparsity: float = 0.0) -> nn.Module:
+    """A network with random weights, of which a share is 0: shares of layers by ERK."""
     torch.manual_seed(0)
     options = {"width": 24} if arch in SMALL else {}
     params = registry.entry("arch", arch).params(**options)
-    return models.build(arch, params, _shape(arch), CLASSES).to(device)
+    model = models.build(arch, params, _shape(arch), CLASSES)
+    if sparsity:
+        masks = random_masks(model, erk_keep_counts(model, sparsity), torch.Generator())
+        for name, module in prunable(model).items():
+            module.weight.data.mul_(masks[name])
+    return model.to(device)
 
 
 def _shape(arch: str) -> tuple[int, int, int]:

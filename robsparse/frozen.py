@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from robsparse.backends import Backend
 from robsparse.frozen_layers import Norm, Weighted, require_plain
+from robsparse.small_maps import NARROW
 
 _VIEWS: "weakref.WeakKeyDictionary[nn.Module, View]" = weakref.WeakKeyDictionary()
 _NAME = "frozen"  # of the view's own layers in its graph
@@ -58,6 +59,9 @@ class View(nn.Module):
         with torch.no_grad():
             for layer in self.layers:
                 layer.refresh(dtype)
+        convolutions = [layer for layer in self.layers if isinstance(layer, Weighted)]
+        for layer in convolutions:
+            layer.columns = any(other.live <= NARROW for other in convolutions)
         return self
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

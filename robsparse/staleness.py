@@ -23,6 +23,7 @@ _SHARED = (
     "machine.py",
     "frozen.py",
     "frozen_layers.py",
+    "small_maps.py",
     "backends.py",
     "perturb.py",
     "weights.py",

@@ -210,9 +210,10 @@ def test_evaluation_is_compared_with_the_stock_package(monkeypatch):
     )
     attack = bench.registry.load("attack", "autoattack")
     monkeypatch.setattr(attack, "run", lambda view, x, y, *_: called.append(len(x)))
-    [row] = bench.evaluate(settings())
-    assert called == [2, 2]
-    assert row.rival_name == "stock package"
+    rows = list(bench.evaluate(settings()))
+    assert called == [2, 2] * 3
+    assert [row.case for row in rows] == [f"evaluate small_cnn {s}" for s in ("0", "0.9", "0.99")]
+    assert {row.rival_name for row in rows} == {"stock package"}
 
 
 def test_several_networks_at_once(monkeypatch):

@@ -260,21 +260,6 @@ def test_graph_computes_the_same_after_weights_have_changed():
             assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
 
 
-def test_tiny_maps_are_multiplied_only_for_gradients():
-    model, x = build("small_cnn"), torch.rand(2, 1, 8, 8)
-    view = frozen.view_of(model)
-    with torch.no_grad():
-        plain = view(x)
-    assert not any(layer.matrices for layer in view.layers)
-    logits, _ = outputs_and_gradient(view, x)
-    assert [bool(layer.matrices) for layer in view.layers] == [True, False, True, False]
-    assert torch.allclose(plain, logits, atol=1e-5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
-    assert max(differences(model, x)) < 1e-5
-
-
 def test_view_owns_its_weights():
     """Weights that change without a refresh leave the view alone, and the view leaves them."""
     model, x = build("small_cnn"), torch.rand(2, 1, 8, 8)
