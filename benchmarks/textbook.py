@@ -5,7 +5,7 @@ own, images through PIL one at a time, bookkeeping over all weights. No trick, a
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -115,26 +115,33 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, threat: tuple) -> Tensor:
     return adversarial.detach()
 
 
-def pgd_of_many(models: list[nn.Module], x: Tensor, y: Tensor, threat: tuple) -> Tensor:
-    """PGD on several networks of one architecture at once, by vmap over their stacked weights.
+def pgd_of_many(
+    model: nn.Module, stacked: tuple[dict, dict], x: Tensor, y: Tensor, threat: tuple
+) -> Tensor:
+    """PGD as above on several networks of one architecture at once, by vmap.
 
-    Returns the images of each network (networks x N x C x H x W).
+    stacked: their parameters and buffers, as torch.func.stack_module_state gives them; model: any
+    one of them, for its layers. Returns the images of each network (networks x N x C x H x W).
     """
     eps, step, steps = threat
-    parameters, buffers = torch.func.stack_module_state(models)
-
-    def loss(own: dict[str, Tensor], rest: dict[str, Tensor], images: Tensor) -> Tensor:
-        logits = torch.func.functional_call(models[0], (own, rest), (images,))
-        return F.cross_entropy(logits, y, reduction="sum")
-
-    gradient_of = torch.func.vmap(torch.func.grad(loss, argnums=2))
-    adversarial = x.expand(len(models), *x.shape)
+    networks = len(next(iter(stacked[0].values())))
+    gradient_of = torch.func.vmap(torch.func.grad(_loss_of(model, y), argnums=2))
+    model.eval()
+    x = x.expand(networks, *x.shape)
+    adversarial = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
     for _ in range(steps):
-        gradient = gradient_of(parameters, buffers, adversarial)
+        gradient = gradient_of(*stacked, adversarial)
         adversarial = adversarial + step * torch.sign(gradient.detach())
         adversarial = torch.min(torch.max(adversarial, x - eps), x + eps)
         adversarial = torch.clamp(adversarial, 0.0, 1.0)
     return adversarial.detach()
+
+
+def _loss_of(model: nn.Module, y: Tensor) -> Callable[[dict, dict, Tensor], Tensor]:
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, (parameters, buffers), images), y)
+
+    return loss
 
 
 def at_step(
@@ -145,6 +152,23 @@ def at_step(
     model.train()
     optimizer.zero_grad()
     F.cross_entropy(model(adversarial), y).backward()
+    optimizer.step()
+
+
+def at_step_of_many(
+    model: nn.Module,
+    stacked: tuple[dict, dict],
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    threat: tuple,
+) -> None:
+    """One step on adversarial images for each of several networks at once (see pgd_of_many)."""
+    x, y = batch
+    adversarial = pgd_of_many(model, stacked, x, y, threat)
+    model.train()
+    gradients = torch.func.vmap(torch.func.grad(_loss_of(model, y)))(*stacked, adversarial)
+    for name, parameter in stacked[0].items():
+        parameter.grad = gradients[name].detach()
     optimizer.step()
 
 

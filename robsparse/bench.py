@@ -11,6 +11,8 @@ import importlib.util
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +44,7 @@ SMALL = ("small_cnn", "small_resnet")  # which see the digits, at the width of t
 SURVIVE = 1e-6  # an eps that no image breaks at: every attack runs to its end
 DEATHS = 0.001  # of the live connections, in a step that is rewired
 EPOCH = 2000  # images of the data case
-TOGETHER = 20  # crafted batches of each network that are timed together
+TOGETHER = 20  # steps of each network that are timed together
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,12 @@ def run(case: str, settings: Settings, file: Path | None) -> str:
     Raises UsageError when `file` cannot be written or no case has the wanted name.
     """
     if file is not None:
+        if file.is_dir():
+            raise UsageError(f"{file}: a folder, expected the name of a file")
         records.check_writable(file.parent)
     device = device_name(settings.device)
-    print(f"{case} on {device}, medians of {settings.repeats}", flush=True)
+    times = "once each" if case == "evaluate" else f"medians of {settings.repeats}"
+    print(f"{case} on {device}, {times}", flush=True)
     rows = []
     for row in CASES[case](settings):
         print(_line(row), flush=True)
@@ -269,36 +274,35 @@ def data(settings: Settings) -> Iterator[Row]:
 
 
 def together(settings: Settings) -> Iterator[Row]:
-    """Crafting for one network a thread: a process each, against one process with all threads that
-    takes them in turn, or all at once by vmap. (An arch whose step is launch-bound may gain.)
+    """Dense steps of PGD-10 `at` for one network a thread: a process of one thread each, against
+    one process with all threads that takes them in turn, or all at once by vmap. Raises UsageError
+    for one thread: there is nothing to share out.
     """
     n = settings.threads
+    if n < 2:
+        raise UsageError(f"--threads {n}: 'together' trains a network a thread, expected 2 or more")
     for arch, _, precision in _product(settings, ("at",)):
         case = f"together {arch} x{n} {precision}"
         if not settings.wants(case):
             continue
-        x, y = _images(arch, settings)
-        networks = [_build(arch, settings.device).eval() for _ in range(n)]
-        attacker = _attacker(precision, settings.device)
-        one = Side(functools.partial(_craft, attacker, networks, x, y))
-        vmap = Side(lambda case=(networks, x, y): _craft_at_once(*case))
-        count, alone = n * TOGETHER * len(x), _in_processes(arch, precision, settings)
-        for name, side in (("one process, in turn", one), ("one process, vmap, fp32", vmap)):
-            watch = dataclasses.replace(settings.watch, repeats=1)
-            row = watch.compare(case, side, side, name, count=count)
-            mine = {"ours": count / alone, "ratio": count / alone / row.rival, "memory_mb": None}
-            yield dataclasses.replace(row, **mine)
+        kind = Step(arch, "at", precision)
+        steps = [_our_step(kind, settings).work for _ in range(n)]
+        count = n * TOGETHER * settings.batch_size
+        rivals = {
+            "one process, in turn": functools.partial(_repeat, steps),
+            "one process, vmap, fp32": functools.partial(_repeat, [_step_of_many(arch, settings)]),
+        }
+        with _processes(kind, settings) as ours:
+            for name, work in rivals.items():
+                row = settings.watch.compare(case, ours, Side(work), name, count=count)
+                # Other processes' memory is not in this one's account.
+                yield dataclasses.replace(row, memory_mb=None, rival_memory_mb=None)
 
 
-def _craft(attacker: objectives.Attacker, networks: list, x: Tensor, y: Tensor) -> None:
-    for network in networks:
-        for _ in range(TOGETHER):
-            attacker.attack_labels(network, x, y)
-
-
-def _craft_at_once(networks: list, x: Tensor, y: Tensor) -> None:
+def _repeat(steps: list[Callable[[], None]]) -> None:
     for _ in range(TOGETHER):
-        _textbook().pgd_of_many(networks, x, y, (EPS, STEP, STEPS))
+        for step in steps:
+            step()
 
 
 CASES: dict[str, Callable[[Settings], Iterator[Row]]] = {
@@ -445,24 +449,44 @@ def _kill(layers: list[Tensor]) -> None:
             layer.masked_fill_(dying, -1e-3)
 
 
-def _in_processes(arch: str, precision: str, settings: Settings) -> float:
-    """Seconds until one process a network, of one thread each, have crafted all their batches."""
+def _step_of_many(arch: str, settings: Settings) -> Callable[[], None]:
+    """The textbook's step for a network a thread, all at once."""
+    textbook, images = _textbook(), _images(arch, settings)
+    networks = [_build(arch, settings.device) for _ in range(settings.threads)]
+    stacked = torch.func.stack_module_state(networks)
+    optimizer = torch.optim.SGD(stacked[0].values(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    given = (networks[0], stacked, optimizer, images, (EPS, STEP, STEPS))
+    return functools.partial(textbook.at_step_of_many, *given)
+
+
+@contextmanager
+def _processes(kind: Step, settings: Settings) -> Iterator[Side]:
+    """Steps of one network a process, of one thread each. The processes start and stop outside of
+    the time that is taken, as those of a study live for its whole training.
+    """
+    alone = dataclasses.replace(settings, threads=1)
     context = multiprocessing.get_context("spawn")
-    barrier, found = context.Barrier(settings.threads), context.Queue()
-    given = (arch, precision, dataclasses.replace(settings, threads=1), barrier, found)
-    workers = [context.Process(target=_work, args=given) for _ in range(settings.threads)]
-    for worker in workers:
-        worker.start()
-    seconds = [found.get() for _ in workers]
-    for worker in workers:
-        worker.join()
-    return max(seconds)
+    with ExitStack() as stack:
+        # A pool a worker: no worker can take the work of another. One that dies raises.
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, context, _begin, (kind, alone)))
+            for _ in range(settings.threads)
+        ]
+
+        def work() -> None:
+            for done in [pool.submit(_go_on) for pool in pools]:
+                done.result()
+
+        yield Side(work)
 
 
-def _work(arch: str, precision: str, settings: Settings, barrier: Any, found: Any) -> None:
+_steps: list[Callable[[], None]] = []  # of this worker process
+
+
+def _begin(kind: Step, settings: Settings) -> None:
     prepare(settings.threads)
-    model, (x, y) = _build(arch, settings.device).eval(), _images(arch, settings)
-    work = functools.partial(_craft, _attacker(precision, settings.device), [model], x, y)
-    work()
-    barrier.wait()
-    found.put(settings.watch.time(work)[0])
+    _steps.append(_our_step(kind, settings).work)
+
+
+def _go_on() -> None:
+    _repeat(_steps)

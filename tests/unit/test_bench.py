@@ -1,8 +1,10 @@
 """The textbook loop is right, the stopwatch counts what it says, every case of `bench` runs."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from robsparse import bench, perturb
+from robsparse.errors import UsageError
 from robsparse.stopwatch import Row, Side, Stopwatch, copy_rate, multiply_rate
 
 CPU = torch.device("cpu")
@@ -42,15 +45,33 @@ def test_textbook_pgd_gives_our_images_from_the_same_start():
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_textbook_pgd_of_many_networks_is_that_of_each():
+def test_textbook_step_of_many_networks_is_that_of_each():
+    """Batch norm while training, momentum; the start is at x, so that both craft the same."""
+    models, (x, y) = [network(), network()], batch()
+    with torch.no_grad():
+        models[1][0].weight.neg_()
+    stacked = torch.func.stack_module_state(models)
+    optimizer, threat = torch.optim.SGD(stacked[0].values(), lr=0.1, momentum=0.9), (1e-9, 0, 2)
+    for _ in range(3):
+        textbook.at_step_of_many(models[0], stacked, optimizer, (x, y), threat)
+    for number, model in enumerate(models):
+        alone = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(3):
+            textbook.at_step(model, alone, x, y, threat)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            found = (stacked[0] | stacked[1])[name][number]
+            assert torch.allclose(found, tensor, atol=1e-5), name
+
+
+def test_textbook_pgd_of_many_networks_is_that_of_each(monkeypatch):
     models, (x, y) = [network().eval(), network().eval()], batch()
     with torch.no_grad():
         models[1][0].weight.neg_()
-    both = textbook.pgd_of_many(models, x, y, (0.1, 0.03, 5))
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_: self.zero_())  # starts at x
+    stacked = torch.func.stack_module_state(models)
+    both = textbook.pgd_of_many(models[0], stacked, x, y, (0.1, 0.03, 5))
     for model, found in zip(models, both, strict=True):
-        loss = perturb.cross_entropy_of(y)
-        alone = perturb.ascend(model, x, x, loss, eps=0.1, step_size=0.03, steps=5)
-        assert torch.allclose(found, alone, atol=1e-6)
+        assert torch.allclose(found, textbook.pgd(model, x, y, (0.1, 0.03, 5)), atol=1e-6)
 
 
 @pytest.mark.parametrize("step", ["at_step", "trades_step"])
@@ -197,10 +218,30 @@ def test_evaluation_is_compared_with_the_stock_package(monkeypatch):
 
 def test_several_networks_at_once(monkeypatch):
     monkeypatch.setattr(bench, "TOGETHER", 1)
-    monkeypatch.setattr(bench, "_in_processes", lambda *_: 0.5)
-    rows = list(bench.together(settings()))
+    rows = list(bench.together(dataclasses.replace(settings(), threads=2)))
     assert [row.rival_name for row in rows] == ["one process, in turn", "one process, vmap, fp32"]
-    assert all(row.ours == 4 / 0.5 for row in rows)
+    assert all(row.ours > 0 and row.ratio == row.ours / row.rival for row in rows)
+
+
+def test_a_worker_that_dies_is_an_error_and_no_wait(monkeypatch):
+    monkeypatch.setattr(bench, "_begin", sys.exit)
+    two = dataclasses.replace(settings(), threads=2)
+    with bench._processes(None, two) as side, pytest.raises(BrokenProcessPool):
+        side.work()
+
+
+def test_one_thread_has_nothing_to_share_out():
+    with pytest.raises(UsageError, match=r"--threads 1: 'together' .* expected 2 or more"):
+        bench.run("together", settings(), None)
+
+
+@pytest.mark.parametrize("place", ["folder", "file/rows.json"])
+def test_rows_that_cannot_be_written_are_known_before_the_work(place, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setitem(bench.CASES, "perturb", lambda _: pytest.fail("work began"))
+    with pytest.raises(UsageError, match=r"folder, expected|cannot write results"):
+        bench.run("perturb", settings(), tmp_path / place)
 
 
 def test_rewiring_in_the_benchmark_has_something_to_do(monkeypatch):
