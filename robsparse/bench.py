@@ -65,6 +65,7 @@ class Step:
 
 NETWORKS = (
     {"method": "dense"},
+    {"method": "static_random", "sparsity": 0.9, "layers": "masked"},
     {"method": "bcs", "sparsity": 0.9, "layers": "sampled"},
     {"method": "bcs", "sparsity": 0.99, "layers": "sampled"},
     {"method": "hydra", "sparsity": 0.9, "layers": "scored"},
@@ -154,7 +155,9 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 def train(settings: Settings) -> Iterator[Row]:
-    """Training steps of PGD-10 `at` and of TRADES: dense, BCS, HYDRA's pruning; BCS to dense."""
+    """Training steps of PGD-10 `at` and of TRADES: dense, masked, BCS, HYDRA's pruning. BCS is
+    compared with our own dense step too.
+    """
     kinds = [
         Step(arch, objective, precision, **network)
         for arch, objective, precision in _product(settings, ("at", "trades"))

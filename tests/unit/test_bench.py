@@ -174,7 +174,7 @@ def settings(archs=("small_cnn",), precisions=("fp32",), **changes):
 @pytest.mark.parametrize(
     ("case", "only", "rows"),
     [
-        ("train", "", 12),  # two objectives: dense, BCS twice with the dense step each, HYDRA
+        ("train", "", 14),  # two objectives: dense, masked, BCS twice and its dense steps, HYDRA
         ("perturb", "", 1),
         ("rewire", "", 4),
         ("data", "", 1),
