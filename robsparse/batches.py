@@ -36,8 +36,9 @@ class Stored:
         x_NCHW, levels = part.x_NCHW, None
         for number in LEVELS:
             whole = (part.x_NCHW * number).round()
-            if levels is None and torch.equal(whole / number, part.x_NCHW):
+            if torch.equal(whole / number, part.x_NCHW):
                 x_NCHW, levels = whole.to(torch.uint8), number
+                break
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if x_NCHW.nbytes > SHARE_OF_MEMORY * free:

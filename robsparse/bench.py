@@ -160,7 +160,9 @@ def train(settings: Settings) -> Iterator[Row]:
     """
     kinds = [
         Step(arch, objective, precision, **network)
-        for arch, objective, precision in _product(settings, ("at", "trades"))
+        for arch, objective, precision in itertools.product(
+            settings.archs, ("at", "trades"), settings.precisions
+        )
         for network in NETWORKS
     ]
     for kind in kinds:
@@ -179,7 +181,7 @@ def train(settings: Settings) -> Iterator[Row]:
 def perturb(settings: Settings) -> Iterator[Row]:
     """Crafting with PGD-10 on a dense network."""
     textbook = _textbook()
-    for arch, _, precision in _product(settings, ("at",)):
+    for arch, precision in itertools.product(settings.archs, settings.precisions):
         case = f"perturb {arch} {precision}"
         if not settings.wants(case):
             continue
@@ -284,7 +286,7 @@ def together(settings: Settings) -> Iterator[Row]:
     n = settings.threads
     if n < 2:
         raise UsageError(f"--threads {n}: 'together' trains a network a thread, expected 2 or more")
-    for arch, _, precision in _product(settings, ("at",)):
+    for arch, precision in itertools.product(settings.archs, settings.precisions):
         case = f"together {arch} x{n} {precision}"
         if not settings.wants(case):
             continue
@@ -316,13 +318,6 @@ CASES: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "data": data,
     "together": together,
 }
-
-
-def _product(settings: Settings, objectives_: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
-    for arch in settings.archs:
-        for objective in objectives_:
-            for precision in settings.precisions:
-                yield arch, objective, precision
 
 
 # ---------------------------------------------------------------- the two sides

@@ -60,8 +60,9 @@ class View(nn.Module):
             for layer in self.layers:
                 layer.refresh(dtype)
         convolutions = [layer for layer in self.layers if isinstance(layer, Weighted)]
+        columns = any(layer.live <= NARROW for layer in convolutions)
         for layer in convolutions:
-            layer.columns = any(other.live <= NARROW for other in convolutions)
+            layer.columns = columns
         return self
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
