@@ -88,9 +88,8 @@ def _of_study(
     study: config.Study, cell: Cell, arguments: argparse.Namespace
 ) -> tuple[nn.Module, Part]:
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
-    model = networks.build(study, cell, splits.image_shape, splits.classes)
     layout = Layout(arguments.results / study.study)
-    weights.load_into(model, layout.model(cell, "best_val"))
+    model = networks.with_weights(study, cell, splits, layout.model(cell, "best_val"))
     n = arguments.n or study.evaluation.n_examples
     if n <= len(splits.test):
         return model, first_examples(splits.test, n, splits.classes)

@@ -15,6 +15,7 @@ from robsparse import __version__, config, staleness
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.errors import UsageError, nearest
+from robsparse.sources import Target
 
 EXIT_FAILED, EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 1, 2, 75, 130
 
@@ -308,13 +309,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"{arguments.config}: evaluation.selections has no '{arguments.selection}'"
         )
+    source, target = study.source(cell.method), None
+    if arguments.model is not None:
+        target = Target.of_file(arguments.model, source.match)
     evaluation = importlib.import_module("robsparse.evaluation")
     record = evaluation.evaluate_cell(
         study,
         cell,
         arguments.selection,
         layout,
-        model_path=arguments.model,
+        target=target,
         settings_digest=staleness.evaluation_digest(study, cell, arguments.selection),
         device=arguments.device,
         threads=arguments.threads,
@@ -329,17 +333,18 @@ def _evaluate_single(arguments: argparse.Namespace) -> None:
     attacks = [name.strip() for name in arguments.attacks.split(",")]
     study = importlib.import_module("robsparse.single").study_of(**options, attacks=attacks)
     [cell] = study.cells()
-    beside = arguments.weights
-    if beside is None:  # there is no file that the record could lie beside
-        folder = "zoo" if arguments.zoo else "callable"
-        beside = arguments.results / folder / study.models[cell.method].source.replace(":", ".")
+    source = study.source(cell.method)
+    if source.file is None:
+        target = Target.as_built(arguments.results, source)
+    else:
+        target = Target.of_file(source.file, source.match)
     evaluation = importlib.import_module("robsparse.evaluation")
     record = evaluation.evaluate_cell(
         study,
         cell,
         "last",
         Layout(arguments.results / study.study),
-        model_path=beside,
+        target=target,
         settings_digest=staleness.evaluation_digest(study, cell, "last"),
         device=arguments.device,
         threads=arguments.threads,

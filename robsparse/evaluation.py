@@ -18,6 +18,7 @@ from robsparse.config import Evaluation, Selection, Study, Threat
 from robsparse.datasets import Part
 from robsparse.errors import UsageError
 from robsparse.machine import device_name, pick_device, prepare
+from robsparse.sources import Target
 from robsparse.sparsity import prunable
 
 
@@ -28,30 +29,26 @@ def evaluate_cell(
     layout: Layout,
     *,
     settings_digest: str,
-    model_path: Path | None = None,
+    target: Target | None = None,
     device: str | None = None,
     threads: int | None = None,
 ) -> Path:
     """Attack one set of weights and write its record and per-image outcomes.
 
-    With `model_path`, a file of weights of the cell's arch is attacked instead of the cell's own,
-    and the record is written beside it, so that it never mixes with the study's results. For a
-    network of a zoo it only says where to write.
+    target: which weights, and where to write; None for the cell's own in the study's folder.
 
     Returns the path of the record. Raises UsageError, and writes nothing, when the weights are
     missing or damaged or the images are not what an attack expects.
     """
     prepare(threads or study.machine.threads)
-    target = pick_device(device or study.machine.device)
-    source = _Source.of(study, cell, selection, layout, model_path)
-    record, flags = source.record, source.flags
-    records.check_writable(record.parent)
+    where = pick_device(device or study.machine.device)
+    own = target is None
+    target = target or Target.of_study(layout, cell, selection)
+    records.check_writable(target.record.parent)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
-    model = networks.build(study, cell, splits.image_shape, splits.classes)
-    if source.file is not None:
-        weights.load_into(model, source.file, source.match)
+    model = networks.with_weights(study, cell, splits, target.weights, target.match)
     examples = first_examples(splits.test, study.evaluation.n_examples, splits.classes)
-    model = checked(model.to(target).eval(), examples, splits.classes, target)
+    model = checked(model.to(where).eval(), examples, splits.classes, where)
     names = ["clean", *(n for n in study.evaluation.selections[selection] if n != "clean")]
     results = attack_model(
         model,
@@ -59,77 +56,47 @@ def evaluate_cell(
         names,
         settings=study.evaluation,
         threat=study.threat,
-        device=target,
+        device=where,
         saved=layout.parts(cell, selection),
-        network=surrogates(study, cell, selection, layout, target),
-        folded=source.file is not None,
+        network=surrogates(study, cell, selection, layout, where),
+        folded=not study.source(cell.method).foreign,
     )
-    found = doubts.examine(model, examples, study.evaluation, study.threat, target)
+    found = doubts.examine(model, examples, study.evaluation, study.threat, where)
     measured = measure(model, splits.image_shape)
     common = {
         **{name: getattr(cell, name) for name in records.KEY if hasattr(cell, name)},
         "selection": selection,
         "suspicious": found.suspicious([r.outcome for r in results]),
         **measured.columns,
-        **({} if model_path else _training_columns(layout, cell, selection)),
-        "model_bytes": source.size(model),
-        "eval_device": device_name(target),
+        **(_training_columns(layout, cell, selection) if own else {}),
+        "model_bytes": _bytes(model, target.weights),
+        "eval_device": device_name(where),
         "settings_digest": settings_digest,
         "data_checksum": splits.checksum(),
-        "model_checksum": source.checksum(),
+        "model_checksum": _checksum(model, target.weights),
         **records.provenance(),
     }
-    with records.atomic(flags) as temporary, temporary.open("wb") as handle:
+    with records.atomic(target.flags) as temporary, temporary.open("wb") as handle:
         outcomes: dict[str, np.ndarray] = {}
         for result in results:
             outcomes |= result.arrays(examples)
         np.savez_compressed(handle, labels=examples.y_N.numpy(), **outcomes)
     rows = [row for result in results for row in result.rows(common)]
     kept = records.Record(rows, measured.layers, measured.histogram, found.numbers)
-    records.write_record(record, kept)
-    return record
+    records.write_record(target.record, kept)
+    return target.record
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where the weights come from, and where the outcome goes.
+def _bytes(model: nn.Module, file: Path | None) -> int:
+    """Bytes of the weights: of their file, or of all tensors where there is none."""
+    if file is not None:
+        return file.stat().st_size
+    return sum(value.nbytes for value in model.state_dict().values())
 
-    file: None for a network that brings its own weights; `name` says which one that is.
-    """
 
-    file: Path | None
-    match: str
-    name: str
-    record: Path
-    flags: Path
-
-    @classmethod
-    def of(
-        cls, study: Study, cell: Cell, selection: Selection, layout: Layout, path: Path | None
-    ) -> "_Source":
-        external = study.models.get(cell.method)
-        if path is None:
-            own = layout.model(cell, selection)
-            return cls(
-                own, "names", "", layout.evaluation(cell, selection), layout.flags(cell, selection)
-            )
-        beside = (
-            path.with_name(f"{path.name}.evaluation.json"),
-            path.with_name(f"{path.name}.flags.npz"),
-        )
-        if external is not None and external.file is None:
-            return cls(None, "names", external.source, *beside)
-        return cls(path, external.match if external else "names", "", *beside)
-
-    def size(self, model: nn.Module) -> int:
-        """Bytes of the weights."""
-        if self.file is not None:
-            return self.file.stat().st_size
-        return sum(value.nbytes for value in model.state_dict().values())
-
-    def checksum(self) -> str:
-        """What tells the weights from others."""
-        return self.name if self.file is None else records.file_checksum(self.file)
+def _checksum(model: nn.Module, file: Path | None) -> str:
+    """What tells the weights from others: of their file, or of all tensors."""
+    return weights.checksum(model.state_dict()) if file is None else records.file_checksum(file)
 
 
 def surrogates(
@@ -140,8 +107,7 @@ def surrogates(
     def network(method: str) -> nn.Module:
         other = study.surrogate(cell, method)
         splits = datasets.load(study.base("dataset", other.dataset), study.datasets[other.dataset])
-        model = networks.build(study, other, splits.image_shape, splits.classes)
-        weights.load_into(model, layout.model(other, selection))
+        model = networks.with_weights(study, other, splits, layout.model(other, selection))
         return model.to(device).eval()
 
     return network

@@ -13,11 +13,9 @@ def take_in(study: Study, cell: Cell, layout: Layout) -> None:
 
     Raises UsageError when the file is damaged, wants to run code or does not fit the arch.
     """
-    model = study.models[cell.method]
+    source = study.source(cell.method)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
-    network = networks.build(study, cell, splits.image_shape, splits.classes)
-    if model.file is not None:
-        weights.load_into(network, model.file, model.match)
+    network = networks.with_weights(study, cell, splits, source.file, source.match)
     state = plain_state(network)
     for selection in ("best_val", "last"):
         weights.save(layout.model(cell, selection), state)

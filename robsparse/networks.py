@@ -6,9 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from robsparse import models
+from robsparse import models, weights
 from robsparse.cells import Cell
+from robsparse.datasets import Splits
 from robsparse.errors import UsageError
+from robsparse.sources import Match
 from robsparse.study import Study
 from robsparse.thirdparty import zoo
 
@@ -18,16 +20,33 @@ def build(study: Study, cell: Cell, image_shape: tuple[int, int, int], classes: 
 
     The weights are drawn from torch's global generator: seed it first.
     """
-    external = study.models.get(cell.method)
-    if external is not None and external.zoo is not None:
-        return zoo.load(external.zoo, study.base("dataset", cell.dataset), study.threat.norm)
-    if external is not None and external.callable is not None:
-        return call(external.callable)
-    params = study.archs[cell.arch]
+    source = study.source(cell.method)
+    if source.kind == "zoo":
+        return zoo.load(source.name, study.base("dataset", cell.dataset), study.threat.norm)
+    if source.kind == "callable":
+        return call(source.name)
+    params, external = study.archs[cell.arch], study.models.get(cell.method)
     if external is not None and external.mean is not None:
         changed = params.model_dump() | {"mean": external.mean, "std": external.std}
         params = type(params).model_validate(changed)
     return models.build(study.base("arch", cell.arch), params, image_shape, classes)
+
+
+def with_weights(
+    study: Study,
+    cell: Cell,
+    splits: Splits,
+    path: Path | None,
+    match: Match = "names",
+) -> nn.Module:
+    """The network of a cell with the weights of a file, or with those it is built with.
+
+    Raises UsageError when the file is missing, damaged or does not fit, or foreign code fails.
+    """
+    network = build(study, cell, splits.image_shape, splits.classes)
+    if path is not None:
+        weights.load_into(network, path, match)
+    return network
 
 
 def call(source: str) -> nn.Module:

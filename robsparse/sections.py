@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from robsparse.fields import Radius, Share, Sparsity, Strict
 from robsparse.imagesets import Augmentation
+from robsparse.sources import Kind, Match, Source
 
 Selection = Literal["best_val", "last"]
 Norm = Literal["Linf", "L2"]
@@ -238,7 +239,7 @@ class External(Strict):
         None, description="subtracted from each channel before the first layer"
     )
     std: tuple[PositiveFloat, ...] | None = Field(None, description="divided by, after mean")
-    match: Literal["names", "order"] = Field(
+    match: Match = Field(
         "names", description="whether the file's tensors are ours by name, or in their order"
     )
 
@@ -261,9 +262,15 @@ class External(Strict):
         return self
 
     @property
-    def source(self) -> str:
-        """Where the weights come from, in a word."""
-        return str(self.file or self.zoo or self.callable)
+    def source(self) -> Source:
+        """Where the network comes from."""
+        kinds: dict[Kind, str | None] = {
+            "file": self.file,
+            "callable": self.callable,
+            "zoo": self.zoo,
+        }
+        [(kind, name)] = [(kind, name) for kind, name in kinds.items() if name is not None]
+        return Source(kind, name, self.match)
 
 
 class Reach(Strict):

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, Field, field_validator
 
 from robsparse import registry
-from robsparse.cells import Cell
+from robsparse.cells import Cell, Layout
 from robsparse.cost import passes_per_epoch
 from robsparse.counts import round_to_sum
 from robsparse.errors import UsageError
@@ -31,6 +31,7 @@ from robsparse.sections import (
     Threat,
     Training,
 )
+from robsparse.sources import Source
 
 # Settings of `training` that only some objectives read: the others' weights do not depend on them.
 _READ_BY = {
@@ -101,7 +102,7 @@ class Study(Strict):
                         f"grid: the cell {cell.key} stands in two blocks with different settings"
                     )
         for name, model in self.models.items():
-            arch = model.arch or model.source.replace(":", ".")
+            arch = model.arch or model.source.name.replace(":", ".")
             cell = Cell(model.dataset, arch, name, model.objective, round(model.sparsity, 4), 0)
             found[cell] = Planned(model, self.training)
         return found
@@ -154,9 +155,13 @@ class Study(Strict):
         """The registered name behind a name of the study: itself, unless it is a variant."""
         return getattr(self._section(kind).get(name), "base", name)
 
+    def source(self, method: str) -> Source:
+        """Where the networks of a method come from."""
+        return self.models[method].source if method in self.models else Source()
+
     def is_external(self, method: str) -> bool:
         """Whether the name stands for a network that was trained elsewhere."""
-        return method in self.models
+        return self.source(method).external
 
     def entry(self, kind: str, name: str) -> registry.Entry:
         """The registered part ("method", "attack", "dataset", "arch") behind a name."""
@@ -197,6 +202,13 @@ class Study(Strict):
         if start is None:
             return None
         return Cell(cell.dataset, cell.arch, start, cell.objective, 0.0, cell.seed)
+
+    def inputs(self, cell: Cell, layout: Layout) -> list[Path]:
+        """Files that must be there before `cell` is trained or taken in."""
+        start, file = self.starting_cell(cell), self.source(cell.method).file
+        if start:
+            return [layout.model(start, "last"), layout.training(start)]
+        return [file] if file else []
 
     def training_settings(self, cell: Cell) -> dict[str, Any]:
         """All settings that decide the weights of `cell`, those of its starting cell included."""

@@ -3,6 +3,7 @@
 Ours hold live weights alone (robsparse.compact); those of others are dense.
 """
 
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -21,6 +22,15 @@ def save(path: Path, state: dict[str, Tensor]) -> None:
     """Write a plain state dict atomically, weights that are mostly zero in their compact form."""
     with atomic(path) as temporary:
         compact.save(temporary, {name: value.numpy() for name, value in state.items()})
+
+
+def checksum(state: dict[str, Tensor]) -> str:
+    """First 16 hex digits of the SHA-256 of tensors and their names."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:

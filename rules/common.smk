@@ -52,14 +52,8 @@ def cell_of(wildcards):
     return Cell.parse(CELL.format(**wildcards))
 
 
-def starting_weights(wildcards):
-    cell = cell_of(wildcards)
-    if STUDY.is_external(cell.method):
-        return [STUDY.models[cell.method].file or []]
-    start = STUDY.starting_cell(cell)
-    return (
-        [str(LAYOUT.model(start, "last")), str(LAYOUT.training(start))] if start else []
-    )
+def inputs_of_training(wildcards):
+    return [str(path) for path in STUDY.inputs(cell_of(wildcards), LAYOUT)]
 
 
 def surrogate_weights(wildcards):

@@ -32,5 +32,6 @@ rule evaluate:
     message:
         "attack {params.cell} ({wildcards.selection})"
     shell:
-        "robsparse evaluate {params.study:q} --cell {params.cell} --selection {wildcards.selection}"
+        "robsparse evaluate {params.study:q} --cell {params.cell:q}"
+        " --selection {wildcards.selection:q}"
         " --threads {threads} > {log:q} 2>&1"

@@ -6,7 +6,7 @@ rule trained:
 
 rule train:
     input:
-        starting_weights,
+        inputs_of_training,
     output:
         best=f"{ROOT}/models/{CELL}/best_val.safetensors",
         last=f"{ROOT}/models/{CELL}/last.safetensors",
@@ -29,4 +29,4 @@ rule train:
     message:
         "train {params.cell}"
     shell:
-        "robsparse train {params.study:q} --cell {params.cell} --threads {threads} > {log:q} 2>&1"
+        "robsparse train {params.study:q} --cell {params.cell:q} --threads {threads} > {log:q} 2>&1"

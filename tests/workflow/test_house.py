@@ -27,6 +27,7 @@ PLANNING = (
     "records",
     "registry",
     "sections",
+    "sources",
     "staleness",
     "study",
 )
