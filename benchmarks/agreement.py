@@ -12,7 +12,6 @@ classified correctly), in turn.
 
 import argparse
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import pyautoattack
@@ -25,6 +24,7 @@ from robsparse.attacks import AttackThreat, correct_flags
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.datasets import Part
 from robsparse.evaluation import first_examples
+from robsparse.fields import radius
 from robsparse.machine import device_name, pick_device, prepare
 
 SHIPPED = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
@@ -36,7 +36,7 @@ def main() -> None:
     device = pick_device(arguments.device)
     if arguments.source == "shipped":
         model, part = _shipped(arguments)
-        eps, seed, batch_size = float(Fraction(arguments.eps)), 0, 250
+        eps, seed, batch_size = radius(arguments.eps), 0, 250
     else:
         study = config.load(arguments.source)
         model, part = _of_study(study, Cell.parse(arguments.cell), arguments)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from robsparse import faults, registry
+from robsparse import checks, faults, registry
 from robsparse.errors import UsageError, nearest
 from robsparse.fields import Radius, Share, Sparsity, Strict
 from robsparse.sections import (
@@ -94,12 +94,14 @@ def of_data(data: Any, path: str) -> Study:
             "\n".join(f"{path}: {line}" for line in faults.lines(error, data))
         ) from None
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        lines = str(error).splitlines()
+        raise UsageError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
 def _fill_in(study: Study, data: dict[str, Any]) -> Study:
     """Replace the mappings of named parts by their validated models, defaults filled in."""
     several = isinstance(data.get("grid"), list)
+    keys = [f"grid.{i}" if several else "grid" for i in range(len(study.grid))]
     everywhere = {
         name: [value for block in study.grid for value in getattr(block, name)]
         for name in ("datasets", "archs", "methods")
@@ -135,8 +137,8 @@ def _fill_in(study: Study, data: dict[str, Any]) -> Study:
             ),
             "evaluation": study.evaluation.model_copy(update={"attacks": attacks}),
             "grid": [
-                _fill_in_block(study, block, data, f"grid.{i}" if several else "grid")
-                for i, block in enumerate(study.grid)
+                _fill_in_block(study, block, data, key)
+                for key, block in zip(keys, study.grid, strict=True)
             ],
         }
     )
@@ -144,6 +146,8 @@ def _fill_in(study: Study, data: dict[str, Any]) -> Study:
     _check_extra_images(study)
     _check_tables(study)
     _check_surrogates(study)
+    if found := checks.faults(study, keys):
+        raise UsageError("\n".join(found))
     if not study.planned:
         left_out = "every block is left out, because its where_exists is missing"
         raise UsageError(f"grid: {left_out if study.grid else 'expected a block, or models'}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robsparse import datasets, doubts, frozen, networks, perturb, records, registry, weights
 from robsparse.attacks import AttackThreat, Outcome, Saved, fingerprint, no_network
 from robsparse.cells import Cell, Layout, derive_seed
-from robsparse.config import Evaluation, Selection, Study, Threat
+from robsparse.config import Evaluation, Reach, Selection, Study, Threat
 from robsparse.datasets import Part
 from robsparse.errors import UsageError
 from robsparse.machine import device_name, pick_device, prepare
@@ -255,9 +255,10 @@ def attack_model(
     attacked = frozen.view_of(model).eval() if folded else model
     for name in names:
         params = settings.attacks[name]
+        reach = threat.adjusted(params)
         faced = AttackThreat(
-            getattr(params, "norm", None) or threat.norm,
-            0.0 if name == "clean" else getattr(params, "eps", None) or threat.eps,
+            reach.norm,
+            reach.eps if isinstance(params, Reach) else 0.0,
             derive_seed("attack", name, settings.seed) % 2**31,
             settings.batch_size,
             device,

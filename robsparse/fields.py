@@ -1,5 +1,7 @@
 """Kinds of values that a configuration holds, with what a wrong one is told."""
 
+import math
+import re
 from fractions import Fraction
 from typing import Annotated, Any
 
@@ -61,14 +63,17 @@ class Normalised(Strict):
         return self
 
 
+# A ratio of two decimals, short enough that reading it exactly costs nothing.
+_RATIO = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*/\s*(\d{1,20}(?:\.\d{1,20})?)\s*")
+
+
 def _ratio(value: Any) -> Any:
-    """Read "8/255" exactly; leave everything else to pydantic."""
-    if isinstance(value, str) and "/" in value:
-        try:
-            return float(Fraction(value))
-        except (ValueError, ZeroDivisionError, OverflowError):
-            return value
-    return value
+    """Read "8/255" and "0.5/255" exactly; leave everything else to pydantic."""
+    found = _RATIO.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return value
+    above, below = map(Fraction, found.groups())
+    return float(above / below) if below else value
 
 
 def _number(value: Any) -> float:
@@ -79,16 +84,28 @@ def _number(value: Any) -> float:
         return float("nan")
 
 
-def _radius(value: Any) -> Any:
+def radius(value: Any) -> float:
+    """A radius or a length of a step as a float: a number above 0, or a ratio as text.
+
+    Raises PydanticCustomError otherwise. What is too large depends on the norm: see `radius_fault`.
+    """
     number = _number(_ratio(value))
-    if not 0 < number <= 1:
-        hint = f"; nearest match: '{number:g}/255'" if 1 < number <= 255 else ""
+    if not 0 < number < math.inf:
         raise PydanticCustomError(
-            "radius",
-            "expected a number in (0, 1] pixel units, like 0.15 or '8/255'{hint}",
-            {"hint": hint},
+            "radius", "expected a number above 0 in pixel units, like 0.15 or '8/255'", {}
         )
     return number
+
+
+def radius_fault(norm: str, value: float) -> str:
+    """What is wrong with a radius or a step in pixel units in a norm; "" if nothing is.
+
+    In Linf no pixel can change by more than 1. In L2 the length of a perturbation may be above 1.
+    """
+    if norm != "Linf" or value <= 1:
+        return ""
+    hint = f"; nearest match: '{value:g}/255'" if value <= 255 else ""
+    return f"expected a number in (0, 1] pixel units for Linf, like 0.15 or '8/255'{hint}"
 
 
 def _sparsity(value: Any) -> Any:
@@ -105,6 +122,6 @@ def _sparsity(value: Any) -> Any:
     return number
 
 
-Radius = Annotated[float, BeforeValidator(_radius)]
+Radius = Annotated[float, BeforeValidator(radius)]
 Sparsity = Annotated[float, BeforeValidator(_sparsity)]
 Share = Annotated[float, Field(ge=0, lt=1)]

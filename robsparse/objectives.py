@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robsparse import frozen, perturb
-from robsparse.config import Crafting, Training
-from robsparse.machine import computing
+from robsparse.cells import Cell
+from robsparse.config import Crafting, Study, Training
+from robsparse.machine import computing, pick_precision
 
 # (x, eps, generator, norm) -> first iterate
 Start = Callable[[Tensor, float, torch.Generator, str], Tensor]
@@ -76,6 +77,13 @@ class Attacker:
                 precision = "fp32"  # bf16 is in the view's weights; autocast would round its logits
             with computing(precision, x.device):
                 yield view
+
+
+def attacker_of(study: Study, cell: Cell, generator: torch.Generator) -> Attacker:
+    """What crafts the training examples of a cell, on the device of the generator."""
+    crafting, threat = study.training_of(cell).crafting, study.training_threat(cell)
+    precision = pick_precision(crafting.precision, generator.device)
+    return Attacker(threat.eps, crafting, generator, threat.norm, precision)
 
 
 def natural(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:

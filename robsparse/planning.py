@@ -1,9 +1,10 @@
 """What a study would run, and how long that takes on this machine, from a few timed passes."""
 
+import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -23,12 +24,12 @@ ENOUGH_SECONDS = 0.1  # of one pass, to be timed well
 
 
 class Clock:
-    """Seconds for one pass over one image of each (dataset, arch, objective), timed once."""
+    """Seconds for one pass over one image, timed once for all cells that it is the same for."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
         self.device = pick_device(study.machine.device)
-        self.timed: dict[tuple[str, ...], float] = {}
+        self.timed: dict[tuple[Hashable, ...], float] = {}
 
     @functools.cache  # noqa: B019 (a clock lives as long as the command)
     def data(self, dataset: str) -> Description:
@@ -39,14 +40,10 @@ class Clock:
         """Training step of the dense network, per image."""
         training = self.study.training_of(cell)
         objective = objectives.of(cell.objective, training)
-        attacker = objectives.Attacker(
-            self.study.threat.eps,
-            # One crafting step is timed; the others cost as much as the gradient pass that it is.
-            training.crafting.model_copy(update={"steps": 1}),
-            torch.Generator(self.device),
-            self.study.threat.norm,
-            pick_precision(training.crafting.precision, self.device),
-        )
+        attacker = objectives.attacker_of(self.study, cell, torch.Generator(self.device))
+        # One crafting step is timed; the others cost as much as the gradient pass that it is.
+        one = attacker.crafting.model_copy(update={"steps": 1})
+        attacker = dataclasses.replace(attacker, crafting=one)
         precision = pick_precision(training.precision, self.device)
 
         def work(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -54,7 +51,8 @@ class Clock:
                 loss = objective(model, x, y, attacker)
             loss.backward()
 
-        once = self._time(("step", cell.dataset, cell.arch, cell.objective), cell, work)
+        key = ("step", cell.dataset, cell.arch, cell.objective, training)
+        once = self._time(key, cell, work)
         passes = PASSES[cell.objective]
         steps = training.crafting.steps
         return once + (passes(steps)[1] - passes(1)[1]) * self.gradient(cell, attacker.precision)
@@ -75,7 +73,7 @@ class Clock:
             ("forward", cell.dataset, cell.arch), cell, lambda model, x, y: model(x.detach())
         )
 
-    def _time(self, key: tuple[str, ...], cell: Cell, work: Callable) -> float:
+    def _time(self, key: tuple[Hashable, ...], cell: Cell, work: Callable) -> float:
         if key not in self.timed:
             data = self.data(cell.dataset)
             model = networks.build(self.study, cell, data.image_shape, data.classes)

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 import robsparse
 from robsparse.errors import UsageError
+from robsparse.fields import radius_fault
 
 Share = Field(ge=0, le=1)
 
@@ -54,7 +55,7 @@ class Row(BaseModel):
     ci_high: float = Share
 
     norm: str
-    eps: float = Field(ge=0, le=1)
+    eps: float = Field(ge=0)
     steps: int | None = None
     restarts: int | None = None
     version: str | None = None
@@ -91,6 +92,12 @@ class Row(BaseModel):
     source: Literal["measured"] | str = "measured"
     failure: str = Field("", description="what went wrong in training; such a row is marked")
     suspicious: str = Field("", description="why the network's robustness is in doubt, in words")
+
+    @model_validator(mode="after")
+    def _radius_is_one(self) -> "Row":
+        if fault := radius_fault(self.norm, self.eps):
+            raise ValueError(f"eps: {fault}")
+        return self
 
 
 KEY = list(Row.model_fields)[:9]

@@ -13,7 +13,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from robsparse.fields import Radius, Share, Sparsity, Strict
+from robsparse.fields import Radius, Share, Sparsity, Strict, radius_fault
 from robsparse.imagesets import Augmentation
 from robsparse.sources import Kind, Match, Source
 
@@ -96,6 +96,21 @@ class Threat(Strict):
         "length of the whole perturbation"
     )
 
+    @model_validator(mode="after")
+    def _within_the_norm(self) -> "Threat":
+        if fault := radius_fault(self.norm, self.eps):
+            raise PydanticCustomError("radius", "{fault}", {"key": "eps", "fault": fault})
+        return self
+
+    def adjusted(self, settings: Strict) -> "Threat":
+        """This threat with the norm and eps of `settings` where they have their own.
+
+        settings: of an attack (a `Reach`), or of training, which has an eps alone. Raises
+        ValidationError where the two together are no threat: Linf with an eps above 1.
+        """
+        own = {key: getattr(settings, key, None) for key in ("norm", "eps")}
+        return Threat(**(dict(self) | {key: v for key, v in own.items() if v is not None}))
+
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Backend = Literal["auto", "eager", "compiled", "graph"]
@@ -141,7 +156,8 @@ class Training(Strict):
         "auto", description="what the training pass computes in (weights and updates: fp32)"
     )
     eps: Radius | None = Field(
-        None, description="radius that is trained against, if it is not the threat's"
+        None,
+        description="radius that is trained and validated against, if it is not the threat's",
     )
     augmentation: Augmentation | None = Field(
         None, description="how training images are varied, if not as the data set says"
@@ -276,7 +292,8 @@ class External(Strict):
 class Reach(Strict):
     """Base of an attack's parameters: how far it goes, if not as far as the study's threat.
 
-    eps in the norm: for L2 the length of the whole perturbation, pixels in [0,1].
+    eps in the norm: for L2 the length of the whole perturbation, pixels in [0,1]. An attack of
+    another norm than the threat's has an eps of its own.
     """
 
     norm: Norm | None = None

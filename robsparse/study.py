@@ -196,6 +196,21 @@ class Study(Strict):
         """How `cell` is trained: the section training, or what its block says."""
         return self.planned[cell].training
 
+    def training_threat(self, cell: Cell) -> Threat:
+        """What `cell` is trained and validated against.
+
+        eps: that of its block's training, else of the section training, else of the threat. The
+        norm is the threat's.
+        """
+        return self.threat.adjusted(self.training_of(cell))
+
+    def attack_threat(self, name: str) -> Threat:
+        """How far an attack of the study may go: norm and eps of its own, else of the threat.
+
+        The sanity checks of an evaluation go as far as the threat.
+        """
+        return self.threat.adjusted(self.evaluation.attacks[name])
+
     def starting_cell(self, cell: Cell) -> Cell | None:
         """The cell whose trained weights `cell` starts from, or None if it starts from scratch."""
         start = self.start_method(cell.method)

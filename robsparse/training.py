@@ -155,13 +155,8 @@ class Trainer:
         extra = self._extra_images(splits)
         self.batches = batches.Batches(study, cell, splits.train, extra, device)
         self.objective = objectives.of(cell.objective, self.training)
-        self.attacker = objectives.Attacker(
-            self.training.eps or study.threat.eps,
-            self.training.crafting,
-            self._generator("craft", cell.dataset, cell.objective),
-            study.threat.norm,
-            pick_precision(self.training.crafting.precision, device),
-        )
+        generator = self._generator("craft", cell.dataset, cell.objective)
+        self.attacker = objectives.attacker_of(study, cell, generator)
         self.start = self._read_start()
         self.progress = Progress()
         method = study.base("method", cell.method)

@@ -91,7 +91,7 @@ BAD = {
         "",
     ),
     "eps in 8-bit units": ("threat.eps", 8, ["threat.eps = 8", "(0, 1]"], "'8/255'"),
-    "eps of zero": ("threat.eps", 0, ["threat.eps = 0", "(0, 1]"], ""),
+    "eps of zero": ("threat.eps", 0, ["threat.eps = 0", "above 0"], ""),
     "eps below zero": ("threat.eps", -0.1, ["threat.eps = -0.1"], ""),
     "eps that is NaN": ("threat.eps", float("nan"), ["threat.eps = NaN"], ""),
     "eps divided by zero": ("threat.eps", "8/0", ['threat.eps = "8/0"'], ""),
@@ -264,6 +264,7 @@ def test_nearest_match_is_silent_when_nothing_is_near():
 )
 def test_radius_is_read_exactly(written, meant, study_data, load_study):
     study_data["threat"]["eps"] = written
+    study_data["training"]["crafting"]["step_size"] = 0.01
     assert load_study(study_data).threat.eps == meant
 
 

@@ -17,6 +17,7 @@ ROOMS = ("method", "baselines", "eval", "figures")
 # Modules that the workflow loads while it is being planned, before torch.
 PLANNING = (
     "cells",
+    "checks",
     "collection",
     "config",
     "cost",

@@ -1,0 +1,300 @@
+"""One resolution of norm and eps: what is trained, validated, attacked and planned with."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from robsparse import datasets, evaluation, networks, perturb, planning
+from robsparse.attacks import length
+from robsparse.cells import Layout
+from robsparse.errors import UsageError
+from robsparse.fields import radius
+from robsparse.sections import Threat, Training
+from robsparse.training import train_cell
+
+CPU = torch.device("cpu")
+TRAINED, TESTED = 0.05, 0.3
+
+
+@pytest.fixture
+def crafted(monkeypatch):
+    """Norm, eps asked for and the largest perturbation of every call that perturbs images."""
+    calls, ascend = [], perturb.ascend
+
+    def watched(model, x, start, loss, **options):
+        found = ascend(model, x, start, loss, **options)
+        norm = options.get("norm", "Linf")
+        calls.append((norm, options["eps"], float(length(found - x, norm).max())))
+        return found
+
+    monkeypatch.setattr(perturb, "ascend", watched)
+    return calls
+
+
+def of(study, method):
+    return next(cell for cell in study.cells() if cell.method == method)
+
+
+def trained(study, folder):
+    """All weights of the study's BCS network, trained for an epoch."""
+    cell, layout = of(study, "bcs"), Layout(folder)
+    train_cell(study, cell, layout, device="cpu")
+    return load_file(layout.model(cell, "last"))
+
+
+# ---------------------------------------------------------------- training and validation
+
+
+@pytest.mark.parametrize("place", ["section", "block", "block over section"])
+def test_training_eps_is_what_training_and_validation_use(
+    place, study_data, load_study, tmp_path, crafted
+):
+    """The same bits as under a threat of that eps, others than under the threat that attacks."""
+    study_data["training"]["crafting"]["step_size"] = TRAINED
+    study_data["threat"]["eps"] = TRAINED
+    plain = trained(load_study(study_data), tmp_path / "plain")
+    study_data["threat"]["eps"] = TESTED
+    other = trained(load_study(study_data), tmp_path / "other")
+    if place != "block":
+        study_data["training"]["eps"] = TRAINED if place == "section" else 0.2
+    if place != "section":
+        study_data["grid"]["training"] = {"eps": TRAINED}
+    crafted.clear()
+    found = trained(load_study(study_data), tmp_path / "own")
+    assert {(norm, eps) for norm, eps, _ in crafted} == {("Linf", TRAINED)}
+    assert max(reach for *_, reach in crafted) == pytest.approx(TRAINED)
+    assert len(crafted) > 1
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert any(not torch.equal(found[name], other[name]) for name in plain)
+
+
+def test_training_eps_changes_nothing_of_the_attacks(study_data, load_study, tmp_path, crafted):
+    study_data["training"]["eps"] = 0.1
+    study_data["evaluation"]["doubts"] = {"n_examples": 5, "queries": 2}
+    study = load_study(study_data)
+    trained(study, tmp_path)
+    crafted.clear()
+    cell, layout = of(study, "bcs"), Layout(tmp_path)
+    evaluation.evaluate_cell(study, cell, "last", layout, settings_digest="", device="cpu")
+    assert {eps for _, eps, _ in crafted} == {0.15, 1.0}  # 1.0: a sanity check's
+
+
+def test_l2_is_the_norm_of_training_and_validation_too(study_data, load_study, tmp_path, crafted):
+    study_data["threat"] = {"norm": "L2", "eps": 1.5}
+    study_data["training"]["crafting"]["step_size"] = 1.2
+    trained(load_study(study_data), tmp_path)
+    assert {(norm, eps) for norm, eps, _ in crafted} == {("L2", 1.5)}
+    assert 1 < max(reach for *_, reach in crafted) <= 1.5 + 1e-5
+
+
+# ---------------------------------------------------------------- attacks
+
+
+def test_each_attack_goes_as_far_as_it_says_else_as_the_threat(study_data, load_study):
+    study_data["evaluation"]["attacks"] = {
+        "pgd": {"steps": 2, "restarts": 1},
+        "near": {"base": "pgd", "eps": "0.5/255", "steps": 2, "restarts": 1},
+        "round": {"base": "pgd", "norm": "L2", "eps": 2.5, "steps": 2, "restarts": 1},
+    }
+    names = ["clean", "pgd", "near", "round"]
+    study_data["evaluation"]["selections"] = {"last": names}
+    study = load_study(study_data)
+    cell = of(study, "bcs")
+    splits = datasets.load("digits", study.datasets["digits"])
+    model = networks.build(study, cell, splits.image_shape, splits.classes).eval()
+    found = evaluation.attack_model(
+        model,
+        evaluation.first_examples(splits.test, 8, splits.classes),
+        names,
+        settings=study.evaluation,
+        threat=study.threat,
+        device=CPU,
+    )
+    expected = [("Linf", 0.0), ("Linf", 0.15), ("Linf", 0.5 / 255), ("L2", 2.5)]
+    assert [(result.threat.norm, result.threat.eps) for result in found] == expected
+    resolved = [study.attack_threat(name) for name in names[1:]]
+    assert [(threat.norm, threat.eps) for threat in resolved] == expected[1:]
+
+
+def test_a_variant_of_clean_perturbs_nothing(study_data, load_study):
+    study_data["evaluation"]["attacks"]["untouched"] = {"base": "clean"}
+    study_data["evaluation"]["selections"] = {"last": ["untouched"]}
+    study = load_study(study_data)
+    splits = datasets.load("digits", study.datasets["digits"])
+    model = networks.build(study, of(study, "bcs"), splits.image_shape, splits.classes)
+    found = evaluation.attack_model(
+        model.eval(),
+        evaluation.first_examples(splits.test, 8, splits.classes),
+        ["untouched"],
+        settings=study.evaluation,
+        threat=study.threat,
+        device=CPU,
+    )
+    assert found[0].threat.eps == 0.0
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_plan_times_the_network_against_what_it_is_trained_against(
+    study_data, load_study, monkeypatch
+):
+    """A block with settings of its own is timed with them, whatever was timed before."""
+    block = study_data["grid"] | {"sparsities": [0.9]}
+    own = {"eps": 0.1, "crafting": {"bn_mode": "train", "step_size": 0.05}}
+    study_data["grid"] = [block, block | {"sparsities": [0.99], "training": own}]
+    study_data["grid"] = [b | {"methods": ["bcs"]} for b in study_data["grid"]]
+    study = load_study(study_data)
+    asked = []
+    monkeypatch.setattr(planning, "_seconds_per_image", lambda work, most: work(1) or 0.0)
+    ascend = perturb.ascend
+
+    def watched(model, x, start, loss, **options):
+        asked.append((options["eps"], options["step_size"], options["steps"]))
+        return ascend(model, x, start, loss, **options)
+
+    monkeypatch.setattr(perturb, "ascend", watched)
+    clock = planning.Clock(study)
+    for cell in study.cells():
+        clock.step(cell)
+    assert asked == [(0.15, 0.1, 1), (0.1, 0.05, 1)]
+
+
+# ---------------------------------------------------------------- what is refused
+
+L2 = {"norm": "L2", "eps": 2}
+FAULTS = {
+    "Linf above 1": (
+        {"threat": {"eps": 1.5}},
+        "threat.eps = 1.5: expected a number in (0, 1] pixel units for Linf, like 0.15 or '8/255'; "
+        "nearest match: '1.5/255'",
+    ),
+    "training above 1": (
+        {"training": {"eps": 8}},
+        "training.eps = 8.0: expected a number in (0, 1] pixel units for Linf, like 0.15 or "
+        "'8/255'; nearest match: '8/255'",
+    ),
+    "attack above 1": (
+        {"evaluation": {"attacks": {"pgd": {"eps": 4}}}},
+        "evaluation.attacks.pgd.eps = 4.0: expected a number in (0, 1] pixel units for Linf, like "
+        "0.15 or '8/255'; nearest match: '4/255'",
+    ),
+    "attack of another norm": (
+        {"evaluation": {"attacks": {"pgd": {"norm": "L2"}}}},
+        "evaluation.attacks.pgd.eps: missing, expected the radius in L2; that of the threat is "
+        "another's",
+    ),
+    "attack of Linf in a study of L2": (
+        {"threat": L2, "evaluation": {"attacks": {"pgd": {"norm": "Linf", "eps": 2}}}},
+        "evaluation.attacks.pgd.eps = 2.0: expected a number in (0, 1]",
+    ),
+    "steps above eps": (
+        {"training": {"crafting": {"step_size": 0.16}}},
+        "training.crafting.step_size = 0.16: expected at most the eps that is trained against; "
+        "nearest match: 0.15",
+    ),
+    "steps above the block's eps": (
+        {"grid": {"training": {"eps": 0.05}}},
+        "grid.training.crafting.step_size = 0.1: expected at most the eps that is trained against; "
+        "nearest match: 0.05",
+    ),
+    "one step above two eps": (
+        {"training": {"crafting": {"step_size": 0.31, "steps": 1}}},
+        "training.crafting.step_size = 0.31: expected at most twice the eps that is trained "
+        "against; nearest match: 0.3",
+    ),
+    "L2 of zero": ({"threat": {"norm": "L2", "eps": 0}}, "threat.eps = 0: expected a number above"),
+}
+
+
+def merge(data, change):
+    for key, value in change.items():
+        if isinstance(value, dict):
+            merge(data.setdefault(key, {}), value)
+        else:
+            data[key] = value
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_radii_and_steps_that_are_none_are_one_line(fault, study_data, load_study, tmp_path):
+    change, said = FAULTS[fault]
+    merge(study_data, change)
+    with pytest.raises(UsageError) as caught:
+        load_study(study_data)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'study.yaml'}: {said}")
+    assert "\n" not in message
+
+
+def test_one_step_may_be_longer_than_eps(study_data, load_study):
+    """Fast adversarial training: one step of 1.25 eps."""
+    study_data["training"]["crafting"] |= {"steps": 1, "step_size": 1.25 * 0.15}
+    assert load_study(study_data).training.crafting.step_size == 1.25 * 0.15
+
+
+def test_l2_radii_may_be_above_one(study_data, load_study):
+    study_data["threat"] = {"norm": "L2", "eps": 1.5}
+    study_data["training"] |= {"eps": 1.25}
+    study_data["training"]["crafting"]["step_size"] = 1.1
+    study = load_study(study_data)
+    assert study.threat == Threat(norm="L2", eps=1.5)
+    assert study.training_threat(of(study, "bcs")) == Threat(norm="L2", eps=1.25)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("0.5/255", 0.5 / 255),
+        ("1.5/255", 1.5 / 255),
+        (" 8 / 255 ", 8 / 255),
+        ("0.1/1", 0.1),
+        ("3/2.5e0", None),
+        ("1e9999999/3", None),
+        ("-1/255", None),
+        ("1/0.0", None),
+    ],
+)
+def test_ratios_of_decimals_are_read_exactly(written, meant):
+    if meant is not None:
+        assert radius(written) == meant
+        return
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        radius(written)
+
+
+# ---------------------------------------------------------------- the comparison's own default
+
+
+def test_agreement_with_the_stock_package_runs_on_its_default_eps(repository, monkeypatch, capsys):
+    """`python benchmarks/agreement.py shipped`, the two attacks and the network replaced."""
+    where = repository / "benchmarks" / "agreement.py"
+    spec = importlib.util.spec_from_file_location("agreement", where)
+    agreement = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(agreement)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    part = datasets.Part(torch.rand(6, 1, 2, 2), torch.zeros(6, dtype=torch.int64))
+    part = dataclasses.replace(part, y_N=model(part.x_NCHW).argmax(1))
+    asked = []
+
+    def stock(model, part, threat):
+        asked.append(threat.eps)
+        return torch.ones(len(part), dtype=torch.bool)
+
+    class Attack:
+        Params = Training.model_construct
+
+        @staticmethod
+        def run(view, x, y, params, threat):
+            asked.append(threat.eps)
+            return evaluation.Outcome({"all": torch.ones(len(y), dtype=torch.bool)})
+
+    monkeypatch.setattr(agreement, "_shipped", lambda arguments: (model, part))
+    monkeypatch.setattr(agreement, "_stock", stock)
+    monkeypatch.setattr(agreement.registry, "load", lambda kind, name: Attack)
+    monkeypatch.setattr("sys.argv", ["agreement.py", "shipped"])
+    agreement.main()
+    assert asked == [0.5 / 255] * 2
+    assert "images that differ: none" in capsys.readouterr().out
