@@ -476,7 +476,7 @@ def test_killed_run_leaves_nothing_half_written_and_starts_again(
 
 def test_ctrl_c_in_an_evaluation_leaves_no_record(small, project, robsparse):
     small["methods"]["dense"]["pretrain"]["epochs"] = 20
-    small["threat"]["eps"] = 0.001
+    small["threat"]["eps"] = small["training"]["crafting"]["step_size"] = 0.001
     small["evaluation"]["attacks"]["pgd"] = {"steps": 5000, "restarts": 50}
     study = project.write(small)
     robsparse("train", study, "--cell", DENSE)
