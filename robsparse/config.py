@@ -101,7 +101,6 @@ def of_data(data: Any, path: str) -> Study:
 def _fill_in(study: Study, data: dict[str, Any]) -> Study:
     """Replace the mappings of named parts by their validated models, defaults filled in."""
     several = isinstance(data.get("grid"), list)
-    keys = [f"grid.{i}" if several else "grid" for i in range(len(study.grid))]
     everywhere = {
         name: [value for block in study.grid for value in getattr(block, name)]
         for name in ("datasets", "archs", "methods")
@@ -137,16 +136,15 @@ def _fill_in(study: Study, data: dict[str, Any]) -> Study:
             ),
             "evaluation": study.evaluation.model_copy(update={"attacks": attacks}),
             "grid": [
-                _fill_in_block(study, block, data, key)
-                for key, block in zip(keys, study.grid, strict=True)
+                _fill_in_block(study, block, data, f"grid.{i}" if several else "grid")
+                for i, block in enumerate(study.grid)
             ],
         }
     )
     _check_test_size(study)
-    _check_extra_images(study)
     _check_tables(study)
     _check_surrogates(study)
-    if found := checks.faults(study, keys):
+    if found := checks.faults(study):
         raise UsageError("\n".join(found))
     if not study.planned:
         left_out = "every block is left out, because its where_exists is missing"
@@ -181,7 +179,7 @@ def _training_of_block(block: Grid, data: dict[str, Any], key: str) -> Training 
     try:
         return Training.model_validate(merged)
     except ValidationError as error:
-        raise UsageError("; ".join(faults.lines(error, merged, key))) from None
+        raise UsageError("\n".join(faults.lines(error, merged, key))) from None
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -230,18 +228,6 @@ def _check_test_size(study: Study) -> None:
             )
 
 
-def _check_extra_images(study: Study) -> None:
-    """Say before anything is trained that robust self-training lacks its extra images."""
-    path = study.training.rst_file
-    wanted = any("rst" in block.objectives for block in study.blocks())
-    if wanted and (path is None or not Path(path).exists()):
-        raise UsageError(
-            f"training.rst_file = {json.dumps(path)}: the objective 'rst' needs a file of "
-            "pseudo-labelled extra images, an npz with the arrays 'images' and 'labels'; the "
-            "authors took theirs from TinyImages, which was withdrawn, so there is none to download"
-        )
-
-
 def _check_surrogates(study: Study) -> None:
     """Say before anything is trained that there is no network to transfer an attack from."""
     for cell in study.cells():
@@ -280,7 +266,10 @@ def _parts(kind: str, wanted: Any, given: dict[str, Any], grid_key: str, key: st
         try:
             parts[name] = model.model_validate(values)
         except ValidationError as error:
-            raise UsageError("; ".join(faults.lines(error, values, f"{key}.{name}"))) from None
+            raise UsageError("\n".join(faults.lines(error, values, f"{key}.{name}"))) from None
+        except Exception as error:  # a validator of a file of somebody's own
+            said = registry.entry(kind, variants.get(name, name)).blame(error)
+            raise UsageError(f"{key}.{name}: {said}") from error
     return {name: parts[name] for name in dict.fromkeys([*wanted, *given])}
 
 

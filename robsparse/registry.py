@@ -8,6 +8,8 @@ module for real.
 """
 
 import ast
+import builtins
+import dis
 import functools
 import importlib
 import importlib.metadata
@@ -16,7 +18,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from pydantic import BaseModel
@@ -41,6 +43,9 @@ _PARAMS_IMPORTS = (
 )
 
 
+_MAY = f"parameter classes may use literals and names from {', '.join(_PARAMS_IMPORTS)} alone"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered name and what its source text says of it.
@@ -55,6 +60,16 @@ class Entry:
     path: Path
     literals: dict[str, Any]
     params: type[BaseModel]
+
+    def blame(self, error: Exception) -> str:
+        """In one line, what its code raised, and in which line of its file."""
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(self.path)
+        ]
+        where = f"{self.path}, line {lines[-1]}" if lines else str(self.path)
+        return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def names(kind: str) -> list[str]:
@@ -89,13 +104,7 @@ def load(kind: str, name: str) -> ModuleType:
     try:
         module = importlib.import_module(found.module)
     except Exception as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(found.path)
-        ]
-        where = f"{found.path}, line {lines[-1]}" if lines else str(found.path)
-        raise UsageError(f"{where}: {type(error).__name__}: {error}") from error
+        raise UsageError(found.blame(error)) from error
     if kind == "method" and not callable(getattr(module, "stages", None)):
         raise UsageError(
             f"{found.path}: no function stages(params, sparsity), expected it to return the stages"
@@ -141,17 +150,21 @@ def _files(kind: str) -> Iterator[tuple[str, Path, str | None]]:
 def _read(kind: str, module: str, path: Path, name: str | None) -> list[Entry]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: expected Python source in UTF-8") from None
     except OSError:
         raise UsageError(
             f"{path}: the {kind} '{name}' of an installed package is not there"
         ) from None
     except SyntaxError as error:
         raise UsageError(f"{path}: line {error.lineno}: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: expected Python source in UTF-8") from None
+    except (ValueError, MemoryError, RecursionError) as error:  # null bytes, deep nesting
+        raise UsageError(f"{path}: expected Python source ({error})") from None
     literals = _literals(tree)
     params = _params(tree, module, path)
     registered = (name,) if name else literals.get("NAMES", (path.stem,))
+    if not isinstance(registered, tuple | list) or not all(isinstance(n, str) for n in registered):
+        raise UsageError(f"{path}: NAMES = {registered!r}: expected a tuple of names")
     return [Entry(kind, own, module, path, literals, params) for own in registered]
 
 
@@ -167,7 +180,7 @@ def _literals(tree: ast.Module) -> dict[str, Any]:
         if isinstance(target, ast.Name):
             try:
                 values[target.id] = ast.literal_eval(node.value)
-            except ValueError:
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 continue
     return values
 
@@ -176,31 +189,49 @@ def _params(tree: ast.Module, module: str, path: Path) -> type[BaseModel]:
     """Build the module's `Params` from its pydantic classes alone.
 
     Only imports from typing, pydantic and robsparse.config, and classes that derive from those
-    names, are executed: the rest of the file, torch included, is not.
+    names, are executed: the rest of the file, torch included, is not. Their validators may
+    therefore use no other names either.
     """
     space: dict[str, Any] = {"__name__": module}
+    used: list[tuple[str, int]] = []
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
             wanted = node.module in _PARAMS_IMPORTS
         else:
             wanted = isinstance(node, ast.ClassDef) and _derives_from_model(node, space)
         if wanted:
-            _execute(node, space, path)
+            used += _execute(node, space, path)
     if "Params" not in space:
         raise UsageError(
             f"{path}: no class Params found (expected a robsparse.config.Strict model)"
         )
+    for name, line in used:
+        if name not in space and not hasattr(builtins, name):
+            raise UsageError(f"{path}: line {line}: the name '{name}' is not known here; {_MAY}")
     return space["Params"]
 
 
-def _execute(node: ast.stmt, space: dict[str, Any], path: Path) -> None:
+def _execute(node: ast.stmt, space: dict[str, Any], path: Path) -> list[tuple[str, int]]:
+    """Run an import or a class; returns the global names that its functions use, with lines."""
+    code = compile(ast.Module([node], []), str(path), "exec")
     try:
-        exec(compile(ast.Module([node], []), str(path), "exec"), space)
+        exec(code, space)
     except Exception as error:
         raise UsageError(
-            f"{path}: line {node.lineno}: {type(error).__name__}: {error}; parameter classes "
-            f"may use literals and names from {', '.join(_PARAMS_IMPORTS)} alone"
+            f"{path}: line {node.lineno}: {type(error).__name__}: {error}; {_MAY}"
         ) from None
+    return list(_globals_of(code, node.lineno))
+
+
+def _globals_of(code: CodeType, line: int) -> Iterator[tuple[str, int]]:
+    """Global names that code and the functions in it use: they may not run before much later."""
+    for step in dis.get_instructions(code):
+        line = (step.positions.lineno if step.positions else None) or line
+        if step.opname == "LOAD_GLOBAL":
+            yield step.argval, line
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _globals_of(inner, inner.co_firstlineno)
 
 
 def _derives_from_model(node: ast.ClassDef, space: dict[str, Any]) -> bool:

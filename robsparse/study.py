@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from robsparse import registry
+from robsparse import faults, registry
 from robsparse.cells import Cell, Layout
 from robsparse.cost import passes_per_epoch
 from robsparse.counts import round_to_sum
@@ -75,6 +75,10 @@ class Study(Strict):
         """The blocks whose `where_exists` is there."""
         return [b for b in self.grid if b.where_exists is None or Path(b.where_exists).exists()]
 
+    def key_of(self, block: Grid) -> str:
+        """How a fault names a block of the grid."""
+        return f"grid.{self.grid.index(block)}" if len(self.grid) > 1 else "grid"
+
     def left_out(self) -> list[str]:
         """A line for each block that is left out."""
         return [
@@ -123,21 +127,24 @@ class Study(Strict):
             before = sum(fit.epochs for fit in fits.values())
         epochs = {name: fit.epochs for name, fit in _fits(params).items()}
         left = total - before
+        key = f"{self.key_of(block)}.budget.total = {block.budget.total}"
         if left < len(epochs):
             raise UsageError(
-                f"grid: budget.total = {block.budget.total}: allows {total} epochs, expected at "
-                f"least {before + len(epochs)} for '{cell.method}'"
+                f"{key}: allows {total} epochs, expected at least {before + len(epochs)} for "
+                f"'{cell.method}'"
             )
         shares = {
             name: n / sum(epochs.values()) * (left - len(epochs)) for name, n in epochs.items()
         }
         counts = round_to_sum(shares, dict.fromkeys(epochs, left), left - len(epochs))
-        return params.model_copy(
-            update={
-                name: fit.model_copy(update={"epochs": 1 + counts[name]})
-                for name, fit in _fits(params).items()
-            }
-        )
+        stages = {
+            name: _given(fit) | {"epochs": 1 + counts[name]} for name, fit in _fits(params).items()
+        }
+        try:  # a warm-up, say, has to end within the new length
+            return type(params).model_validate(_given(params) | stages)
+        except ValidationError as error:
+            fault = faults.lines(error, stages)[0]
+            raise UsageError(f"{key}: does not suit '{cell.method}': {fault}") from None
 
     def _cells_of(self, block: Grid) -> list[Cell]:
         found = []
@@ -310,6 +317,11 @@ class Planned:
 
     params: Strict
     training: Training
+
+
+def _given(model: Strict) -> dict[str, Any]:
+    """The values that were given; what was left out stays out, for validators that ask for it."""
+    return {name: getattr(model, name) for name in model.model_fields_set}
 
 
 def _fits(params: Strict) -> dict[str, Fit]:

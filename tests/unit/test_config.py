@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from robsparse import config
+from robsparse import config, registry
 from robsparse.cells import Cell
 from robsparse.config import Fit
 from robsparse.errors import UsageError, nearest
@@ -523,6 +523,22 @@ def test_self_training_without_its_images_says_what_they_are(study_data, refusal
         assert all(w in message for w in ("npz", "'images'", "'labels'", "TinyImages", "withdrawn"))
 
 
+def test_self_training_of_a_block_takes_the_images_of_the_block(
+    study_data, refusal, load_study, tmp_path
+):
+    (tmp_path / "extra.npz").touch()
+    blocks = two_blocks(study_data)
+    blocks[1] |= {"objectives": ["rst"], "training": {"rst_file": str(tmp_path / "extra.npz")}}
+    study = load_study(study_data)
+    [rst] = {study.training_of(c).rst_file for c in study.cells() if c.objective == "rst"}
+    assert rst == str(tmp_path / "extra.npz")
+    study_data["training"]["rst_file"] = str(tmp_path / "extra.npz")
+    blocks[1]["training"] = {"rst_file": "none.npz"}
+    assert refusal(study_data).startswith('grid.1.training.rst_file = "none.npz": the objective')
+    blocks[1] |= {"objectives": ["at"], "where_exists": None}
+    assert load_study(study_data)
+
+
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5])
 def test_share_of_pseudo_labelled_images_is_below_one(share, study_data, refusal):
     study_data["training"]["rst_fraction"] = share
@@ -693,8 +709,41 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed(study_data, refusal)
     study_data["methods"]["dense"] = {"pretrain": {"epochs": 3}}
     study_data["grid"]["budget"] = {"unit": "epochs", "total": 4}
     assert refusal(study_data) == (
-        "grid: budget.total = 4: allows 4 epochs, expected at least 5 for 'hydra'"
+        "grid.budget.total = 4: allows 4 epochs, expected at least 5 for 'hydra'"
     )
+
+
+def test_a_budget_keeps_the_rules_of_the_stages(study_data, refusal, load_study):
+    """Stages are validated anew with their new lengths: a warm-up has to end within them."""
+    study_data["grid"]["methods"] = ["bcs"]
+    study_data["methods"]["bcs"] = {"train": {"epochs": 10, "warmup": 5}, "temperature": 1e-8}
+    study_data["grid"]["budget"] = {"unit": "epochs", "total": 6}
+    study = load_study(study_data)  # what was left out stays so: noise_scale beside temperature
+    assert epochs_of(study, "bcs") == {"train": 6}
+    study_data["grid"]["budget"]["total"] = 3
+    said = (
+        "budget.total = 3: does not suit 'bcs': train.warmup = 5: expected fewer epochs of warm-up "
+        "than the 3 of the stage"
+    )
+    assert refusal(study_data) == f"grid.{said}"
+    other = study_data["grid"] | {"methods": ["lwm"], "budget": None}
+    study_data["grid"] = [other, study_data["grid"]]
+    assert refusal(study_data) == f"grid.1.{said}"
+
+
+@pytest.mark.parametrize("name", registry.names("method"))
+def test_a_budget_changes_lengths_alone(name, study_data, load_study):
+    study_data["grid"]["methods"], study_data["methods"] = [name], {"dense": {}}
+    study_data["methods"]["dense"]["pretrain"] = {"epochs": 1}
+    study_data["grid"]["budget"] = {"unit": "epochs", "total": 50}
+    study = load_study(study_data)
+    [cell] = [c for c in study.cells() if c.method == name]
+    found, plain = study.planned[cell].params.model_dump(), study.methods[name].model_dump()
+    for stage in (found, plain):
+        for values in stage.values():
+            if isinstance(values, dict):
+                values.pop("epochs", None)
+    assert found == plain
 
 
 # ---------------------------------------------------------------- settings of a block

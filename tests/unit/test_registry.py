@@ -193,6 +193,74 @@ def test_params_that_need_more_than_may_be_read_are_one_line(default, package):
     assert default.split(".")[0] in message
 
 
+VALIDATOR = """
+    @model_validator(mode="after")
+    def _check(self):
+        assert {what}
+        return self
+"""
+
+
+def with_validator(what):
+    text = METHOD.replace("import Field,", "import Field, model_validator,")
+    text = "import math\nLIMIT = 3\n" + text
+    return text.replace('kind: Literal["a", "b"] = "b"\n', "\\g" + VALIDATOR.format(what=what))
+
+
+@pytest.mark.parametrize("name", ["math", "LIMIT", "torch", "helper"])
+@pytest.mark.parametrize("what", ["{} is None", "self is None or [{} for _ in range(3)]"])
+def test_validator_that_needs_more_than_may_be_read_is_one_line(name, what, package):
+    """It would be a NameError, and only when a config gets to it."""
+    text = with_validator(what.format(name)).replace("\\g", 'kind: Literal["a", "b"] = "b"\n')
+    folder = package({"mine.py": text})
+    line = 1 + text.splitlines().index(f"        assert {what.format(name)}")
+    assert refusal() == (
+        f"{folder / 'mine.py'}: line {line}: the name '{name}' is not known here; parameter "
+        "classes may use literals and names from typing, pydantic, robsparse.config, "
+        "robsparse.fields, robsparse.imagesets alone"
+    )
+
+
+@pytest.mark.parametrize("what", ["len([1])", "self.finetune and Params and Field", "min(1, 2)"])
+def test_validator_of_known_names_is_read(what, package):
+    package({"mine.py": with_validator(what).replace("\\g", 'kind: Literal["a", "b"] = "b"\n')})
+    assert registry.entry("method", "mine").params().kind == "b"
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("1 / 0", "ZeroDivisionError"), ("self.nothing", "AttributeError")]
+)
+def test_validator_that_fails_names_its_line(what, said, package, study_data, load_study):
+    text = with_validator(what).replace("\\g", 'kind: Literal["a", "b"] = "b"\n')
+    dense = "DENSE = True\n" + METHOD.replace('STARTS_FROM = "dense"', "")
+    folder = package({"mine.py": text, "dense.py": dense})
+    study_data["grid"]["methods"], study_data["methods"] = ["mine"], {"mine": {"kind": "a"}}
+    with pytest.raises(UsageError) as caught:
+        load_study(study_data)
+    assert f"methods.mine: {folder / 'mine.py'}, line " in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["3", '"mine"', '("mine", 3)', "{}"])
+def test_names_that_are_no_names_are_one_line(value, package):
+    folder = package({"mine.py": f"NAMES = {value}\n" + METHOD})
+    assert refusal().startswith(f"{folder / 'mine.py'}: NAMES = ")
+
+
+@pytest.mark.parametrize("text", ["X = {[1]: 2}\n", "X = {1, [2]}\n", "X = b'a' + 1\n"])
+def test_constants_that_cannot_be_are_passed_over(text, package):
+    package({"mine.py": METHOD + text})
+    assert "X" not in registry.entry("method", "mine").literals
+
+
+@pytest.mark.parametrize("text", ["x = 1\0\n", "(" * 3000, "x = " + "-" * 100000 + "1\n"])
+def test_file_that_python_cannot_read_is_one_line(text, package):
+    folder = package({"mine.py": METHOD})
+    (folder / "broken.py").write_text(text + METHOD)
+    assert refusal().startswith(f"{folder / 'broken.py'}: ")
+
+
 def test_file_that_is_not_utf8_is_one_line(package):
     folder = package({"mine.py": METHOD})
     (folder / "latin.py").write_bytes('"""\xe4"""\n'.encode("latin-1") + METHOD.encode())
