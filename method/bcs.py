@@ -102,6 +102,8 @@ class Params(Strict):
             raise ValueError("expected noise_scale or temperature, not both")
         if self.rewiring == "until_last_drop" and self.train.schedule != "step":
             raise ValueError("rewiring until_last_drop: expected train.schedule to be 'step'")
+        if self.rewiring == "until_last_drop" and not self.train.milestones:
+            raise ValueError("rewiring until_last_drop: expected one of train.milestones at least")
         if self.rewiring == "never" and self.init == "authors":
             raise ValueError("rewiring never: expected an init that meets the budget by itself")
         return self
@@ -190,7 +192,7 @@ class SamplingStage(Stage):
 
     def _rewiring_is_over(self, run: Run) -> bool:
         if self.params.rewiring == "until_last_drop":
-            return run.lr_factor <= self.fit.gamma ** len(self.fit.milestones)
+            return run.step / run.steps >= max(self.fit.milestones)
         return self.params.rewiring == "never"
 
     def after_step(self, run: Run) -> None:
@@ -218,7 +220,8 @@ class SamplingStage(Stage):
 
     def state(self) -> dict[str, Any]:
         """The live positions: noise and draws go on in their order."""
-        return {} if self.wiring is None else {"live": self.wiring.live.int()}
+        live = self.saved_live if self.wiring is None else self.wiring.live
+        return {} if live is None else {"live": live.int()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.saved_live = state["live"].long() if state else None

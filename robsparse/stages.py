@@ -24,9 +24,13 @@ from robsparse.sparsity import apply_masks, bake, live_count, magnitude_masks, p
 class Run:
     """What a stage's hooks may look at and change while it trains.
 
-    `step` counts from 0 through all epochs of the stage, which has `steps` in all. `lr` is the
-    learning rate of the step that was just taken, `lr_factor` its ratio to the stage's initial
-    one. `generator` lives on the model's device and serves the method's own randomness. `precision`
+    `step` counts from 0 through all epochs of the stage, which has `steps` in all; `lr` is its
+    learning rate, `lr_factor` the ratio to the stage's initial one. In before_step and after_step
+    they are those of the step that is taken, in before_epoch of the epoch's first step, in finalize
+    of the last one. In before_fit `step` is 0 and `lr` the initial one. A resumed run shows the
+    hooks the same as one that was never interrupted.
+
+    `generator` lives on the model's device and serves the method's own randomness. `precision`
     is that of the training pass. A stage that rewires sets `connections` in before_fit and records
     each step there, one row for every `log_every` steps.
     """
@@ -61,7 +65,11 @@ class Stage:
         self.fit = fit
 
     def before_fit(self, run: Run) -> None:
-        """Prepare the model (masks, parametrisations). Called again before a resumed run."""
+        """Prepare the model (masks, parametrisations).
+
+        A resumed run calls it again, with the network, the random numbers and the log of
+        connections as they were at the first call.
+        """
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters that this stage trains; all others keep their values."""

@@ -1,5 +1,6 @@
 """The one training loop: every stage of every method runs here."""
 
+import copy
 import math
 import sys
 import time
@@ -13,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from robsparse import batches, datasets, external, networks, objectives, records, registry, weights
+from robsparse import (
+    batches,
+    datasets,
+    external,
+    networks,
+    objectives,
+    randomness,
+    records,
+    registry,
+    weights,
+)
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.checkpoints import Checkpoint, Interrupted, Progress, StopRequest, locked
 from robsparse.config import Fit, Study
@@ -38,6 +49,7 @@ from robsparse.staleness import training_digest
 from robsparse.validation import largest_class, validate
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
+PLACE = ("epoch", "step", "steps", "lr", "lr_factor")  # where a run is, as its hooks see it
 
 
 class TrainingError(Exception):
@@ -209,7 +221,7 @@ class Trainer:
     def _initial_model(self, splits: Splits) -> nn.Module:
         """The same initial weights for every method: seeded by arch and seed alone."""
         cell = self.cell
-        torch.manual_seed(derive_seed("init", cell.arch, cell.seed))
+        randomness.seed(derive_seed("init", cell.arch, cell.seed))
         model = networks.build(self.study, cell, splits.image_shape, splits.classes)
         if self.start:
             weights.load_into(model, self.start["path"])
@@ -239,9 +251,10 @@ class Trainer:
     def _fit(self, stage: Stage, saved: dict | None, stop: StopRequest, budget: list[int]) -> None:
         run, progress, fit = self.run, self.progress, stage.fit
         if saved:
-            weights_before = saved["model_before_stage"]
-            run.model.load_state_dict(weights_before)
-        self.before_stage = {k: v.detach().clone() for k, v in run.model.state_dict().items()}
+            self._put_back(saved["before_stage"])
+        self.before_stage = copy.deepcopy(self._state())
+        run.epoch, run.step, run.steps = 0, 0, fit.epochs * self.batches.steps
+        run.lr, run.lr_factor, run.optimizer = fit.lr, 1.0, None
         stage.before_fit(run)
         run.optimizer = optimizer_of(stage, run.model)
         if saved:
@@ -266,11 +279,10 @@ class Trainer:
         steps = self.batches.steps
         sources = self.batches.epoch(len(progress.curve))
         if progress.step == 0:
+            self._turn_to(stage, run.epoch * steps)
             stage.before_epoch(run)
-        run.steps = steps * stage.fit.epochs
         for step in range(progress.step, steps):
-            run.step = run.epoch * steps + step
-            self._set_lr(stage.fit, stage.lr_factor(run.step, steps))
+            self._turn_to(stage, run.epoch * steps + step)
             progress.loss_sum += self._step(stage, *batches.mixed(sources, step))
             progress.step += 1
             budget[0] -= 1
@@ -283,6 +295,11 @@ class Trainer:
                 raise Interrupted(stop.signum or 15, self.checkpoint.path)
         self._end_epoch(stage, steps)
         progress.seconds += time.perf_counter() - began
+
+    def _turn_to(self, stage: Stage, step: int) -> None:
+        """Let the hooks see a step of the stage, and its learning rate."""
+        self.run.step = step
+        self._set_lr(stage.fit, stage.lr_factor(step, self.batches.steps))
 
     def _set_lr(self, fit: Fit, factor: float) -> None:
         """Set the learning rate of the coming step, as `factor` times the initial one."""
@@ -378,29 +395,44 @@ class Trainer:
     # ---------------------------------------------------------------- resuming
 
     def _save(self, stage: Stage) -> None:
+        run = self.run
         self.checkpoint.save(
             {
                 "progress": vars(self.progress),
-                "model_before_stage": self.before_stage,
-                "model": self.run.model.state_dict(),
-                "optimizer": self.run.optimizer.state_dict(),
-                "lr": self.run.lr,
-                "connections": self.run.connections.state() if self.run.connections else None,
+                "before_stage": self.before_stage,
+                "now": self._state(),
+                "optimizer": run.optimizer.state_dict(),
+                "at": {name: getattr(run, name) for name in PLACE},
                 "stage": stage.state(),
-                "generators": [g.get_state() for g in self._generators()],
             }
         )
         self.saved_at = time.monotonic()
 
     def _restore(self, stage: Stage, saved: dict[str, Any]) -> None:
-        self.run.model.load_state_dict(saved["model"])
+        self._put_back(saved["now"])
         self.run.optimizer.load_state_dict(saved["optimizer"])
-        self.run.lr = saved["lr"]
-        if saved["connections"]:
-            self.run.connections = ConnectionLog.from_state(saved["connections"], self.device)
+        for name in PLACE:
+            setattr(self.run, name, saved["at"][name])
         stage.load_state(saved["stage"])
-        for generator, state in zip(self._generators(), saved["generators"], strict=True):
-            generator.set_state(state)
+
+    def _state(self) -> dict[str, Any]:
+        """The network, what became of its connections, and all random numbers to come."""
+        run = self.run
+        return {
+            "model": run.model.state_dict(),
+            "connections": run.connections.state() if run.connections else None,
+            "generators": [generator.get_state() for generator in self._generators()],
+            "global": randomness.state(self.device),
+        }
+
+    def _put_back(self, state: dict[str, Any]) -> None:
+        """Bring back what `_state` returned."""
+        run, log = self.run, state["connections"]
+        run.model.load_state_dict(state["model"])
+        run.connections = ConnectionLog.from_state(log, self.device) if log else None
+        for generator, its_state in zip(self._generators(), state["generators"], strict=True):
+            generator.set_state(its_state)
+        randomness.restore(state["global"], self.device)
 
     def _generators(self) -> list[torch.Generator]:
         return [self.attacker.generator, self.run.generator]

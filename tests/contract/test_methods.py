@@ -1,15 +1,17 @@
 """Every registered method keeps the promises that comparisons rest on."""
 
 import ast
+import contextlib
 import json
 import math
+from collections import Counter
 from typing import get_args
 
 import pytest
 import torch
 import yaml
 
-from robsparse import registry, training
+from robsparse import randomness, registry, training
 from robsparse.checkpoints import Interrupted
 from robsparse.config import Objective
 from robsparse.counts import keep_count
@@ -187,61 +189,109 @@ def test_another_seed_gives_other_weights(method, trained):
     assert one[0].results(one[1])["last"] != two[0].results(two[1])["last"]
 
 
-INTERRUPTIONS = {
-    "first step": lambda case: 1,
-    "middle of an epoch": lambda case: case.batches // 2 + 1,
-    "end of an epoch": lambda case: case.batches,
-    "middle of the second epoch": lambda case: case.batches + 2,
-    "half": lambda case: case.steps // 2,
-    "first step of the second half": lambda case: case.steps // 2 + 1,
-    "middle of the second half": lambda case: case.steps // 2 + case.batches // 2 + 1,
-    "last step": lambda case: case.steps,
-}
+def seen(stage, run):
+    """All that a hook may look at, as numbers and digests."""
+
+    def digest(value):
+        if isinstance(value, dict):
+            return {str(key): digest(own) for key, own in value.items()}
+        return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+    return {
+        "place": (run.epoch, run.step, run.steps, run.lr, run.lr_factor),
+        "optimizer": run.optimizer is not None,
+        "connections": run.connections and run.connections.step,
+        "model": digest(run.model.state_dict()),
+        "stage": digest(stage.state()),
+        "random": (digest({"own": run.generator.get_state()}), digest(randomness.state(CPU))),
+    }
 
 
-@pytest.mark.parametrize("when", INTERRUPTIONS)
+@pytest.fixture
+def hooks_seen(monkeypatch):
+    """hooks_seen() -> what each hook call from now on sees, by stage, hook and order.
+
+    A call that a resumed run repeats must see what it saw before.
+    """
+    calls, ordinary = {}, Trainer._stages
+
+    def watched(index, stage, name, hook):
+        def call(run):
+            key = (index, name, run.epoch, run.step)
+            assert calls.setdefault(key, now := seen(stage, run)) == now, key
+            return hook(run)
+
+        return call
+
+    def stages(self, method):
+        made = ordinary(self, method)
+        for index, stage in enumerate(made):
+            for name in ("before_fit", "before_epoch", "before_step", "after_step", "finalize"):
+                setattr(stage, name, watched(index, stage, name, getattr(stage, name)))
+        return made
+
+    def begin():
+        calls.clear()
+        monkeypatch.setattr(Trainer, "_stages", stages)
+        return calls
+
+    return begin
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_interrupted_and_resumed_equals_uninterrupted(method, when, trained, prepared):
+def test_a_run_stopped_and_killed_at_every_step_equals_an_uninterrupted_one(
+    method, trained, prepared, hooks_seen, monkeypatch
+):
+    """In turn: stopped after a step; killed before the next one, where the checkpoint of an epoch's
+    end may have been saved. All hooks see the same, and the results are the same."""
     case, layout = prepared(method)
-    with pytest.raises(Interrupted):
-        case.train(layout, max_steps=INTERRUPTIONS[when](case))
-    assert not layout.training(case.cell).exists()
-    assert not layout.model(case.cell, "last").exists()
-    assert case.results(case.train(layout)) == case.results(trained(method)[1])
+    calls = hooks_seen()
+    case.train(layout)
+    whole = dict(calls)
+    layout.training(case.cell).unlink()
+    layout.model(case.cell, "last").unlink()
+    step = Trainer._step
 
+    def die(self, stage, *batch):
+        raise MemoryError
 
-@pytest.mark.parametrize("method", METHODS)
-def test_interrupted_again_and_again_equals_uninterrupted(method, trained, prepared):
-    case, layout = prepared(method)
-    interruptions = 0
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    stops = 0
     while not layout.training(case.cell).exists():
-        try:
-            case.train(layout, max_steps=3)
-        except Interrupted:
-            interruptions += 1
-    assert interruptions == case.steps // 3
+        assert not layout.model(case.cell, "last").exists()
+        monkeypatch.setattr(Trainer, "_step", step)
+        with contextlib.suppress(Interrupted):
+            case.train(layout, max_steps=1)
+            stops -= 1  # not reached by a run that is stopped
+        stops += 1
+        monkeypatch.setattr(Trainer, "_step", die)
+        with contextlib.suppress(MemoryError):
+            case.train(layout)
+    assert stops == case.steps
+    assert list(calls) == list(whole)
     assert case.results(layout) == case.results(trained(method)[1])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_killed_after_a_checkpoint_at_the_end_of_an_epoch_equals_uninterrupted(
-    method, trained, prepared, monkeypatch
-):
-    case, layout = prepared(method)
-    ordinary, left = Trainer._step, [case.steps // 2 + 2]
-
-    def step_or_die(self, stage, *batch):
-        left[0] -= 1
-        if left[0] < 0:
-            raise MemoryError
-        return ordinary(self, stage, *batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
-        patched.setattr(Trainer, "_step", step_or_die)
-        with pytest.raises(MemoryError):
-            case.train(layout)
-    assert case.results(case.train(layout)) == case.results(trained(method)[1])
+def test_every_hook_is_watched(hooks_seen, prepared):
+    """Else the comparison above would compare nothing."""
+    case, layout = prepared("bcs")
+    calls = hooks_seen()
+    case.train(layout)
+    names = Counter(name for _, name, *_ in calls)
+    assert names == {
+        "before_fit": 1,
+        "before_epoch": 2,
+        "before_step": case.steps,
+        "after_step": case.steps,
+        "finalize": 1,
+    }
+    places = [call["place"] for (_, name, *_), call in calls.items() if name == "before_step"]
+    assert [place[:3] for place in places] == [
+        (step // case.batches, step, case.steps) for step in range(case.steps)
+    ]
+    drops = [0.1 ** ((2 * step >= case.steps) + (4 * step >= 3 * case.steps)) for step in range(10)]
+    assert [place[4] for place in places] == pytest.approx(drops)
+    assert [place[3] for place in places] == pytest.approx([0.1 * drop for drop in drops])
 
 
 @pytest.mark.parametrize(
