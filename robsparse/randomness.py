@@ -12,13 +12,13 @@ import torch
 def seed(number: int) -> None:
     """Start all of them anew from a number >= 0."""
     torch.manual_seed(number)
-    np.random.seed(number % 2**32)
+    np.random.seed(number % 2**32)  # noqa: NPY002 (these are the ones meant)
     random.seed(number)
 
 
 def state(device: torch.device) -> dict[str, Any]:
     """Where they are, in tensors and numbers; of GPUs that of `device`."""
-    numpy = np.random.get_state(legacy=False)
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002
     key = numpy["state"]["key"].tolist()
     return {
         "torch": torch.get_rng_state(),
@@ -33,5 +33,5 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["device"], device)
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     random.setstate(state["python"])

@@ -169,6 +169,10 @@ def bake(model: nn.Module) -> None:
     for module in prunable(model).values():
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            # The weight is the last of the parameters then, and comes back to its place, the first:
+            # optimisers know parameters by their order.
+            for name in [name for name in module._parameters if name != "weight"]:
+                module._parameters[name] = module._parameters.pop(name)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

@@ -276,12 +276,12 @@ def test_after_rewiring_the_live_set_is_fixed_and_its_weights_may_change_sign(re
     model = chain(6, 20, 6)
     stage, run = begin(model, 0.5, rewiring=rewiring, noise_scale=0.0)
     budget, x = live_count(model), torch.rand(16, 6)
-    for factor in (1.0, 0.1, 0.1):
-        run.lr_factor = factor
+    run.steps = 4  # drops at steps 2 and 3
+    for run.step in range(3):
         sgd_step(stage, run, (model(x) - x).square().mean())
     fixed = rewiring == "never"
     assert [layer.fixed for layer in bcs_layers(model)] == [fixed, fixed]
-    run.lr_factor = 0.1 * 0.1
+    run.step = 3
     sgd_step(stage, run, (model(x) - x).square().mean())
     before = [module.weight.detach().clone() for module in prunable(model).values()]
     for _ in range(60):
@@ -292,6 +292,29 @@ def test_after_rewiring_the_live_set_is_fixed_and_its_weights_may_change_sign(re
         assert torch.equal(old != 0, new != 0)
     assert live_count(model) == budget
     assert any((old * new < 0).any() for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("gamma", [0.1, 1.0])
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+@pytest.mark.parametrize("milestones", [(0.5, 0.75), (0.9, 0.3), (0.0,)])
+def test_rewiring_goes_on_until_the_last_drop_of_the_schedule_whatever_the_warm_up(  # noqa: PLR0917
+    milestones, warmup, gamma, study_data, load_study, tmp_path, monkeypatch
+):
+    study_data["grid"] |= {"methods": ["bcs"], "objectives": ["natural"]}
+    study_data["training"]["batch_size"] = 300
+    fit = {"epochs": 4, "milestones": milestones, "warmup": warmup, "gamma": gamma}
+    study_data["methods"]["bcs"] = {"rewiring": "until_last_drop", "train": fit}
+    study, fixed, ordinary = load_study(study_data), [], SamplingStage.after_step
+
+    def after_step(self, run):
+        ordinary(self, run)
+        fixed.append(self.fixed)
+
+    monkeypatch.setattr(SamplingStage, "after_step", after_step)
+    training.train_cell(study, study.cells()[0], Layout(tmp_path), device="cpu")
+    steps = len(fixed)
+    assert steps >= 8
+    assert fixed == [step >= max(milestones) * steps for step in range(steps)]
 
 
 def test_a_fixed_live_set_survives_a_checkpoint():

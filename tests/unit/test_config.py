@@ -550,6 +550,7 @@ def test_share_of_pseudo_labelled_images_is_below_one(share, study_data, refusal
     [
         ({"temperature": 1e-8, "noise_scale": 1e-6}, "noise_scale or temperature, not both"),
         ({"rewiring": "until_last_drop", "train": {"schedule": "cosine"}}, "'step'"),
+        ({"rewiring": "until_last_drop", "train": {"milestones": []}}, "one of train.milestones"),
         ({"rewiring": "never", "init": "authors"}, "init that meets the budget"),
         ({"init": "strickt"}, "nearest match: 'strict'"),
     ],
