@@ -27,26 +27,25 @@ class Project:
 
     root: Path
 
-    def run(self, *words: str, timeout: float = 170.0, **environment: str):
-        """Run a command to its end; stdout and stderr are text."""
+    def run(self, *words: str, **environment: str):
+        """Run a command to its end, however long that takes; stdout and stderr are text."""
         return subprocess.run(
             words,
             cwd=self.root,
             env=ENVIRONMENT | environment,
             capture_output=True,
             text=True,
-            timeout=timeout,
             check=False,
         )
 
-    def start(self, *words: str, **options: Any) -> subprocess.Popen:
+    def start(self, *words: str, environment: dict[str, str] | None = None, **options: Any):
         """Start a command; stdout is a pipe of lines."""
         # A background shell hands an ignored SIGINT down to its children; a terminal does not.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(
             words,
             cwd=self.root,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -382,8 +382,11 @@ def test_stale_record_is_not_collected(small, project, robsparse):
 # ---------------------------------------------------------------- signals
 
 
+SMALL_PIPE = 4096  # bytes: the least that Linux allows
+
+
 def lengthened(study):
-    """The dense network trains for some seconds, and the command tells of it early."""
+    """The dense network prints a line an epoch, together more than `SMALL_PIPE` holds."""
     study["methods"]["dense"]["pretrain"]["epochs"] = 100
     return study
 
@@ -416,8 +419,12 @@ def weights_of(project):
 
 
 def started(project, long):
-    """A training run in another process that has printed its first line."""
-    process = project.start("robsparse", "train", long, "--cell", DENSE)
+    """A training run in another process that has printed its first line.
+
+    It waits when the pipe is full. So it cannot end before this process sends its signal, however
+    busy the machine is.
+    """
+    process = project.start("robsparse", "train", long, "--cell", DENSE, pipesize=SMALL_PIPE)
     line = process.stdout.readline()
     assert line.startswith("pretrain epoch"), process.communicate()[1]
     return process
@@ -425,7 +432,7 @@ def started(project, long):
 
 def stop(process, signum):
     process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate()
     return process.returncode, err
 
 

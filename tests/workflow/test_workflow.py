@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -329,25 +328,38 @@ def test_one_broken_cell_does_not_stop_the_others(study, project):
     assert "Traceback" not in log
 
 
-def wait_for(path, text, seconds=60):
-    ends = time.monotonic() + seconds
-    while not (path.exists() and text in path.read_text()):
-        assert time.monotonic() < ends, f"{path} does not say '{text}'"
-        time.sleep(0.05)
+# Python runs a file of this name at its start. Here it stops `robsparse train` after its first line
+# until the other end of the named pipe "held" has been opened and closed.
+WAIT_AFTER_THE_FIRST_LINE = """
+import builtins, os, sys
+
+def print_and_wait(*words, plain=print, **options):
+    plain(*words, **options)
+    if os.path.exists("held"):
+        open("held").read()
+
+if "train" in sys.orig_argv:
+    builtins.print = print_and_wait
+"""
 
 
 def test_ctrl_c_leaves_nothing_half_written_and_the_same_command_goes_on(study, project):
     study["grid"]["methods"] = ["dense"]
-    study["methods"]["dense"]["pretrain"]["epochs"] = 60
     project.write(study)
     command = ("snakemake", "--cores", "1", "trained", "--configfile", STUDY)
-    log = project.root / "results/tiny/logs/train/digits/small_cnn/dense/at/s0.0000/seed0.log"
-    process = project.start(*command, process_group=0)
-    wait_for(log, "pretrain epoch")
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes of the command
-    process.communicate(timeout=60)
+    (project.root / "sitecustomize.py").write_text(WAIT_AFTER_THE_FIRST_LINE)
+    held = project.root / "held"
+    os.mkfifo(held)
+    environment = {"PYTHONPATH": str(project.root)}
+    process = project.start(*command, environment=environment, process_group=0)
+    with held.open("w"):  # opens when the job opens its end, after its first line
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes of the command
+        held.unlink()
+    process.communicate()
     assert process.returncode != 0
+    assert project.files()
     assert all(name.startswith("results/tiny/resume/") for name in project.files())
     done = project.run(*command)
     assert done.returncode == 0, done.stderr
+    log = project.root / "results/tiny/logs/train/digits/small_cnn/dense/at/s0.0000/seed0.log"
     assert log.read_text().startswith("resuming digits/small_cnn/dense/at/s0.0000/seed0")
