@@ -3,6 +3,7 @@
 Import path: robsparse.figures.compare
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ import pandas as pd
 from robsparse.config import Study
 from robsparse.figures import statistics
 from robsparse.figures.summary import STRONGEST, Material, stack
-from robsparse.figures.tidy import Group, lines, methods, sparsities
+from robsparse.figures.tidy import GROUP, Group, lines, methods, sparsities
+
+ALPHA = 1 - statistics.LEVEL
+AHEAD, BEHIND, OPEN, ONE_SEED = "ahead", "behind", "not separated", "one seed"
 
 
 def is_ours(study: Study, method: str) -> bool:
@@ -25,11 +29,12 @@ def compare(material: Material, group: Group) -> pd.DataFrame:
     """One row a (sparsity, our method, baseline), in the primary selection.
 
     Columns, fractions, nan where either side is missing: `ours_accuracy`, `ours_low`, `ours_high`,
-    `ours_suspicious` (why, in words) and the same of `theirs`; `difference` of the means; `low` and
-    `high` of the difference, bootstrapped over the same seeds and images of both (nan unless both
-    have the same seeds); `overlap` of the two intervals (None if one is missing); `p` of the
-    paired test of the two over images and `p_holm`, corrected for the number of rows. A dense
-    baseline is compared with at every sparsity.
+    `ours_suspicious` (why, in words) and the same of `theirs`; `seeds` that both have; `difference`
+    of the means, its interval `low` and `high`, paired by seed and image (nan unless both have the
+    same seeds); `detectable`, the true difference that so many seeds and images would show with
+    probability 0.8; `p` of "no difference" and `p_holm`, corrected for the number of rows, both nan
+    with one seed; `verdict`: AHEAD, BEHIND, OPEN, ONE_SEED, or "" where the difference is unknown.
+    A dense baseline is compared with at every sparsity.
     """
     study, found = material.study, []
     for sparsity in sparsities(study, group):
@@ -53,13 +58,27 @@ def ablations(material: Material, group: Group) -> pd.DataFrame:
 
 
 def _corrected(table: pd.DataFrame) -> pd.DataFrame:
-    return table if table.empty else table.assign(p_holm=statistics.holm(table.p.tolist()))
+    if table.empty:
+        return table
+    table = table.assign(p_holm=statistics.holm(table.p.tolist()))
+    return table.assign(verdict=[_verdict(row) for row in table.itertuples()])
+
+
+def _verdict(row: Any) -> str:
+    if np.isnan(row.low):
+        return ""
+    if row.seeds == 1:
+        return ONE_SEED
+    if row.p_holm >= ALPHA:
+        return OPEN
+    return AHEAD if row.difference > 0 else BEHIND
 
 
 def winner(material: Material, group: Group, sparsity: float) -> str | None:
-    """The sparse method that is ahead of every other one, if the intervals say so.
+    """The sparse method that is ahead of every other one, if the differences say so.
 
-    The interval of each paired difference must leave out zero; None where any is unknown.
+    Each paired difference must be positive with p < 0.05, corrected for their number by Holm's
+    rule. None where any is unknown, and with one seed.
     """
     study, rows = material.study, group.of(material.summary)
     column = f"{STRONGEST}_accuracy"
@@ -69,40 +88,53 @@ def winner(material: Material, group: Group, sparsity: float) -> str | None:
         return None
     best = str(rows.loc[rows[column].idxmax(), "method"])
     others = [name for name in rows.method if name != best]
-    lows = [_paired(material, group, (best, sparsity), (o, sparsity))[0] for o in others]
-    return best if all(low > 0 for low in lows) else None
+    found = [_paired(material, group, (best, sparsity), (o, sparsity)) for o in others]
+    p_values = statistics.holm([np.nan if apart is None else apart.p for apart in found])
+    # A comparison with nan is false: an unknown difference is no lead.
+    return best if all(p < ALPHA for p in p_values) else None
 
 
 def ranks(material: Material) -> pd.DataFrame:
     """One row a sparse method: its rank by accuracy under the strongest attack, over all cells.
 
-    Columns: `method`, `cells`, `mean`, `best` and `worst` rank. A cell is a (group, sparsity) in
-    which at least two methods were to be compared and all of them have a result; ties share the
-    mean of their ranks.
+    Columns: `method`, `cells`, and means over the cells of `rank` and of the smallest and largest
+    rank that cannot be ruled out, `low` and `high`. A cell is a (group, sparsity) in which at least
+    two methods were to be compared and all of them have a result; ties share the mean of their
+    ranks. A rank is ruled out by the paired differences of all pairs in the cell (p < 0.05,
+    corrected for their number by Holm's rule): a method that k others are ahead of is at best
+    number k + 1. With one seed no rank can be ruled out.
     """
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float, float]]] = {}
     column = f"{STRONGEST}_accuracy"
     rows = material.summary[material.summary.selection == material.primary]
     if column not in rows:
         return pd.DataFrame()
     rows = rows[[not material.study.is_dense(name) for name in rows.method]]
-    for _, cell in rows.groupby(["dataset", "arch", "objective", "sparsity"], sort=False):
+    for (*place, sparsity), cell in rows.groupby([*GROUP, "sparsity"], sort=False):
         if len(cell) > 1 and cell[column].notna().all():
+            leads = _leads(material, Group(*place), sparsity, cell.method.tolist())
             placed = cell[column].rank(ascending=False)
-            for method, rank in zip(cell.method, placed, strict=True):
-                found.setdefault(method, []).append(rank)
-    return pd.DataFrame(
-        [
-            {
-                "method": method,
-                "cells": len(places),
-                "mean": float(np.mean(places)),
-                "best": min(places),
-                "worst": max(places),
-            }
-            for method, places in sorted(found.items(), key=lambda item: np.mean(item[1]))
-        ]
-    )
+            for index, (method, rank) in enumerate(zip(cell.method, placed, strict=True)):
+                behind, ahead = int(leads[:, index].sum()), int(leads[index].sum())
+                found.setdefault(method, []).append((rank, 1 + behind, len(cell) - ahead))
+    table = [
+        {"method": method, "cells": len(places)}
+        | dict(zip(("rank", "low", "high"), np.mean(places, axis=0).tolist(), strict=True))
+        for method, places in found.items()
+    ]
+    return pd.DataFrame(sorted(table, key=lambda row: row["rank"]))
+
+
+def _leads(material: Material, group: Group, sparsity: float, names: list[str]) -> np.ndarray:
+    """Whether the method of each row is ahead of that of each column (bool M×M)."""
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    found = [_paired(material, group, (names[i], sparsity), (names[j], sparsity)) for i, j in pairs]
+    p_values = statistics.holm([np.nan if apart is None else apart.p for apart in found])
+    leads = np.zeros((len(names), len(names)), dtype=bool)
+    for (i, j), apart, p in zip(pairs, found, p_values, strict=True):
+        if p < ALPHA:
+            leads[(i, j) if apart.mean > 0 else (j, i)] = True
+    return leads
 
 
 def _pair(
@@ -119,10 +151,12 @@ def _pair(
         }
         pair[f"{side}_suspicious"] = line.suspicious if line is not None else ""
     pair["difference"] = pair["ours_accuracy"] - pair["theirs_accuracy"]
-    pair["low"], pair["high"], pair["p"] = _paired(material, group, *sides.values())
-    ends = [(pair[f"{side}_low"], pair[f"{side}_high"]) for side in sides]
-    pair["overlap"] = None if np.isnan(ends).any() else statistics.overlap(*ends)
-    return pair
+    apart = _paired(material, group, *sides.values())
+    if apart is None:
+        return pair | {"seeds": 0} | dict.fromkeys(("low", "high", "detectable", "p"), np.nan)
+    low, high = apart.interval()
+    known = {"low": low, "high": high, "detectable": apart.detectable, "p": apart.p}
+    return pair | {"seeds": apart.seeds} | known
 
 
 def _line(material: Material, group: Group, method: str, sparsity: float) -> pd.Series | None:
@@ -136,10 +170,10 @@ def _line(material: Material, group: Group, method: str, sparsity: float) -> pd.
 
 def _paired(
     material: Material, group: Group, ours: tuple[str, float], theirs: tuple[str, float]
-) -> tuple[float, float, float]:
-    """Bootstrap interval of our minus their outcome, and the p-value that they are alike.
+) -> statistics.Difference | None:
+    """Our minus their outcome, image for image and seed for seed.
 
-    Image for image and seed for seed; nan unless both have the same seeds.
+    None unless both have the same seeds.
     """
     results = group.of(material.tidy.results)
     results = results[(results.attack == STRONGEST) & (results.component == "all")]
@@ -151,6 +185,5 @@ def _paired(
         stacked.append(stack(key, rows, material.outcomes))
         seeds.append(rows.seed.tolist())
     if seeds[0] != seeds[1] or any(side is None for side in stacked):
-        return np.nan, np.nan, np.nan
-    apart = stacked[0].astype(int) - stacked[1].astype(int)
-    return *statistics.bootstrap_interval(apart), statistics.mcnemar(*stacked)
+        return None
+    return statistics.difference(*stacked)

@@ -26,10 +26,10 @@ def cost(material: Material) -> Figure:
     study = material.study
     label = study.label("attack", STRONGEST)
     caption = [
-        f"{label} accuracy, mean over seeds; {interval_note()}. Passes: forward and backward ones "
-        "over batches, crafting and pretraining included. Peak live weights: the most prunable "
-        "weights that training had to hold. Markers of equal cost stand side by side; the cost "
-        "table has the numbers. The dense network is the same in every column.",
+        f"{label} accuracy, mean over seeds; {interval_note(material)}. Passes: forward and "
+        "backward ones over batches, crafting and pretraining included. Peak live weights: the "
+        "most prunable weights that training had to hold. Markers of equal cost stand side by "
+        "side; the cost table has the numbers. The dense network is the same in every column.",
         *doubt_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]

@@ -22,8 +22,8 @@ def robust_accuracy(material: Material) -> Figure:
     label = material.study.label("attack", STRONGEST)
     caption = [
         f"{label} accuracy: worst case per image over its components, mean over seeds. "
-        f"{interval_note()}. Dashed line and band: the dense network. Methods stand side by side "
-        "so that their intervals can be told apart. A cross marks a training that failed.",
+        f"{interval_note(material)}. Dashed line and band: the dense network. Methods stand side "
+        "by side so that their intervals can be told apart. A cross marks a training that failed.",
         *doubt_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]

@@ -26,9 +26,9 @@ def published(material: Material) -> Figure:
     study = material.study
     rows = entries(material)
     caption = [
-        f"Filled: measured here, with {interval_note()}; nothing is filled where nothing was "
-        "measured. Hollow: published numbers as they were printed, from the files that the tables "
-        "name; they were measured at the eps that their file says, ours at "
+        f"Filled: measured here, with {interval_note(material)}; nothing is filled where nothing "
+        "was measured. Hollow: published numbers as they were printed, from the files that the "
+        "tables name; they were measured at the eps that their file says, ours at "
         f"{radius(study.threat.eps)}. "
         "Dotted: published networks of other architectures, for orientation.",
         *doubt_note(material),

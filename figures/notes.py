@@ -14,6 +14,7 @@ from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, cells, methods, seeds, sparsities
 
 NONE = "n/a"
+FEW_SEEDS = 5  # fewer than this can hardly tell methods apart; see docs/statistics.md
 SMALL = "Small study: not comparable with published numbers."
 SUSPICIOUS, FAILED, MISSED = "†", "§", "¶"
 SELECTION_RULES = {
@@ -122,6 +123,7 @@ def table_notes(material: Material, group: Group) -> list[str]:
         f"Accuracy in % of the first {images} test images of {group.dataset}, mean ± sample "
         f"standard deviation over the seeds {join(seeds(study, group))} (n = "
         f"{len(seeds(study, group))}); a number without ± is of one seed, {NONE} was not measured.",
+        seeds_note(material, group),
         *_definition(material, group),
         f"Objective: {objective(group.objective)}. "
         f"Epochs: {epochs(study, results)}. {started_from(study)}".strip(),
@@ -138,8 +140,8 @@ def table_notes(material: Material, group: Group) -> list[str]:
     ]
     if any(compare.winner(material, group, s) for s in sparsities(study, group)):
         notes.append(
-            "Bold: ahead of every other sparse method at its sparsity; the interval of each paired "
-            "difference leaves out zero."
+            "Bold: ahead of every other sparse method at its sparsity; each paired difference has "
+            "p < 0.05, corrected for their number (Holm)."
         )
     return notes + marks(material, group)
 
@@ -237,12 +239,29 @@ def line_name(study: Study, method: str, sparsity: float) -> str:
     return study.label("method", method) + suffix
 
 
-def interval_note() -> str:
-    """How intervals are made, for every caption that shows one."""
-    return (
-        f"{100 * statistics.LEVEL:g} % intervals: percentile bootstrap over seeds and test images "
-        f"({statistics.DRAWS} draws; with few seeds they understate what other seeds would change)"
+def interval_note(material: Material) -> str:
+    """What intervals are over, for every caption that shows one."""
+    level = f"{100 * statistics.LEVEL:g} % intervals"
+    counts = sorted(set(material.summary.seeds) - {0})
+    if not counts or counts[-1] > 1:
+        alone = "; with one seed over test images alone" if 1 in counts else ""
+        return f"{level} over seeds and test images{alone}"
+    return f"{level} over test images alone, as there is one seed: other seeds may lie outside"
+
+
+def seeds_note(material: Material, group: Group) -> str:
+    """What so many seeds can say about methods."""
+    count = int(group.of(material.summary).seeds.max())
+    if count < 2:
+        return (
+            "One seed: the numbers are of these networks. Other seeds may order the methods "
+            "otherwise, so there are no p-values, no ranks are ruled out and nothing is bold."
+        )
+    few = (
+        f"{count} seeds: only differences that are large beside the spread of the seeds can be "
+        "told from chance. "
     )
+    return f"{few if count < FEW_SEEDS else ''}Methods that are not separated need not be equal."
 
 
 def doubt_note(material: Material) -> list[str]:

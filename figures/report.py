@@ -77,7 +77,7 @@ of the `examined` images, see `robsparse/doubts.py` |
 | `overlap.csv` | two saved networks of the same size and sparsity | `overlap`: Jaccard index of \
 their live sets; `chance`: the same expected of random sets with as many weights in each layer |
 | `tables/main.csv` | one line of the main table | `<attack>_accuracy` (mean over seeds), \
-`_spread` (sample standard deviation), `_low`, `_high` (bootstrap interval), as fractions |
+`_spread` (sample standard deviation), `_low`, `_high` (95 % interval), as fractions |
 | `tables/per_class.csv` | one class for one method at one sparsity | accuracy under the \
 strongest attack, `images` of the class |
 | `tables/disagreements.csv` | one test image that breaks for one method and not for another | \
@@ -146,8 +146,10 @@ def report(material: Material) -> str:
         parts += [
             "## Ranks",
             "By AutoAttack accuracy (mean over seeds) among the sparse methods, in every cell "
-            "(data set, arch, objective, sparsity) in which all of them have a result. Ranks say "
-            "nothing of how far apart two methods are.",
+            "(data set, arch, objective, sparsity) in which all of them have a result. Not ruled "
+            "out: from the smallest to the largest rank that the paired differences of all pairs "
+            "in a cell leave open (p < 0.05, Holm), mean over cells. Ranks say nothing of how far "
+            "apart two methods are.",
             tables.markdown(ranked),
         ]
     parts += [papers.contents(material, spec)[".md"] for spec in study.tables]
@@ -199,12 +201,12 @@ def _group_tables(material: Material, group: Group) -> list[str]:
     if compared is not None:
         parts += [
             f"### Comparison under {label}: {group}",
-            f"Selection {material.primary}. In brackets {interval_note()}. The interval of a "
-            "difference pairs the two networks seed by seed and image by image. Intervals that do "
-            "not overlap separate two methods; where they overlap, the methods are separated if "
-            "the interval of the difference leaves out zero. p: paired test over the test images "
-            "(McNemar's; with several seeds, clustered by image), Holm: corrected for the number "
-            "of rows. The dense network is the same in every row.",
+            f"Selection {material.primary}. In brackets {interval_note(material)}. Differences are "
+            "paired seed by seed and image by image. p belongs to the interval of the difference: "
+            "it is below 0.05 exactly if the interval leaves out zero; Holm: corrected for the "
+            "number of rows, and the verdict follows it. Detectable: a true difference of this "
+            'size would get p < 0.05 with probability 0.8; "not separated" says nothing of '
+            "smaller ones. The dense network is the same in every row.",
             tables.markdown(compared),
         ]
     ablated = tables.ablation_table(material, group)

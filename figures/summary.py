@@ -59,9 +59,9 @@ def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
 
     Columns, accuracies as fractions, nan where nothing was measured: `seeds` and `seeds_planned`;
     for each attack `<attack>_accuracy` (mean over seeds), `_spread` (sample standard deviation),
-    `_low` and `_high` (bootstrap interval); `nonzero`, `prunable`, `peak_live_weights` and COSTS
-    (means); `suspicious` (signs that the robustness is not real), `failure` (of training) and
-    `budget` (a sparsity that was missed), with their seeds.
+    `_low` and `_high` (95 % interval, see robsparse.figures.statistics); `nonzero`, `prunable`,
+    `peak_live_weights` and COSTS (means); `suspicious` (signs that the robustness is not real),
+    `failure` (of training) and `budget` (a sparsity that was missed), with their seeds.
     """
     whole = tidy.results[tidy.results.component == "all"]
     found = []
@@ -98,7 +98,7 @@ def _line(
         stacked = stack(key, measured, outcomes)
         interval = (np.nan, np.nan)
         if stacked is not None:
-            interval = statistics.bootstrap_interval(stacked)
+            interval = statistics.accuracy_interval(stacked)
         values = (mean, spread, *interval)
         names = ("accuracy", "spread", "low", "high")
         line |= {f"{attack}_{name}": v for name, v in zip(names, values, strict=True)}

@@ -121,7 +121,6 @@ def _pairs_as_text(
 ) -> pd.DataFrame | None:
     if table.empty:
         return None
-    verdict = {None: NONE, True: "yes", False: "no"}
     rows = [
         {
             "Sparsity": percent(pair.sparsity),
@@ -134,18 +133,19 @@ def _pairs_as_text(
             )
             + f" {SUSPICIOUS}" * bool(pair.theirs_suspicious),
             "Difference (points)": _with_interval(pair.difference, pair.low, pair.high, "+"),
-            "Intervals overlap": verdict[pair.overlap],
-            "p": _p_value(pair.p),
-            "p (Holm)": _p_value(pair.p_holm),
+            "Detectable (points)": _percentage(pair.detectable),
+            "p": _p_value(pair.p, pair.seeds),
+            "p (Holm)": _p_value(pair.p_holm, pair.seeds),
+            "Verdict": pair.verdict or NONE,
         }
         for pair in table.itertuples()
     ]
     return pd.DataFrame(rows)
 
 
-def _p_value(p: float) -> str:
+def _p_value(p: float, seeds: int) -> str:
     if np.isnan(p):
-        return NONE
+        return f"{NONE} (one seed)" if seeds == 1 else NONE
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
@@ -199,8 +199,8 @@ def rank_table(material: Material) -> pd.DataFrame | None:
         return None
     labels = [material.study.label("method", name) for name in table.method]
     shown = pd.DataFrame({"Method": labels, "Cells": table.cells.map(str)})
-    for column in ("mean", "best", "worst"):
-        shown[f"{column.capitalize()} rank"] = table[column].map("{:.1f}".format)
+    shown["Mean rank"] = table["rank"].map("{:.1f}".format)
+    shown["Not ruled out"] = [f"{row.low:.1f} to {row.high:.1f}" for row in table.itertuples()]
     return shown
 
 
@@ -229,7 +229,7 @@ def markdown(table: pd.DataFrame) -> str:
         "Variant",
         "Plain",
         "Selection",
-        "Intervals overlap",
+        "Verdict",
         "Suspicious",
     )
     align = ["left" if name in words else "right" for name in table]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import re
 import shutil
 import statistics as by_hand
@@ -367,7 +366,7 @@ def test_cells_without_results_are_printed_as_not_available(tmp_path):
     assert "Incomplete: 4 of 20 networks" in tables.main_markdown(material)
     pair = compare.compare(material, group).set_index(["sparsity", "theirs"]).loc[0.95, "lwm"]
     assert np.isnan(pair.difference)
-    assert pair.overlap is None
+    assert pair.verdict == ""
     report.report(material)
     finals.robust_accuracy(material)
 
@@ -515,7 +514,8 @@ def test_comparison_is_of_bcs_with_every_baseline(material, group):
     # The same 4 of 20 images more in both seeds: only the images make the difference uncertain.
     assert pair.difference == pytest.approx(4 / IMAGES)
     assert 0 < pair.low < 0.2 < pair.high < 0.45
-    assert pair.overlap
+    assert pair.p < pair.p_holm < 0.05
+    assert (pair.seeds, pair.verdict) == (2, "ahead")
     assert "+20.0 [+" in tables.markdown(tables.comparison_table(material, group))
 
 
@@ -532,7 +532,7 @@ def test_study_without_autoattack_has_no_comparison_and_an_empty_plot(tmp_path):
     material = summary.gather(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
     assert tables.component_table(material, group) is None
-    assert set(tables.comparison_table(material, group)["Intervals overlap"]) == {"n/a"}
+    assert set(tables.comparison_table(material, group)["Verdict"]) == {"n/a"}
     assert "No AutoAttack accuracy" in words(finals.robust_accuracy(material))
 
 
@@ -545,66 +545,6 @@ def test_spread_is_the_sample_standard_deviation():
     assert spread == pytest.approx(by_hand.stdev([0.2, 0.4, 0.9]))
     assert np.isnan(statistics.mean_and_spread([0.2])[1])
     assert np.isnan(statistics.mean_and_spread([])[0])
-
-
-@pytest.mark.parametrize("value", [0, 1])
-def test_interval_of_equal_outcomes_is_a_point(value):
-    low, high = statistics.bootstrap_interval(np.full((3, 50), value))
-    assert low == high == value
-
-
-def test_interval_is_the_binomial_one_when_all_seeds_agree():
-    outcomes = np.tile(np.arange(400) < 120, (3, 1))
-    low, high = statistics.bootstrap_interval(outcomes, draws=20_000)
-    error = 1.96 * np.sqrt(0.3 * 0.7 / 400)
-    assert low == pytest.approx(0.3 - error, abs=0.004)
-    assert high == pytest.approx(0.3 + error, abs=0.004)
-
-
-def test_interval_of_differing_seeds_spans_them():
-    outcomes = np.stack([np.ones(500), np.zeros(500)])
-    assert statistics.bootstrap_interval(outcomes) == (0.0, 1.0)
-
-
-def test_interval_equals_drawing_images_one_by_one():
-    rng = np.random.default_rng(5)
-    outcomes = rng.random((3, 80)) < rng.random(80)
-    means = []
-    for _ in range(4000):
-        seeds, images = rng.integers(3, size=3), rng.integers(80, size=80)
-        means.append(outcomes[np.ix_(seeds, images)].mean())
-    wanted = np.percentile(means, [2.5, 97.5])
-    found = statistics.bootstrap_interval(outcomes, draws=4000)
-    assert found == pytest.approx(wanted, abs=0.012)
-
-
-def test_interval_is_the_same_each_time_and_needs_data():
-    outcomes = np.random.default_rng(1).random((2, 30)) < 0.5
-    first = statistics.bootstrap_interval(outcomes)
-    assert first == statistics.bootstrap_interval(outcomes)
-    assert first != statistics.bootstrap_interval(outcomes, seed=1)
-    with pytest.raises(ValueError, match="shape"):
-        statistics.bootstrap_interval(np.zeros((0, 4)))
-
-
-def test_interval_holds_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(2)
-    held = 0
-    for _ in range(300):
-        # How robust an image is is shared by all seeds, as in an attacked test set.
-        chance = rng.beta(0.35, 0.25, size=200)
-        outcomes = rng.random((2, 200)) < chance
-        low, high = statistics.bootstrap_interval(outcomes, draws=400)
-        held += low <= 0.35 / 0.6 <= high
-    assert 0.92 <= held / 300 <= 0.99
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "wanted"),
-    [((0, 1), (1, 2), True), ((0, 1), (1.1, 2), False), ((3, 4), (1, 2), False)],
-)
-def test_overlap(first, second, wanted):
-    assert statistics.overlap(first, second) is wanted
 
 
 # ------------------------------------------------------------------ plots
@@ -657,7 +597,7 @@ def test_without_outcome_files_there_are_means_but_no_intervals(tmp_path):
     [group] = tidy.groups(study)
     table = tables.comparison_table(material, group)
     assert set(table["Difference (points)"]) == {"−20.0", "+20.0"}
-    assert set(table["Intervals overlap"]) == {"n/a"}
+    assert set(table["Verdict"]) == {"n/a"}
 
 
 def test_live_weights_start_dense_for_all_but_bcs(material):
@@ -885,46 +825,6 @@ def test_sparsities_are_printed_unrounded():
 # ---------------------------------------------------------------- paired tests, ranks, failures
 
 
-def test_paired_test_of_one_seed_is_the_exact_one():
-    ours = np.array([[1] * 9 + [0] * 1 + [1] * 10], dtype=bool)
-    theirs = np.array([[0] * 9 + [1] * 1 + [1] * 10], dtype=bool)
-    # 9 wins of 10: two tails of a fair coin
-    assert statistics.mcnemar(ours, theirs) == pytest.approx(2 * (1 + 10) / 2**10)
-    assert statistics.mcnemar(theirs, ours) == pytest.approx(2 * (1 + 10) / 2**10)
-    assert statistics.mcnemar(ours, ours) == 1.0
-
-
-def test_paired_test_of_several_seeds_takes_the_images_as_clusters():
-    one = np.array([[1, 1, 1, 0, 1]], dtype=bool)
-    other = np.array([[0, 0, 0, 1, 1]], dtype=bool)
-    # repeating every outcome for a second seed must not add evidence
-    once = (3 - 1) ** 2 / 4
-    doubled = statistics.mcnemar(np.repeat(one, 2, axis=0), np.repeat(other, 2, axis=0))
-    assert doubled == pytest.approx(math.erfc(math.sqrt(once / 2)))
-    same = np.array([[1, 0], [0, 1]], dtype=bool)
-    assert statistics.mcnemar(same, same) == 1.0
-    with pytest.raises(ValueError, match="equal shapes"):
-        statistics.mcnemar(one, same)
-
-
-def test_paired_test_holds_its_level():
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(400):
-        hardness = rng.random(100)  # some images are hard for every network and seed
-        outcomes = rng.random((2, 3, 100)) < hardness
-        found.append(statistics.mcnemar(*outcomes))
-    assert 0.02 < np.mean(np.array(found) < 0.05) < 0.08
-
-
-def test_holm_by_hand():
-    nan = float("nan")
-    assert statistics.holm([0.01, nan, 0.04, 0.03]) == pytest.approx(
-        [0.03, nan, 0.06, 0.06], nan_ok=True
-    )
-    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
-
-
 def robust(levels):
     """correct(cell, selection, attack) with the given count for each method under AutoAttack."""
 
@@ -934,7 +834,55 @@ def robust(levels):
     return count
 
 
-def test_a_winner_is_bold_only_when_every_interval_says_so(tmp_path):
+def test_p_values_and_intervals_never_contradict_each_other(tmp_path):
+    # One seed of BCS is 12 images ahead, the other 2 behind: other seeds may say anything.
+    by_seed = [{"bcs": 20, "lwm": 8}, {"bcs": 8, "lwm": 10}]
+    material = prepare(tmp_path, correct=lambda *key: robust(by_seed[key[0].seed])(*key))
+    [group] = tidy.groups(material.study)
+    table = compare.compare(material, group)
+    pair = table[table.theirs == "lwm"].iloc[0]
+    assert pair.difference == pytest.approx(0.25)
+    assert pair.low < 0 < pair.high
+    assert pair.p > 0.05
+    assert pair.verdict == "not separated"
+    assert not tables.main(material, group)["AutoAttack (%)"].str.contains("**", regex=False).any()
+    assert compare.ranks(material)[["low", "high"]].to_numpy().tolist() == [[1, 2], [1, 2]]
+
+
+def test_one_seed_gives_no_evidence_about_methods(tmp_path):
+    material = prepare(
+        tmp_path,
+        grid={"seeds": [0]},
+        correct=robust({"bcs": 18, "lwm": 1}),
+    )
+    [group] = tidy.groups(material.study)
+    shown = tables.comparison_table(material, group)
+    assert set(shown["p"]) == set(shown["p (Holm)"]) == {"n/a (one seed)"}
+    assert set(shown["Verdict"]) == {"one seed"}
+    assert shown["Difference (points)"].str.contains("[", regex=False).all()
+    assert not tables.main(material, group)["AutoAttack (%)"].str.contains("**", regex=False).any()
+    assert compare.ranks(material)[["low", "high"]].to_numpy().tolist() == [[1, 2], [1, 2]]
+    assert any(note.startswith("One seed:") for note in notes.table_notes(material, group))
+    assert "over test images alone, as there is one seed" in report.report(material)
+
+
+@pytest.mark.parametrize(("others", "wanted"), [(1, "bcs"), (6, None)])
+def test_a_winner_is_corrected_for_the_number_of_others(tmp_path, others, wanted):
+    # Against each of the others p is about 0.02: enough for one of them, too much for six.
+    names = {f"lwm_{i}": {"base": "lwm"} for i in range(others)}
+    grid = STUDY["grid"] | {"methods": ["bcs", *names], "sparsities": [0.9]}
+    path = tmp_path / "made_up.yaml"
+    path.write_text(yaml.safe_dump(STUDY | {"grid": grid, "methods": names}))
+    study = config.load(path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), robust({"bcs": 15})).write()
+    material = summary.gather(study, layout, tidy.read(layout.root))
+    [group] = tidy.groups(study)
+    pairs = compare.compare(material, group)
+    assert pairs[pairs.theirs != "dense"].p.between(0.01, 0.045).all()
+    assert compare.winner(material, group, 0.9) == wanted
+
+
+def test_a_winner_is_bold_only_when_every_difference_says_so(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
     clear = prepare(tmp_path / "a", correct=robust({"bcs": 18}))
@@ -953,10 +901,10 @@ def test_ranks_share_ties(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
     table = compare.ranks(prepare(tmp_path / "a", correct=robust({"bcs": 15})))
-    assert table.set_index("method")["mean"].to_dict() == {"bcs": 1.0, "lwm": 2.0}
+    assert table.set_index("method")["rank"].to_dict() == {"bcs": 1.0, "lwm": 2.0}
     assert set(table.cells) == {2}
     tied = compare.ranks(prepare(tmp_path / "b", correct=robust({})))
-    assert set(tied["mean"]) == {1.5}
+    assert set(tied["rank"]) == {1.5}
 
 
 def test_ranks_leave_out_incomplete_cells(tmp_path):
