@@ -90,6 +90,7 @@ class AttackThreat:
 
     `report(text)` may be called between parts of a long attack. `saved` keeps finished parts.
     `network(name)` is another network of the study, in eval mode, for attacks that transfer.
+    `images` are all test images of the evaluation, those that the model gets wrong too.
     """
 
     norm: str
@@ -100,6 +101,7 @@ class AttackThreat:
     report: Callable[[str], None] = print
     saved: Saved = Saved(None)  # noqa: RUF009 (it has no state)
     network: Callable[[str], nn.Module] = no_network
+    images: Tensor | None = None
 
 
 class Picture(NamedTuple):
@@ -161,6 +163,17 @@ class Outcome:
             pictures=_pictures_of(arrays),
             earlier_seconds=seconds,
         )
+
+
+def of_distances(distances: Tensor, eps: float, settings: dict[str, Any]) -> Outcome:
+    """The outcome of an attack that found the smallest perturbations (float N, inf: none)."""
+    robust = distances > eps
+    return Outcome(
+        {"all": robust},
+        settings,
+        max_perturbation=max(distances[~robust].tolist(), default=0.0),
+        distances=distances,
+    )
 
 
 def _arrays_of(pictures: dict[int, Picture]) -> dict[str, np.ndarray]:

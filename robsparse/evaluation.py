@@ -264,6 +264,7 @@ def attack_model(
             device,
             report=lambda text, name=name: print(f"{name}: {text}", flush=True),
             network=network,
+            images=examples.x_NCHW,
         )
         base = getattr(params, "base", name)
         said = (base, faced.norm, faced.eps, faced.seed, faced.batch_size, versions())

@@ -1,0 +1,248 @@
+"""The smallest perturbation that breaks each image, by whichever of several searches finds it, so
+that one run gives an upper bound of robust accuracy at every eps.
+
+The searches: images that the network takes for another class, which every image can become at an
+L-inf eps of 1; FMN; PGD and random search (Square) at a ladder of radii; and FMN again from the
+nearest image found. What they find is made shorter by bisection. So no image counts as robust for
+want of gradients alone, unless the network takes all test images for one class.
+
+Sources: Pintor et al., NeurIPS 2021 (FMN); Madry et al., ICLR 2018 (PGD); Andriushchenko et al.,
+ECCV 2020 (Square); Brendel et al., ICLR 2018 (from another image towards the boundary).
+"""
+
+import json
+import math
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from robsparse import fast_minimum_norm, perturb
+from robsparse.attacks import (
+    AttackThreat,
+    Outcome,
+    Progress,
+    in_batches,
+    length,
+    of_distances,
+    random_search,
+)
+from robsparse.config import Reach
+
+LABEL = "Minimum norm"
+GIVES_DISTANCES = True
+
+_POOL = 1000  # images among which those of other classes are looked for
+_HALVINGS = 10  # of what one search leaves open
+
+
+class Params(Reach):
+    """What each search may spend on an image."""
+
+    fmn_steps: PositiveInt = Field(50, description="gradient steps of FMN, each of two times")
+    radii: int = Field(
+        5,
+        ge=3,
+        description="steps of the ladder: half of eps, then from eps in equal ratios to the "
+        "longest perturbation that there is, 1 in L-inf",
+    )
+    steps: PositiveInt = Field(20, description="gradient steps of PGD at each radius")
+    restarts: PositiveInt = Field(1, description="random starts of PGD at each radius")
+    queries: PositiveInt = Field(50, description="of random search at each radius")
+    neighbours: NonNegativeInt = Field(
+        3, description="images of other classes, the nearest ones, that each image is moved towards"
+    )
+
+
+def passes(params: Params) -> tuple[int, int]:
+    """Forward-and-backward passes and forward-only passes over an image that survives."""
+    searches = params.neighbours + 2 + params.radii * (params.restarts + 1)
+    return (
+        2 * params.fmn_steps + params.radii * params.steps * params.restarts,
+        1 + searches * (1 + _HALVINGS) + params.radii * params.queries,
+    )
+
+
+def ladder(eps: float, longest: float, count: int) -> list[float]:
+    """Radii to search at, ascending: eps / 2, then `count` - 1 of them from eps to `longest`."""
+    eps = min(eps, longest)
+    ratios = [(longest / eps) ** (i / (count - 2)) for i in range(count - 2)]
+    return sorted({eps / 2, *(eps * ratio for ratio in ratios), longest})
+
+
+def run(
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+) -> Outcome:
+    """How far each image has to be moved; it is robust if that is further than eps.
+
+    Random draws are the same for each batch. Finished batches are kept.
+    """
+    key = json.dumps(["batches", params.model_dump(mode="json")], sort_keys=True)
+    distances, done = torch.full((len(y_N),), torch.inf), 0
+    if found := threat.saved.get(key):
+        distances, done = torch.from_numpy(found["distances"]), int(found["done"])
+        threat.report(f"{done} of {len(y_N)} images taken from an earlier run")
+    progress = Progress(LABEL, len(y_N), threat.report)
+
+    def work(where: slice) -> None:
+        stop = done + where.stop
+        index = slice(done + where.start, stop)
+        search = _Search(model, x_NCHW[index], y_N[index], params, threat)
+        distances[index] = search.distances(pool, classes).cpu()
+        threat.saved.put(key, distances=distances.numpy(), done=np.array(stop))
+        progress.update(stop, int((distances > threat.eps).sum()))
+
+    with perturb.frozen(model):
+        pool, classes = _pool(model, x_NCHW if threat.images is None else threat.images, threat)
+        in_batches(len(y_N) - done, threat.batch_size, work, threat.report)
+    settings = {"steps": params.steps, "restarts": params.restarts}
+    outcome = of_distances(distances, threat.eps, settings)
+    progress.close(int(outcome.components["all"].sum()), len(y_N))
+    return outcome
+
+
+def _pool(model: nn.Module, x_NCHW: Tensor, threat: AttackThreat) -> tuple[Tensor, Tensor]:
+    """Some images and the classes that the network takes them for."""
+    pool = x_NCHW[:_POOL].to(threat.device)
+    classes = torch.zeros(len(pool), dtype=torch.int64, device=threat.device)
+
+    def look(where: slice) -> None:
+        with torch.no_grad():
+            classes[where] = model(pool[where]).argmax(1)
+
+    in_batches(len(pool), threat.batch_size, look, threat.report)
+    return pool, classes
+
+
+class _Search:
+    """The smallest perturbations known of one batch.
+
+    best: their lengths (float B, inf where none is known); nearest: the images that they make.
+    """
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, y: Tensor, params: Params, threat: AttackThreat
+    ) -> None:
+        self.model, self.params, self.threat = model, params, threat
+        self.x, self.y = x.to(threat.device), y.to(threat.device)
+        self.best = torch.full((len(y),), torch.inf, device=threat.device)
+        self.nearest = self.x.clone()
+
+    def distances(self, pool: Tensor, classes: Tensor) -> Tensor:
+        """Search in every way."""
+        self.towards(pool, classes)
+        self.adapt(self.beyond(0.0))
+        generator = torch.Generator().manual_seed(self.threat.seed)
+        longest = 1.0 if self.threat.norm == "Linf" else math.sqrt(self.x[0].numel())
+        for radius in ladder(self.threat.eps, longest, self.params.radii):
+            for _ in range(self.params.restarts):
+                self.ascend(radius, generator)
+            self.query(radius)
+        known = self.best.isfinite().nonzero().squeeze(1)
+        self.adapt(known, self.nearest[known])
+        return self.best
+
+    def beyond(self, radius: float) -> Tensor:
+        """The images for which no perturbation within the radius is known (int)."""
+        return (self.best > radius).nonzero().squeeze(1)
+
+    def towards(self, pool: Tensor, classes: Tensor) -> None:
+        """Move each image towards the nearest ones that are taken for another class."""
+        p = torch.inf if self.threat.norm == "Linf" else 2.0
+        apart = torch.cdist(self.x.flatten(1), pool.flatten(1), p=p)
+        apart[classes == self.y[:, None]] = torch.inf
+        nearest = apart.topk(min(self.params.neighbours, len(pool)), largest=False)
+        for lengths, chosen in zip(nearest.values.T, nearest.indices.T, strict=True):
+            there = lengths.isfinite().nonzero().squeeze(1)
+            self.offer(there, pool[chosen[there]], torch.inf)
+
+    def adapt(self, index: Tensor, start: Tensor | None = None) -> None:
+        """FMN, from the images at `index` or from versions of them that break the network."""
+        if not len(index):
+            return
+        found = fast_minimum_norm.perturbed(
+            self.model,
+            self.x[index],
+            self.y[index],
+            norm=self.threat.norm,
+            steps=self.params.fmn_steps,
+            start=start,
+        )
+        self.offer(index, found, torch.inf)
+
+    def ascend(self, radius: float, generator: torch.Generator) -> None:
+        """PGD from a random start."""
+        start = perturb.uniform_start(self.x.cpu(), radius, generator, self.threat.norm)
+        index = self.beyond(radius)
+        if not len(index):
+            return
+        found = perturb.ascend(
+            self.model,
+            self.x[index],
+            start.to(self.x.device)[index],
+            perturb.cross_entropy_of(self.y[index]),
+            eps=radius,
+            step_size=perturb.RELATIVE_STEP * radius / self.params.steps,
+            steps=self.params.steps,
+            norm=self.threat.norm,
+        )
+        self.offer(index, found, radius)
+
+    def query(self, radius: float) -> None:
+        """Random search."""
+        index = self.beyond(radius)
+        if not len(index):
+            return
+        found = random_search(
+            self.model,
+            self.x[index],
+            self.y[index],
+            norm=self.threat.norm,
+            eps=radius,
+            queries=self.params.queries,
+            restarts=1,
+            seed=self.threat.seed,
+        )
+        self.offer(index, found, radius)
+
+    def offer(self, index: Tensor, found: Tensor, radius: float) -> None:
+        """Take versions of the images at `index`, within a radius, where the network is wrong, and
+        what lies between the two, by bisection.
+        """
+        wrong = self.is_wrong(index, found)
+        index, found = index[wrong], found[wrong]
+        x = self.x[index]
+        # A length exceeds the radius by rounding alone.
+        high = length(found - x, self.threat.norm).clamp(max=radius)
+        low = torch.zeros_like(high)
+        self.take(index, found, high)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            between = within(x, found, middle, self.threat.norm)
+            wrong = self.is_wrong(index, between)
+            low, high = low.where(wrong, middle), middle.where(wrong, high)
+            lengths = torch.minimum(length(between - x, self.threat.norm), middle)
+            self.take(index[wrong], between[wrong], lengths[wrong])
+
+    def take(self, index: Tensor, found: Tensor, lengths: Tensor) -> None:
+        """Keep versions of the images at `index` that break the network, if they are nearer."""
+        nearer = lengths < self.best[index]
+        index = index[nearer]
+        self.best[index], self.nearest[index] = lengths[nearer], found[nearer]
+
+    def is_wrong(self, index: Tensor, images: Tensor) -> Tensor:
+        """Where the network takes versions of the images at `index` for another class (bool)."""
+        if not len(index):  # foreign code may fail on no images
+            return index.bool()
+        with torch.no_grad():
+            return self.model(images).argmax(1) != self.y[index]
+
+
+def within(x: Tensor, target: Tensor, radius: Tensor, norm: str) -> Tensor:
+    """The points nearest to `target` that are at most `radius` (float N) away from x."""
+    radius = radius.view(-1, *[1] * (x.ndim - 1))
+    if norm == "Linf":
+        return target.clamp(x - radius, x + radius)
+    lengths = length(target - x, norm).view_as(radius)
+    return (x + (target - x) * (radius / lengths.clamp(min=1e-12)).clamp(max=1)).clamp(0, 1)
