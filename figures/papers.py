@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from robsparse.cells import Cell
 from robsparse.config import Study, Table
-from robsparse.errors import UsageError
 from robsparse.figures import published
 from robsparse.figures.notes import NONE, SMALL, SUSPICIOUS, join, percent
 from robsparse.figures.summary import Material
@@ -52,7 +50,7 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
     sources = [published.read(Path(name)) for name in spec.published]
     theirs = pd.concat(sources) if sources else pd.DataFrame(columns=[*published.COLUMNS, "source"])
     rows = []
-    for cell in _cells(material.study, spec):
+    for cell in material.study.cells_of(spec):
         for attack in spec.attacks:
             key = {k: getattr(cell, k) for k in published.KEYS if k != "attack"}
             key |= {"attack": attack}
@@ -70,34 +68,6 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _cells(study: Study, spec: Table) -> list[Cell]:
-    """The networks of the table, one a cell (seeds are averaged over)."""
-    wanted = {
-        "dataset": spec.datasets,
-        "arch": spec.archs,
-        "objective": spec.objectives,
-        "method": spec.methods,
-    }
-    found: dict[tuple, Cell] = {}
-    for cell in study.cells():
-        if all(not names or getattr(cell, axis) in names for axis, names in wanted.items()):
-            place = tuple(getattr(cell, axis) for axis in (*spec.rows, *spec.columns))
-            network = (cell.dataset, cell.arch, cell.objective, cell.method, cell.sparsity)
-            other = found.setdefault(place, cell)
-            if network != (
-                other.dataset,
-                other.arch,
-                other.objective,
-                other.method,
-                other.sparsity,
-            ):
-                raise UsageError(
-                    f"tables: '{spec.name}': rows and columns put {other.key} and {cell.key} in "
-                    "one place; expected another axis, or fewer networks"
-                )
-    return list(found.values())
 
 
 def _ours(material: Material, spec: Table, key: dict) -> tuple[float, str]:

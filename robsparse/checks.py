@@ -4,18 +4,36 @@ Every check yields lines `key = value: what was expected`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from robsparse.errors import UsageError, nearest
 from robsparse.fields import radius_fault
 from robsparse.sections import Grid, Reach, Training
 from robsparse.study import Study
 
 
 def faults(study: Study) -> list[str]:
-    """All faults of a study whose parts are valid, one a line."""
-    return [*_attack_radii(study), *_training_radii(study), *_extra_images(study)]
+    """All faults of a study whose parts are valid, one a line.
+
+    Raises UsageError where a budget does not suit a method or two blocks contradict each other.
+    """
+    checks = (
+        _attack_radii,
+        _training_radii,
+        _extra_images,
+        _batches,
+        _test_images,
+        _starts,
+        _names,
+        _labels,
+        _tables,
+        _published,
+    )
+    found = [line for check in checks for line in check(study)]
+    # The networks themselves can only be listed where all that decides them is right.
+    return found or [line for check in (_warm_ups, _surrogates, _places) for line in check(study)]
 
 
 def _said(key: str, value: Any, expected: str) -> str:
@@ -80,3 +98,131 @@ def _extra_images(study: Study) -> Iterator[str]:
                 "authors took theirs from TinyImages, which was withdrawn, so there is none to "
                 "download"
             )
+
+
+def _batches(study: Study) -> Iterator[str]:
+    """Batches that an objective cannot use."""
+    for key, training, blocks in _trainings(study):
+        if training.batch_size == 1 and any("mat" in block.objectives for block in blocks):
+            expected = "at least 2 for the objective 'mat', which attacks half of a batch"
+            yield _said(f"{key}.batch_size", 1, f"{expected}; nearest match: 2")
+
+
+def _test_images(study: Study) -> Iterator[str]:
+    """Fewer test images than are to be attacked."""
+    for name, params in study.datasets.items():
+        size = getattr(params, "test_examples", None)
+        if size is not None and study.evaluation.n_examples > size:
+            yield _said(
+                "evaluation.n_examples",
+                study.evaluation.n_examples,
+                f"at most datasets.{name}.test_examples; nearest match: {size}",
+            )
+
+
+def _starts(study: Study) -> Iterator[str]:
+    """Methods that start from networks of a method that prunes."""
+    for name in study.methods:
+        start = study.start_method(name)
+        if start is not None and not study.is_dense(start):
+            path = study.entry("method", name).path
+            yield f"{path}: STARTS_FROM = '{start}': expected a method that does not prune"
+
+
+def _names(study: Study) -> Iterator[str]:
+    """Names that differ in case only: one folder on some file systems."""
+    sections = {
+        "datasets": study.datasets,
+        "archs": study.archs,
+        "methods": [*study.methods, *study.models],
+        "evaluation.attacks": study.evaluation.attacks,
+        "tables": [table.name for table in study.tables],
+    }
+    for key, names in sections.items():
+        for name, other in _alike(names, str.lower):
+            yield f"{key}: '{name}' and '{other}': expected names that differ in more than case"
+
+
+def _labels(study: Study) -> Iterator[str]:
+    """Two parts that tables and plots could not tell apart."""
+    for kind, names in (
+        ("dataset", study.datasets),
+        ("arch", study.archs),
+        ("method", [*study.methods, *study.models]),
+        ("attack", study.evaluation.attacks),
+    ):
+        key = "evaluation.attacks" if kind == "attack" else f"{kind}s"
+        for name, other in _alike(names, lambda name, kind=kind: study.label(kind, name)):
+            where = f"models.{name}" if name in study.models else f"{key}.{name}"
+            label = study.label(kind, name)
+            yield _said(f"{where}.label", label, f"another label than that of '{other}'")
+
+
+def _alike(names: Iterable[str], look: Callable[[str], str]) -> Iterator[tuple[str, str]]:
+    """Each name that looks like an earlier one, with that one."""
+    first: dict[str, str] = {}
+    for name in names:
+        if look(name) in first:
+            yield name, first[look(name)]
+        first.setdefault(look(name), name)
+
+
+def _tables(study: Study) -> Iterator[str]:
+    """Tables that ask for what the study does not have."""
+    for index, table in enumerate(study.tables):
+        known: dict[str, Iterable[str]] = {
+            "datasets": study.datasets,
+            "archs": study.archs,
+            "methods": [*study.methods, *study.models],
+            "attacks": study.evaluation.attacks,
+        }
+        asked = [(key, name) for key in known for name in getattr(table, key)]
+        known["selection"] = study.evaluation.selections
+        for key, name in [*asked, ("selection", table.selection)]:
+            if name not in known[key]:
+                choices = f"one of the study's: {', '.join(known[key])}"
+                yield _said(f"tables.{index}.{key}", name, f"{choices}{nearest(name, known[key])}")
+
+
+def _published(study: Study) -> Iterator[str]:
+    """Files of published numbers that are not there."""
+    for index, table in enumerate(study.tables):
+        for name in table.published:
+            if not Path(name).is_file():
+                yield f"tables.{index}.published = {json.dumps(name)}: no such file"
+
+
+def _warm_ups(study: Study) -> Iterator[str]:
+    """Warm-ups of eps that outlast the first stage of a network that is trained from scratch."""
+    places = {id(training): key for key, training, _ in _trainings(study)}
+    said = set()
+    for cell in study.cells():
+        if study.is_external(cell.method) or study.starting_cell(cell):
+            continue
+        epochs = next((fit.epochs for fit in study.fits(cell).values()), None)
+        training = study.training_of(cell)
+        warmup, key = training.crafting.eps_warmup, places[id(training)]
+        if epochs is not None and warmup > epochs and (key, cell.method) not in said:
+            said.add((key, cell.method))
+            expected = f"at most the {epochs} epochs of the first stage of '{cell.method}'"
+            yield _said(f"{key}.crafting.eps_warmup", warmup, expected)
+
+
+def _surrogates(study: Study) -> Iterator[str]:
+    """Attacks without a network to transfer from."""
+    for cell in study.cells():
+        for selection in study.evaluation.selections:
+            try:
+                study.surrogates(cell, selection)
+            except UsageError as error:
+                yield str(error)
+                return
+
+
+def _places(study: Study) -> Iterator[str]:
+    """Tables that put two networks in one place."""
+    for index, table in enumerate(study.tables):
+        try:
+            study.cells_of(table)
+        except UsageError as error:
+            yield f"tables.{index}: {error}"

@@ -15,6 +15,7 @@ from robsparse import __version__, config, staleness
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.errors import UsageError, nearest
+from robsparse.sections import MOST_THREADS
 from robsparse.sources import Target
 
 EXIT_FAILED, EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 1, 2, 75, 130
@@ -80,6 +81,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _threads(text: str) -> int:
+    number = _positive(text)
+    if number > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{number}: expected at most {MOST_THREADS} threads")
+    return number
+
+
 def _add_machine(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device",
@@ -88,7 +96,7 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--threads",
-        type=_positive,
+        type=_threads,
         metavar="N",
         help="CPU threads (default: the study's machine.threads)",
     )

@@ -5,7 +5,6 @@ Method and attack files take what their `Params` are made of from here: Strict, 
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from robsparse import checks, faults, registry
 from robsparse.errors import UsageError, nearest
 from robsparse.fields import Radius, Share, Sparsity, Strict
 from robsparse.sections import (
-    NAME,
     Crafting,
     Evaluation,
     Finetune,
@@ -72,7 +70,7 @@ def load(path: str | Path) -> Study:
     """
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=faults.UniqueKeyLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=faults.Loader)
     except OSError as error:
         raise UsageError(f"{path}: cannot read the config ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -141,9 +139,6 @@ def _fill_in(study: Study, data: dict[str, Any]) -> Study:
             ],
         }
     )
-    _check_test_size(study)
-    _check_tables(study)
-    _check_surrogates(study)
     if found := checks.faults(study):
         raise UsageError("\n".join(found))
     if not study.planned:
@@ -194,10 +189,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _check_models(study: Study) -> None:
     """Refuse a network from elsewhere that has another's name or no weights."""
     for name, model in study.models.items():
-        if name in {*study.methods, *registry.names("method")} or not re.match(NAME, name):
-            raise UsageError(
-                f"models.{name}: expected a name of letters, digits, - and _ that is no method's"
-            )
+        if name in {*study.methods, *registry.names("method")}:
+            raise UsageError(f"models.{name}: expected a name that is no method's")
         if model.file is not None and not Path(model.file).is_file():
             raise UsageError(f"models.{name}.file = {json.dumps(model.file)}: no such file")
 
@@ -215,42 +208,6 @@ def _check_starts(study: Study) -> None:
                 f"methods.{name}.starts_from = {json.dumps(own)}: expected "
                 f"{', '.join(choices) or 'nothing'}{nearest(own, choices)}"
             )
-
-
-def _check_test_size(study: Study) -> None:
-    """Say before anything is trained that there are fewer test images than asked for."""
-    for name, params in study.datasets.items():
-        size = getattr(params, "test_examples", None)
-        if size is not None and study.evaluation.n_examples > size:
-            raise UsageError(
-                f"evaluation.n_examples = {study.evaluation.n_examples}: expected at most "
-                f"datasets.{name}.test_examples; nearest match: {size}"
-            )
-
-
-def _check_surrogates(study: Study) -> None:
-    """Say before anything is trained that there is no network to transfer an attack from."""
-    for cell in study.cells():
-        for selection in study.evaluation.selections:
-            study.surrogates(cell, selection)
-
-
-def _check_tables(study: Study) -> None:
-    """Say before anything is trained that a table asks for what the study does not have."""
-    for index, table in enumerate(study.tables):
-        known = {
-            "datasets": study.datasets,
-            "archs": study.archs,
-            "methods": study.methods,
-            "attacks": study.evaluation.attacks,
-        }
-        for key, choices in known.items():
-            for name in getattr(table, key):
-                if name not in choices:
-                    raise UsageError(
-                        f"tables.{index}.{key} = {json.dumps(name)}: expected one of the study's: "
-                        f"{', '.join(choices)}{nearest(name, choices)}"
-                    )
 
 
 def _parts(kind: str, wanted: Any, given: dict[str, Any], grid_key: str, key: str) -> dict:
@@ -279,10 +236,9 @@ def _model(
     """The parameters of a registered part, or of a variant of one."""
     if name not in variants:
         return _entry(kind, name, named_in, variants).params
-    if name in registry.names(kind) or not re.match(NAME, name):
+    if name in registry.names(kind):
         raise UsageError(
-            f"{key}.{name}: expected another name for a variant, of letters, digits, - and _, "
-            f"that is no registered {kind}"
+            f"{key}.{name}: expected another name for a variant, that is no registered {kind}"
         )
     params = _entry(kind, variants[name], f"{key}.{name}.base", {}).params
     return create_model(

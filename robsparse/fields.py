@@ -3,9 +3,10 @@
 import math
 import re
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -17,9 +18,16 @@ from pydantic_core import PydanticCustomError
 
 from robsparse.errors import nearest
 
+LARGEST = 2**31  # of any number in a configuration
+LONGEST_NAME = 64
+_NAME = re.compile(f"[A-Za-z0-9][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}", re.ASCII)
+
 
 class Strict(BaseModel):
-    """Base of every configuration section: unknown keys are errors, values never change."""
+    """Base of every configuration section: unknown keys are errors, values never change.
+
+    Numbers are at most 2**31, which no setting comes near.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
@@ -42,6 +50,16 @@ class Strict(BaseModel):
                     "stray_boolean", "expected a value, not true or false", {"key": key}
                 )
         return data
+
+    @model_validator(mode="after")
+    def _refuse_absurd_numbers(self) -> Self:
+        for key, value in self:
+            numbers = value if isinstance(value, tuple | list) else (value,)
+            if any(isinstance(n, int | float) and abs(n) > LARGEST for n in numbers):
+                raise PydanticCustomError(
+                    "size", "expected a number of at most {most}", {"key": key, "most": LARGEST}
+                )
+        return self
 
 
 class Normalised(Strict):
@@ -122,6 +140,18 @@ def _sparsity(value: Any) -> Any:
     return number
 
 
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise PydanticCustomError(
+            "name",
+            "expected a name of at most {most} letters, digits, - and _ that starts with a letter "
+            "or digit",
+            {"most": LONGEST_NAME},
+        )
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]  # of a part, a file or a folder
 Radius = Annotated[float, BeforeValidator(radius)]
 Sparsity = Annotated[float, BeforeValidator(_sparsity)]
 Share = Annotated[float, Field(ge=0, lt=1)]

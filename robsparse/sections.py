@@ -13,7 +13,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from robsparse.fields import Radius, Share, Sparsity, Strict, radius_fault
+from robsparse.fields import Name, Radius, Share, Sparsity, Strict, radius_fault
 from robsparse.imagesets import Augmentation
 from robsparse.sources import Kind, Match, Source
 
@@ -21,7 +21,10 @@ Selection = Literal["best_val", "last"]
 Norm = Literal["Linf", "L2"]
 Objective = Literal["natural", "at", "mat", "trades", "mart", "rst"]
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+MOST_EPOCHS, LARGEST_LR, MOST_THREADS = 100_000, 1000, 1024
+# What `robsparse figures` itself writes to tables/, and what else lies in results/.
+OWN_TABLES = ("main", "per_class", "disagreements")
+OWN_FOLDERS = ("reference", "published", "callable", "zoo")
 Claimed = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 
@@ -59,13 +62,23 @@ class Fit(Strict):
     decay: Literal["coupled", "sgdw"] = "coupled"
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> "Fit":
-        if self.warmup >= self.epochs:
-            raise PydanticCustomError(
+    def _can_be(self) -> "Fit":
+        """Here rather than in the fields, so that it also holds for fields that are redefined."""
+        drops = list(self.milestones)
+        for key, wrong, expected in (
+            ("epochs", self.epochs > MOST_EPOCHS, f"at most {MOST_EPOCHS} epochs"),
+            ("lr", self.lr > LARGEST_LR, f"a learning rate of at most {LARGEST_LR}"),
+            ("weight_decay", self.weight_decay >= 1, "less than 1: the share that a step takes"),
+            ("milestones", drops != sorted(set(drops)), "ascending shares, like [0.5, 0.75]"),
+            (
                 "warmup",
-                "expected fewer epochs of warm-up than the {epochs} of the stage",
-                {"key": "warmup", "epochs": self.epochs},
-            )
+                self.warmup >= self.epochs,
+                f"fewer epochs of warm-up than the {self.epochs} of the stage",
+            ),
+        ):
+            if wrong:
+                context = {"key": key, "expected": expected}
+                raise PydanticCustomError("stage", "expected {expected}", context)
         return self
 
 
@@ -203,13 +216,13 @@ class Budget(Strict):
 class Grid(Strict):
     """A block of cells: the product of these lists (dense is trained once a seed)."""
 
-    datasets: list[str] = Field(min_length=1)
-    archs: list[str] = Field(min_length=1)
+    datasets: list[Name] = Field(min_length=1)
+    archs: list[Name] = Field(min_length=1)
     objectives: list[Objective] = Field(min_length=1)
-    methods: list[str] = Field(min_length=1)
+    methods: list[Name] = Field(min_length=1)
     sparsities: list[Sparsity] = Field(min_length=1)
     seeds: list[Seed] = Field(min_length=1)
-    params: dict[str, Any] = Field(
+    params: dict[Name, Any] = Field(
         default_factory=dict,
         description="hyperparameters of this block's methods, over those of the section methods",
     )
@@ -238,14 +251,14 @@ class External(Strict):
     """
 
     file: str | None = None
-    arch: str | None = Field(None, description="name in the section archs, or a registered one")
+    arch: Name | None = Field(None, description="name in the section archs, or a registered one")
     zoo: str | None = Field(None, description="name of a model in RobustBench's zoo")
     callable: str | None = Field(
         None,
         description="module:function of a function without arguments that returns a torch module "
         "which maps images in [0,1] to logits",
     )
-    dataset: str
+    dataset: Name
     objective: Objective = Field(description="what it was trained with")
     sparsity: Claimed = Field(
         0.0, description="as its authors say it; tables mark it when the count differs"
@@ -315,10 +328,10 @@ class Evaluation(Strict):
     n_examples: PositiveInt = Field(description="the first n images of the test split")
     batch_size: PositiveInt = 250
     seed: Seed = 0
-    selections: dict[Selection, list[str]] = Field(
+    selections: dict[Selection, Annotated[list[Name], Field(min_length=1)]] = Field(
         min_length=1, description="attacks to run on the weights of each selection"
     )
-    attacks: dict[str, Any] = Field(default_factory=dict)
+    attacks: dict[Name, Any] = Field(default_factory=dict)
     doubts: Doubts = Doubts()
 
     @field_validator("selections")
@@ -333,7 +346,7 @@ class Machine(Strict):
     """Where jobs run. None of it changes what is computed, only how fast."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: PositiveInt = Field(1, description="CPU threads of one job")
+    threads: PositiveInt = Field(1, le=MOST_THREADS, description="CPU threads of one job")
     memory_mb: PositiveInt = Field(2000, description="memory that a job asks a cluster for")
     minutes: PositiveInt = Field(60, description="run time that a job asks a cluster for")
     rerun_on_code_change: bool = Field(
@@ -351,16 +364,38 @@ class Table(Strict):
     `rows` axes that the study has is a line; the other axes must have one value or be columns.
     """
 
-    name: str = Field(pattern=NAME, description="names tables/<name>.md, .tex and .csv")
+    name: Name = Field(description="names tables/<name>.md, .tex and .csv")
     title: str
-    datasets: list[str] = Field(default_factory=list)
-    archs: list[str] = Field(default_factory=list)
+    datasets: list[Name] = Field(default_factory=list)
+    archs: list[Name] = Field(default_factory=list)
     objectives: list[Objective] = Field(default_factory=list)
-    methods: list[str] = Field(default_factory=list)
+    methods: list[Name] = Field(default_factory=list)
     rows: list[Axis] = Field(min_length=1)
     columns: list[Axis] = Field(min_length=1)
-    attacks: list[str] = Field(min_length=1)
+    attacks: list[Name] = Field(min_length=1)
     selection: Selection = "best_val"
     published: list[str] = Field(
         default_factory=list, description="files of published numbers, results/reference/*.csv"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_free(cls, name: str) -> str:
+        if name.lower() in OWN_TABLES:
+            raise PydanticCustomError(
+                "taken", "expected a name that is no table of every study", {}
+            )
+        return name
+
+    @field_validator("datasets", "archs", "objectives", "methods", "rows", "columns", "attacks")
+    @classmethod
+    def _no_repeats(cls, values: list[Any]) -> list[Any]:
+        return each_once(values)
+
+    @model_validator(mode="after")
+    def _rows_are_no_columns(self) -> "Table":
+        if set(self.rows) & set(self.columns):
+            raise PydanticCustomError(
+                "axes", "expected other axes than those of rows", {"key": "columns"}
+            )
+        return self

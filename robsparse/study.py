@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from robsparse import faults, registry
 from robsparse.cells import Cell, Layout
 from robsparse.cost import passes_per_epoch
 from robsparse.counts import round_to_sum
 from robsparse.errors import UsageError
-from robsparse.fields import Strict
+from robsparse.fields import Name, Strict
 from robsparse.sections import (
-    NAME,
+    OWN_FOLDERS,
     Evaluation,
     External,
     Fit,
@@ -48,14 +49,14 @@ class Study(Strict):
     new name may stand for a variant of a registered one: {base: NAME, label: TEXT, parameters...}.
     """
 
-    study: str = Field(pattern=NAME, description="names results/<study>")
+    study: Name = Field(description="names results/<study>")
     title: str
     small: bool = Field(False, description="label every table and plot as a small study")
     grid: list[Grid] = Field(default_factory=list)
-    datasets: dict[str, Any] = Field(default_factory=dict)
-    archs: dict[str, Any] = Field(default_factory=dict)
-    methods: dict[str, Any] = Field(default_factory=dict)
-    models: dict[str, External] = Field(
+    datasets: dict[Name, Any] = Field(default_factory=dict)
+    archs: dict[Name, Any] = Field(default_factory=dict)
+    methods: dict[Name, Any] = Field(default_factory=dict)
+    models: dict[Name, External] = Field(
         default_factory=dict, description="networks that were trained elsewhere"
     )
     threat: Threat
@@ -70,6 +71,15 @@ class Study(Strict):
     @classmethod
     def _one_block(cls, grid: Any) -> Any:
         return [grid] if isinstance(grid, dict) else grid
+
+    @field_validator("study")
+    @classmethod
+    def _is_free(cls, name: str) -> str:
+        if name.lower() in OWN_FOLDERS:
+            raise PydanticCustomError(
+                "taken", "expected another name: results/{name} is no study's", {"name": name}
+            )
+        return name
 
     def blocks(self) -> list[Grid]:
         """The blocks whose `where_exists` is there."""
@@ -252,6 +262,29 @@ class Study(Strict):
             },
             "start": self.training_settings(start) if start else None,
         }
+
+    def fits(self, cell: Cell) -> dict[str, Fit]:
+        """The stages of a cell that is trained, as its hyperparameters list them."""
+        return _fits(self.planned[cell].params)
+
+    def cells_of(self, table: Table) -> list[Cell]:
+        """The networks of a table, one a place (seeds are averaged over).
+
+        Raises UsageError when rows and columns put several networks in one place.
+        """
+        axes = ("dataset", "arch", "objective", "method", "sparsity")
+        wanted = {axis: getattr(table, f"{axis}s") for axis in axes[:4]}
+        found: dict[tuple, Cell] = {}
+        for cell in self.cells():
+            if all(not names or getattr(cell, axis) in names for axis, names in wanted.items()):
+                place = tuple(getattr(cell, axis) for axis in (*table.rows, *table.columns))
+                other = found.setdefault(place, cell)
+                if any(getattr(cell, axis) != getattr(other, axis) for axis in axes):
+                    raise UsageError(
+                        f"'{table.name}': rows and columns put {other.key} and {cell.key} in one "
+                        "place; expected another axis, or fewer networks"
+                    )
+        return list(found.values())
 
     def surrogate(self, cell: Cell, method: str) -> Cell:
         """The network of `method` that an attack on `cell` is crafted on: never the same one.

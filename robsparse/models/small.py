@@ -1,6 +1,6 @@
 """Small convolutional networks with batch norm, for studies that run on a laptop."""
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from robsparse.fields import Normalised
@@ -16,9 +16,11 @@ NAMES = ("small_cnn", "small_resnet")
 
 
 class Params(Normalised):
-    """width: channels of the first convolution; the later ones have 2 and 4 times as many."""
+    """width: channels of the first convolution, in 1..1024; the later ones have 2 and 4 times as
+    many.
+    """
 
-    width: PositiveInt = 16
+    width: PositiveInt = Field(16, le=1024)
 
 
 def build(name: str, params: Params, image_shape: tuple[int, int, int], classes: int) -> nn.Module:

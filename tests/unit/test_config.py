@@ -212,8 +212,8 @@ TEXTS = {
     "list": ("- study", "expected a mapping of sections, found list"),
     "open bracket": ("study: [a, b", "not valid YAML"),
     "tab": ("study:\n\tx: 1", "not valid YAML"),
-    "duplicate key": ("study: a\ntitle: b\nstudy: c\n", "the key 'study' stands twice"),
-    "nested duplicate": ("a:\n  b:\n    c: 1\n    c: 2\n", "the key 'c' stands twice"),
+    "duplicate key": ("study: a\ntitle: b\nstudy: c\n", 'the key "study" stands twice'),
+    "nested duplicate": ("a:\n  b:\n    c: 1\n    c: 2\n", 'the key "c" stands twice'),
     "list as key": ("? [a, b]\n: 1\n", "not valid YAML"),
     "mapping as key": ("? {a: b}\n: 1\n", "not valid YAML"),
     "python object": ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
@@ -458,7 +458,8 @@ def test_data_sets_archs_and_attacks_have_variants_too(study_data, load_study):
     ("name", "values", "expected"),
     [
         ("bcs", {"base": "lwm"}, ["methods.bcs", "another name"]),
-        ("a/b", {"base": "bcs"}, ["methods.a/b", "another name"]),
+        ("a/b", {"base": "bcs"}, ["methods.a/b: expected a name of at most 64 letters"]),
+        ("a\n", {"base": "bcs"}, ["expected text of one line"]),
         ("mine", {"base": "bsc"}, ["methods.mine.base", "nearest match: 'bcs'"]),
         ("mine", {"base": "bcs", "noise": 1}, ["methods.mine.noise", "'noise_scale'"]),
         ("mine", {"noise_scale": 1}, ["methods: unknown method 'mine'"]),
@@ -490,6 +491,7 @@ TABLE = {
 
 def test_a_table_is_of_the_best_validation_weights(study_data, load_study):
     study_data["tables"] = [TABLE]
+    study_data["evaluation"]["selections"]["best_val"] = ["clean"]
     assert load_study(study_data).tables[0].selection == "best_val"
 
 

@@ -1,0 +1,297 @@
+"""Nonsense that is only seen in the whole of a study, or in sizes that nothing can have."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from robsparse import config, faults, figures, sections
+from robsparse.errors import UsageError
+from robsparse.fields import LARGEST, LONGEST_NAME
+from robsparse.sections import Fit
+
+TABLE = {
+    "name": "table4",
+    "title": "Table 4",
+    "rows": ["arch", "sparsity"],
+    "columns": ["method"],
+    "attacks": ["clean"],
+    "selection": "last",
+}
+
+
+def merge(data, change):
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            merge(data[key], value)
+        else:
+            data[key] = value
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """refused(data or text) -> the faults of a study, a line each, without the file's name."""
+
+    def load(content):
+        path = tmp_path / "bad.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        with pytest.raises(UsageError) as caught:
+            config.load(path)
+        lines = str(caught.value).split("\n")
+        assert all(line.startswith(f"{path}: ") for line in lines), lines
+        return [line.removeprefix(f"{path}: ") for line in lines]
+
+    return load
+
+
+LONG = "n" * 10_000
+BCS = {"base": "bcs"}
+# what is changed -> how the one line begins
+NONSENSE = {
+    "epochs": ({"methods": {"bcs": {"train": {"epochs": 1e18}}}}, "methods.bcs.train.epochs = 1"),
+    "some epochs": (
+        {"methods": {"bcs": {"train": {"epochs": 100_001}}}},
+        "methods.bcs.train.epochs = 100001: expected at most 100000 epochs",
+    ),
+    "lr": ({"methods": {"bcs": {"train": {"lr": 1e300}}}}, "methods.bcs.train.lr = 1e+300: "),
+    "lr of 2000": (
+        {"methods": {"lwm": {"finetune": {"lr": 2000}}}},
+        "methods.lwm.finetune.lr = 2000: expected a learning rate of at most 1000",
+    ),
+    "sgdw": (
+        {"methods": {"bcs": {"train": {"decay": "sgdw", "weight_decay": 2}}}},
+        "methods.bcs.train.weight_decay = 2: expected less than 1",
+    ),
+    "coupled": (
+        {"methods": {"lwm": {"finetune": {"decay": "coupled", "weight_decay": 1}}}},
+        "methods.lwm.finetune.weight_decay = 1: expected less than 1",
+    ),
+    "descending milestones": (
+        {"methods": {"bcs": {"train": {"milestones": [0.75, 0.5]}}}},
+        "methods.bcs.train.milestones = [0.75, 0.5]: expected ascending shares, like [0.5, 0.75]",
+    ),
+    "equal milestones": (
+        {"methods": {"bcs": {"train": {"milestones": [0.5, 0.5]}}}},
+        "methods.bcs.train.milestones = [0.5, 0.5]: expected ascending shares",
+    ),
+    "warm-up of eps": (
+        {"grid": {"methods": ["bcs"]}, "training": {"crafting": {"eps_warmup": 2}}},
+        "training.crafting.eps_warmup = 2: expected at most the 1 epochs of the first stage of ",
+    ),
+    "empty selection": (
+        {"evaluation": {"selections": {"last": []}}},
+        "evaluation.selections.last = []: expected at least one entry",
+    ),
+    "no selection": (
+        {"evaluation": {"selections": 0}},
+        "evaluation.selections = 0: ",
+    ),
+    "width": (
+        {"archs": {"small_cnn": {"width": 1_000_000}}},
+        "archs.small_cnn.width = 1000000: expected to be less than or equal to 1024; nearest "
+        "match: 1024",
+    ),
+    "threads": (
+        {"machine": {"threads": 1_000_000}},
+        "machine.threads = 1000000: expected to be less than or equal to 1024; nearest match: 1024",
+    ),
+    "steps": (
+        {"training": {"crafting": {"steps": 10**12}}},
+        "training.crafting.steps = 1000000000000: expected a number of at most 2147483648",
+    ),
+    "queries": (
+        {"evaluation": {"attacks": {"pgd": {"restarts": 10**10}}}},
+        "evaluation.attacks.pgd.restarts = 10000000000: expected a number of at most 2147483648",
+    ),
+    "one image of a mixed batch": (
+        {"grid": {"objectives": ["mat"]}, "training": {"batch_size": 1}},
+        "training.batch_size = 1: expected at least 2 for the objective 'mat', which attacks half "
+        "of a batch; nearest match: 2",
+    ),
+    "one image of a block's mixed batch": (
+        {"grid": {"objectives": ["mat"], "training": {"batch_size": 1}}},
+        "grid.training.batch_size = 1: expected at least 2 for the objective 'mat'",
+    ),
+    "rows are columns": (
+        {"tables": [TABLE | {"columns": ["method", "arch"]}]},
+        'tables.0.columns = ["method", "arch"]: expected other axes than those of rows',
+    ),
+    "an axis twice": (
+        {"tables": [TABLE | {"rows": ["arch", "arch"]}]},
+        'tables.0.rows = ["arch", "arch"]: expected each entry once',
+    ),
+    "two tables of one name": (
+        {"tables": [TABLE, TABLE]},
+        "tables: 'table4' and 'table4': expected names that differ in more than case",
+    ),
+    "two tables of nearly one name": (
+        {"tables": [TABLE, TABLE | {"name": "Table4"}]},
+        "tables: 'Table4' and 'table4': expected names that differ in more than case",
+    ),
+    "a table named main": (
+        {"tables": [TABLE | {"name": "main"}]},
+        'tables.0.name = "main": expected a name that is no table of every study',
+    ),
+    "a table named Main": (
+        {"tables": [TABLE | {"name": "Main"}]},
+        'tables.0.name = "Main": expected a name that is no table of every study',
+    ),
+    "a table of weights that nobody evaluates": (
+        {"tables": [TABLE | {"selection": "best_val"}]},
+        'tables.0.selection = "best_val": expected one of the study\'s: last',
+    ),
+    "networks in one place of a table": (
+        {"grid": {"sparsities": [0.9, 0.95]}, "tables": [TABLE | {"rows": ["arch"]}]},
+        "tables.0: 'table4': rows and columns put digits/small_cnn/bcs/at/s0.9000/seed0 and ",
+    ),
+    "published": (
+        {"tables": [TABLE | {"published": ["results/reference/none.csv"]}]},
+        'tables.0.published = "results/reference/none.csv": no such file',
+    ),
+    "published folder": ({"tables": [TABLE | {"published": ["/"]}]}, "tables.0.published = "),
+    "study named reference": (
+        {"study": "reference"},
+        'study = "reference": expected another name: results/reference is no study\'s',
+    ),
+    "study named Published": ({"study": "Published"}, 'study = "Published": expected another name'),
+    "variants that differ in case": (
+        {"methods": {"quiet": BCS, "Quiet": BCS | {"label": "Loud"}}},
+        "methods: 'quiet' and 'Quiet': expected names that differ in more than case",
+    ),
+    "a variant that differs from its base in case": (
+        {"methods": {"BCS": BCS | {"label": "mine"}}},
+        "methods: 'BCS' and 'bcs': expected names that differ in more than case",
+    ),
+    "two variants of one label": (
+        {"methods": {"one": BCS | {"label": "x"}, "two": BCS | {"label": "x"}}},
+        "methods.two.label = \"x\": expected another label than that of 'one'",
+    ),
+    "a variant with the label of its base": (
+        {"methods": {"one": BCS | {"label": "BCS"}}},
+        "methods.",
+    ),
+    "two attacks of one label": (
+        {"evaluation": {"attacks": {"weak": {"base": "pgd", "label": "PGD"}}}},
+        "evaluation.attacks.",
+    ),
+    "long name of a study": ({"study": LONG}, f'study = "{"n" * 76}...: expected a name of at '),
+    "long name of a method": ({"grid": {"methods": [LONG]}}, 'grid.methods.0 = "nnn'),
+    "long name of a variant": ({"methods": {LONG: BCS}}, f"methods.{'n' * 77}...: expected a name"),
+    "long name of a table": ({"tables": [TABLE | {"name": LONG}]}, 'tables.0.name = "nnn'),
+    "long unknown key": ({LONG: 1}, f"{'n' * 77}... = 1: unknown key, expected one of: study"),
+    "long value": ({"threat": {"norm": LONG}}, 'threat.norm = "nnn'),
+    "number that is no number": ({"threat": {"eps": LONG}}, 'threat.eps = "nnn'),
+    "key of two lines": ({"a\nb": 1}, "not valid YAML: "),
+    "title of two lines": ({"title": "a\nb"}, "not valid YAML: "),
+    "name with a null byte": ({"study": "a\0b"}, "not valid YAML: "),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_nonsense_is_one_line(what, study_data, refused):
+    change, said = NONSENSE[what]
+    merge(study_data, change)
+    lines = refused(study_data)
+    assert [line[: len(said)] for line in lines] == [said], lines
+    assert len(lines[0]) < 500
+
+
+def test_all_faults_of_the_whole_study_are_told_at_once(study_data, refused):
+    study_data["evaluation"]["n_examples"] = 801
+    study_data["training"]["crafting"]["step_size"] = 0.5
+    study_data["tables"] = [TABLE | {"published": ["none.csv"], "methods": ["bsc"]}]
+    lines = refused(study_data)
+    assert [line.split(" = ")[0] for line in lines] == [
+        "training.crafting.step_size",
+        "evaluation.n_examples",
+        "tables.0.methods",
+        "tables.0.published",
+    ]
+
+
+def test_what_is_large_but_can_be_is_accepted(study_data, load_study):
+    study_data["methods"]["bcs"]["train"] = {"epochs": 100_000, "lr": 1000, "weight_decay": 0.999}
+    study_data["machine"]["threads"] = 1024
+    study_data["study"] = "n" * LONGEST_NAME
+    study_data["training"]["crafting"]["eps_warmup"] = 1
+    study_data["tables"] = [TABLE, TABLE | {"name": "table5"}]
+    study_data["tables"][0]["methods"] = ["bcs", "dense"]
+    assert load_study(study_data).methods["bcs"].train.epochs == 100_000
+
+
+@pytest.mark.parametrize("key", ["milestones", "warmup", "epochs", "lr", "weight_decay"])
+def test_stages_hold_their_rules_without_a_config_too(key):
+    wrong = {"milestones": (0.5, 0.2), "warmup": 3, "epochs": 10**6, "lr": 1e4, "weight_decay": 1}
+    with pytest.raises(ValueError, match=key if key in ("lr", "epochs") else "expected"):
+        Fit(**({"epochs": 3, "lr": 0.1} | {key: wrong[key]}))
+
+
+def test_tables_of_every_study_are_known_to_the_configuration():
+    assert {Path(name).stem for name in figures.TABLES} == set(sections.OWN_TABLES)
+
+
+# ---------------------------------------------------------------- files that are no study
+
+DEEP = "[" * 1000 + "]" * 1000
+MANY = "".join(f"a{n + 1}: &x{n + 1} [{', '.join([f'*x{n}'] * 9)}]\n" for n in range(6))
+TEXTS = {
+    "1,000 levels": (DEEP, "expected at most 32 levels of nesting in"),
+    "1,000 levels of a value": (f"threat: {DEEP}", "expected at most 32 levels of nesting"),
+    "1,000 levels of mappings": ("{a: " * 1000 + "1" + "}" * 1000, "at most 32 levels of nesting"),
+    "levels through aliases": (
+        "a0: &x0 [1]\n" + "".join(f"a{n + 1}: &x{n + 1} [*x{n}]\n" for n in range(50)),
+        "expected at most 32 levels of nesting",
+    ),
+    "contains itself": ("a: &a [*a]", "expected at most 32 levels of nesting"),
+    "a million values": ("a0: &x0 [1, 2]\n" + MANY, "expected at most 100000 values, aliases"),
+    "5,000 digits": (f"threat: {'5' * 5000}", '"5555'),
+    "5,000 hexadecimal digits": (f"threat: 0x{'F' * 5000}", '"0xFFFF'),
+    "5,000 digits as key": (f"? {'5' * 5000}\n: 1", '"5555'),
+    "no date": ("study: 2020-13-45", '"2020-13-45" cannot be read as timestamp'),
+    "no number": ("study: !!int abc", '"abc" cannot be read as int'),
+    "no float": ("study: !!float abc", '"abc" cannot be read as float'),
+    "no truth": ("study: !!bool maybe", '"maybe" cannot be read as bool'),
+    "no timestamp": ("study: !!timestamp x", '"x" cannot be read as timestamp'),
+    "no zone": ("study: 2001-12-14t21:59:43.10-99:00", "cannot be read as timestamp"),
+    "digits and underscores": ("study: 0x_", '"0x_" cannot be read as int'),
+    "mapping that is none": ("study: !!map 3", "expected a mapping node"),
+    "set that is none": ("study: !!set [1]", "expected a mapping node"),
+    "surrogate": (r'"\ud800": 1', "expected text of one line without control characters"),
+    "null byte": (r'study: "a\0"', "expected text of one line without control characters"),
+    "escape": (r'title: "\e[31m"', "expected text of one line without control characters"),
+    "two documents": ("a: 1\n---\na: 2\n", "expected a single document"),
+}
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_text_that_yaml_fails_at_is_one_line(what, refused):
+    text, said = TEXTS[what]
+    (line,) = refused(text)
+    assert line.startswith("not valid YAML: ")
+    assert said in line
+    assert len(line) < 500
+
+
+def test_limits_leave_room_for_every_study_of_the_repository(repository):
+    for path in sorted((repository / "config").glob("*.yaml")):
+        assert config.load(path)
+    assert faults.DEEPEST >= 32
+    assert LARGEST >= 2**31
+
+
+def test_check_of_nonsense_exits_with_2_and_one_line(study_data, tmp_path):
+    """Of the command itself, and without torch."""
+    study_data["machine"]["threads"] = 10**6
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(study_data))
+    code = (
+        "import sys, json; from robsparse.cli import main\n"
+        f"code = main(['check', {str(tmp_path / 'bad.yaml')!r}])\n"
+        "print(json.dumps([code, 'torch' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [2, False]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"robsparse: error: {tmp_path / 'bad.yaml'}: machine.threads = 1000000")
