@@ -54,6 +54,22 @@ class Params(Reach):
         """The components that run, in their order."""
         return self.components or self.VERSIONS[self.version]
 
+    @property
+    def described(self) -> str:
+        """The version, and the components if they are not all of it in its order."""
+        parts, all_parts = self.parts(), self.VERSIONS[self.version]
+        if parts == all_parts:
+            return self.version
+        how = "in this order" if len(parts) == len(all_parts) else "only"
+        return f"{self.version}, {', '.join(parts)} {how}"
+
+    @property
+    def qualifier(self) -> str:
+        """Empty for the whole standard version alone, which is what "AutoAttack" stands for."""
+        if self.described == "standard":
+            return ""
+        return self.described.removeprefix("standard, ")
+
 
 def passes(params: Params) -> tuple[int, int]:
     """Forward-and-backward passes and forward-only passes over an image that survives.
@@ -99,7 +115,7 @@ def run(
             components[name] = tally.robust.clone()
             if name == "square":
                 warnings.of_square(before, tally.robust)
-    return tally.outcome({"version": params.version}, components, warnings.texts())
+    return tally.outcome({"version": params.described}, components, warnings.texts())
 
 
 def _run_component(

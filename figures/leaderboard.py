@@ -24,6 +24,10 @@ _OURS, _THEIRS = "#D55E00", "0.35"
 def published(material: Material) -> Figure:
     """Accuracy under the strongest attack of ours and of published networks, a panel a place."""
     study = material.study
+    if study.qualifier(STRONGEST):
+        label = study.label("attack", STRONGEST)
+        general = plot_caption(material, attacked=True, selected=True)
+        return style.empty(f"Published numbers are not of {label}.", [general])
     rows = entries(material)
     caption = [
         f"Filled: measured here, with {interval_note(material)}; nothing is filled where nothing "

@@ -89,7 +89,7 @@ def threat(study: Study, results: pd.DataFrame) -> str:
             words.append(f"{join(rows.steps)} steps")
         if rows.restarts.notna().any():
             words.append(f"x {join(rows.restarts)} restarts")
-        if (rows.version != "").any():
+        if (rows.version != "").any() and not study.qualifier(str(attack)):
             words.append(f"version {join(rows.version)}")
         reach = (join(rows.norm), rows.eps.iloc[0])
         if reach != (study.threat.norm, study.threat.eps):

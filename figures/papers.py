@@ -45,7 +45,8 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
     """One row a network and attack, and a row more for each further source of its number.
 
     Columns: the keys of a published number; `ours` (fraction, mean over seeds), `published`,
-    `difference` (ours - published), `source`, `suspicious`; nan and "" where there is none.
+    `difference` (ours - published), `source`, `suspicious`; nan and "" where there is none. An
+    attack that is not what its name stands for (a part of AutoAttack, say) is compared with none.
     """
     sources = [published.read(Path(name)) for name in spec.published]
     theirs = pd.concat(sources) if sources else pd.DataFrame(columns=[*published.COLUMNS, "source"])
@@ -55,7 +56,8 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
             key = {k: getattr(cell, k) for k in published.KEYS if k != "attack"}
             key |= {"attack": attack}
             ours, suspicious = _ours(material, spec, key)
-            found = _matching(theirs, key, material.study)
+            compared = not material.study.qualifier(attack)
+            found = _matching(theirs, key, material.study) if compared else []
             for number, source in found or [(np.nan, "")]:
                 rows.append(
                     key
@@ -152,6 +154,9 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
     ]
     if (table.suspicious != "").any():
         notes.append(f"{SUSPICIOUS} suspicious, for the reasons that stand under the main table.")
+    apart = [study.label("attack", name) for name in spec.attacks if study.qualifier(name)]
+    if apart:
+        notes.append(f"Not compared with published numbers: {', '.join(apart)}.")
     sources = _sources(table)
     if not sources:
         read = ", ".join(spec.published) or "no file"

@@ -145,7 +145,8 @@ def report(material: Material) -> str:
     if ranked is not None:
         parts += [
             "## Ranks",
-            "By AutoAttack accuracy (mean over seeds) among the sparse methods, in every cell "
+            f"By {study.label('attack', STRONGEST)} accuracy (mean over seeds) among the sparse "
+            "methods, in every cell "
             "(data set, arch, objective, sparsity) in which all of them have a result. Not ruled "
             "out: from the smallest to the largest rank that the paired differences of all pairs "
             "in a cell leave open (p < 0.05, Holm), mean over cells. Ranks say nothing of how far "

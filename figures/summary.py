@@ -36,13 +36,9 @@ class Material:
         return next(iter(self.study.evaluation.selections))
 
     def chance(self, group: Group) -> float | None:
-        """Accuracy of guessing, from the labels of the attacked images; None if there are none."""
-        for cell in self.study.cells():
-            if Group(cell.dataset, cell.arch, cell.objective) == group:
-                labels = self.outcomes.labels(cell, self.primary)
-                if labels is not None:
-                    return 1 / (int(labels.max()) + 1)
-        return None
+        """Accuracy of naming the data set's largest class; None if nothing was attacked."""
+        known = group.of(self.tidy.results).chance.dropna()
+        return None if known.empty else float(known.iloc[0])
 
 
 def gather(study: Study, layout: Layout, tidy: Tidy) -> Material:

@@ -135,7 +135,9 @@ def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
         excess = int(ours.iloc[0] - rows.n_correct.min()) if len(ours) else 0
         if excess > 0:
             strongest = rows.loc[rows.n_correct.idxmin(), "attack"]
-            said[key[:-2]] = f"{strongest} breaks {excess} more images than AutoAttack"
+            version = rows.loc[rows.attack == "autoattack", "version"].iloc[0]
+            name = "AutoAttack" if version == "standard" else f"AutoAttack ({version})"
+            said[key[:-2]] = f"{strongest} breaks {excess} more images than {name}"
     keys = zip(*(results[name] for name in _MODEL_KEY), strict=True)
     added = pd.Series([said.get(key, "") for key in keys], index=results.index, dtype=object)
     joined = results.suspicious.fillna("") + "; " + added

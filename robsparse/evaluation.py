@@ -73,6 +73,7 @@ def evaluate_cell(
         "eval_device": device_name(where),
         "settings_digest": settings_digest,
         "data_checksum": splits.checksum(),
+        **guessing(splits.test, splits.classes),
         "model_checksum": _checksum(model, target.weights),
         **records.provenance(),
     }
@@ -117,7 +118,7 @@ def in_words(record: Path) -> str:
     """The accuracies of a record, one a line, and where it is."""
     rows = [row for row in records.read_record(record).rows if row.component == "all"]
     first = rows[0]
-    lines = [f"{row.attack:12s} {100 * row.accuracy:6.2f} %" for row in rows]
+    lines = [f"{row.attack:12s} {100 * row.accuracy:6.2f} %{_version(row)}" for row in rows]
     return "\n".join(
         [
             f"{first.nonzero:,} of {first.prunable:,} prunable weights are live "
@@ -128,6 +129,11 @@ def in_words(record: Path) -> str:
             f"record: {record}",
         ]
     )
+
+
+def _version(row: records.Row) -> str:
+    """What an attack ran, unless it is what its name stands for."""
+    return "" if row.version in (None, "standard") else f" (version {row.version})"
 
 
 def checked(model: nn.Module, examples: Part, classes: int, device: torch.device) -> nn.Module:
@@ -169,6 +175,15 @@ def first_examples(test: Part, n: int, classes: int) -> Part:
     if int(part.y_N.min()) < 0 or int(part.y_N.max()) >= classes:
         raise UsageError(f"test labels: expected 0..{classes - 1}")
     return part
+
+
+def guessing(test: Part, classes: int) -> dict[str, Any]:
+    """Columns of a row: the classes of the data set, and the accuracy of naming the largest one.
+
+    Of all test images, not of the attacked ones, among which a class may be missing.
+    """
+    largest = int(test.y_N.bincount().max())
+    return {"classes": classes, "chance": max(1 / classes, largest / len(test))}
 
 
 @dataclass(frozen=True)

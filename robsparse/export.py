@@ -16,7 +16,7 @@ def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -
 
     link, authors, venue and the paper's title are left null: who submits fills them in.
 
-    Raises UsageError when the network was not attacked with AutoAttack.
+    Raises UsageError when the network was not attacked with the whole standard AutoAttack.
     """
     record = records.read_record(layout.evaluation(cell, selection))
     whole = {row.attack: row for row in record.rows if row.component == "all"}
@@ -25,6 +25,11 @@ def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -
             f"{layout.evaluation(cell, selection)}: RobustBench expects an AutoAttack accuracy"
         )
     row = whole["autoattack"]
+    if row.version != "standard":
+        raise UsageError(
+            f"{layout.evaluation(cell, selection)}: AutoAttack version = {row.version}: expected "
+            "standard, which RobustBench's accuracies are of"
+        )
     label = study.label("method", cell.method)
     path = layout.root / "export" / cell.key / f"{selection}.model_info.json"
     records.write_json(

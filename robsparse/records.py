@@ -53,6 +53,10 @@ class Row(BaseModel):
     n_examples: int = Field(gt=0)
     ci_low: float = Share
     ci_high: float = Share
+    classes: int | None = Field(None, gt=0, description="of the data set")
+    chance: float | None = Field(
+        None, ge=0, le=1, description="accuracy of naming the largest class of the whole test set"
+    )
 
     norm: str
     eps: float = Field(ge=0)

@@ -312,6 +312,15 @@ class Reach(Strict):
     norm: Norm | None = None
     eps: Radius | None = None
 
+    @property
+    def qualifier(self) -> str:
+        """What its printed name must say beside it: how it differs from what that name stands for.
+
+        An attack that others compare with overrides it; its published numbers are then compared
+        with those of the unqualified attack alone.
+        """
+        return ""
+
 
 class Doubts(Strict):
     """Looks for signs that a network's robustness is not real; see robsparse.doubts."""

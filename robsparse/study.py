@@ -185,13 +185,19 @@ class Study(Strict):
         return registry.entry(kind, self.base(kind, name))
 
     def label(self, kind: str, name: str) -> str:
-        """Printed name of a part."""
+        """Printed name of a part; of an attack, with what its settings change of its meaning."""
         if kind == "method" and self.is_external(name):
             return self.models[name].label or name
         if kind == "arch" and name not in self.archs:
             return name  # of a network that is not built from an arch
         own = getattr(self._section(kind).get(name), "label", None)
-        return own or self.entry(kind, name).literals.get("LABEL", name)
+        printed = own or self.entry(kind, name).literals.get("LABEL", name)
+        qualifier = self.qualifier(name) if kind == "attack" else ""
+        return f"{printed} ({qualifier})" if qualifier else printed
+
+    def qualifier(self, attack: str) -> str:
+        """How an attack's settings differ from what its name stands for; "" if they do not."""
+        return getattr(self.evaluation.attacks.get(attack), "qualifier", "")
 
     def _section(self, kind: str) -> dict[str, Any]:
         return self.evaluation.attacks if kind == "attack" else getattr(self, f"{kind}s")

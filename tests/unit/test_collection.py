@@ -42,6 +42,7 @@ def row(model, n_correct, attack="clean", component="all", **changes):
         "ci_high": high,
         "norm": "Linf",
         "eps": 0.0 if attack == "clean" else 0.1,
+        "version": "standard" if attack == "autoattack" else None,
         "max_perturbation": (0.0 if attack == "clean" else 0.1) if component == "all" else None,
         "sparsity_reached": sparsity,
         "nonzero": round(1000 * (1 - sparsity)),
@@ -211,6 +212,9 @@ def test_autoattack_that_another_attack_beats_makes_the_network_suspicious(table
     assert (marked.suspicious[~own] == "").all()
     rest = table.drop(columns="suspicious")
     pd.testing.assert_frame_equal(marked.drop(columns="suspicious"), rest)
+    part = table.assign(version=table.version.replace("standard", "standard, apgd-ce only"))
+    reason = "pgd breaks 5 more images than AutoAttack (standard, apgd-ce only)"
+    assert mark_weak_attacks(part).suspicious[where(table, "pgd")] == reason
 
 
 def test_autoattack_that_is_strongest_or_equal_is_not_suspicious(table):

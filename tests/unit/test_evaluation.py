@@ -20,6 +20,7 @@ from robsparse.evaluation import (
     attack_model,
     evaluate_cell,
     first_examples,
+    guessing,
     measure,
 )
 from robsparse.sparsity import prunable
@@ -97,6 +98,13 @@ def test_first_examples_are_the_first_ones():
     found = first_examples(part(), 3, 5)
     assert found.y_N.tolist() == [0, 1, 2]
     assert torch.equal(found.x_NCHW, part().x_NCHW[:3])
+
+
+def test_guessing_is_of_the_whole_test_set_and_its_classes():
+    # Class 3 is not among the test images at all, class 1 is half of them.
+    found = guessing(part(torch.zeros(8, 1, 1, 1), torch.tensor([0, 0, 2, 2, 1, 1, 1, 1])), 4)
+    assert found == {"classes": 4, "chance": 0.5}
+    assert guessing(part(torch.zeros(2, 1, 1, 1), torch.tensor([0, 1])), 2)["chance"] == 0.5
 
 
 def test_too_many_examples_are_refused():

@@ -29,6 +29,7 @@ from robsparse.figures import (
     costs,
     curves,
     finals,
+    leaderboard,
     notes,
     report,
     statistics,
@@ -159,6 +160,8 @@ class MadeUp:
                 restarts=5 if attack == "pgd" else None,
                 version="standard" if attack == "autoattack" else None,
                 suspicious=self.suspicious,
+                classes=10,
+                chance=0.125,
                 sparsity_reached=1 - nonzero / size,
                 nonzero=nonzero,
                 prunable=size,
@@ -536,6 +539,22 @@ def test_study_without_autoattack_has_no_comparison_and_an_empty_plot(tmp_path):
     assert "No AutoAttack accuracy" in words(finals.robust_accuracy(material))
 
 
+def test_a_part_of_autoattack_is_never_printed_as_autoattack(tmp_path):
+    attacks = {"autoattack": {"components": [*COMPONENTS]}}
+    path = tmp_path / "made_up.yaml"
+    data = STUDY | {"evaluation": STUDY["evaluation"] | {"attacks": attacks}}
+    path.write_text(yaml.safe_dump(data))
+    study = config.load(path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    material = summary.gather(study, layout, tidy.read(layout.root))
+    texts = [report.report(material), tables.main_markdown(material), tables.main_latex(material)]
+    texts += [words(finals.robust_accuracy(material)), words(costs.cost(material))]
+    texts += [words(leaderboard.published(material))]
+    for text in texts:
+        assert "AutoAttack (apgd-ce, apgd-t only)" in text
+        assert not re.search(r"AutoAttack(?! \(apgd-ce, apgd-t only\))", text)
+
+
 # ------------------------------------------------------------------ statistics
 
 
@@ -574,11 +593,12 @@ def test_robust_accuracy_shows_means_dense_and_chance(material):
     assert (bcs.get_xdata() != lwm.get_xdata()).all()
     assert [text.get_text() for text in panel.get_xticklabels()] == ["90 %", "95 %"]
     assert drawn(panel, "Dense").get_ydata()[0] == pytest.approx(70)
-    assert drawn(panel, "chance").get_ydata()[0] == pytest.approx(10)
+    # As the rows say: of the whole test set, whichever classes the attacked images are of.
+    assert drawn(panel, "chance").get_ydata()[0] == pytest.approx(12.5)
     assert panel.get_ylabel() == "AutoAttack accuracy (%)"
 
 
-def test_robust_accuracy_arms_are_the_bootstrap_interval(material):
+def test_robust_accuracy_arms_are_the_interval(material):
     [panel] = finals.robust_accuracy(material).axes
     line = material.summary.query("method == 'lwm' and selection == 'best_val'").iloc[0]
     ends = [path.vertices[:, 1] for bars in panel.collections for path in bars.get_paths()]
@@ -593,7 +613,7 @@ def test_without_outcome_files_there_are_means_but_no_intervals(tmp_path):
     material = summary.gather(study, layout, tidy.read(layout.root))
     [panel] = finals.robust_accuracy(material).axes
     assert drawn(panel, "LWM").get_ydata() == pytest.approx([30, 30])
-    assert not [line for line in panel.lines if line.get_label() == "chance"]
+    assert drawn(panel, "chance").get_ydata()[0] == pytest.approx(12.5)
     [group] = tidy.groups(study)
     table = tables.comparison_table(material, group)
     assert set(table["Difference (points)"]) == {"−20.0", "+20.0"}

@@ -182,3 +182,30 @@ def test_the_tables_of_the_paper_can_be_drawn_before_anything_is_measured(reposi
     # Its cells need a file that is not here.
     assert "No network of this table" in drawn["self_training"][".md"]
     assert "pseudo_labelled.npz" in drawn["self_training"][".md"]
+
+
+def test_a_part_of_autoattack_is_compared_with_no_published_number(
+    study_data, load_study, source, tmp_path
+):
+    attacks = {"autoattack": {"components": ["apgd-ce"]}, "pgd": {"steps": 1}}
+    study_data["evaluation"] |= {"attacks": attacks, "selections": {"last": ["autoattack"]}}
+    line = LINE.replace("clean", "autoattack")
+    found = {}
+    for part in (True, False):
+        if not part:
+            attacks["autoattack"] = {}
+        study = load_study(study_data)
+        table = pd.DataFrame(
+            [["digits", "small_cnn", "at", "bcs", 0.9, "last", "", 0.7]],
+            columns=[
+                *("dataset", "arch", "objective", "method", "sparsity", "selection"),
+                *("suspicious", "autoattack_accuracy"),
+            ],
+        )
+        material = Material(study, Tidy(*[pd.DataFrame()] * 9), Outcomes(tmp_path), table)
+        chosen = spec(source(line), attacks=["autoattack"], selection="last")
+        found[part] = papers.contents(material, chosen)[".md"]
+    assert "70.0 / n/a / n/a" in found[True]
+    assert "AutoAttack (apgd-ce only)" in found[True]
+    assert "Not compared with published numbers: AutoAttack (apgd-ce only)." in found[True]
+    assert "70.0 / 75.0(a) / −5.0" in found[False]
