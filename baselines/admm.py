@@ -9,7 +9,15 @@ Differs from the authors' code, and the switch that brings their behaviour back:
   every table says so);
 - the projection keeps exactly k weights (`projection: percentile` keeps those above the percentile
   that numpy interpolates, which may be some more or fewer);
-- batch norm is in eval mode while crafting, as for all methods (`crafting.bn_mode: train`);
+- batch norm is in eval mode while crafting, as for all methods (`crafting.bn_mode: train`), and
+  sees each batch once a pass of the objective (theirs also the clean images, once more before each
+  step: `clean_passes: 1` in each stage);
+- the dual variable U is a constant in the penalty, as in the paper's equation (`dual_gradient:
+  authors`: their code builds U from the weights themselves at each update, so that after n updates
+  the pull on W is (n + 1) rho (W - Z + U), ten times as strong at the end of their schedule);
+- the learning rate falls after each third of the steps of a period (theirs at whole epochs, the 7th
+  and 14th of 20), and the random start of the attack is clipped to [0,1] (theirs is not until the
+  first step): no switch;
 - weights are selected on held-out training images (theirs: on the test set, no switch).
 """
 
@@ -52,6 +60,9 @@ class Params(Strict):
     rho: PositiveFloat = Field(1e-3, description="initial weight of the penalty")
     rho_growth: float = Field(1.3, ge=1, description="factor on rho at each update")
     update_every: PositiveInt = Field(20, description="epochs between updates of Z and U")
+    dual_gradient: Literal["textbook", "authors"] = Field(
+        "textbook", description="whether U is a constant in the penalty or built from the weights"
+    )
     layers: Literal["all", "conv"] = Field("all", description="which layers are pruned")
     projection: Literal["top_k", "percentile"] = Field(
         "top_k", description="what decides which weights of a layer survive"
@@ -71,7 +82,7 @@ class AdmmStage(Stage):
     def __init__(self, params: Params) -> None:
         super().__init__(params.admm)
         self.params = params
-        self.rho = params.rho
+        self.rho, self.updates = params.rho, 0
         self.Z: dict[str, Tensor] = {}
         self.U: dict[str, Tensor] = {}
 
@@ -90,13 +101,20 @@ class AdmmStage(Stage):
             self.Z[name] = target * survivors(target, run.sparsity, self.params)
             self.U[name] = self.U[name] + weight - self.Z[name]
         self.rho *= self.params.rho_growth
+        self.updates += 1
 
     def penalty(self, run: Run) -> Tensor:
         gaps = (
-            (module.weight - self.Z[name] + self.U[name]).square().sum()
+            (self._differentiated(module.weight) - self.Z[name] + self.U[name]).square().sum()
             for name, module in pruned(run.model, self.params).items()
         )
         return 0.5 * self.rho * sum(gaps)
+
+    def _differentiated(self, weight: Tensor) -> Tensor:
+        """The weights as the penalty sees them: as often in its gradient as U was built of them."""
+        if self.params.dual_gradient == "textbook":
+            return weight
+        return weight + self.updates * (weight - weight.detach())
 
     def lr_factor(self, step: int, steps_per_epoch: int) -> float:
         """The rate restarts at each update and falls by 10 after each third of the period."""
@@ -104,10 +122,10 @@ class AdmmStage(Stage):
         return 0.1 ** (3 * (step % period) // period)
 
     def state(self) -> dict[str, Any]:
-        return {"rho": self.rho, "Z": self.Z, "U": self.U}
+        return {"rho": self.rho, "updates": self.updates, "Z": self.Z, "U": self.U}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.rho = state["rho"]
+        self.rho, self.updates = state["rho"], state["updates"]
         for mine, saved in ((self.Z, state["Z"]), (self.U, state["U"])):
             for name, value in saved.items():
                 mine[name] = value.to(mine[name].device)

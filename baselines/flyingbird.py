@@ -8,6 +8,8 @@ each layer that falls along a cosine from 0.5 to 0.005 gives way to random new o
 Differs from the authors' code:
 - as many weights are grown as were dropped, exactly (theirs: in expectation, where growth is
   random), so the budget holds at every step;
+- batch norm is in eval mode while crafting, as for all methods (`crafting.bn_mode: train` in a
+  block's `training` is theirs);
 - weights are selected on held-out images by PGD as for all methods.
 Flying Bird+ changes its sparsity as it goes and has no place in a table by sparsity.
 """
@@ -62,6 +64,10 @@ class FlyingBirdStage(DynamicStage):
     def fraction(self, run: Run) -> float:
         falling = (1 + math.cos(math.pi * (run.step + 1) / run.steps)) / 2
         return LOWEST_RATE + (self.params.death_rate - LOWEST_RATE) * falling
+
+    def dropped_count(self, run: Run, mask: Tensor) -> int:
+        """Rounded up, as the authors do."""
+        return math.ceil(self.fraction(run) * int(mask.sum()))
 
     def growth_scores(self, run: Run, gradient: Tensor) -> Tensor:
         if self.params.growth == "gradient":

@@ -8,11 +8,15 @@ density - 1), where gamma grows by the same amount every epoch until an epoch en
 and stays as it is from then on.
 
 Differs from the authors' code:
-- `score_init: scaled` starts from the order of magnitudes as HYDRA does (theirs, unless told:
-  `random`);
 - after the prune stage the learned shares are scaled to exactly the budget (theirs ends where the
   penalty has brought it, at or near the target);
-- the rate follows the cosine at every step; `schedule: cosine_epochs` is theirs.
+- the rate follows the cosine at every step; `schedule: cosine_epochs` is theirs;
+- batch norm sees each batch once a pass of the objective; theirs also sees the clean images once
+  more before each step (`clean_passes: 1` in each stage);
+- finetuning starts from the last scores (theirs: from the epoch with the best accuracy under attack
+  on the test set among those after the target was reached; there is no switch, as it selects by
+  test images).
+As theirs, scores start as HYDRA's do, in the order of magnitudes (`score_init: random` draws them).
 """
 
 from typing import Any, Literal
@@ -41,9 +45,11 @@ class Prune(Fit):
 
 
 class HarpFinetune(Finetune):
-    """The authors' finetuning: 100 epochs, lr 0.1, cosine, weight decay 5e-4."""
+    """The authors' finetuning: 100 epochs, lr 0.01, cosine, weight decay 5e-4.
 
-    lr: PositiveFloat = 0.1
+    (Their configuration reader sets 0.01 in every finetuning mode, whatever a file says.)
+    """
+
     weight_decay: float = Field(5e-4, ge=0)
 
 

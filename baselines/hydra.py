@@ -5,8 +5,8 @@ Source: Sehwag et al., NeurIPS 2020; behaviour of inspire-group/hydra.
 Differs from the authors' code, and what brings their behaviour back:
 - the learning rate follows the cosine at every step, not once an epoch and an epoch late
   (`schedule: cosine_epochs` in each stage);
-- batch norm sees each batch once a pass of the objective; theirs also sees the clean images two
-  more times a step (`clean_passes: 2` in each stage);
+- batch norm sees each batch once a pass of the objective; theirs also sees the clean images once
+  before crafting and once after the passes of the loss (`clean_passes: 2` in each stage);
 - the objective, eps and augmentation are those of the study, the same for all methods. Theirs are
   TRADES with eps 0.031, step 0.0078, and crops: a block's `training` sets them
   (config/ap_leaderboard.yaml).

@@ -5,8 +5,9 @@ the end of an epoch a fraction zeta of the smallest positive and of the largest 
 each layer is removed and as many are added at random. Shares of layers by Erdos-Renyi-Kernel, its
 extension to convolutions (RigL, section 3).
 
-Differs from the paper: new weights start at 0 (theirs are drawn), without momentum; after the last
-epoch nothing is exchanged, as in theirs.
+Differs from the paper: new weights start at 0, without momentum (the paper draws them; the authors'
+Keras code starts them at 0). As in the authors' code, a connection that is removed and added in the
+same exchange starts again as a new one, and after the last epoch nothing is exchanged.
 """
 
 import torch
@@ -29,6 +30,8 @@ class Params(Strict):
 
 class SetStage(DynamicStage):
     """Exchange connections in the first step of every epoch but the first."""
+
+    restarts_regrown = True
 
     def __init__(self, params: Params) -> None:
         super().__init__(params.train)

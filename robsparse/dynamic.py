@@ -73,11 +73,15 @@ class DynamicStage(MaskedStage):
 
     A method says when (`due`), how many (`fraction`) and where (`growth_scores`). New weights have
     no momentum and the value NEW_WEIGHT, which is 0 to every sum but still counts as live where no
-    gradient comes.
+    gradient comes. A connection that is dropped and grown in the same update has not changed: it
+    keeps its value and its momentum, so an update leaves a layer without zeros as it is. (That is
+    what the authors of RigL do, `reinit_when_same=False`, and those of Flying Bird.)
     """
 
     # Whether the step of an update changes the mask in place of the weights.
     update_replaces_step = False
+    # Whether a connection that is dropped and grown in the same update starts again as a new one.
+    restarts_regrown = False
 
     def __init__(self, fit: Fit) -> None:
         super().__init__(fit)
@@ -97,9 +101,13 @@ class DynamicStage(MaskedStage):
         """Share of a layer's live weights that is exchanged."""
         raise NotImplementedError
 
+    def dropped_count(self, run: Run, mask: Tensor) -> int:
+        """How many of a layer's live weights give way, rounded down."""
+        return int(self.fraction(run) * int(mask.sum()))
+
     def to_drop(self, run: Run, weight: Tensor, mask: Tensor) -> Tensor:
         """Flat positions of the live weights that give way: the smallest ones."""
-        count = int(self.fraction(run) * int(mask.sum()))
+        count = self.dropped_count(run, mask)
         size = torch.where(mask, weight.abs(), torch.inf).flatten()
         return size.topk(count, largest=False).indices
 
@@ -146,14 +154,14 @@ class DynamicStage(MaskedStage):
         scores = torch.where(mask, -torch.inf, self.growth_scores(run, gradient)).flatten()
         grown = scores.topk(len(dropped)).indices
         mask.view(-1)[grown] = True
-        # A weight that was dropped and grown at once starts afresh like every other new one.
-        touched = torch.cat([dropped, grown])
+        new = mask.flatten()
+        if not self.restarts_regrown:
+            dropped, grown = _where(old & ~new), _where(new & ~old)
         weight.view(-1)[dropped] = 0.0
         weight.view(-1)[grown] = NEW_WEIGHT
         velocity = run.optimizer.state[weight].get("momentum_buffer")
         if velocity is not None:
-            velocity.view(-1)[touched] = 0.0
-        new = mask.flatten()
+            velocity.view(-1)[torch.cat([dropped, grown])] = 0.0
         return _where(old & ~new), _where(new & ~old)
 
 

@@ -129,22 +129,21 @@ def mart(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float
     """Boosted cross entropy + beta * mean of KL(clean || adversarial) * (1 - p_y(clean)).
 
     With p the adversarial probabilities, the boosted cross entropy is
-    -log p_y - log(1 - max over k != y of p_k): it also pushes down the likeliest wrong class.
-    Logarithms are taken of the logits, so that nothing has to be added to a probability to keep
-    it from 0. The images maximise the cross entropy from x + 0.001 N(0,1).
-    Source: Wang et al., ICLR 2020, equations 8 to 11.
+    -log p_y - log(1.0001 - max over k != y of p_k): it also pushes down the likeliest wrong class.
+    The images maximise the cross entropy from x + 0.001 N(0,1).
+    Source: Wang et al., ICLR 2020, equations 8 to 11; YisenWang/MART for the small numbers that
+    keep logarithms and weights from 0 (1e-12, 1.0001 and 1.0000001), which the paper does not have.
     """
     adversarial = attacker.attack_labels(model, x, y, perturb.gaussian_start)
     clean_logits, adversarial_logits = model(x), model(adversarial)
     label = F.one_hot(y, adversarial_logits.shape[1]).bool()
-    wrong = adversarial_logits.masked_fill(label, -torch.inf).argmax(dim=1, keepdim=True)
-    others = adversarial_logits.scatter(1, wrong, -torch.inf)
-    log_not_wrong = others.logsumexp(dim=1) - adversarial_logits.logsumexp(dim=1)
+    p = F.softmax(adversarial_logits, dim=1)
+    likeliest_wrong = p.masked_fill(label, 0.0).amax(dim=1)
+    log_not_wrong = (1.0001 - likeliest_wrong + 1e-12).log()
     boosted = F.cross_entropy(adversarial_logits, y) - log_not_wrong.mean()
     clean = F.softmax(clean_logits, dim=1)
-    divergence = F.kl_div(F.log_softmax(adversarial_logits, dim=1), clean, reduction="none")
-    doubt = 1 - clean[label]
-    return boosted + beta * (divergence.sum(dim=1) * doubt).mean()
+    divergence = F.kl_div((p + 1e-12).log(), clean, reduction="none")
+    return boosted + beta * (divergence.sum(dim=1) * (1.0000001 - clean[label])).mean()
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {

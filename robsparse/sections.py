@@ -51,10 +51,11 @@ class Fit(Strict):
     )
     gamma: float = Field(0.1, gt=0, le=1, description="step schedule: factor of each drop")
     warmup: NonNegativeInt = Field(0, description="epochs in which lr rises linearly from 0")
-    clean_passes: NonNegativeInt = Field(
+    clean_passes: Literal[0, 1, 2] = Field(
         0,
-        description="further passes over the clean batch before each step, in train mode: they "
-        "move the statistics of batch norm (HYDRA's authors: 2) and are counted as cost",
+        description="further passes over the clean batch at each step, in train mode: they move "
+        "the statistics of batch norm and are counted as cost; 1: before crafting (HARP's and "
+        "ADMM's authors), 2: also after the passes of the loss (HYDRA's authors)",
     )
     momentum: Share = 0.9
     velocity: Literal["torch", "tensorflow"] = "torch"

@@ -129,16 +129,23 @@ def descend(run: Run, stage: Stage, loss: Callable[[], Tensor], x_NCHW: Tensor) 
     run.model.train()
     with effective_weights(run.model):
         with computing(run.precision, x_NCHW.device):
-            with torch.no_grad():
-                for _ in range(stage.fit.clean_passes):
-                    run.model(x_NCHW)
+            clean_passes = stage.fit.clean_passes
+            _pass_clean(run.model, x_NCHW, clean_passes > 0)
             total = loss()
+            _pass_clean(run.model, x_NCHW, clean_passes > 1)
         penalty = stage.penalty(run)
         if penalty is not None:
             total = total + penalty
         run.optimizer.zero_grad()
         total.backward()
     return total.detach()
+
+
+def _pass_clean(model: nn.Module, x_NCHW: Tensor, wanted: bool) -> None:
+    """Let batch norm see the clean batch once more."""
+    if wanted:
+        with torch.no_grad():
+            model(x_NCHW)
 
 
 def update(run: Run, stage: Stage) -> None:

@@ -64,6 +64,30 @@ def test_penalty_is_half_rho_times_the_squared_gap_and_pulls_to_z_minus_u():
     assert weight.grad.tolist() == [[0.5 * -0.5, 0.5 * 1.5]]
 
 
+@pytest.mark.parametrize("dual_gradient", ["textbook", "authors"])
+def test_pull_on_the_weights_after_updates(dual_gradient):
+    """The slow side keeps the graph of U, as the authors' code does, or takes U as a constant."""
+    stage, run, weight = start([4.0, 1.0, -2.0, 0.5], dual_gradient=dual_gradient)
+    built = torch.zeros(1, 4)
+    for epoch, values in enumerate([[3.0, 2.0, -1.0, 0.25], [2.0, 1.0, -3.0, 1.0]], start=1):
+        weight.data.copy_(torch.tensor([values]))
+        run.epoch = epoch
+        stage.before_epoch(run)
+        # The graph holds W; its value is that of the update.
+        built = built + weight - weight.detach() + torch.tensor([values]) - stage.Z["0"]
+        assert torch.equal(built.detach(), stage.U["0"])
+    weight.data.copy_(torch.tensor([[1.0, -1.0, 0.5, 2.0]]))
+    value = stage.penalty(run)
+    dual = built if dual_gradient == "authors" else stage.U["0"]
+    gap = weight.detach() - stage.Z["0"] + stage.U["0"]
+    assert value.item() == pytest.approx(0.5 * stage.rho * gap.square().sum().item())
+    [gradient] = torch.autograd.grad(value, weight)
+    times = torch.autograd.grad((weight + dual).sum(), weight)[0]  # how often W stands in the gap
+    expected = stage.rho * gap * times
+    assert torch.allclose(gradient, expected)
+    assert times.tolist() == [[3.0 if dual_gradient == "authors" else 1.0] * 4]
+
+
 def test_learning_rate_restarts_each_period_and_drops_each_third():
     stage, *_ = start([4.0, 1.0])
     stage.params = stage.params.model_copy(update={"update_every": 3})
@@ -78,6 +102,6 @@ def test_state_survives_a_round_trip():
     stage.before_epoch(run)
     other, *_ = start([4.0, 1.0])
     other.load_state(stage.state())
-    assert other.rho == stage.rho
+    assert (other.rho, other.updates) == (stage.rho, stage.updates) == (1.0, 1)
     assert torch.equal(other.Z["0"], stage.Z["0"])
     assert torch.equal(other.U["0"], stage.U["0"])

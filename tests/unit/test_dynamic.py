@@ -173,6 +173,44 @@ def test_new_weights_have_no_value_and_no_momentum(name):
         assert (velocity[~mask.mask] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["rigl", "flyingbird", "flyingbird by gradient"])
+def test_a_connection_that_is_dropped_and_grown_at_once_has_not_changed(name):
+    """As RigL's and Flying Bird's authors do; a layer without zeros is left as it is."""
+    stage, run = started(DYNAMIC[name](), 0.2)  # by Erdos-Renyi-Kernel the last layer is dense
+    stage.fit = stage.fit.model_copy(update={"epochs": 50})
+    live = {}
+    for layer, weight, mask in masked_layers(run.model):
+        velocity = torch.full_like(weight, 0.5) * mask.mask
+        run.optimizer.state[weight]["momentum_buffer"] = velocity
+        live[layer] = mask.mask.clone()
+    run.optimizer.step = lambda: None  # the exchange alone
+    before = {n: w.detach().clone() for n, w, _ in masked_layers(run.model)}
+    step(stage, run, 2, lambda _, weight: weight.detach().abs().neg().exp())
+    for layer, weight, mask in masked_layers(run.model):
+        still = live[layer] & mask.mask
+        assert torch.equal(weight[still], before[layer][still])
+        assert (run.optimizer.state[weight]["momentum_buffer"][still] == 0.5).all()
+    assert name == "flyingbird" or any(mask.all() for mask in live.values())
+
+
+def test_set_starts_a_connection_again_that_is_removed_and_added_at_once():
+    """As SET's authors do: of a layer without zeros the smallest weights start again at 0."""
+    stage, run = started(DYNAMIC["set"](), 0.2)
+    stage.fit = stage.fit.model_copy(update={"epochs": 50})
+    step(stage, run, 2)
+    [dense] = [w for _, w, layer in masked_layers(run.model) if layer.mask.all()]
+    assert (dense == NEW_WEIGHT).any()
+
+
+def test_flying_bird_rounds_the_number_of_dropped_connections_up():
+    stage, run = started(DYNAMIC["flyingbird"]())
+    run.step, run.steps = 9, 40
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    assert stage.fraction(run) * 21 == pytest.approx(9.0, abs=0.4)
+    assert stage.dropped_count(run, mask) == math.ceil(stage.fraction(run) * 21)
+    assert stage.dropped_count(run, mask) > stage.fraction(run) * 21
+
+
 # ---------------------------------------------------------------- RigL
 
 

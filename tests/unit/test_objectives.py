@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse import frozen, objectives
+from robsparse import frozen, objectives, perturb
 from robsparse.config import Crafting
 from robsparse.cost import PASSES
 from robsparse.objectives import OBJECTIVES, Attacker
@@ -146,6 +146,31 @@ def test_trades_gradient_by_hand_flows_through_both_branches():
         clean_branch += 2.0 * p * (1 - p) * (z - z_adv) * torch.tensor(x) / 2
     assert clean_branch.abs().max() > 1e-3  # it would be missed
     assert torch.allclose(model[1].weight.grad[1], expected + clean_branch, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 40.0])
+def test_mart_by_hand_with_the_authors_small_numbers(sharpness):
+    """Three classes; sharp outputs are where 1.0001, 1.0000001 and 1e-12 decide."""
+    model = with_batch_norm().eval()
+    model[3].p = 0.0
+    model[-1].weight.data *= sharpness
+    adversarial = attacker().attack_labels(model, BATCH, LABELS, perturb.gaussian_start)
+    with torch.no_grad():
+        rows = [torch.softmax(model(x).double(), 1).tolist() for x in (BATCH, adversarial)]
+    expected = 0.0
+    for clean, attacked, label in zip(*rows, LABELS.tolist(), strict=True):
+        wrong = max(p for k, p in enumerate(attacked) if k != label)
+        boosted = -math.log(attacked[label]) - math.log(1.0001 - wrong + 1e-12)
+        divergence = sum(
+            p * (math.log(p) - math.log(q + 1e-12))
+            for p, q in zip(clean, attacked, strict=True)
+            if p > 0
+        )
+        expected += boosted + 5.0 * divergence * (1.0000001 - clean[label])
+    found = loss_of("mart", model, beta=5.0)
+    assert found.item() == pytest.approx(expected / len(BATCH), rel=1e-4)
+    if sharpness > 1:
+        assert max(max(row) for row in rows[1]) > 0.9999
 
 
 def test_crafted_images_of_both_attacks_by_hand():
