@@ -1,0 +1,96 @@
+"""Robust scratch ticket (edge-popup): weights stay random, which of them are used is learned.
+
+Source: Fu et al., "Drawing robust scratch tickets", NeurIPS 2021 (their "RST" is not the objective
+`rst`, robust self-training); behaviour of GATECH-EIC/Robust-Scratch-Ticket, and of edge-popup
+(Ramanujan et al., CVPR 2020), which it trains adversarially. Each layer uses the share of its
+weights with the largest |score|; scores are trained with straight-through gradients and weights are
+never changed.
+
+Differs from the authors' code:
+- the affine part of batch norm stays at its initial values, as theirs has none; `batch_norm:
+  trained` trains it;
+- exactly k = n - int(sparsity n) weights of a layer are used, as HYDRA does (theirs: n - int(...)
+  of the same in floats).
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from robsparse.config import FromScratch, Strict
+from robsparse.scores import all_but_weights, straight_through_mask
+from robsparse.sparsity import layer_keep_counts, prunable, weight_count
+from robsparse.stages import Run, Stage
+
+LABEL = "Robust scratch ticket"
+OWN_START = True  # signed constants
+TRAINS_WEIGHTS = False
+
+
+class Train(FromScratch):
+    """The authors' schedule: 160 epochs, lr 0.1, drops at 80 and 120, weight decay 5e-4."""
+
+    epochs: PositiveInt = 160
+    lr: PositiveFloat = 0.1
+
+
+class Params(Strict):
+    """train: training of the scores."""
+
+    train: Train = Train()
+    weights: Literal["signed_constant", "initial"] = Field(
+        "signed_constant",
+        description="the random weights: the sign of the initial ones times sqrt(2 / fan_in), or "
+        "the initial ones as they are",
+    )
+    batch_norm: Literal["fixed", "trained"] = Field(
+        "fixed", description="whether gamma and beta of batch norm are trained"
+    )
+
+
+class PopupMask(nn.Module):
+    """Parametrisation w -> w * top_k(|score|) with trained scores, uniform in +-1/sqrt(fan_in)."""
+
+    def __init__(self, weight: Tensor, k: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.k = k
+        bound = weight[0].numel() ** -0.5
+        drawn = torch.rand(weight.shape, generator=generator, device=weight.device)
+        self.score = nn.Parameter(bound * (2 * drawn - 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * straight_through_mask(self.score, self.k)
+
+
+class PopupStage(Stage):
+    """Train the scores; any epoch's network is at its sparsity."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params.train)
+        self.params = params
+
+    def before_fit(self, run: Run) -> None:
+        keep = layer_keep_counts(run.model, run.sparsity)
+        for name, module in prunable(run.model).items():
+            weight = module.weight.data
+            if self.params.weights == "signed_constant":
+                weight.copy_(torch.where(weight < 0, -1.0, 1.0) * (2 / weight[0].numel()) ** 0.5)
+            popup = PopupMask(weight, keep[name], run.generator)
+            parametrize.register_parametrization(module, "weight", popup)
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        if self.params.batch_norm == "trained":
+            return all_but_weights(model)
+        return [m.parametrizations.weight[0].score for m in prunable(model).values()]
+
+    def live_weights(self, run: Run) -> int:
+        # Every weight has a score that gets a gradient: the dense network is still there.
+        return weight_count(run.model)
+
+
+def stages(params: Params, sparsity: float) -> list[Stage]:
+    """One stage from scratch."""
+    return [PopupStage(params)]

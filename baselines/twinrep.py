@@ -1,0 +1,103 @@
+"""TwinRep: each weight is a product of two trained factors; one pruning early in training.
+
+Source: Li et al., "Learning adversarially robust sparse networks via weight reparameterization",
+AAAI 2023; behaviour of UCAS-LCH/Twin-Rep, unstructured: the effective weights are w * a, with `a`
+drawn like a linear layer's weights (uniform, bound 1 / sqrt(fan_in)). Before the epoch `prune_at`
+the smallest |w * a| of the whole network are set to zero for good, exactly to the budget; then both
+factors of the others train on. The export holds the products.
+
+Differs from the authors' code, and the switch that brings their behaviour back:
+- the objective, eps and augmentation are those of the study (theirs: TRADES, eps 0.031, step
+  0.0078; a block's `training` sets them);
+- images are not normalised (theirs are, inside the network: `mean` and `std` of a variant of the
+  architecture).
+"""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from robsparse.config import FromScratch, Share, Strict
+from robsparse.counts import keep_count
+from robsparse.sparsity import global_masks, prunable, weight_count
+from robsparse.stages import Run, Stage
+
+LABEL = "TwinRep"
+OWN_START = True  # products of the initial weights and their factors
+
+
+class Train(FromScratch):
+    """The authors' schedule: 100 epochs, lr 0.1, drops at 70 and 85 %, weight decay 2e-4."""
+
+    epochs: PositiveInt = 100
+    lr: PositiveFloat = 0.1
+    schedule: Literal["constant", "cosine", "step"] = "step"
+    milestones: tuple[Share, ...] = (0.7, 0.85)
+    weight_decay: float = Field(2e-4, ge=0)
+
+
+class Params(Strict):
+    """train: how the network is trained."""
+
+    train: Train = Train()
+    prune_at: float = Field(
+        0.09, gt=0, lt=1, description="share of the epochs that are trained densely (9 of 100)"
+    )
+
+
+class TwinMask(nn.Module):
+    """Parametrisation w -> w * a * mask with a trained factor `a`."""
+
+    def __init__(self, weight: Tensor, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = weight[0].numel() ** -0.5
+        drawn = torch.rand(weight.shape, generator=generator, device=weight.device)
+        self.factor = nn.Parameter(bound * (2 * drawn - 1))
+        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor * self.mask
+
+
+class TwinStage(Stage):
+    """Train both factors; an epoch can be selected once the network is pruned."""
+
+    selectable = False
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params.train)
+        self.dense_epochs = max(1, round(params.prune_at * params.train.epochs))
+
+    def before_fit(self, run: Run) -> None:
+        for module in prunable(run.model).values():
+            twin = TwinMask(module.weight.detach(), run.generator)
+            parametrize.register_parametrization(module, "weight", twin)
+
+    def before_epoch(self, run: Run) -> None:
+        last_chance = run.epoch + 1 == self.fit.epochs
+        if self.selectable or (run.epoch < self.dense_epochs and not last_chance):
+            return
+        sizes = {name: m.weight.detach().abs() for name, m in prunable(run.model).items()}
+        masks = global_masks(sizes, keep_count(weight_count(run.model), run.sparsity))
+        for name, module in prunable(run.model).items():
+            module.parametrizations.weight[0].mask.copy_(masks[name])
+        self.selectable = True
+
+    def live_weights(self, run: Run) -> int:
+        return sum(
+            int(m.parametrizations.weight[0].mask.sum()) for m in prunable(run.model).values()
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"selectable": self.selectable}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.selectable = state["selectable"]
+
+
+def stages(params: Params, sparsity: float) -> list[Stage]:
+    """One stage from scratch."""
+    return [TwinStage(params)]
