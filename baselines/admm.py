@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from robsparse.config import Fit, Share, Strict
 from robsparse.counts import layer_keep_count
-from robsparse.sparsity import prunable, top_k_mask
+from robsparse.sparsity import prunable, rankable, top_k_mask
 from robsparse.stages import FixedMaskStage, Run, Stage
 
 LABEL = "ADMM"
@@ -143,7 +143,7 @@ def pruned(model: nn.Module, params: Params) -> dict[str, nn.Module]:
 def survivors(weight: Tensor, sparsity: float, params: Params) -> Tensor:
     """Mask of the projection: the nearest tensor of that sparsity keeps the largest magnitudes."""
     if params.projection == "percentile":
-        size = weight.detach().abs()
+        size = rankable(weight.detach().abs())
         return size > float(np.percentile(size.cpu().numpy(), 100 * sparsity))
     return top_k_mask(weight.abs(), layer_keep_count(weight.numel(), sparsity))
 

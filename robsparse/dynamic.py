@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from robsparse.connections import ConnectionLog
 from robsparse.sections import Fit
-from robsparse.sparsity import erk_keep_counts, prunable, random_masks
+from robsparse.sparsity import erk_keep_counts, prunable, random_masks, rankable
 from robsparse.stages import Run, Stage
 
 NEW_WEIGHT = 1e-12
@@ -148,10 +148,11 @@ class DynamicStage(MaskedStage):
         self, run: Run, weight: Tensor, mask: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Update one layer's mask; returns the positions that were dropped and those grown."""
-        dropped = self.to_drop(run, weight, mask)
+        dropped = self.to_drop(run, rankable(weight), mask)
         old = mask.flatten().clone()
         mask.view(-1)[dropped] = False
-        scores = torch.where(mask, -torch.inf, self.growth_scores(run, gradient)).flatten()
+        scores = rankable(self.growth_scores(run, gradient))
+        scores = torch.where(mask, -torch.inf, scores).flatten()
         grown = scores.topk(len(dropped)).indices
         mask.view(-1)[grown] = True
         new = mask.flatten()

@@ -1,4 +1,4 @@
-"""The one error a user can cause, and the sentence it is reported in."""
+"""What goes wrong by a user's input or in a training run, and the sentence it is reported in."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,6 +8,13 @@ class UsageError(Exception):
     """Bad input. The message is one line that says what, where, and what was expected.
 
     The command line prints it and exits with 2; nothing is written.
+    """
+
+
+class TrainingError(Exception):
+    """A training run cannot go on, e.g. because its loss is no longer finite.
+
+    The message is one line; the command line prints it and exits with 1.
     """
 
 

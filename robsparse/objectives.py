@@ -99,6 +99,7 @@ def at(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) 
 def mat(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
     """Mixed-batch adversarial training: the first half of the batch attacked, the rest clean.
 
+    Of an odd number the clean part is the larger one, so a single image stays clean.
     Both halves are one batch for batch norm and weigh the same in the mean.
     Source: Kurakin et al., ICLR 2017, section 3; the halves as in the BCS authors' released code.
     """

@@ -90,11 +90,13 @@ def ascend(
         norm: "Linf" or "L2".
 
     Returns:
-        Images in [0,1] within eps of x, detached. Parameter gradients are neither computed
-        nor touched.
+        Images in [0,1] within eps of x, detached; of no images none. Parameter gradients are
+        neither computed nor touched.
 
     Source: Madry et al., ICLR 2018, section 2.1.
     """
+    if len(x) == 0:  # which not every layer can be given
+        return start.detach()
     sizes = [step_size] * steps if isinstance(step_size, float | int) else step_size
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     adversarial = start.detach()

@@ -6,6 +6,7 @@ One JSON a job. `Row` is the only shape of a result, ours and (with `source` set
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -105,6 +106,15 @@ class Row(BaseModel):
 
 
 KEY = list(Row.model_fields)[:9]
+
+# The packages whose code decides a number; each has a folder of its own.
+CODE_PACKAGES = (
+    "robsparse",
+    "robsparse.method",
+    "robsparse.baselines",
+    "robsparse.eval",
+    "robsparse.figures",
+)
 
 # Columns that a method's log has besides those of its cell; see robsparse.connections.
 STEP_COLUMNS = ("step", "layer", "deaths", "regrown", "live", "age")
@@ -247,7 +257,7 @@ def provenance() -> dict[str, Any]:
         for name in ("torch", "pyautoattack", "foolbox", "numpy", "scikit-learn")
     }
     libraries["python"] = platform.python_version()
-    commit, dirty = _git_state()
+    commit, dirty = _git_state(_code_folders())
     return {
         "code_version": f"{robsparse.__version__}+{commit}" if commit else robsparse.__version__,
         "code_dirty": dirty,
@@ -255,15 +265,32 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _git_state() -> tuple[str, bool]:
-    """Short commit and whether tracked files differ from it; ("", False) outside a checkout."""
+def _code_folders() -> list[Path]:
+    """Where the package's code lies: its own folder, and those of methods, attacks and figures."""
+    found = [importlib.util.find_spec(name) for name in CODE_PACKAGES]
+    return [Path(place) for spec in found if spec for place in spec.submodule_search_locations]
+
+
+def _git_state(folders: list[Path]) -> tuple[str, bool]:
+    """Short commit of the code in the folders, and whether it differs from that commit.
+
+    Tracked files that were changed differ, and so do Python files in the folders that git does not
+    know. ("", False) where git does not track the code, as where a project that is not this one
+    holds the environment that this package is installed in.
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", *words], cwd=folders[0], env=clean, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+        git("ls-files", "--error-unmatch", "__init__.py")
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "-uno")
+        places = [str(folder) for folder in folders]
+        unknown = git("ls-files", "--others", "--", *places).splitlines()
+        return commit, bool(changed) or any(name.endswith(".py") for name in unknown)
     except (OSError, subprocess.CalledProcessError):
         return "", False

@@ -27,13 +27,14 @@ def straight_through_mask(score: Tensor, k: int) -> Tensor:
 
 
 def scaled_scores(weight: Tensor) -> Tensor:
-    """Scores sqrt(6 / fan_in) * w / max|w|: they rank weights by magnitude.
+    """Scores sqrt(6 / fan_in) * w / max|w|: they rank weights by magnitude. All 0 if all w are.
 
     Source: HYDRA (Sehwag et al., NeurIPS 2020), equation 3.
     """
     fan_in = weight[0].numel()
     weight = weight.detach()
-    return (6 / fan_in) ** 0.5 * weight / weight.abs().max()
+    largest = weight.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
+    return (6 / fan_in) ** 0.5 * weight / largest
 
 
 def all_but_weights(model: nn.Module) -> list[nn.Parameter]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.counts import keep_count, layer_keep_count, round_to_sum
+from robsparse.errors import TrainingError
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Module]:
@@ -97,12 +98,22 @@ def random_masks(
     return masks
 
 
+def rankable(score: Tensor) -> Tensor:
+    """The scores as they are. Raises TrainingError if one is NaN or infinite and so has no rank."""
+    if not math.isfinite(score.sum()):  # which may be too large for a float itself
+        wrong = score.numel() - int(score.isfinite().sum())
+        if wrong:
+            raise TrainingError(f"{wrong} of {score.numel()} scores of weights are not finite")
+    return score
+
+
 def top_k_mask(score: Tensor, k: int) -> Tensor:
     """Boolean mask of exactly the k largest entries of `score` (any shape).
 
     Nothing is sorted: the k-th largest entry is selected, and of those equal to it the first count.
+    Raises TrainingError if an entry is not finite.
     """
-    flat = score.detach().flatten()
+    flat = rankable(score.detach().flatten())
     if k == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     if flat.is_cuda:

@@ -1,6 +1,7 @@
 """The one training loop: every stage of every method runs here."""
 
 import copy
+import itertools
 import math
 import sys
 import time
@@ -32,7 +33,7 @@ from robsparse.connections import ConnectionLog, no_lifetimes, no_steps
 from robsparse.cost import PASSES
 from robsparse.datasets import Part, Splits
 from robsparse.datasets._arrays import pseudo_labelled
-from robsparse.errors import UsageError
+from robsparse.errors import TrainingError, UsageError
 from robsparse.machine import (
     computing,
     device_name,
@@ -52,10 +53,6 @@ SECONDS_BETWEEN_CHECKPOINTS = 60.0
 PLACE = ("epoch", "step", "steps", "lr", "lr_factor")  # where a run is, as its hooks see it
 
 
-class TrainingError(Exception):
-    """The run cannot go on, e.g. because the loss is no longer finite."""
-
-
 def train_cell(
     study: Study,
     cell: Cell,
@@ -70,8 +67,8 @@ def train_cell(
     Continues an interrupted run of the same settings. `max_steps` stops as a signal would after
     that many steps of this call, for tests of resuming.
 
-    Raises UsageError when the starting weights are missing, TrainingError when the loss is not
-    finite, Interrupted after a signal.
+    Raises UsageError when the starting weights are missing, TrainingError when the loss, a weight
+    or a score is not finite, Interrupted after a signal.
     """
     prepare(threads or study.machine.threads)
     with locked(layout.resume(cell)):
@@ -247,13 +244,25 @@ class Trainer:
             )
         budget = [max_steps if max_steps is not None else -1]
         while self.progress.stage < len(self.stages):
-            with _of_method(self.cell, self.method.path):
-                self._fit(self.stages[self.progress.stage], saved, stop, budget)
+            stage = self.stages[self.progress.stage]
+            with _of_method(self.cell, self.method.path), self._where(stage):
+                self._fit(stage, saved, stop, budget)
             saved = None
             if self.progress.failure:
                 break
             self.progress.stage += 1
             self.progress.epoch = 0
+
+    @contextmanager
+    def _where(self, stage: Stage) -> Iterator[None]:
+        """Say of what cannot be trained on from in which cell, stage and epoch it came up."""
+        try:
+            yield
+        except TrainingError as error:
+            raise TrainingError(
+                f"{self.cell.key}: {error} in stage {stage.name}, epoch {self.run.epoch + 1}; "
+                "a smaller lr may help"
+            ) from error
 
     def _fit(self, stage: Stage, saved: dict | None, stop: StopRequest, budget: list[int]) -> None:
         run, progress, fit = self.run, self.progress, stage.fit
@@ -295,7 +304,7 @@ class Trainer:
             budget[0] -= 1
             stopped = stop.signum is not None or budget[0] == 0
             if stopped or step + 1 == steps or self.device.type == "cpu":
-                self._look_at_loss(stage)  # for which a GPU has to be waited for
+                self._look_at_loss()  # for which a GPU has to be waited for
             if stopped:
                 progress.seconds += time.perf_counter() - began
                 self._save(stage)
@@ -335,14 +344,18 @@ class Trainer:
         update(run, stage)
         return loss.double()
 
-    def _look_at_loss(self, stage: Stage) -> None:
+    def _look_at_loss(self) -> None:
         """Read what the losses of the epoch add up to so far. Raises TrainingError if it is NaN."""
         self.progress.loss_sum = float(self.progress.loss_sum)
         if not math.isfinite(self.progress.loss_sum):
-            raise TrainingError(
-                f"{self.cell.key}: the loss is {self.progress.loss_sum} in stage {stage.name}, "
-                f"epoch {self.run.epoch + 1}; a smaller lr may help"
-            )
+            raise TrainingError(f"the loss is {self.progress.loss_sum}")
+
+    def _look_at_network(self) -> None:
+        """Raise TrainingError if a tensor is not finite: the last step shows in no later loss."""
+        model = self.run.model
+        for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
+            if not value.isfinite().all():
+                raise TrainingError(f"'{name}' holds NaN or infinite values")
 
     def _count_passes(self, fit: Fit) -> None:
         forward, backward = PASSES[self.cell.objective](self.attacker.crafting.steps)
@@ -352,6 +365,7 @@ class Trainer:
     def _end_epoch(self, stage: Stage, steps: int) -> None:
         """Add a point to the curve; keep the exported weights if they are the best so far."""
         run, progress = self.run, self.progress
+        self._look_at_network()
         live = stage.live_weights(run)
         progress.peak_live = max(progress.peak_live, live)
         point = {

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robsparse.baselines import (
+    admm,
     flyingbird,
     global_magnitude,
     gmp,
     harp,
+    hydra,
     rigl,
     set,
     snip,
@@ -21,6 +23,8 @@ from robsparse.baselines import (
 )
 from robsparse.counts import keep_count
 from robsparse.dynamic import NEW_WEIGHT, masked_layers, set_masks
+from robsparse.errors import TrainingError
+from robsparse.scores import scaled_scores
 from robsparse.sparsity import (
     erk_keep_counts,
     global_masks,
@@ -489,3 +493,53 @@ def test_masks_that_are_set_take_weights_and_momentum_along():
     for _, weight, _ in masked_layers(run.model):
         assert not weight.any()
         assert not run.optimizer.state[weight]["momentum_buffer"].any()
+
+
+# ---------------------------------------------------------------- what has no rank
+
+
+@pytest.mark.parametrize("spoilt", ["weight", "gradient"])
+@pytest.mark.parametrize("name", [*DYNAMIC, "snip", "gmp"])
+def test_what_is_not_finite_is_never_ranked(name, spoilt):
+    made = DYNAMIC | {
+        "snip": lambda: snip.SnipStage(snip.Params().train),
+        "gmp": lambda: gmp.GradualStage(gmp.Params(update_every=1)),
+    }
+    stage, run = started(made[name](), 0.5)
+    stage.fit = stage.fit.model_copy(update={"epochs": 100})
+    at = 0 if name == "snip" else 1
+    if spoilt == "weight":
+        for _, weight, layer in masked_layers(run.model):
+            weight.data.view(-1)[int(layer.mask.flatten().nonzero()[0])] = math.nan
+
+    def gradient(_, weight):
+        return torch.full_like(weight, math.nan if spoilt == "gradient" else 0.0)
+
+    def train():
+        for offset in (0, 0, 1):  # a gradient may first spoil the weights
+            step(stage, run, at + offset, gradient)
+
+    with pytest.raises(TrainingError, match="scores of weights are not finite"):
+        train()
+
+
+@pytest.mark.parametrize("projection", ["top_k", "percentile"])
+def test_admm_projects_no_weights_that_are_not_finite(projection):
+    weight = torch.tensor([1.0, math.nan, 2.0])
+    with pytest.raises(TrainingError, match="1 of 3 scores"):
+        admm.survivors(weight, 0.5, admm.Params(projection=projection))
+
+
+@pytest.mark.parametrize("method", [hydra, harp])
+def test_masks_of_scores_that_are_not_finite_are_not_formed(method):
+    run = run_of(NETS[0](), 0.5)
+    stage = method.stages(method.Params(), 0.5)[0]
+    stage.before_fit(run)
+    module = next(iter(prunable(run.model).values()))
+    module.parametrizations.weight[0].score.data.view(-1)[0] = math.nan
+    with pytest.raises(TrainingError, match="1 of 108 scores"):
+        _ = module.weight
+
+
+def test_a_layer_of_zeros_has_scores_of_zero():
+    assert scaled_scores(torch.zeros(2, 3)).tolist() == [[0.0] * 3] * 2

@@ -1,5 +1,6 @@
 """Losses, their gradients and their side effects, on networks small enough to work out by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -121,6 +122,22 @@ def test_at_by_hand():
     for a, y in zip(adversarial_of_at(), (0, 1), strict=True):
         gradient += (sigmoid(logit(a)) - y) * torch.tensor(a) / 2
     assert torch.allclose(model[1].weight.grad[1], gradient, atol=1e-6)
+
+
+def test_mat_attacks_the_first_half_of_the_batch_alone():
+    model, rows = linear(), X.view(2, 3).tolist()
+    (attacked, _), clean = adversarial_of_at(), rows[1]  # the first image starts as with `at`
+    expected = (cross_entropy(logit(attacked), 0) + cross_entropy(logit(clean), 1)) / 2
+    assert loss_of("mat", model, x=X, y=Y).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_mat_of_one_image_is_clean(norm, known_network):
+    model, part = known_network
+    made = dataclasses.replace(attacker(), norm=norm)
+    found = loss_of("mat", model, made, x=part.x_NCHW[:1], y=part.y_N[:1])
+    expected = loss_of("natural", model, x=part.x_NCHW[:1], y=part.y_N[:1])
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("beta", [6.0, 0.5])

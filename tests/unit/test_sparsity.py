@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from robsparse.counts import keep_count, layer_keep_count
+from robsparse.errors import TrainingError
 from robsparse.sparsity import (
     Masked,
     apply_masks,
@@ -173,6 +174,19 @@ def test_top_k_mask_equals_a_sort(n, seed, data):
     score = torch.rand(n, generator=torch.Generator().manual_seed(seed))
     expected = sorted(range(n), key=lambda i: -float(score[i]))[:k]
     assert top_k_mask(score, k).nonzero().flatten().tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_scores_that_are_not_finite_are_refused_and_not_ranked(value, k):
+    for score in (torch.ones(6), torch.arange(6.0)):
+        score[2] = value
+        with pytest.raises(TrainingError, match="1 of 6 scores of weights are not finite"):
+            top_k_mask(score, k)
+
+
+def test_scores_whose_sum_is_too_large_for_a_float_are_ranked():
+    assert top_k_mask(torch.tensor([3e38, 1e38, 2e38]), 1).tolist() == [True, False, False]
 
 
 def test_top_k_mask_needs_no_gradient():

@@ -132,6 +132,43 @@ def test_loss_that_is_not_finite_stops_with_stage_and_epoch(one):
     assert not layout.model(cell, "last").exists()
 
 
+@pytest.mark.parametrize("tensor", ["0.weight", "1.running_var"])
+def test_a_last_step_that_spoils_the_network_is_no_result(tensor, one, monkeypatch):
+    """No later loss would show it."""
+    study, cell, layout = one("dense", objectives=["natural"])
+    ordinary = training.update
+
+    def spoil(run, stage):
+        ordinary(run, stage)
+        if run.step == run.steps - 1:
+            run.model.state_dict()[tensor].view(-1)[0] = math.inf
+
+    monkeypatch.setattr(training, "update", spoil)
+    with pytest.raises(
+        TrainingError, match=f"{cell.key}: '{tensor}' holds NaN .* in stage pretrain"
+    ):
+        training.train_cell(study, cell, layout, device="cpu")
+    assert not layout.model(cell, "last").exists()
+    assert "holds NaN" in layout.failed(cell).read_text()
+
+
+def test_scores_that_are_not_finite_are_one_line_with_cell_stage_and_epoch(one, monkeypatch):
+    study, cell, layout = one("snip", objectives=["natural"])
+    ordinary = training.descend
+
+    def spoil(run, stage, *rest):
+        loss = ordinary(run, stage, *rest)
+        for parameter in run.optimizer.param_groups[0]["params"]:
+            parameter.grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(training, "descend", spoil)
+    with pytest.raises(TrainingError) as caught:
+        training.train_cell(study, cell, layout, device="cpu")
+    assert str(caught.value).startswith(f"{cell.key}: ")
+    assert "scores of weights are not finite in stage train, epoch 1" in str(caught.value)
+
+
 # ---------------------------------------------------------------- the same bits
 
 
