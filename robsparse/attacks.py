@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from robsparse import records
 from robsparse.datasets import Part
+from robsparse.machine import is_out_of_memory
 
 SECONDS_BETWEEN_LINES = 10.0
 PICTURES = 32  # adversarial images that are kept for people to look at
@@ -336,11 +337,6 @@ class Progress:
         self.bar.close()
         seconds = time.monotonic() - self.began
         self.report(f"{self.name}: {robust} of {of} still robust, {seconds:.1f} s")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, on a GPU or elsewhere."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def in_batches(

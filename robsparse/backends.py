@@ -1,15 +1,17 @@
 """How a frozen view runs: as it is, compiled by torch, or replayed as a CUDA graph.
 
-All give the same values to rounding. What fails to start falls back to `eager` with one line.
+All give the same values to rounding: each is compared with `eager` on the first images. What fails
+to start, or differs, falls back to `eager` with one line.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-Run = Callable[[Tensor], Tensor]
+from robsparse import proof
+from robsparse.machine import is_out_of_memory
+from robsparse.proof import Run
 
 
 class Backend:
@@ -24,18 +26,20 @@ class Backend:
         self.name, self.eager = name, run
         self.started: dict[tuple, Run] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The logits; dtype: what is computed in, if that is not the type of x."""
         if self.name in ("auto", "eager"):
             return self.eager(x)
-        kind = (x.shape, x.dtype, x.stride(), x.requires_grad)
+        kind = (x.shape, x.dtype, x.stride(), x.requires_grad, dtype)
         if kind in self.started:
             return self.started[kind](x)
         try:
             run = _START[self.name](self.eager, x)
+            _require_same(self.eager, run, x, dtype)
             out = run(x)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever compilers and drivers come up with
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise  # whatever compilers and drivers come up with
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             print(
                 f"crafting: backend '{self.name}' does not run here ({reason}); eager", flush=True
@@ -44,6 +48,13 @@ class Backend:
             return self.eager(x)
         self.started[kind] = run
         return out
+
+
+def _require_same(eager: Run, run: Run, x: Tensor, dtype: torch.dtype | None) -> None:
+    """Raise RuntimeError when `run` computes something else than `eager` does."""
+    plain, fast = (proof.passes(way, x, gradient=x.requires_grad) for way in (eager, run))
+    if said := proof.difference(plain, fast, dtype):
+        raise RuntimeError(f"it computes something else: {said}")
 
 
 def _compiled(eager: Run, x: Tensor) -> Run:

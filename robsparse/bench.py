@@ -213,7 +213,8 @@ def evaluate(settings: Settings) -> Iterator[Row]:
         stock = AutoAttack(model, eps=SURVIVE, seed=0, device=settings.device)
 
         def ours(model: nn.Module = model, given: tuple = (x, y), threat: Any = threat) -> None:
-            module.run(frozen.view_of(model).eval(), *given, module.Params(), threat)
+            view = frozen.view_of(model, given[0].to(settings.device))
+            module.run(view, *given, module.Params(), threat)
 
         yield dataclasses.replace(settings.watch, repeats=1).compare(
             case,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robsparse import proof
 from robsparse.models._layers import TensorFlowConv2d
 from robsparse.small_maps import PIXELS, SmallMap, form_of
 
@@ -36,6 +37,7 @@ class Weighted(nn.Module):
         self.full: tuple[Tensor, Tensor | None] | None = None
         self.small: dict[tuple[torch.Size, str], SmallMap] = {}
         self.formed: set[tuple[torch.Size, str]] = set()
+        self.proven: set[tuple] = set()  # what was compared with the convolution
 
     def refresh(self, dtype: torch.dtype | None) -> None:
         """weight * g and (bias - mean) * g + beta, with g = gamma / sqrt(variance + eps).
@@ -59,6 +61,10 @@ class Weighted(nn.Module):
         self.plain = None
         self.weight, self.bias = renewed(self.weight, weight), renewed(self.bias, bias)
 
+    def memory(self) -> Tensor | None:
+        """What it computes with; the same tensor as long as refreshing keeps its memory."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.ndim == 2:
             out = self.apply(x.to(self.weight.dtype), self.weight, self.bias)
@@ -73,17 +79,44 @@ class Weighted(nn.Module):
         return out.relu_() if self.rectified else out
 
     def _small_map(self, x: Tensor, form: str) -> Tensor:
-        """The convolution by its matrix, formed where it is first asked for after a refresh."""
+        """The convolution by its matrix, formed where it is first asked for after a refresh.
+
+        Raises ValueError when it does not compute what the convolution does. They are compared at
+        the first use of a form alone: later weights go the same way through it.
+        """
         key = (x.shape[2:], form)
+        columns = self.columns or form == "sparse"
         if key not in self.small:
             self.small[key] = SmallMap(self.layer, *x.shape[2:])
+        if (key, columns) not in self.proven:
+            self._prove(self.small[key], x, form, columns)
+            self.proven.add((key, columns))
         dense_bf16 = form == "dense" and self.weight.dtype == torch.bfloat16
         weight, bias = (self.weight, self.bias) if dense_bf16 else self.full
         if key not in self.formed:
             self.small[key].form(form, weight, bias)
             self.formed.add(key)
-        columns = self.columns or form == "sparse"
         return self.small[key](x.to(weight.dtype), rectified=self.rectified, columns=columns)
+
+    @torch.compiler.disable
+    def _prove(self, matrix: SmallMap, x: Tensor, form: str, columns: bool) -> None:
+        """Raise ValueError unless a matrix computes what the convolution does, in full precision.
+
+        It has to be formed again afterwards.
+        """
+        weight, bias = self.full
+        matrix.form(form, weight, bias)
+        self.formed.discard((x.shape[2:], form))
+        images = x[: proof.IMAGES].to(weight.dtype)
+        plain, fast = (
+            proof.passes(run, images, gradient=True)
+            for run in (
+                lambda x: self.apply(x, weight, bias),
+                lambda x: matrix(x, rectified=False, columns=columns),
+            )
+        )
+        if said := proof.difference(plain, fast):
+            raise ValueError(f"the {form} matrix of {self.layer} is not its convolution: {said}")
 
     def _laid_out(self, x: Tensor) -> tuple[Tensor, torch.memory_format]:
         """The weights of a convolution, and the layout that they and x have."""
@@ -111,6 +144,10 @@ class Norm(nn.Module):
             scale, shift = scale.to(dtype), shift.to(dtype)
         self.scale, self.shift = renewed(self.scale, scale), renewed(self.shift, shift)
 
+    def memory(self) -> Tensor | None:
+        """As of `Weighted`."""
+        return self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift, x.to(self.scale.dtype), self.scale)
 
@@ -134,8 +171,14 @@ def renewed(old: Tensor | None, new: Tensor | None) -> Tensor | None:
 
 def require_plain(module: nn.Module) -> None:
     """Raise ValueError for a layer that does something else than its kind."""
-    known = (nn.Conv2d.forward, nn.Linear.forward, TensorFlowConv2d.forward)
-    if type(module).forward not in known:
+    code = type(module).forward, getattr(type(module), "_conv_forward", None)
+    convolution = nn.Conv2d._conv_forward
+    if code not in (
+        (nn.Conv2d.forward, convolution),
+        (TensorFlowConv2d.forward, convolution),
+        (nn.Linear.forward, None),
+        (nn.BatchNorm2d.forward, None),
+    ):
         raise ValueError(f"{type(module).__name__} has a forward of its own")
 
 

@@ -94,3 +94,8 @@ def peak_memory_mb(device: torch.device) -> float:
     import resource  # noqa: PLC0415 (not available on every platform torch runs on)
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or elsewhere."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)

@@ -72,7 +72,7 @@ class Attacker:
             view, precision = model, self.precision
             if self.crafting.bn_mode == "eval":
                 dtype = torch.bfloat16 if precision == "bf16" else None
-                view = frozen.view_of(model, dtype, self.crafting.backend)
+                view = frozen.view_of(model, x, dtype, self.crafting.backend)
             if view is not model and precision == "bf16":
                 precision = "fp32"  # bf16 is in the view's weights; autocast would round its logits
             with computing(precision, x.device):
