@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robsparse import datasets, doubts, frozen, networks, perturb, records, registry, weights
+from robsparse import datasets, doubts, frozen, networks, perturb, proof, records, registry, weights
 from robsparse.attacks import AttackThreat, Outcome, Saved, fingerprint, no_network
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.config import Evaluation, Reach, Selection, Study, Threat
@@ -188,7 +188,10 @@ def guessing(test: Part, classes: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """One attack's outcome, spread over all examples; `where` are those that it saw (int)."""
+    """One attack's outcome, spread over all examples; `where` are those that it saw (int).
+
+    attacked_on: "view" or "network", whose passes the attack used.
+    """
 
     attack: str
     robust: dict[str, Tensor]
@@ -196,6 +199,7 @@ class AttackResult:
     threat: AttackThreat
     seconds: float
     where: Tensor
+    attacked_on: str = "network"
 
     def rows(self, common: dict[str, Any]) -> list[records.Row]:
         """A row for each component of a composite attack, and one for the whole ("all")."""
@@ -222,6 +226,7 @@ class AttackResult:
             max_perturbation=self.outcome.max_perturbation if whole else None,
             nan_count=self.outcome.nan_count if whole else 0,
             attack_seconds=round(self.seconds, 3) if whole else None,
+            attacked_on=self.attacked_on,
         )
 
     def arrays(self, examples: Part) -> dict[str, np.ndarray]:
@@ -257,8 +262,8 @@ def attack_model(
 
     Finished parts are kept in the folder `saved` and taken from there by a later call with the
     same network, images and settings. With `folded`, the network's frozen view is attacked: the
-    same outputs to rounding, sooner. A network of foreign code, which a view may miss something of,
-    is attacked as it is.
+    same outputs to rounding, sooner; where that fails, the network itself. A network of foreign
+    code is attacked as it is.
 
     Raises AssertionError if any module of the model is in train mode.
     """
@@ -266,8 +271,10 @@ def attack_model(
     assert not any(module.training for module in model.modules()), "expected eval mode"
     results: list[AttackResult] = []
     correct = torch.ones(len(examples), dtype=torch.bool)
-    kept = Saved(saved, f"{fingerprint(model, examples)} {folded}" if saved else "")
-    attacked = frozen.view_of(model).eval() if folded else model
+    first = examples.x_NCHW[: proof.IMAGES].to(device)
+    attacked = frozen.view_of(model, first) if folded else model
+    basis = f"{fingerprint(model, examples)} {frozen.used(attacked)}" if saved else ""
+    kept = Saved(saved, basis)
     for name in names:
         params = settings.attacks[name]
         reach = threat.adjusted(params)
@@ -291,7 +298,8 @@ def attack_model(
         whole = list(robust.values())[-1]
         robust = robust if "all" in robust else robust | {"all": whole}
         where = correct.nonzero().squeeze(1)
-        results.append(AttackResult(name, robust, outcome, faced, seconds, where))
+        used = frozen.used(attacked)
+        results.append(AttackResult(name, robust, outcome, faced, seconds, where, used))
         print(f"{name}: {int(whole.sum())}/{len(whole)} correct, {seconds:.1f} s", flush=True)
         if name == "clean":
             correct = whole

@@ -61,7 +61,7 @@ class View(nn.Module):
         self.failed = False
         self.dtype: torch.dtype | None = None
         self.backends: dict[str, Backend] = {}
-        self.use("eager")
+        self.use("eager").eval()
 
     def use(self, backend: str) -> "View":
         """Run as `Backend` says from here on; returns the view."""

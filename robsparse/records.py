@@ -69,6 +69,9 @@ class Row(BaseModel):
     max_perturbation: float | None = Field(None, ge=0)
     nan_count: NonNegativeInt = 0
     attack_seconds: float | None = Field(None, ge=0)
+    attacked_on: Literal["view", "network"] | None = Field(
+        None, description="whose passes the attack used: the frozen view's or the network's own"
+    )
 
     sparsity_reached: float = Field(ge=0, le=1)
     nonzero: NonNegativeInt

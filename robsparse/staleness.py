@@ -26,6 +26,8 @@ _SHARED = (
     "small_maps.py",
     "backends.py",
     "perturb.py",
+    "proof.py",
+    "structure.py",
     "weights.py",
 )
 _TRAINING = (

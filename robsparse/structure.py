@@ -46,7 +46,9 @@ def forbidden(model: nn.Module) -> str:
     """Why no trace of a network can stand for it, as far as its structure says; "" if it can."""
     if _has_any_global_hook():
         return "there are hooks on all modules"
-    for name, module in model.named_modules():
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in _modules(model):
+        name = names[id(module)]
         where = f"'{name}'" if name else "the network"
         if module.training:
             return f"{where} is in train mode"

@@ -46,7 +46,7 @@ def outputs_and_gradient(model, x):
 def differences(model, x, dtype=None):
     """Of outputs, and of gradients: length of the difference over length of the network's own."""
     own = outputs_and_gradient(model, x)
-    view = outputs_and_gradient(frozen.view_of(model, dtype), x)
+    view = outputs_and_gradient(frozen.view_of(model, x, dtype), x)
     return [float((a - b).norm() / a.norm()) for a, b in zip(own, view, strict=True)]
 
 
@@ -62,7 +62,7 @@ def largest_difference(model, x):
 def test_values_are_those_of_the_network(name, padding, dtype, limits):
     model = build(name, padding).to(dtype)
     x = torch.rand(3, *SHAPES.get(name, (3, 32, 32)), dtype=dtype)
-    assert isinstance(frozen.view_of(model), frozen.View)
+    assert frozen.used(frozen.view_of(model, x)) == "view"
     found = differences(model, x)
     assert all(value < limit for value, limit in zip(found, limits, strict=True)), found
 
@@ -83,7 +83,7 @@ def test_crafted_images_move_the_same_way(name, dtype, steps):
     # An odd number of steps, none of them cut off: no pixel ends where it began.
     made = [
         perturb.ascend(m, x, x, perturb.cross_entropy_of(y), eps=0.03, step_size=0.003, steps=steps)
-        for m in (model, frozen.view_of(model))
+        for m in (model, frozen.view_of(model, x))
     ]
     same = ((made[0] - x).sign() == (made[1] - x).sign()).float().mean()
     assert same > 0.999
@@ -97,13 +97,13 @@ def test_normalised_images():
 def test_view_follows_weights_statistics_and_masks():
     model = build("small_resnet").double()
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
-    first = frozen.view_of(model)
+    first = frozen.view_of(model, x)
     with torch.no_grad():
         for value in model.parameters():
             value.mul_(1.1)
         model[1].running_mean.add_(0.1)
     assert largest_difference(model, x) < 1e-10
-    assert frozen.view_of(model) is first
+    assert frozen.view_of(model, x) is first
     apply_masks(model, magnitude_masks(model, 0.5))
     assert largest_difference(model, x) < 1e-10
     bake(model)
@@ -113,7 +113,7 @@ def test_view_follows_weights_statistics_and_masks():
 def test_sparse_weights_stay_exactly_zero_in_the_view():
     model = build("small_cnn")
     apply_masks(model, magnitude_masks(model, 0.9))
-    view = frozen.view_of(model)
+    view = frozen.view_of(model, torch.rand(2, 1, 8, 8))
     live = sum(int(m.weight.count_nonzero()) for m in prunable(model).values())
     assert sum(int(layer.weight.count_nonzero()) for layer in view.layers) == live
 
@@ -122,8 +122,8 @@ def test_view_has_no_trace_in_the_network():
     model = build("small_cnn")
     before = copy.deepcopy(model.state_dict())
     names = [name for name, _ in model.named_modules()]
-    view = frozen.view_of(model)
     x = torch.rand(2, 1, 8, 8).requires_grad_(True)
+    view = frozen.view_of(model, x)
     view(x).sum().backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
@@ -167,8 +167,9 @@ class Loose(nn.Module):
 )
 def test_network_without_a_view_runs_as_it_is_and_one_line_says_so(model, said, capsys):
     model.eval()
-    assert frozen.view_of(model) is model
-    assert frozen.view_of(model) is model
+    x = torch.rand(2, 1, 8, 8)
+    assert frozen.view_of(model, x) is model
+    assert frozen.view_of(model, x) is model
     [line] = capsys.readouterr().out.splitlines()
     assert said in line
 
@@ -193,7 +194,7 @@ def test_what_is_used_twice_is_neither_folded_nor_overwritten():
         model.norm.running_mean.normal_()
         model.norm.bias.normal_()
     x = torch.rand(3, 1, 8, 8, dtype=torch.float64)
-    assert isinstance(frozen.view_of(model), frozen.View)
+    assert isinstance(frozen.view_of(model, x), frozen.View)
     assert largest_difference(model, x) < 1e-12
 
 
@@ -215,10 +216,10 @@ def test_compiled_view_computes_the_same():
     expected = outputs_and_gradient(model, x)
     with torch.no_grad():
         next(model.parameters()).mul_(1.1)
-    frozen.view_of(model, backend="compiled")  # compiled before the weights change again
+    frozen.view_of(model, x, backend="compiled")  # compiled before the weights change again
     with torch.no_grad():
         next(model.parameters()).div_(1.1)
-    found = outputs_and_gradient(frozen.view_of(model, backend="compiled"), x)
+    found = outputs_and_gradient(frozen.view_of(model, x, backend="compiled"), x)
     for a, b in zip(expected, found, strict=True):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
 
@@ -230,9 +231,9 @@ def test_backend_that_does_not_start_is_one_line_and_eager(backend, monkeypatch,
 
     monkeypatch.setattr(torch, "compile", refuse)
     model, x = build("small_cnn"), torch.rand(3, 1, 8, 8)
-    expected = outputs_and_gradient(frozen.view_of(model), x)
+    expected = outputs_and_gradient(frozen.view_of(model, x), x)
     for _ in range(2):
-        found = outputs_and_gradient(frozen.view_of(model, backend=backend), x)
+        found = outputs_and_gradient(frozen.view_of(model, x, backend=backend), x)
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     out = capsys.readouterr().out
     assert out.count("\n") == 1
@@ -244,8 +245,10 @@ def test_out_of_memory_is_not_taken_for_a_backend_that_does_not_start(monkeypatc
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(torch, "compile", full)
+    x = torch.rand(1, 1, 8, 8)
+    view = frozen.view_of(build("small_cnn"), x, backend="compiled")
     with pytest.raises(torch.OutOfMemoryError):
-        frozen.view_of(build("small_cnn"), backend="compiled")(torch.rand(1, 1, 8, 8))
+        view(x)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -254,8 +257,8 @@ def test_graph_computes_the_same_after_weights_have_changed():
     for factor in (1.0, 1.1, 0.9):
         with torch.no_grad():
             next(model.parameters()).mul_(factor)
-        expected = outputs_and_gradient(frozen.view_of(model), x)
-        found = outputs_and_gradient(frozen.view_of(model, backend="graph"), x)
+        expected = outputs_and_gradient(frozen.view_of(model, x), x)
+        found = outputs_and_gradient(frozen.view_of(model, x, backend="graph"), x)
         for a, b in zip(expected, found, strict=True):
             assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
 
@@ -263,12 +266,12 @@ def test_graph_computes_the_same_after_weights_have_changed():
 def test_view_owns_its_weights():
     """Weights that change without a refresh leave the view alone, and the view leaves them."""
     model, x = build("small_cnn"), torch.rand(2, 1, 8, 8)
-    view = frozen.view_of(model)
+    view = frozen.view_of(model, x)
     before = view(x)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
     assert torch.equal(view(x), before)
     kept = copy.deepcopy(model.state_dict())
-    frozen.view_of(model)
+    frozen.view_of(model, x)
     assert all(torch.equal(kept[k], v) for k, v in model.state_dict().items())

@@ -103,7 +103,7 @@ def test_view_of_a_sparse_network_follows_its_live_weights():
     for live in (1.0, 0.2, 0.05, 0.0):
         for layer, weight in zip(layers, full, strict=True):
             layer.weight.copy_(weight * (torch.rand_like(weight) < live))
-        view = frozen.view_of(model)
+        view = frozen.view_of(model, x)
         for gradient in (True, False):
             with torch.set_grad_enabled(gradient):
                 found, expected = view(x), model(x)
@@ -122,9 +122,12 @@ def test_matrices_are_formed_once_a_refresh(monkeypatch):
     )
     params = registry.entry("arch", "small_cnn").params()
     model = models.build("small_cnn", params, (1, 8, 8), 10).eval()
+    x = torch.rand(2, 1, 8, 8, requires_grad=True)
+    frozen.view_of(model, x)  # compares the two
+    formed.clear()
     for refreshed in (1, 2):
-        view = frozen.view_of(model)
+        view = frozen.view_of(model, x)
         for _ in range(3):
-            view(torch.rand(2, 1, 8, 8, requires_grad=True))
+            view(x)
         assert len(formed) == 2 * refreshed  # the first and the last convolution
     assert small_maps.PIXELS == 64
