@@ -4,16 +4,16 @@ Whatever has followed a network's code once (a trace) is out of date when its st
 never valid for a network whose passes change its state or draw random numbers.
 """
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
+
+from robsparse import randomness
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -65,7 +65,7 @@ class Observed:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model, self.device = model, device
         self.structure = structure(model)
-        self.generators = _generators(device)
+        self.random = randomness.state(device)
         self.attributes = [(module, dict(vars(module))) for module in _modules(model)]
         self.buffers = [
             (module, name, buffer, buffer.clone())
@@ -76,7 +76,7 @@ class Observed:
 
     def changed(self) -> str:
         """What has changed since then, in words, or ""."""
-        if _generators(self.device) != self.generators:
+        if _drawn(self.random, randomness.state(self.device)):
             return "it draws random numbers"
         if structure(self.model) != self.structure:
             return "its forward pass changes its attributes"
@@ -93,7 +93,7 @@ class Observed:
         for module, name, buffer, before in self.buffers:
             if not self._kept((module, name, buffer, before)):
                 module._buffers[name] = buffer.copy_(before)
-        _set_generators(self.generators, self.device)
+        randomness.restore(self.random, self.device)
 
     @staticmethod
     def _kept(entry: tuple[nn.Module, str, Tensor, Tensor]) -> bool:
@@ -149,21 +149,7 @@ def _comparable(value: Any) -> Any:
     return set(value) if isinstance(value, set | frozenset) else _Is(value)
 
 
-def _generators(device: torch.device) -> tuple:
-    """The states of the global generators of torch, Python and NumPy."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (a network may draw from it)
-    torches = [state.numpy().tobytes() for state in states]
-    return torches, random.getstate(), (kind, keys.tobytes(), *rest)
-
-
-def _set_generators(states: tuple, device: torch.device) -> None:
-    torches, python, (kind, keys, *rest) = states
-    first, *others = (torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in torches)
-    torch.set_rng_state(first)
-    for state in others:
-        torch.cuda.set_rng_state(state, device)
-    random.setstate(python)
-    np.random.set_state((kind, np.frombuffer(keys, np.uint32), *rest))  # noqa: NPY002
+def _drawn(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the global random numbers are somewhere else."""
+    pairs = zip(before.values(), now.values(), strict=True)
+    return any(not torch.equal(a, b) if isinstance(a, Tensor) else a != b for a, b in pairs)
