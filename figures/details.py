@@ -10,28 +10,30 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from robsparse.cells import Cell
+from robsparse.config import Reach
 from robsparse.figures import measures_distances, style
 from robsparse.figures.notes import SUSPICIOUS, doubt_note, percent, plot_caption, radius
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, cells, groups, methods, sparsities
 
 _FEW_CLASSES = 10
+_BEYOND = 1e3  # an eps beyond every panel
 
 
 def accuracy_against_eps(material: Material) -> Figure:
-    """Robust accuracy at every eps, from one run of a minimum-norm attack, for all methods."""
+    """Robust accuracy at every eps, by all attacks of one norm together, for all methods."""
     study = material.study
     general = plot_caption(material, attacked=True, selected=True)
     attack = next(iter(measures_distances(study)), None)
     if attack is None:
         return style.empty("No attack of this study looks for smallest perturbations.", [general])
-    label, norm = study.label("attack", attack), study.evaluation.attacks[attack].norm
-    strongest = study.label("attack", STRONGEST)
+    norm = study.attack_threat(attack).norm
+    names = ", ".join(study.label("attack", name) for name in _attacks_of(material, norm))
     caption = [
-        f"Share of test images that {label} finds no perturbation of length eps for, mean over "
-        f"seeds. Dotted: the study's eps, {radius(study.threat.eps)}; markers: {strongest} there, "
-        "which searches harder: a curve is an upper bound. The dense network is the same in every "
-        "panel.",
+        "Share of test images that no perturbation of length eps is known to break, mean over "
+        f"seeds: the shortest one that {names} found. An upper bound of robust accuracy at every "
+        f"eps. Dotted: the study's eps, {radius(study.threat.eps)}, and chance. Markers: "
+        f"{study.label('attack', STRONGEST)} alone. The dense network is the same in every panel.",
         *doubt_note(material),
         general,
     ]
@@ -39,12 +41,12 @@ def accuracy_against_eps(material: Material) -> Figure:
     handles: dict[str, Line2D] = {}
     farthest = 0.0
     for group, sparsity, panel in panels:
-        found, reach = _eps_panel(panel, material, group, sparsity, attack)
+        found, reach = _eps_panel(panel, material, group, sparsity, norm)
         handles |= found
         farthest = max(farthest, reach)
         if panel.get_subplotspec().is_first_col():
-            panel.set_ylabel(f"{label} accuracy (%)")
-        panel.set_xlabel(f"eps ({norm or study.threat.norm}, pixels in [0,1])")
+            panel.set_ylabel("robust accuracy (%), upper bound")
+        panel.set_xlabel(f"eps ({norm}, pixels in [0,1])")
         panel.set_ylim(0, 100)
     for panel in figure.axes:
         panel.set_xlim(0, max(farthest, 1.5 * study.threat.eps))
@@ -52,35 +54,80 @@ def accuracy_against_eps(material: Material) -> Figure:
 
 
 def _eps_panel(
-    panel: Axes, material: Material, group: Group, sparsity: float, attack: str
+    panel: Axes, material: Material, group: Group, sparsity: float, norm: str
 ) -> tuple[dict[str, Line2D], float]:
-    """Draw one panel; also returns an eps at which 98 % of the images of every network fall."""
+    """Draw one panel; also returns an eps at which 98 % of the images of every network have fallen
+    that fall at all.
+    """
     handles, reach = {}, 0.0
-    same_norm = material.study.evaluation.attacks[attack].norm in (None, material.study.threat.norm)
+    grey = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
     for place, (name, look) in enumerate(style.looks(material.study).items()):
         found = [
             lengths
             for cell in _cells_at(material, group, name, sparsity)
-            if (lengths := material.outcomes.distances(cell, material.primary, attack)) is not None
+            if (lengths := smallest_perturbations(material, cell, norm)) is not None
         ]
         if not found:
             continue
         eps, share = curve(np.stack(found))
         shown = vars(look) | {"marker": ""}
+        # A network that nothing breaks further keeps its accuracy up to the edge of the panel.
+        eps, share = np.r_[eps, _BEYOND], np.r_[share, share[-1]]
         handles[name] = panel.plot(eps, 100 * share, **shown, drawstyle="steps-post")[0]
-        reach = max(reach, float(np.quantile(np.stack(found), 0.98, method="lower")))
+        reach = max(reach, float(np.quantile(eps[:-1], 0.98, method="lower")))
         line = _summary_line(material, group, name, sparsity)
-        if same_norm and line is not None and f"{STRONGEST}_accuracy" in line:
-            level = 100 * line[f"{STRONGEST}_accuracy"]
+        if norm == material.study.threat.norm and line is not None:
+            level = 100 * line.get(f"{STRONGEST}_accuracy", np.nan)
             marker = look.line | {"linestyle": "none", "label": "_strongest"}
             panel.plot(material.study.threat.eps, level, **marker)
             # Markers stand on one line: their daggers side by side.
             beside = {"xytext": (4 + 5 * place, -3)}
             style.doubt(panel, material.study.threat.eps, level, line.suspicious, **beside)
-    if same_norm:
-        grey = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+    if norm == material.study.threat.norm:
         panel.axvline(material.study.threat.eps, **grey)
-    return handles, reach if np.isfinite(reach) else 1.0
+    chance = material.chance(group)
+    if chance is not None:
+        handles["chance"] = panel.axhline(100 * chance, **grey, label="chance")
+    return handles, reach
+
+
+def _attacks_of(material: Material, norm: str) -> list[str]:
+    """The attacks of the primary selection that perturb images in a norm."""
+    study = material.study
+    return [
+        name
+        for name in study.evaluation.selections[material.primary]
+        if isinstance(study.evaluation.attacks[name], Reach)
+        and study.attack_threat(name).norm == norm
+    ]
+
+
+def smallest_perturbations(material: Material, cell: Cell, norm: str) -> np.ndarray | None:
+    """The shortest perturbation in a norm with which any attack broke each image, in the primary
+    selection.
+
+    An attack that does not look for the shortest one tells that it is within its eps. So at the eps
+    of any attack no more images need a longer one than withstand that attack.
+
+    Returns:
+        Lengths (float N, inf where no attack broke the image, 0 where it is misclassified as it
+        is), or None if no attack of that norm measured lengths.
+    """
+    study, outcomes = material.study, material.outcomes
+    names = _attacks_of(material, norm)
+    measured = [
+        lengths.astype(float)
+        for name in names
+        if (lengths := outcomes.distances(cell, material.primary, name)) is not None
+    ]
+    if not measured:
+        return None
+    bounds = [
+        np.where(robust, np.inf, study.attack_threat(name).eps)
+        for name in names
+        if (robust := outcomes.of(cell, material.primary, name)) is not None
+    ]
+    return np.minimum.reduce([*measured, *bounds])
 
 
 def curve(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,173 @@
+"""Robust accuracy at every eps: what all attacks of one norm together know of each image."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from robsparse import config
+from robsparse.cells import Cell
+from robsparse.figures import details
+from robsparse.figures.tidy import Group
+
+INF = np.inf
+STUDY = {
+    "study": "made_up",
+    "title": "Made-up numbers",
+    "grid": {
+        "datasets": ["digits"],
+        "archs": ["small_cnn"],
+        "objectives": ["at"],
+        "methods": ["bcs", "dense"],
+        "sparsities": [0.9],
+        "seeds": [0, 1],
+    },
+    "threat": {"eps": 0.1},
+    "training": {"crafting": {"step_size": 0.05}},
+    "evaluation": {
+        "n_examples": 5,
+        "attacks": {
+            "far": {"base": "pgd", "eps": 0.3},
+            "round": {"base": "pgd", "norm": "L2", "eps": 0.5},
+            "minimum_norm": {},
+        },
+        "selections": {
+            "best_val": ["clean", "minimum_norm", "autoattack", "far", "round"],
+            "last": ["clean", "fgsm"],
+        },
+    },
+}
+CELL = Cell("digits", "small_cnn", "bcs", "at", 0.9, 0)
+
+
+@dataclass
+class Outcomes:
+    """What is said to have been measured, the same for each network unless `of_cell` says more."""
+
+    robust: dict[str, list]
+    lengths: dict[str, list]
+    of_cell: dict[Cell, "Outcomes"] = field(default_factory=dict)
+
+    def of(self, cell, selection, attack):
+        found = self.of_cell.get(cell, self).robust.get(attack)
+        return None if found is None or selection != "best_val" else np.array(found, dtype=bool)
+
+    def distances(self, cell, selection, attack):
+        found = self.of_cell.get(cell, self).lengths.get(attack)
+        if found is None or selection != "best_val":
+            return None
+        return np.array(found, dtype=np.float32)
+
+
+class Made:
+    """As much of a Material as these figures ask for."""
+
+    primary = "best_val"
+
+    def __init__(self, outcomes: Outcomes, **changes) -> None:
+        self.study = config.of_data(STUDY | changes, "made_up.yaml")
+        self.outcomes = outcomes
+        keys = {"dataset": "digits", "arch": "small_cnn", "objective": "at"}
+        lines = [("dense", 0.0, 0.6), ("bcs", 0.9, 0.4)]
+        self.summary = pd.DataFrame(
+            keys
+            | {"method": m, "sparsity": s, "autoattack_accuracy": a}
+            | {"selection": "best_val", "suspicious": ""}
+            for m, s, a in lines
+        )
+
+    def chance(self, group: Group) -> float:
+        return 0.25
+
+
+def smallest(outcomes, norm="Linf"):
+    return details.smallest_perturbations(Made(outcomes), CELL, norm)
+
+
+def test_an_image_that_any_attack_breaks_has_a_perturbation_within_its_eps():
+    found = smallest(
+        Outcomes(
+            robust={
+                "clean": [1, 1, 1, 1, 0],
+                "minimum_norm": [1, 0, 1, 1, 0],
+                "autoattack": [0, 0, 1, 1, 0],  # eps 0.1
+                "far": [0, 0, 0, 1, 0],  # eps 0.3
+                "round": [0, 0, 0, 0, 0],  # another norm
+            },
+            lengths={"minimum_norm": [0.8, 0.05, 0.8, INF, 0.0]},
+        )
+    )
+    assert found.tolist() == [0.1, pytest.approx(0.05), 0.3, INF, 0.0]
+
+
+def test_a_norm_that_no_attack_measured_lengths_in_has_no_curve():
+    outcomes = Outcomes({"round": [1] * 5}, {"minimum_norm": [0.2] * 5})
+    assert smallest(outcomes, "L2") is None
+    assert smallest(Outcomes({"autoattack": [1] * 5}, {})) is None
+
+
+flags = arrays(bool, 5)
+lengths = arrays(np.float32, 5, elements=st.floats(0, 1, width=32) | st.just(INF))
+
+
+@given(lengths, flags, flags, flags)
+def test_curve_never_exceeds_what_any_attack_leaves(measured, ours, strongest, far):
+    """At the eps of every attack of the norm; and it never rises."""
+    own = np.where(measured > np.float32(0.1), True, ours)
+    robust = {"minimum_norm": own, "autoattack": strongest, "far": far}
+    found = smallest(Outcomes(robust, {"minimum_norm": measured}))
+    eps, share = details.curve(found[None])
+    assert (np.diff(share) <= 0).all()
+    at = lambda value: share[np.searchsorted(eps, value, side="right") - 1]  # noqa: E731
+    for name, value in (("minimum_norm", 0.1), ("autoattack", 0.1), ("far", 0.3)):
+        assert at(value) <= np.mean(robust[name]) + 1e-12
+    assert (found <= measured).all()
+
+
+def draw(monkeypatch, outcomes, **changes):
+    monkeypatch.setattr(details, "plot_caption", lambda *_, **__: "A caption.")
+    return details.accuracy_against_eps(Made(outcomes, **changes))
+
+
+def lines_of(figure):
+    return {line.get_label(): line for line in figure.axes[0].get_lines()}
+
+
+def test_plot_shows_the_bound_the_strongest_attack_and_chance(monkeypatch):
+    dense = Outcomes({"clean": [1] * 5, "autoattack": [1, 1, 1, 0, 0]}, {})
+    dense.lengths["minimum_norm"] = [INF] * 5  # nothing breaks it further
+    outcomes = Outcomes(
+        {"clean": [1] * 5, "autoattack": [1, 1, 0, 0, 0]},
+        {"minimum_norm": [0.2, 0.4, 0.3, 0.05, 0.1]},
+        {Cell("digits", "small_cnn", "dense", "at", 0.0, seed): dense for seed in (0, 1)},
+    )
+    figure = draw(monkeypatch, outcomes)
+    lines = lines_of(figure)
+    ours, theirs = lines["BCS"], lines["Dense"]
+    x, y = ours.get_data()
+    assert x[:-1] == pytest.approx([0, 0.05, 0.05, 0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.4, 0.4])
+    assert y[-2] == y[-1] == 0
+    eps = 0.1
+    for line, level in ((ours, 40), (theirs, 60)):
+        x, y = line.get_data()
+        assert y[np.searchsorted(x, eps, side="right") - 1] == pytest.approx(level)
+        assert line.get_drawstyle() == "steps-post"
+    # The constant network stays where it is to the edge of the panel.
+    x, y = theirs.get_data()
+    assert y[-1] == pytest.approx(60)
+    assert x[-1] > figure.axes[0].get_xlim()[1] == pytest.approx(0.4)
+    assert lines["chance"].get_ydata()[0] == 25
+    said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "upper bound" in said
+    assert "Minimum norm, AutoAttack, far" in said
+    assert "round" not in said
+
+
+def test_study_without_lengths_says_so(monkeypatch):
+    evaluation = {"n_examples": 5, "selections": {"best_val": ["clean", "pgd"]}}
+    figure = draw(monkeypatch, Outcomes({}, {}), evaluation=evaluation)
+    assert "No attack" in figure.axes[0].texts[0].get_text()
