@@ -28,10 +28,10 @@ class Findings:
     """What was measured, shares of the images examined, and what is suspicious about it.
 
     numbers: `examined` images; `randomness` (largest difference of two passes' logits);
-        `probabilities` (1 if the outputs are); `nan_logits`; `zero_gradient` (of the images that
-        are correct); `chance`; `huge_eps` (still correct under PGD at eps 1); `pgd_10`, `pgd_50`,
-        `pgd_200` (still correct under so many steps); `black_box_only` (survive 200 steps of PGD,
-        but not random search).
+        `probabilities` (1 if the outputs are); `nan_logits`; `correct`; `zero_gradient` (of the
+        images that are correct); `chance` (share of the largest class); `huge_eps` (still correct
+        under PGD at eps 1); `pgd_10`, `pgd_50`, `pgd_200` (still correct under so many steps);
+        `black_box_only` (survive 200 steps of PGD, but not random search).
     """
 
     numbers: dict[str, float] = field(default_factory=dict)
@@ -59,8 +59,7 @@ def examine(
     look = _Look(model, part, settings.batch_size, device)
     with perturb.frozen(model):
         numbers = {"examined": float(n), **look.outputs()}
-        correct = look.correct
-        numbers["zero_gradient"] = look.zero_gradients() / max(1, int(correct.sum()))
+        numbers["zero_gradient"] = look.zero_gradients() / max(1, int(look.correct.sum()))
         numbers["huge_eps"] = float(look.survive_pgd(HUGE, HUGE_STEPS).float().mean())
         for steps in STEPS:
             survive = look.survive_pgd(threat.eps, steps, threat.norm)
@@ -80,7 +79,7 @@ def _reasons(numbers: dict[str, float]) -> list[str]:
         found.append(f"randomised: two passes differ by {numbers['randomness']:.2g}")
     if numbers["probabilities"]:
         found.append("outputs are probabilities, expected logits")
-    if numbers["zero_gradient"] > max(ZEROS, one):
+    if numbers["zero_gradient"] * numbers["correct"] > max(ZEROS * numbers["correct"], one):
         found.append(f"no gradient on {numbers['zero_gradient']:.0%} of the images")
     if numbers["huge_eps"] > numbers["chance"] + one:
         found.append(
@@ -109,7 +108,7 @@ class _Look:
 
     def outputs(self) -> dict[str, float]:
         """What two passes over the images show; `correct` is set by the first."""
-        found = {"randomness": 0.0, "probabilities": 1.0, "nan_logits": 0.0, "chance": 0.0}
+        found = {"randomness": 0.0, "probabilities": 1.0, "nan_logits": 0.0}
 
         def look(where: slice) -> None:
             x = self.part.x_NCHW[where].to(self.device)
@@ -123,9 +122,11 @@ class _Look:
             found["nan_logits"] += int(one.isnan().any(1).sum())
             summed = (one.sum(1) - 1).abs().max() < 1e-5
             found["probabilities"] *= float(one.min() > -1e-5 and bool(summed))
-            found["chance"] = 1 / one.shape[1]
 
         in_batches(len(self.part), self.size, look, print)
+        found["correct"] = int(self.correct.sum()) / len(self.part)
+        # A network that takes every image for the largest class is right that often at any eps.
+        found["chance"] = int(self.part.y_N.bincount().max()) / len(self.part)
         return found
 
     def zero_gradients(self) -> int:
