@@ -5,11 +5,13 @@ Every check yields lines `key = value: what was expected`.
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from robsparse.errors import UsageError, nearest
 from robsparse.fields import radius_fault
+from robsparse.imagesets import Description
 from robsparse.sections import Grid, Reach, Training
 from robsparse.study import Study
 
@@ -23,8 +25,9 @@ def faults(study: Study) -> list[str]:
         _attack_radii,
         _training_radii,
         _extra_images,
+        _data,
         _batches,
-        _test_images,
+        _archs,
         _starts,
         _names,
         _labels,
@@ -34,6 +37,21 @@ def faults(study: Study) -> list[str]:
     found = [line for check in checks for line in check(study)]
     # The networks themselves can only be listed where all that decides them is right.
     return found or [line for check in (_warm_ups, _surrogates, _places) for line in check(study)]
+
+
+def missing_data(study: Study) -> list[str]:
+    """A line for each data set that has to be there and is not.
+
+    Apart from the faults: where results are collected and drawn, nobody needs the images.
+    """
+    found = []
+    for name, params in study.datasets.items():
+        for key in study.entry("dataset", name).literals.get("NEEDED", ()):
+            if not Path(getattr(params, key)).exists():
+                found.append(f"datasets.{name}.{key} = {json.dumps(getattr(params, key))}")
+        if Path(getattr(params, "data_dir", ".")).is_file():
+            found.append(f"datasets.{name}.data_dir = {json.dumps(params.data_dir)}")
+    return [f"{line}: expected a file or folder of images that is there" for line in found]
 
 
 def _said(key: str, value: Any, expected: str) -> str:
@@ -100,24 +118,68 @@ def _extra_images(study: Study) -> Iterator[str]:
             )
 
 
-def _batches(study: Study) -> Iterator[str]:
-    """Batches that an objective cannot use."""
-    for key, training, blocks in _trainings(study):
-        if training.batch_size == 1 and any("mat" in block.objectives for block in blocks):
-            expected = "at least 2 for the objective 'mat', which attacks half of a batch"
-            yield _said(f"{key}.batch_size", 1, f"{expected}; nearest match: 2")
-
-
-def _test_images(study: Study) -> Iterator[str]:
-    """Fewer test images than are to be attacked."""
-    for name, params in study.datasets.items():
-        size = getattr(params, "test_examples", None)
-        if size is not None and study.evaluation.n_examples > size:
+def _data(study: Study) -> Iterator[str]:
+    """Too little data for what is held out and attacked."""
+    for name in study.datasets:
+        if (found := _describe(study, name)) is None:
+            continue
+        each, held_out = found.classes or 1, found.validation_examples
+        if found.train_examples < each or held_out < each:
+            total = found.train_examples + held_out
+            key = f"datasets.{name}.validation_examples"
+            expected = f"{each} to {total - each} of the {total} images beside those for tests"
+            yield _said(key, held_out, expected)
+        elif study.evaluation.n_examples > found.test_examples:
             yield _said(
                 "evaluation.n_examples",
                 study.evaluation.n_examples,
-                f"at most datasets.{name}.test_examples; nearest match: {size}",
+                f"at most the test images of '{name}'; nearest match: {found.test_examples}",
             )
+
+
+def _describe(study: Study, dataset: str) -> Description | None:
+    """What is known of a data set without reading it."""
+    params = study.datasets[dataset]
+    return params.description() if hasattr(params, "description") else None
+
+
+def _batches(study: Study) -> Iterator[str]:
+    """Batches larger than the data, or that an objective cannot use."""
+    for key, training, blocks in _trainings(study):
+        size, where = training.batch_size, f"{key}.batch_size"
+        if size == 1 and any("mat" in block.objectives for block in blocks):
+            expected = "at least 2 for the objective 'mat', which attacks half of a batch"
+            yield _said(where, 1, f"{expected}; nearest match: 2")
+        for name in dict.fromkeys(name for block in blocks for name in block.datasets):
+            found = _describe(study, name)
+            if found is not None and 0 < found.train_examples < size:
+                most = found.train_examples
+                expected = f"at most the {most} training images of '{name}'; nearest match: {most}"
+                yield _said(where, size, expected)
+
+
+def _archs(study: Study) -> Iterator[str]:
+    """Architectures that cannot take the images that they are to be trained on."""
+    pairs = [pair for block in study.blocks() for pair in product(block.archs, block.datasets)]
+    pairs += [(m.arch, m.dataset) for m in study.models.values() if m.arch]
+    for arch, dataset in dict.fromkeys(pairs):
+        if (found := _describe(study, dataset)) is None:
+            continue
+        params, (channels, *sides) = study.archs[arch], found.image_shape
+        smallest = study.entry("arch", arch).literals.get("SMALLEST", 1)
+        if isinstance(smallest, dict):
+            smallest = smallest[study.base("arch", arch)]
+        if min(sides) < smallest:
+            height, width = sides
+            yield (
+                f"archs.{arch}: expected images of at least {smallest}x{smallest} pixels, those of "
+                f"'{dataset}' have {height}x{width}"
+            )
+        for key in ("mean", "std"):
+            values = getattr(params, key, None)
+            if values is not None and len(values) != channels:
+                expected = f"a value for each of the {channels} channels of '{dataset}'"
+                yield _said(f"archs.{arch}.{key}", values, expected)
 
 
 def _starts(study: Study) -> Iterator[str]:

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from robsparse import __version__, config, staleness
+from robsparse import __version__, checks, config, staleness
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.errors import UsageError, nearest
@@ -270,6 +270,8 @@ def _cell_of(study: Study, key: str) -> Cell:
 
 def _check(arguments: argparse.Namespace) -> None:
     study, _ = _study(arguments)
+    if missing := checks.missing_data(study):
+        raise UsageError("\n".join(f"{arguments.config}: {line}" for line in missing))
     cells = study.cells()
     print(
         f"{arguments.config}: valid, {len(cells)} networks to train, "

@@ -14,7 +14,7 @@ from robsparse import datasets, doubts, frozen, networks, objectives, registry
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.cost import PASSES
-from robsparse.datasets import Description
+from robsparse.imagesets import Description
 from robsparse.machine import computing, device_name, pick_device, pick_precision, prepare
 
 # Shares that are not known before the study is run; the estimate says so.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robsparse import registry
 from robsparse.config import Strict
+from robsparse.imagesets import Description
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,14 @@ class Splits:
         return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Description:
-    """What planning must know of a data set: channels, height and width, classes, images."""
-
-    image_shape: tuple[int, int, int]
-    classes: int
-    train_examples: int
-
-
 def describe(name: str, params: Strict) -> Description:
-    """Shape and size of a data set; it is only loaded where they are not known in advance."""
-    module = registry.load("dataset", name)
-    if hasattr(module, "IMAGE_SHAPE"):
-        held_out = params.validation_examples
-        return Description(module.IMAGE_SHAPE, module.CLASSES, module.TRAIN_EXAMPLES - held_out)
+    """Shape and sizes of a data set; it is only loaded where they are not known in advance."""
+    known = params.description() if hasattr(params, "description") else None
+    if known is not None and known.classes is not None:
+        return known
     splits = load(name, params)
-    return Description(splits.image_shape, splits.classes, len(splits.train))
+    parts = splits.train, splits.validation, splits.test
+    return Description(splits.image_shape, splits.classes, *map(len, parts))
 
 
 def load(name: str, params: Strict) -> Splits:

@@ -14,7 +14,7 @@ from robsparse.imagesets import Images
 from robsparse.thirdparty.torchvision_repair import import_torchvision
 
 
-def load(name: str, class_name: str, params: Images, classes: int, **which: Any) -> Splits:
+def load(name: str, class_name: str, params: Images, **which: Any) -> Splits:
     """Official training and test images of a data set; validation images come out of the former.
 
     name: as in a study. class_name: torchvision's. which: for "train" and "test", the arguments
@@ -22,6 +22,7 @@ def load(name: str, class_name: str, params: Images, classes: int, **which: Any)
 
     Raises UsageError that names the ways to supply the data when it is neither there nor to be had.
     """
+    classes = params.description().classes
     make = getattr(import_torchvision().datasets, class_name)
     folder = Path(params.data_dir)
     parts = {}

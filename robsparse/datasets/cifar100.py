@@ -6,9 +6,7 @@ Source: Krizhevsky, "Learning multiple layers of features from tiny images", 200
 from pydantic import Field
 
 from robsparse.datasets import Splits, _torchvision
-from robsparse.imagesets import Augmentation, Images
-
-IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES = (3, 32, 32), 100, 50000
+from robsparse.imagesets import Augmentation, Description, Images
 
 
 class Params(Images):
@@ -18,8 +16,12 @@ class Params(Images):
     validation_examples: int = Field(2000, ge=10, le=25000)
     augmentation: Augmentation = Augmentation(kind="shift", flip=True)
 
+    def description(self) -> Description:
+        """Known without the images."""
+        return self.described((3, 32, 32), 100, train=50_000, test=10_000)
+
 
 def load(params: Params) -> Splits:
     """Official test images in their order; validation images come out of the training images."""
     which = {"train": {"train": True}, "test": {"train": False}}
-    return _torchvision.load("cifar100", "CIFAR100", params, CLASSES, **which)
+    return _torchvision.load("cifar100", "CIFAR100", params, **which)

@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 
 from robsparse.config import Strict
 from robsparse.datasets import Part, Splits
-from robsparse.imagesets import Augmentation
+from robsparse.imagesets import Augmentation, Description
 
 
 class Params(Strict):
@@ -20,6 +20,11 @@ class Params(Strict):
     test_examples: int = Field(400, ge=10, le=800)
     split_seed: NonNegativeInt = 0
     augmentation: Augmentation = Augmentation()
+
+    def description(self) -> Description:
+        """Known without the images."""
+        held_out = self.validation_examples, self.test_examples
+        return Description((1, 8, 8), 10, 1797 - sum(held_out), *held_out)
 
 
 def load(params: Params) -> Splits:

@@ -10,10 +10,8 @@ from pathlib import Path
 from pydantic import Field
 
 from robsparse.datasets import Splits, _torchvision
-from robsparse.imagesets import Augmentation, Images
+from robsparse.imagesets import Augmentation, Description, Images
 from robsparse.records import atomic
-
-IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES = (1, 28, 28), 10, 60000
 
 # Where Debian's package dataset-fashion-mnist puts the four .gz files.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -33,12 +31,16 @@ class Params(Images):
     validation_examples: int = Field(2000, ge=10, le=25000)
     augmentation: Augmentation = Augmentation(kind="shift", flip=True)
 
+    def description(self) -> Description:
+        """Known without the images."""
+        return self.described((1, 28, 28), 10, train=60_000, test=10_000)
+
 
 def load(params: Params) -> Splits:
     """Official test images in their order; validation images come out of the training images."""
     _unpack_local_copy(Path(params.data_dir))
     which = {"train": {"train": True}, "test": {"train": False}}
-    return _torchvision.load("fashion_mnist", "FashionMNIST", params, CLASSES, **which)
+    return _torchvision.load("fashion_mnist", "FashionMNIST", params, **which)
 
 
 def _unpack_local_copy(folder: Path) -> None:

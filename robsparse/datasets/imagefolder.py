@@ -20,6 +20,7 @@ from robsparse.errors import UsageError
 from robsparse.imagesets import Augmentation, Images
 from robsparse.records import atomic
 
+NEEDED = ("data_dir",)  # parameters that name what has to be there
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp"}
 
 

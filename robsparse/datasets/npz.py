@@ -11,7 +11,9 @@ from pydantic import Field
 from robsparse.datasets import Splits
 from robsparse.datasets._arrays import as_part, held_out, read_npz
 from robsparse.errors import UsageError
-from robsparse.imagesets import Images
+from robsparse.imagesets import Description, Images, image_shape, shapes_in_npz
+
+NEEDED = ("file",)  # parameters that name what has to be there
 
 
 class Params(Images):
@@ -19,6 +21,13 @@ class Params(Images):
 
     file: str
     validation_examples: int = Field(1000, ge=10)
+
+    def description(self) -> Description | None:
+        """What the headers of the file say; the number of classes is in the labels."""
+        shapes = shapes_in_npz(self.file)
+        train, test = shapes.get("train_images", ()), shapes.get("test_images", ())
+        shape = image_shape(train)
+        return (shape and test and self.described(shape, None, train[0], test[0])) or None
 
 
 def load(params: Params) -> Splits:

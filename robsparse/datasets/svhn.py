@@ -6,9 +6,7 @@ Source: Netzer et al., "Reading digits in natural images with unsupervised featu
 from pydantic import Field
 
 from robsparse.datasets import Splits, _torchvision
-from robsparse.imagesets import Augmentation, Images
-
-IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES = (3, 32, 32), 10, 73257
+from robsparse.imagesets import Augmentation, Description, Images
 
 
 class Params(Images):
@@ -21,8 +19,12 @@ class Params(Images):
     validation_examples: int = Field(2000, ge=10, le=25000)
     augmentation: Augmentation = Augmentation(kind="shift", flip=False)
 
+    def description(self) -> Description:
+        """Known without the images."""
+        return self.described((3, 32, 32), 10, train=73_257, test=26_032)
+
 
 def load(params: Params) -> Splits:
     """Labels are the digits 0 to 9; official test images in their order."""
     which = {"train": {"split": "train"}, "test": {"split": "test"}}
-    return _torchvision.load("svhn", "SVHN", params, CLASSES, **which)
+    return _torchvision.load("svhn", "SVHN", params, **which)

@@ -1,4 +1,7 @@
-"""Architectures. A file lists the names that it builds in NAMES and defines Params and `build`."""
+"""Architectures. A file lists the names that it builds in NAMES and defines Params and `build`.
+
+SMALLEST: pixels a side of the smallest images that it is for, a number or one for each name.
+"""
 
 from torch import nn
 

@@ -23,6 +23,7 @@ from robsparse.models._layers import (
 )
 
 NAMES = ("resnet18", "resnet34", "resnet50")
+SMALLEST = 8  # pixels a side of the images
 
 
 class Params(Normalised):
@@ -76,7 +77,7 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
     Stages 2 to 4 halve the map, rounding up. Raises UsageError for images smaller than 8 pixels a
     side, and as `network` does.
     """
-    require_size(name, image_shape, 8)
+    require_size(name, image_shape, SMALLEST)
     block, depths = STAGES[name]
     channels = 64
     layers: dict[str, nn.Module] = {

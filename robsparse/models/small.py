@@ -13,6 +13,7 @@ from robsparse.models._layers import (
 )
 
 NAMES = ("small_cnn", "small_resnet")
+SMALLEST = {"small_cnn": 5, "small_resnet": 4}  # pixels a side of the images
 
 
 class Params(Normalised):
@@ -33,8 +34,8 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
     Weights start from a truncated normal of variance 2 / fan_in, biases from 0. Raises UsageError
     for images smaller than 5 (small_cnn) or 4 pixels a side, and as `network` does.
     """
-    layers, side = (_cnn, 5) if name == "small_cnn" else (_resnet, 4)
-    require_size(name, image_shape, side)
+    layers = _cnn if name == "small_cnn" else _resnet
+    require_size(name, image_shape, SMALLEST[name])
     return network(name, params, image_shape[0], layers(params.width, image_shape, classes))
 
 

@@ -11,6 +11,7 @@ from robsparse.fields import Normalised
 from robsparse.models._layers import conv3x3, network, require_size
 
 NAMES = ("vgg16",)
+SMALLEST = 16  # pixels a side of the images
 
 # Channels of the 3x3 convolutions; all blocks but the last end in a 2x2 max-pool.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -28,7 +29,7 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
 
     Raises UsageError for images smaller than 16 pixels a side, and as `network` does.
     """
-    require_size(name, image_shape, 16)
+    require_size(name, image_shape, SMALLEST)
     channels, height, width = image_shape
     layers: dict[str, nn.Module] = {}
     number = 0

@@ -16,6 +16,7 @@ from robsparse.fields import Normalised
 from robsparse.models._layers import conv1x1, conv3x3, mean_and_classify, network, require_size
 
 NAMES = ("wrn28_2", "wrn28_4", "wrn28_10", "wrn34_10")
+SMALLEST = 4  # pixels a side of the images
 
 
 class Params(Normalised):
@@ -60,7 +61,7 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
     x_NCHW in [0,1] -> logits_NK. Blocks 2 and 3 halve the map, rounding up. Raises UsageError for
     images smaller than 4 pixels a side, and as `network` does.
     """
-    require_size(name, image_shape, 4)
+    require_size(name, image_shape, SMALLEST)
     depth, factor = SIZES[name]
     channels = 16
     layers: dict[str, nn.Module] = {"conv1": conv3x3(image_shape[0], channels)}

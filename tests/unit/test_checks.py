@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from robsparse import config, faults, figures, sections
+from robsparse import config, datasets, faults, figures, registry, sections
+from robsparse.cli import main
 from robsparse.errors import UsageError
 from robsparse.fields import LARGEST, LONGEST_NAME
+from robsparse.imagesets import Description
 from robsparse.sections import Fit
 
 TABLE = {
@@ -231,6 +234,137 @@ def test_stages_hold_their_rules_without_a_config_too(key):
 
 def test_tables_of_every_study_are_known_to_the_configuration():
     assert {Path(name).stem for name in figures.TABLES} == set(sections.OWN_TABLES)
+
+
+# ---------------------------------------------------------------- sizes of data
+
+DIGITS = {"validation_examples": 20, "test_examples": 800}  # of 1,797: 977 are left
+DATA = {
+    "batch": (
+        {"training": {"batch_size": 978}},
+        "training.batch_size = 978: expected at most the 977 training images of 'digits'; nearest "
+        "match: 977",
+    ),
+    "batch of a block": (
+        {"grid": {"training": {"batch_size": 2000}}},
+        "grid.training.batch_size = 2000: expected at most the 977 training images of 'digits'",
+    ),
+    "images that are attacked": (
+        {"evaluation": {"n_examples": 801}},
+        "evaluation.n_examples = 801: expected at most the test images of 'digits'; nearest match: "
+        "800",
+    ),
+    "images of a data set that is not there yet": (
+        {"grid": {"datasets": ["cifar10"]}, "evaluation": {"n_examples": 10_001}},
+        "evaluation.n_examples = 10001: expected at most the test images of 'cifar10'; nearest "
+        "match: 10000",
+    ),
+    "held out of 100 classes": (
+        {"grid": {"datasets": ["cifar100"]}, "datasets": {"cifar100": {"validation_examples": 99}}},
+        "datasets.cifar100.validation_examples = 99: expected 100 to 49900 of the 50000 images "
+        "beside those for tests",
+    ),
+    "small images": (
+        {"grid": {"archs": ["vgg16"]}},
+        "archs.vgg16: expected images of at least 16x16 pixels, those of 'digits' have 8x8",
+    ),
+    "channels": (
+        {"archs": {"small_cnn": {"mean": [0.5] * 3, "std": [0.2] * 3}}},
+        "archs.small_cnn.mean = [0.5, 0.5, 0.5]: expected a value for each of the 1 channels of "
+        "'digits'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DATA)
+def test_data_that_is_too_small_is_said_without_reading_it(what, study_data, refused):
+    change, said = DATA[what]
+    merge(study_data, change)
+    assert refused(study_data)[0].startswith(said)
+
+
+def test_the_whole_data_may_be_used(study_data, load_study):
+    study_data["training"]["batch_size"] = 977
+    study_data["evaluation"]["n_examples"] = 800
+    assert load_study(study_data)
+    study_data["grid"]["archs"] = ["resnet18", "small_resnet", "wrn28_2"]  # of 8x8 images
+    assert load_study(study_data)
+
+
+def npz(path, train=(40, 8, 8), test=(20, 8, 8), write=np.savez):
+    labels = {n: np.arange(s[0]) % 2 for n, s in (("train_labels", train), ("test_labels", test))}
+    images = {"train_images": np.zeros(train, np.uint8), "test_images": np.zeros(test, np.uint8)}
+    write(path, **images, **labels)
+    return str(path)
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3), (3, 8, 8), (8, 8, 1), (1, 8, 8)])
+def test_sizes_of_a_file_are_those_of_the_loaded_data(shape, write, tmp_path):
+    file = npz(tmp_path / "data.npz", (40, *shape), (20, *shape), write)
+    params = registry.entry("dataset", "npz").params(file=file, validation_examples=10)
+    splits, found = datasets.load("npz", params), params.description()
+    parts = splits.train, splits.validation, splits.test
+    assert found == Description(splits.image_shape, None, *map(len, parts))
+    assert datasets.describe("npz", params) == Description(splits.image_shape, 2, *map(len, parts))
+
+
+def test_sizes_of_the_digits_are_those_of_the_loaded_data():
+    params = registry.entry("dataset", "digits").params(**DIGITS)
+    splits = datasets.load("digits", params)
+    parts = splits.train, splits.validation, splits.test
+    assert params.description() == Description(splits.image_shape, 10, *map(len, parts))
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "header"])
+def test_a_damaged_file_says_nothing_of_sizes(damage, tmp_path):
+    path = tmp_path / "data.npz"
+    npz(path)
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut": content[: len(content) // 2],
+            "text": b"no archive",
+            "empty": b"",
+            "header": content.replace(b"'shape'", b"'shope'"),
+        }[damage]
+    )
+    params = registry.entry("dataset", "npz").params(file=str(path), validation_examples=10)
+    assert params.description() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"datasets": {"npz": {"validation_examples": 50}}}, "datasets.npz.validation_examples = "),
+        ({"evaluation": {"n_examples": 21}}, "evaluation.n_examples = 21: expected at most the "),
+        ({"training": {"batch_size": 31}}, "training.batch_size = 31: expected at most the 30 "),
+    ],
+)
+def test_a_file_of_ones_own_is_looked_at_too(change, said, study_data, refused, tmp_path):
+    study_data["datasets"]["npz"] = {"file": npz(tmp_path / "a.npz"), "validation_examples": 10}
+    study_data["grid"]["datasets"] = ["npz"]
+    study_data["training"]["batch_size"] = 30
+    merge(study_data, change)
+    assert refused(study_data)[0].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("npz", "file"), ("imagefolder", "data_dir"), ("cifar10", "data_dir")]
+)
+def test_data_that_is_not_there_fails_the_check_alone(name, key, study_data, tmp_path, capsys):
+    """Results can be collected and drawn where the images are not."""
+    value = tmp_path / "data"
+    if name == "cifar10":
+        value.touch()  # a file where a folder is meant; one that is missing is downloaded to
+    study_data["datasets"][name] = {key: str(value)}
+    study_data["grid"]["datasets"] = [name]
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study_data))
+    assert config.load(path)
+    assert main(["check", str(path)]) == 2
+    said = f"{path}: datasets.{name}.{key} = {json.dumps(str(value))}: expected a file or folder"
+    assert capsys.readouterr().err.startswith(f"robsparse: error: {said}")
 
 
 # ---------------------------------------------------------------- files that are no study

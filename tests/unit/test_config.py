@@ -155,7 +155,7 @@ BAD = {
     "more images than there are": (
         "evaluation.n_examples",
         801,
-        ["evaluation.n_examples = 801", "test_examples"],
+        ["evaluation.n_examples = 801", "test images of 'digits'"],
         "800",
     ),
 }
