@@ -351,3 +351,112 @@ def test_gradients_do_not_depend_on_forming_the_effective_weights_once(name):
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0] if gradient.dim() > 1)
+
+
+# ---------------------------------------------------------------- mart, reach and norm
+
+
+def softmax(row):
+    whole = sum(math.exp(z) for z in row)
+    return [math.exp(z) / whole for z in row]
+
+
+class Three(nn.Module):
+    """Logits (a.x, b.x, 0), and the images that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[1.5, -2.0, 0.5], [-1.0, 1.0, 2.0], [0.0] * 3]))
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.detach())
+        return x.flatten(1) @ self.weight.T
+
+
+@pytest.mark.parametrize("beta", [6.0, 0.5])
+def test_mart_by_hand(beta):
+    model = Three().train()
+    loss = loss_of("mart", model, beta=beta, x=X, y=Y)
+    clean, adversarial = (x.flatten(1) for x in model.seen[-2:])
+    assert torch.equal(clean, X.flatten(1))
+    expected = 0.0
+    for x, a, label in zip(clean, adversarial, Y.tolist(), strict=True):
+        p, q = (softmax((model.weight @ row).tolist()) for row in (x, a))
+        wrong = max(q[k] for k in range(3) if k != label)
+        divergence = sum(c * math.log(c / d) for c, d in zip(p, q, strict=True))
+        expected += -math.log(q[label]) - math.log(1 - wrong)
+        expected += beta * divergence * (1 - p[label])
+    assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
+
+
+def test_mart_gradient_equals_a_numerical_one():
+    model = Three().double().train()
+    images, made = X.double(), attacker()
+
+    def loss():
+        made.generator.manual_seed(5)  # the same images each time: a small change turns no sign
+        return OBJECTIVES["mart"](model, images, Y, made, 6.0)
+
+    def at(i, j, change):
+        model.weight.data[i, j] += change
+        value = loss().item()
+        model.weight.data[i, j] -= change
+        return value
+
+    loss().backward()
+    for i, j in ((0, 0), (1, 2), (2, 1)):
+        slope = (at(i, j, 1e-5) - at(i, j, -1e-5)) / 2e-5
+        assert model.weight.grad[i, j].item() == pytest.approx(slope, rel=1e-4)
+
+
+def test_mart_crafts_against_the_label_from_the_gaussian_start():
+    model = Three().train()
+    loss_of("mart", model, x=X, y=Y)
+    start = perturb.gaussian_start(X, EPS, torch.Generator().manual_seed(5))
+    loss, options = perturb.cross_entropy_of(Y), {"eps": EPS, "step_size": STEP, "steps": 1}
+    assert torch.equal(model.seen[-1], perturb.ascend(model, X, start, loss, **options))
+
+
+@pytest.mark.parametrize("craft", ["attack_labels", "attack_outputs"])
+def test_scaled_attacker_shortens_reach_and_steps_alike(craft):
+    words = (linear(), X, Y) if craft == "attack_labels" else (linear(), X)
+    full, half = attacker(steps=3), attacker(steps=3).scaled(0.5)
+    short = Attacker(EPS / 2, Crafting(steps=3, step_size=STEP / 2), full.generator)
+    found = getattr(half, craft)(*words)
+    assert torch.equal(found, getattr(short, craft)(*words))
+    assert float((found - X).abs().max()) <= EPS / 2 + 1e-6
+    assert half.generator is not full.generator
+    assert half.scaled(0.25).generator is half.generator  # one stream of random numbers
+
+
+@pytest.mark.parametrize("craft", ["attack_labels", "attack_outputs"])
+def test_crafting_is_in_the_norm_of_the_threat(craft):
+    words = (linear(), X, Y) if craft == "attack_labels" else (linear(), X)
+    crafting = Crafting(steps=5, step_size=0.3)
+    made = Attacker(0.3, crafting, torch.Generator().manual_seed(1), "L2")
+    change = (getattr(made, craft)(*words) - X).flatten(1)
+    lengths = change.norm(dim=1)
+    assert float(lengths.max()) <= 0.3 + 1e-6
+    assert float(lengths.max()) > 0.25
+    along = change[0] / change[0].norm()
+    assert abs(float(along @ W / W.norm())) == pytest.approx(1, abs=0.1)  # the gradient itself
+
+
+def test_mat_attacks_the_first_half_and_weighs_both_the_same():
+    model = Three().train()
+    x, y = torch.cat([X, X[:1]]), torch.tensor([0, 1, 0])
+    loss = loss_of("mat", model, x=x, y=y)
+    seen = model.seen[-1]
+    assert not torch.equal(seen[:1], x[:1])
+    assert torch.equal(seen[1:], x[1:])
+    logits = (seen.flatten(1) @ model.weight.T).tolist()
+    expected = -sum(math.log(softmax(row)[k]) for row, k in zip(logits, y.tolist(), strict=True))
+    assert loss.item() == pytest.approx(expected / 3, rel=1e-5)
+
+
+def test_objective_of_a_training_has_its_beta(study_data, load_study):
+    study_data["training"]["beta"] = 2.5
+    training = load_study(study_data).training
+    one = objectives.of("trades", training)(linear(), X, Y, attacker())
+    assert torch.equal(one, loss_of("trades", linear(), beta=2.5, x=X, y=Y))

@@ -183,3 +183,100 @@ def test_modes_of_all_modules_come_back(mode, fails):
     except KeyError:
         pass
     assert [module.training for module in model.modules()] == before
+
+
+def test_frozen_parameters_are_trainable_again_and_the_others_are_not():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].bias.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    with perturb.frozen(model):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+# ---------------------------------------------------------------- L2
+
+
+def ascend_l2(model, x, start, y, *, eps, step_size, steps=1):
+    loss = perturb.cross_entropy_of(torch.tensor(y))
+    options = {"eps": eps, "step_size": step_size, "steps": steps, "norm": "L2"}
+    return perturb.ascend(model, x, start, loss, **options)
+
+
+def test_l2_step_by_hand_follows_the_gradient_itself():
+    x = images([0.5, 0.5, 0.5])
+    found = ascend_l2(linear([3.0, -4.0, 0.0]), x, x, [0], eps=1.0, step_size=0.1)
+    assert torch.allclose(found, images([0.56, 0.42, 0.5]))
+
+
+def test_l2_steps_add_up_inside_the_ball_and_end_on_its_surface():
+    x, model = images([0.5, 0.5], [0.5, 0.5]), linear([3.0, -4.0])
+    inside = ascend_l2(model, x, x, [0, 1], eps=0.3, step_size=0.1, steps=2)
+    assert torch.allclose(inside, images([0.62, 0.34], [0.38, 0.66]))
+    beyond = ascend_l2(model, x, x, [0, 1], eps=0.3, step_size=0.1, steps=9)
+    assert torch.allclose(beyond, images([0.68, 0.26], [0.32, 0.74]))
+
+
+def test_l2_ball_is_around_the_image_and_not_around_the_start():
+    x, start = images([0.5, 0.5]), images([0.5, 0.9])
+    found = ascend_l2(linear([1.0, 0.0]), x, start, [0], eps=0.25, step_size=0.3)
+    assert torch.allclose(found, images([0.65, 0.7]))  # (0.3, 0.4) shortened to 0.25
+
+
+def test_l2_images_stay_in_the_box():
+    x = images([0.9, 0.05])
+    found = ascend_l2(linear([4.0, -3.0]), x, x, [0], eps=1.0, step_size=1.0)
+    assert torch.allclose(found, images([1.0, 0.0]))
+
+
+def test_l2_lengths_are_those_of_each_image_alone_in_any_shape():
+    x = torch.full((2, 3, 2, 2), 0.5)
+    change = torch.zeros_like(x)
+    change[0, :, 0, 0] = torch.tensor([0.1, 0.2, 0.2])  # length 0.3
+    change[1, 0, 1, 1] = 0.4
+    assert torch.allclose(perturb._unit(change)[0], change[0] / 0.3)
+    assert torch.allclose(perturb._unit(change)[1], change[1] / 0.4)
+    shortened = perturb._project(change, 0.35)
+    assert torch.equal(shortened[0], change[0])
+    assert torch.allclose(shortened[1], change[1] * 0.35 / 0.4)
+    assert torch.equal(perturb._unit(torch.zeros(1, 1, 1, 2)), torch.zeros(1, 1, 1, 2))
+    assert float(perturb._unit(torch.full((1, 1, 1, 1), 1e-6))) == pytest.approx(1.0)
+
+
+def test_l2_start_is_uniform_in_the_ball_of_each_image():
+    # Of a ball in 4 dimensions the share 0.5^4 lies within half of the radius.
+    x = torch.full((20_000, 1, 2, 2), 0.5)
+    start = perturb.uniform_start(x, 0.4, torch.Generator().manual_seed(0), "L2")
+    offset = (start - x).flatten(1)
+    lengths = offset.norm(dim=1)
+    assert float(lengths.max()) <= 0.4 + 1e-6
+    assert float(lengths.max()) > 0.399
+    assert float((lengths < 0.2).float().mean()) == pytest.approx(1 / 16, rel=0.1)
+    assert float((lengths < 0.3).float().mean()) == pytest.approx(0.75**4, rel=0.05)
+    assert float(offset.mean(0).abs().max()) < 0.01
+    assert float(offset.std()) > 0.1
+
+
+def test_l2_start_is_in_the_box_and_by_the_generator_alone():
+    x = torch.rand(50, 1, 2, 2).round()
+    starts = [
+        perturb.uniform_start(x, 3.0, torch.Generator().manual_seed(seed), "L2")
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+    assert float(starts[0].min()) >= 0
+    assert float(starts[0].max()) <= 1
+    assert perturb.uniform_start(x[:0], 1.0, torch.Generator(), "L2").shape == (0, 1, 2, 2)
+
+
+def test_l2_start_and_radius_directions_come_in_this_order():
+    """The bits of trained networks depend on it: directions first, then radii."""
+    x = torch.full((3, 1, 1, 2), 0.5)
+    generator = torch.Generator().manual_seed(5)
+    normal = torch.randn(x.shape, generator=generator)
+    radius = torch.rand(3, generator=generator) ** 0.5
+    direction = normal / normal.flatten(1).norm(dim=1).view(3, 1, 1, 1)
+    expected = x + 0.1 * radius.view(3, 1, 1, 1) * direction
+    found = perturb.uniform_start(x, 0.1, torch.Generator().manual_seed(5), "L2")
+    assert torch.allclose(found, expected)

@@ -16,12 +16,16 @@ from robsparse.sparsity import (
     Masked,
     apply_masks,
     bake,
+    effective_weights,
     erk_keep_counts,
+    global_masks,
     layer_keep_counts,
     live_count,
     magnitude_masks,
     plain_state,
     prunable,
+    quota_keep_counts,
+    random_masks,
     top_k_mask,
     weight_count,
 )
@@ -290,3 +294,84 @@ def test_bake_leaves_trainable_weights_and_plain_networks_alone():
     masked = masked_net()
     bake(masked)
     assert all(isinstance(m.weight, nn.Parameter) for m in prunable(masked).values())
+
+
+# ---------------------------------------------------------------- ideal gas quotas
+
+
+def test_quotas_by_hand():
+    # 10 and 90 weights, 12 of them live: 10 / (1 + 10 F) + 90 / (1 + 90 F) = 12 at F = 0.1444;
+    # the shares are 4.1 and 7.9.
+    assert quota_keep_counts(linear_net(10, 1, 90), 0.88) == {"0": 4, "1": 8}
+
+
+@given(model=nets(), sparsity=SPARSITIES)
+def test_quotas_are_within_one_weight_of_one_common_quota(model, sparsity):
+    found = quota_keep_counts(model, sparsity)
+    sizes = {name: module.weight.numel() for name, module in prunable(model).items()}
+    budget = keep_count(sum(sizes.values()), sparsity)
+    assert sum(found.values()) == budget
+    assert all(0 <= found[name] <= size for name, size in sizes.items())
+
+    def total(force):
+        return sum(size / (1 + force * size) for size in sizes.values())
+
+    low, high = 0.0, 1e6
+    for _ in range(300):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) > budget else (low, middle)
+    if sparsity > 0 and total(1e6) < budget:
+        for name, size in sizes.items():
+            assert abs(found[name] - size / (1 + low * size)) <= 1 + 1e-3
+
+
+# ---------------------------------------------------------------- random, global and held masks
+
+
+def test_random_masks_have_the_counts_and_follow_the_generator():
+    model, counts = linear_net(5, 4, 3), {"0": 7, "1": 0}
+    one, same, other = (
+        random_masks(model, counts, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert {name: int(mask.sum()) for name, mask in one.items()} == counts
+    assert {name: mask.shape for name, mask in one.items()} == {"0": (4, 5), "1": (3, 4)}
+    assert all(mask.dtype == torch.bool for mask in one.values())
+    assert torch.equal(one["0"], same["0"])
+    assert not torch.equal(one["0"], other["0"])
+
+
+def test_global_masks_take_the_largest_of_all_layers_together():
+    scores = {"a": torch.tensor([[9.0, 1.0], [5.0, 3.0]]), "b": torch.tensor([4.0, 8.0, 2.0])}
+    masks = global_masks(scores, 4)
+    assert masks["a"].tolist() == [[True, False], [True, False]]
+    assert masks["b"].tolist() == [True, True, False]
+
+
+def test_effective_weights_are_formed_once_and_with_gradients():
+    class Counted(Masked):
+        formed = 0
+
+        def forward(self, weight):
+            Counted.formed += 1
+            return super().forward(weight)
+
+    layer = nn.Linear(3, 2, bias=False)
+    parametrize.register_parametrization(layer, "weight", Counted(torch.ones(2, 3)))
+    Counted.formed = 0
+    x = torch.ones(1, 3)
+    with effective_weights(layer):
+        with torch.no_grad():
+            layer(x)
+        layer(x).sum().backward()
+    assert Counted.formed == 1
+    assert torch.equal(layer.parametrizations.weight.original.grad, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bake_brings_the_weight_back_to_its_place(bias):
+    layer = nn.Linear(3, 2, bias=bias)
+    before = [name for name, _ in layer.named_parameters()]
+    model = nn.Sequential(layer)
+    apply_masks(model, {"0": torch.ones(2, 3)})
+    bake(model)
+    assert [name for name, _ in layer.named_parameters()] == before

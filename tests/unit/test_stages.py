@@ -6,7 +6,7 @@ from torch import nn
 
 from robsparse.config import Fit
 from robsparse.sparsity import live_count
-from robsparse.stages import FixedMaskStage, Stage, schedule_factor
+from robsparse.stages import FixedMaskStage, Stage, remaining_weights, schedule_factor
 
 
 def factors(steps_per_epoch=1, **settings):
@@ -100,3 +100,46 @@ def test_fixed_mask_of_a_pruned_network_is_its_own(make_run):
         model[0].weight.mul_(mask)
     FixedMaskStage("finetune", Fit(epochs=1, lr=0.1)).before_fit(make_run(model, 0.9))
     assert torch.equal(model[0].parametrizations.weight[0].mask, mask)
+
+
+# ---------------------------------------------------------------- warm-up and cosine by epoch
+
+
+def test_cosine_of_epochs_by_hand_is_the_one_of_the_epoch_before():
+    # (1 + cos(pi (e - 1) / 4)) / 2 for e = 0, 1, 2, 3, the same in both steps of an epoch
+    root = 2**-0.5
+    by_epoch = [(1 + root) / 2, 1.0, (1 + root) / 2, 0.5]
+    found = factors(steps_per_epoch=2, epochs=4, schedule="cosine_epochs")
+    assert found == pytest.approx([factor for factor in by_epoch for _ in range(2)])
+
+
+def test_warm_up_rises_by_equal_steps_to_the_schedule():
+    found = factors(steps_per_epoch=2, epochs=4, schedule="constant", warmup=2)
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+
+def test_warm_up_multiplies_the_schedule():
+    plain = factors(steps_per_epoch=3, epochs=4, schedule="cosine")
+    found = factors(steps_per_epoch=3, epochs=4, schedule="cosine", warmup=1)
+    assert found == pytest.approx([p * min(1, (t + 1) / 3) for t, p in enumerate(plain)])
+
+
+def test_remaining_weights_are_those_that_are_not_zero(make_run):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.0, -1.0], [2.0, 0.0]]))
+        model[1].weight.copy_(torch.tensor([[0.0, 0.5]]))
+    masks = remaining_weights(make_run(model, 0.5))
+    assert masks["0"].tolist() == [[False, True], [True, False]]
+    assert masks["1"].tolist() == [[False, True]]
+    assert not masks["0"].requires_grad
+
+
+def test_fixed_mask_keeps_the_largest_weights_unless_told(make_run):
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.1, -3.0, 0.2, 2.0]]))
+    stage = FixedMaskStage("finetune", Fit(epochs=1, lr=0.1))
+    stage.before_fit(make_run(model, 0.5))
+    assert stage.name == "finetune"
+    assert model[0].weight.tolist() == [[0.0, -3.0, 0.0, 2.0]]
