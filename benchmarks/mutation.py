@@ -337,8 +337,9 @@ def run_pytest(words: list[str], plugins: tuple = ()) -> int:
         return int(pytest.main([*quiet, *words], plugins=list(plugins)))
 
 
-def covering(files: list[Path], tests: list[str], folder: Path) -> dict[str, dict]:
-    """What the tests cover of some files; kept in `folder` until a source or a test changes."""
+def covering(tests: list[str], folder: Path) -> dict[str, dict]:
+    """What the tests cover of all modules; kept in `folder` until a source or a test changes."""
+    files = [path_of(name) for name in MODULES]
     sources = sorted(
         path
         for room in ("robsparse", "method", "baselines", "eval", "figures", "tests")
@@ -452,7 +453,7 @@ def run(samples: dict[str, list[Mutant]], results: Path, retry: bool) -> None:
     run_pytest(["--collect-only", *(str(ROOT / "tests" / test) for test in everything)])
     os.dup2(said[0], 1), os.dup2(said[1], 2)
     for name, some in tests.items():
-        covered = covering([files[name]], some, results.parent)
+        covered = covering(some, results.parent)
         living = living_functions(files[name])
         for mutant in waiting[name]:
             verdict = judged(mutant, files[name], covered, living)
