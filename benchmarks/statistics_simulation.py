@@ -22,17 +22,23 @@ from scipy.stats import t as student
 
 from robsparse.figures import statistics
 
-SHARED, OWN = 0.5, 0.2  # of an image's variance 1: hard for both methods, hard for one of them
 OLDER = 5  # of so many replications one is looked at by the bootstrap, too
 GUESSING = 0.1  # accuracy of a network whose training collapsed
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What seeds do: standard deviation of the level, and the share of seeds that collapse."""
+    """What seeds and images do.
+
+    spread: standard deviation of the level over seeds, in units of an image's variable.
+    collapsing: share of seeds whose training collapses.
+    shared, own: shares of an image's variance 1: hard for both methods, hard for one of them.
+    """
 
     spread: float
     collapsing: float = 0.0
+    shared: float = 0.5
+    own: float = 0.2
 
     def truth(self, usual: float) -> float:
         """The accuracy in the limit of many seeds, where that of one that trains is usual."""
@@ -40,8 +46,8 @@ class Kind:
 
 
 KINDS = {
-    "none": Kind(0.0),
-    "small": Kind(0.04),
+    "none": Kind(0.0, shared=0.92, own=0.03),
+    "small": Kind(0.04, shared=0.92, own=0.03),
     "large": Kind(0.2),
     "collapse": Kind(0.05, 1 / 6),
 }
@@ -51,15 +57,15 @@ def outcomes(
     rng: np.random.Generator, kind: Kind, usual: tuple[float, float], seeds: int, images: int
 ) -> list[np.ndarray]:
     """Outcomes (bool, S×N) of two methods; `usual`: their accuracies over seeds that train."""
-    shared = np.sqrt(SHARED) * rng.normal(size=images)
+    shared = np.sqrt(kind.shared) * rng.normal(size=images)
     found = []
     for share in usual:
         level = norm.ppf(share) * np.hypot(1, kind.spread) + kind.spread * rng.normal(
             size=(seeds, 1)
         )
         level[rng.random((seeds, 1)) < kind.collapsing] = norm.ppf(GUESSING)
-        own = np.sqrt(OWN) * rng.normal(size=images)
-        rest = np.sqrt(1 - SHARED - OWN) * rng.normal(size=(seeds, images))
+        own = np.sqrt(kind.own) * rng.normal(size=images)
+        rest = np.sqrt(1 - kind.shared - kind.own) * rng.normal(size=(seeds, images))
         found.append(level + shared + own + rest > 0)
     return found
 
