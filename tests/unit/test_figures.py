@@ -927,6 +927,49 @@ def test_ranks_share_ties(tmp_path):
     assert set(tied["rank"]) == {1.5}
 
 
+def test_ranks_that_differences_rule_out(tmp_path):
+    grid = STUDY["grid"] | {"methods": ["lwm", "lwm_b", "bcs"], "sparsities": [0.9]}
+    path = tmp_path / "made_up.yaml"
+    path.write_text(yaml.safe_dump(STUDY | {"grid": grid, "methods": {"lwm_b": {"base": "lwm"}}}))
+    study, levels = config.load(path), robust({"bcs": 18, "lwm": 5, "lwm_b": 6})
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), levels).write()
+    material = summary.gather(study, layout, tidy.read(layout.root))
+    found = compare.ranks(material).set_index("method")
+    assert found["rank"].to_dict() == {"bcs": 1, "lwm_b": 2, "lwm": 3}
+    assert found.index.tolist() == ["bcs", "lwm_b", "lwm"]
+    assert found["low"].to_dict() == {"bcs": 1, "lwm_b": 2, "lwm": 2}
+    assert found["high"].to_dict() == {"bcs": 1, "lwm_b": 3, "lwm": 3}
+    assert tables.rank_table(material)["Not ruled out"].tolist() == [
+        "1.0 to 1.0",
+        "2.0 to 3.0",
+        "2.0 to 3.0",
+    ]
+
+
+def test_verdicts_follow_the_corrected_p_value(tmp_path):
+    material = prepare(tmp_path, correct=robust({"bcs": 3, "lwm": 19, "dense": 3}))
+    [group] = tidy.groups(material.study)
+    pairs = compare.compare(material, group).set_index(["sparsity", "theirs"])
+    assert pairs.verdict.to_dict() == {
+        (0.9, "dense"): "not separated",
+        (0.9, "lwm"): "behind",
+        (0.95, "dense"): "not separated",
+        (0.95, "lwm"): "behind",
+    }
+    assert pairs.p_holm.tolist() == statistics.holm(pairs.p.tolist())
+    assert (pairs.detectable > 0).all()
+
+
+def test_methods_of_other_seeds_are_not_paired(tmp_path):
+    material = prepare(tmp_path, skip=lambda cell: (cell.method, cell.seed) == ("lwm", 1))
+    [group] = tidy.groups(material.study)
+    pairs = compare.compare(material, group).set_index(["sparsity", "theirs"])
+    assert (pairs.xs("lwm", level="theirs")[["verdict", "seeds"]] == ["", 0]).all().all()
+    assert pairs.xs("lwm", level="theirs").p.isna().all()
+    assert (pairs.xs("dense", level="theirs").seeds == 2).all()
+    assert compare.winner(material, group, 0.9) is None
+
+
 def test_ranks_leave_out_incomplete_cells(tmp_path):
     material = prepare(tmp_path, skip=lambda cell: (cell.method, cell.sparsity) == ("lwm", 0.95))
     assert set(compare.ranks(material).cells) == {1}
