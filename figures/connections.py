@@ -169,7 +169,10 @@ def overlap(material: Material) -> Figure:
     side = max(2.9, 0.62 * count + 1.6)
     figure, panels = style.grid(material, width=side, height=side)
     for group, sparsity, panel in panels:
-        _overlap_panel(panel, material, group, sparsity, table)
+        if sparsity:
+            _overlap_panel(panel, material, group, sparsity, table)
+        else:
+            panel.set_visible(False)
     caption = [
         "Jaccard index in %: weights alive in both networks over weights alive in either; mean "
         "over all pairs of different networks, on the diagonal pairs of seeds of one method. In "

@@ -112,10 +112,15 @@ def layer_density(material: Material) -> Figure:
         return style.empty("No layer counts have been collected.", caption[1:])
     layers = layers.assign(density=layers.nonzero / layers["size"])
     shown = 100 * layers.density[(layers.density > 0) & (layers.sparsity > 0)]
+    if shown.empty:
+        return style.empty("The study has no sparse network.", caption[1:])
     floor, top = shown.min() / 2, shown.max() * 1.4
     figure, panels = style.grid(material, sharey=True)
     handles: dict[str, Line2D] = {}
     for group, sparsity, panel in panels:
+        if not sparsity:
+            panel.set_visible(False)
+            continue
         handles |= _density_panel(panel, material, group.of(layers), sparsity, floor)
         style.log_axis(panel, floor / 1.2, top, "{x:g}")
     _label_density_axes(figure)

@@ -128,7 +128,7 @@ def table_notes(material: Material, group: Group) -> list[str]:
         f"Objective: {objective(group.objective)}. "
         f"Epochs: {epochs(study, results)}. {started_from(study)}".strip(),
         *trained_otherwise(study, group),
-        *_elsewhere(study, group),
+        *_elsewhere(material, group),
         "Selection: "
         + "; ".join(f"{name} = {SELECTION_RULES[name]}" for name in study.evaluation.selections)
         + ".",
@@ -179,15 +179,28 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _elsewhere(study: Study, group: Group) -> list[str]:
+def _elsewhere(material: Material, group: Group) -> list[str]:
+    study, results = material.study, group.of(material.tidy.results)
     names = [n for n in methods(study, group) if study.is_external(n)]
     if not names:
         return []
-    labels = ", ".join(study.label("method", name) for name in names)
-    return [
-        f"Trained elsewhere, and attacked here with the weights as given: {labels}. How they were "
-        "trained and selected is not known to this suite."
+    origins = {
+        name: f"{study.label('method', name)} "
+        f"({join([*results[results.method == name].origin, study.source(name)][:1])})"
+        for name in names
+    }
+    notes = [
+        "Trained elsewhere, and attacked here with the weights as given: "
+        f"{', '.join(origins.values())}. How they were trained and selected is not known to this "
+        "suite."
     ]
+    foreign = [study.label("method", name) for name in names if study.source(name).foreign]
+    if foreign:
+        notes.append(
+            "Of an architecture of their own, built by code that is not of this suite: "
+            f"{', '.join(foreign)}."
+        )
+    return notes
 
 
 def _definition(material: Material, group: Group) -> list[str]:

@@ -37,6 +37,7 @@ _WORDS = [
     "suspicious",
     "failure",
     "budget",
+    "origin",
     "layer",
     "train_device",
     "eval_device",
@@ -135,8 +136,11 @@ def methods(study: Study, group: Group | None = None) -> list[str]:
 
 
 def sparsities(study: Study, group: Group | None = None) -> list[float]:
-    """All sparsities of the pruned and sampled networks, ascending."""
-    return sorted({c.sparsity for c in cells(study, group) if not study.is_dense(c.method)})
+    """All sparsities of the sparse networks, ascending; 0 stands for a group that has none."""
+    if group is None:
+        return sorted({s for one in groups(study) for s in sparsities(study, one)})
+    found = {c.sparsity for c in cells(study, group) if not study.is_dense(c.method)}
+    return sorted(found or {0.0})
 
 
 def seeds(study: Study, group: Group | None = None) -> list[int]:

@@ -24,7 +24,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from robsparse import records
+from robsparse import records, weights
 from robsparse.datasets import Part
 from robsparse.machine import is_out_of_memory
 
@@ -74,7 +74,7 @@ def fingerprint(model: nn.Module, part: Part) -> str:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(weights.as_bytes(value))
     for value in (part.x_NCHW, part.y_N):
         digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]

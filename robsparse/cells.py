@@ -1,21 +1,36 @@
 """A cell is one trained network of a study, and this is the one way to name it and its files."""
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from robsparse.errors import UsageError
 
+LONGEST_NAME = 64
+_NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
 _KEY = re.compile(
-    r"(?P<dataset>[^/]+)/(?P<arch>[^/]+)/(?P<method>[^/]+)/(?P<objective>[^/]+)"
-    r"/s(?P<sparsity>0\.\d{4})/seed(?P<seed>\d+)"
+    f"(?P<dataset>{_NAME})/(?P<arch>{_NAME})/(?P<method>{_NAME})/(?P<objective>{_NAME})"
+    r"/s(?P<sparsity>0\.[0-9]{4})/seed(?P<seed>[0-9]+)"
 )
+
+
+def is_name(text: str) -> bool:
+    """Whether a text may be part of a path and of a command as it is.
+
+    It is of letters, digits, - and _, starts with a letter or digit and is not longer than
+    LONGEST_NAME.
+    """
+    return len(text) <= LONGEST_NAME and re.fullmatch(_NAME, text) is not None
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One network: sparsity is the share in [0,1) of prunable weights that are zero."""
+    """One network: sparsity is the share in [0,1) of prunable weights that are zero.
+
+    Raises UsageError when a name could not stand in a path and in a command of the workflow.
+    """
 
     dataset: str
     arch: str
@@ -23,6 +38,14 @@ class Cell:
     objective: str
     sparsity: float
     seed: int
+
+    def __post_init__(self) -> None:
+        for axis in ("dataset", "arch", "method", "objective"):
+            if not is_name(getattr(self, axis)):
+                raise UsageError(
+                    f"{axis} {json.dumps(getattr(self, axis))}: expected a name of at most "
+                    f"{LONGEST_NAME} letters, digits, - and _"
+                )
 
     @property
     def key(self) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from robsparse import __version__, checks, config, staleness
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
-from robsparse.errors import UsageError, nearest
+from robsparse.errors import RunError, UsageError, nearest
 from robsparse.sections import MOST_THREADS
 from robsparse.sources import Target
 
@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"robsparse: error: {line}", file=sys.stderr)
         return EXIT_USAGE
+    except RunError as error:
+        print(f"robsparse: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except OSError as error:  # a full disk, say; files are renamed only when they are whole
         print(f"robsparse: error: {error}; nothing half-written is left", file=sys.stderr)
         return EXIT_FAILED
@@ -191,8 +194,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     single.add_argument(
         "--match",
         choices=("names", "order"),
-        default="names",
-        help="match the file's tensors by name, or by order (default: %(default)s)",
+        help="match the file's tensors by name, or by order (default: names)",
     )
 
 
@@ -294,9 +296,6 @@ def _train(arguments: argparse.Namespace) -> int:
     checkpoints = importlib.import_module("robsparse.checkpoints")
     try:
         training.train_cell(study, cell, layout, device=arguments.device, threads=arguments.threads)
-    except training.TrainingError as error:
-        print(f"robsparse: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
     except checkpoints.Interrupted as stopped:
         print(f"robsparse: {stopped}", file=sys.stderr)
         return EXIT_INTERRUPTED if stopped.signum == signal.SIGINT else EXIT_RESUME

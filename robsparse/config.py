@@ -191,6 +191,13 @@ def _check_models(study: Study) -> None:
     for name, model in study.models.items():
         if name in {*study.methods, *registry.names("method")}:
             raise UsageError(f"models.{name}: expected a name that is no method's")
+        for kind, own in (("dataset", model.dataset), ("arch", model.arch)):
+            known = {*registry.names(kind), *getattr(study, f"{kind}s")}
+            if own is not None and own not in known:
+                raise UsageError(
+                    f"models.{name}.{kind} = {json.dumps(own)}: unknown {kind}, expected one of: "
+                    f"{', '.join(sorted(known))}{nearest(own, known)}"
+                )
         if model.file is not None and not Path(model.file).is_file():
             raise UsageError(f"models.{name}.file = {json.dumps(model.file)}: no such file")
 

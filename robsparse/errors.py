@@ -11,11 +11,18 @@ class UsageError(Exception):
     """
 
 
-class TrainingError(Exception):
-    """A training run cannot go on, e.g. because its loss is no longer finite.
+class RunError(Exception):
+    """A run that cannot go on. The message is one line; the command line exits with 1."""
 
-    The message is one line; the command line prints it and exits with 1.
-    """
+
+class TrainingError(RunError):
+    """A training run cannot go on, e.g. because its loss is no longer finite."""
+
+
+def in_a_line(error: BaseException) -> str:
+    """What somebody else's code raised, as one line of at most about 200 characters."""
+    said = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -1,7 +1,9 @@
 """The one evaluator: it sees a plain torch model and test images, never a method."""
 
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -11,15 +13,44 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robsparse import datasets, doubts, frozen, networks, perturb, proof, records, registry, weights
+from robsparse import (
+    datasets,
+    doubts,
+    external,
+    frozen,
+    networks,
+    proof,
+    records,
+    registry,
+    weights,
+)
 from robsparse.attacks import AttackThreat, Outcome, Saved, fingerprint, no_network
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.config import Evaluation, Reach, Selection, Study, Threat
 from robsparse.datasets import Part
-from robsparse.errors import UsageError
+from robsparse.errors import RunError, UsageError, in_a_line
 from robsparse.machine import device_name, pick_device, prepare
 from robsparse.sources import Target
 from robsparse.sparsity import prunable
+
+
+class EvaluationError(RunError):
+    """An attack cannot go on, e.g. because the network fails on an image."""
+
+
+@contextmanager
+def _failing(attack: str) -> Iterator[None]:
+    """Turn what an attack or the attacked network raises into one line that says where."""
+    try:
+        yield
+    except (UsageError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise EvaluationError(
+            f"{attack}: {in_a_line(error)} ({frame.filename}, line {frame.lineno}); what was "
+            "finished before is kept for the next call"
+        ) from error
 
 
 def evaluate_cell(
@@ -38,7 +69,8 @@ def evaluate_cell(
     target: which weights, and where to write; None for the cell's own in the study's folder.
 
     Returns the path of the record. Raises UsageError, and writes nothing, when the weights are
-    missing or damaged or the images are not what an attack expects.
+    missing or damaged, the images are not what an attack expects or the network does not map them
+    to logits; EvaluationError when it fails later. Finished parts are kept then.
     """
     prepare(threads or study.machine.threads)
     where = pick_device(device or study.machine.device)
@@ -46,9 +78,16 @@ def evaluate_cell(
     target = target or Target.of_study(layout, cell, selection)
     records.check_writable(target.record.parent)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
-    model = networks.with_weights(study, cell, splits, target.weights, target.match)
+    if own:
+        model, origin = external.opened(study, cell, splits, layout, selection)
+    else:
+        model = networks.with_weights(study, cell, splits, target.weights, target.match)
+        origin = str(study.source(cell.method))
     examples = first_examples(splits.test, study.evaluation.n_examples, splits.classes)
-    model = checked(model.to(where).eval(), examples, splits.classes, where)
+    model = model.to(where).eval()
+    networks.checked(model, examples.x_NCHW[:2].to(where), splits.classes)
+    with _failing("counting weights"):
+        measured = measure(model, splits.image_shape)
     names = ["clean", *(n for n in study.evaluation.selections[selection] if n != "clean")]
     results = attack_model(
         model,
@@ -61,11 +100,12 @@ def evaluate_cell(
         network=surrogates(study, cell, selection, layout, where),
         folded=not study.source(cell.method).foreign,
     )
-    found = doubts.examine(model, examples, study.evaluation, study.threat, where)
-    measured = measure(model, splits.image_shape)
+    with _failing("doubts"):
+        found = doubts.examine(model, examples, study.evaluation, study.threat, where)
     common = {
         **{name: getattr(cell, name) for name in records.KEY if hasattr(cell, name)},
         "selection": selection,
+        "origin": origin,
         "suspicious": found.suspicious([r.outcome for r in results]),
         **measured.columns,
         **(_training_columns(layout, cell, selection) if own else {}),
@@ -108,7 +148,7 @@ def surrogates(
     def network(method: str) -> nn.Module:
         other = study.surrogate(cell, method)
         splits = datasets.load(study.base("dataset", other.dataset), study.datasets[other.dataset])
-        model = networks.with_weights(study, other, splits, layout.model(other, selection))
+        model, _ = external.opened(study, other, splits, layout, selection)
         return model.to(device).eval()
 
     return network
@@ -134,34 +174,6 @@ def in_words(record: Path) -> str:
 def _version(row: records.Row) -> str:
     """What an attack ran, unless it is what its name stands for."""
     return "" if row.version in (None, "standard") else f" (version {row.version})"
-
-
-def checked(model: nn.Module, examples: Part, classes: int, device: torch.device) -> nn.Module:
-    """The model, if it maps images to one number for each class, and can be differentiated.
-
-    Raises UsageError otherwise.
-    """
-    x = examples.x_NCHW[:2].to(device).requires_grad_(True)
-    try:
-        with torch.enable_grad(), perturb.frozen(model):
-            logits = model(x)
-    except RuntimeError as error:
-        said = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"network: fails on images of shape {tuple(x.shape[1:])} ({said})"
-        ) from None
-    if not isinstance(logits, Tensor) or logits.shape != (len(x), classes):
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UsageError(
-            f"network: {len(x)} images give {found}, expected logits {(len(x), classes)}; the data "
-            f"set has {classes} classes"
-        )
-    if not logits.requires_grad:
-        raise UsageError(
-            "network: its outputs have no gradient with respect to the images, expected a torch "
-            "module that can be differentiated"
-        )
-    return model
 
 
 def first_examples(test: Part, n: int, classes: int) -> Part:
@@ -293,7 +305,8 @@ def attack_model(
         faced = replace(faced, saved=kept.of(*said))
         attack = registry.load("attack", base)
         x_NCHW, y_N = examples.x_NCHW[correct], examples.y_N[correct]
-        outcome, seconds = _run(attack, attacked, (x_NCHW, y_N), params, faced)
+        with _failing(name):
+            outcome, seconds = _run(attack, attacked, (x_NCHW, y_N), params, faced)
         robust = {part: _spread(flags, correct) for part, flags in outcome.components.items()}
         whole = list(robust.values())[-1]
         robust = robust if "all" in robust else robust | {"all": whole}
@@ -352,17 +365,18 @@ class Measured:
 def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Measured:
     """Count live weights and multiply-accumulates of one image, dense and without zeros.
 
-    The sparse count is what an ideal sparse kernel would do; no such kernel is timed here.
+    The sparse count is what an ideal sparse kernel would do; no such kernel is timed here. A layer
+    counts as often as it is used, which may be never. Without prunable layers all counts are 0.
     """
-    positions: dict[str, int] = {}
+    modules = prunable(model)
+    positions = dict.fromkeys(modules, 0)
 
     def remember(name: str) -> Callable:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            positions[name] = output[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
+            positions[name] += output.numel() // module.weight.shape[0]
 
         return hook
 
-    modules = prunable(model)
     hooks = [module.register_forward_hook(remember(name)) for name, module in modules.items()]
     device = next(iter([*model.parameters(), torch.zeros(0)])).device
     with torch.no_grad():
@@ -382,7 +396,7 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Measured:
     columns = {
         "prunable": size,
         "nonzero": nonzero,
-        "sparsity_reached": 1 - nonzero / size,
+        "sparsity_reached": 1 - nonzero / size if size else 0.0,
         "layers": len(layers),
         "dense_macs": sum(layer["size"] * layer["positions"] for layer in layers),
         "sparse_macs": sum(layer["nonzero"] * layer["positions"] for layer in layers),

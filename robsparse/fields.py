@@ -16,11 +16,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from robsparse.cells import LONGEST_NAME, is_name
 from robsparse.errors import nearest
 
 LARGEST = 2**31  # of any number in a configuration
-LONGEST_NAME = 64
-_NAME = re.compile(f"[A-Za-z0-9][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}", re.ASCII)
 
 
 class Strict(BaseModel):
@@ -136,12 +135,15 @@ def _sparsity(value: Any) -> Any:
             {"hint": hint},
         )
     if round(number, 4) != number:
-        raise PydanticCustomError("sparsity", "expected at most four decimals, like 0.9950", {})
+        hint = f"; nearest match: {min(round(number, 4), 0.9999):g}"
+        raise PydanticCustomError(
+            "sparsity", "expected at most four decimals, like 0.9950{hint}", {"hint": hint}
+        )
     return number
 
 
 def _name(value: str) -> str:
-    if not _NAME.fullmatch(value):
+    if not is_name(value):
         raise PydanticCustomError(
             "name",
             "expected a name of at most {most} letters, digits, - and _ that starts with a letter "
@@ -151,7 +153,12 @@ def _name(value: str) -> str:
     return value
 
 
+def _claimed(value: Any) -> Any:
+    return 0.0 if _number(value) == 0 else _sparsity(value)
+
+
 Name = Annotated[str, AfterValidator(_name)]  # of a part, a file or a folder
 Radius = Annotated[float, BeforeValidator(radius)]
 Sparsity = Annotated[float, BeforeValidator(_sparsity)]
+Claimed = Annotated[float, BeforeValidator(_claimed)]
 Share = Annotated[float, Field(ge=0, lt=1)]

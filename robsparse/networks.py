@@ -4,12 +4,13 @@ import importlib
 import sys
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from robsparse import models, weights
+from robsparse import models, perturb, weights
 from robsparse.cells import Cell
 from robsparse.datasets import Splits
-from robsparse.errors import UsageError
+from robsparse.errors import UsageError, in_a_line
 from robsparse.sources import Match
 from robsparse.study import Study
 from robsparse.thirdparty import zoo
@@ -50,7 +51,7 @@ def with_weights(
 
 
 def call(source: str) -> nn.Module:
-    """The network that a function returns, named as module:function.
+    """The network that a function returns, named as module:function, in eval mode, on the CPU.
 
     The module is found as Python would find it from the current folder; it runs with all rights of
     the user. Raises UsageError when it cannot be imported, fails or returns something else.
@@ -60,10 +61,48 @@ def call(source: str) -> nn.Module:
         sys.path.append(str(Path.cwd()))
     try:
         network = getattr(importlib.import_module(module), name)()
-    except Exception as error:  # whatever the user's own code meets
-        raise UsageError(f"{source}: {type(error).__name__}: {error}") from error
+        if isinstance(network, nn.Module):
+            network.eval().cpu()
+    except (Exception, SystemExit) as error:  # whatever the user's own code meets
+        raise UsageError(f"{source}: {in_a_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UsageError(
             f"{source}: expected it to return a torch module, found {type(network).__name__}"
         )
-    return network.eval()
+    return network
+
+
+def checked(network: nn.Module, images_NCHW: Tensor, classes: int) -> nn.Module:
+    """The network, if it maps images to one number for each class, and can be differentiated.
+
+    Args:
+        network: any torch module, in eval mode.
+        images_NCHW: two images or more, in [0,1], on the network's device.
+        classes: of the data set.
+
+    Raises UsageError otherwise, and when the network cannot be put into eval mode.
+    """
+    for n in (2, 1):  # the last batch of an attack may hold a single image
+        x = images_NCHW[:n].clone().requires_grad_(True)
+        try:
+            with torch.enable_grad(), perturb.frozen(network):
+                logits = network(x)
+        except (Exception, SystemExit) as error:  # whatever a network's own code meets
+            raise UsageError(
+                f"network: fails on {n} images of shape {tuple(x.shape[1:])} ({in_a_line(error)})"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.shape != (n, classes):
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UsageError(
+                f"network: {n} images give {found}, expected logits {(n, classes)}; the data set "
+                f"has {classes} classes"
+            )
+        if not logits.requires_grad:
+            raise UsageError(
+                "network: its outputs have no gradient with respect to the images, expected a "
+                "torch module that can be differentiated"
+            )
+    training = [name or "itself" for name, part in network.named_modules() if part.training]
+    if training:
+        raise UsageError(f"network: {training[0]} stays in train mode, expected eval mode")
+    return network

@@ -19,12 +19,13 @@ def overlaps(study: Study, layout: Layout) -> list[dict[str, Any]]:
 
     Comparable are networks of the same data set, arch, objective and sparsity, in the same
     selection; and the selections of one network with each other. A network that two cells share
-    with itself is left out.
+    with itself is left out, and so are networks of foreign code, which have other layers.
     """
     groups: dict[tuple, list[Saved]] = {}
     for cell in study.cells():
         for selection in study.evaluation.selections:
-            if cell.sparsity and layout.model(cell, selection).exists():
+            comparable = cell.sparsity and not study.source(cell.method).foreign
+            if comparable and layout.model(cell, selection).exists():
                 key = (cell.dataset, cell.arch, cell.objective, cell.sparsity)
                 groups.setdefault(key, []).append((cell, selection))
     return [row for key, saved in groups.items() for row in _pairs(key, saved, layout)]

@@ -75,8 +75,8 @@ class Row(BaseModel):
 
     sparsity_reached: float = Field(ge=0, le=1)
     nonzero: NonNegativeInt
-    prunable: int = Field(gt=0)
-    layers: int = Field(gt=0)
+    prunable: NonNegativeInt
+    layers: NonNegativeInt
     dense_macs: NonNegativeInt
     sparse_macs: NonNegativeInt
     model_bytes: NonNegativeInt
@@ -98,6 +98,7 @@ class Row(BaseModel):
     data_checksum: str
     model_checksum: str
     source: Literal["measured"] | str = "measured"
+    origin: str = Field("", description="where the network comes from, in words")
     failure: str = Field("", description="what went wrong in training; such a row is marked")
     suspicious: str = Field("", description="why the network's robustness is in doubt, in words")
 

@@ -13,7 +13,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from robsparse.fields import Name, Radius, Share, Sparsity, Strict, radius_fault
+from robsparse.fields import Claimed, Name, Radius, Share, Sparsity, Strict, radius_fault
 from robsparse.imagesets import Augmentation
 from robsparse.sources import Kind, Match, Source
 
@@ -25,7 +25,8 @@ MOST_EPOCHS, LARGEST_LR, MOST_THREADS = 100_000, 1000, 1024
 # What `robsparse figures` itself writes to tables/, and what else lies in results/.
 OWN_TABLES = ("main", "per_class", "disagreements")
 OWN_FOLDERS = ("reference", "published", "callable", "zoo")
-Claimed = Annotated[float, Field(ge=0, lt=1)]
+# A network of RobustBench's zoo; some of its names have dots.
+_ZOO = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 
 
@@ -243,6 +244,12 @@ class Grid(Strict):
         return each_once(values)
 
 
+def _is_function(text: str) -> bool:
+    """Whether a text is module:function, as Python writes it."""
+    module, _, function = text.partition(":")
+    return len(text) <= 200 and all(map(str.isidentifier, [*module.split("."), function]))
+
+
 class External(Strict):
     """A network that was trained elsewhere: attacked and printed like all others, never trained.
 
@@ -252,7 +259,11 @@ class External(Strict):
     """
 
     file: str | None = None
-    arch: Name | None = Field(None, description="name in the section archs, or a registered one")
+    arch: Name | None = Field(
+        None,
+        description="name in the section archs, or a registered one; for zoo and callable: the one "
+        "in whose table the network stands",
+    )
     zoo: str | None = Field(None, description="name of a model in RobustBench's zoo")
     callable: str | None = Field(
         None,
@@ -279,16 +290,26 @@ class External(Strict):
             raise PydanticCustomError(
                 "source", "expected one of file, zoo and callable", {"key": "file"}
             )
-        if self.callable is not None and not re.fullmatch(r"[\w.]+:\w+", self.callable):
+        if self.callable is not None and not _is_function(self.callable):
             raise PydanticCustomError(
                 "source", "expected module:function, like mynets:resnet", {"key": "callable"}
             )
-        if (self.file is None) != (self.arch is None):
+        if self.zoo is not None and not _ZOO.fullmatch(self.zoo):
             raise PydanticCustomError(
-                "source", "expected an arch for a file alone", {"key": "arch"}
+                "source", "expected the name of a network in RobustBench's zoo", {"key": "zoo"}
             )
+        if self.file is not None and self.arch is None:
+            raise PydanticCustomError("source", "expected the arch of the file", {"key": "arch"})
         if (self.mean is None) != (self.std is None):
             raise PydanticCustomError("source", "expected std beside it", {"key": "mean"})
+        for key in ("mean", "match"):
+            if self.file is None and key in self.model_fields_set:
+                raise PydanticCustomError(
+                    "source",
+                    "expected it for a file alone: a network of a callable or the zoo takes images "
+                    "in [0,1] and has its own weights",
+                    {"key": key},
+                )
         return self
 
     @property

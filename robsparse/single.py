@@ -28,23 +28,25 @@ def study_of(
     batch_size: int,
     mean: list[float] | None,
     std: list[float] | None,
-    match: str,
+    match: str | None,
 ) -> Study:
     """A study of that one network.
 
     Raises UsageError when an option is not what a study allows.
     """
-    model = {
+    if arch_option and weights is None:
+        raise UsageError(f"--arch-option {arch_option[0]}: expected --weights beside it")
+    options = {
         "file": str(weights) if weights else None,
         "zoo": zoo,
         "callable": callable,
         "arch": arch,
-        "dataset": dataset,
-        "objective": "natural",  # not known and not used
         "match": match,
         "mean": mean,
         "std": std,
     }
+    model = {name: value for name, value in options.items() if value is not None}
+    model |= {"dataset": dataset, "objective": "natural"}  # the latter is not known and not used
     data: dict[str, Any] = {
         "study": "single",
         "title": f"{weights or zoo or callable} on {dataset}",

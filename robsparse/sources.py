@@ -10,6 +10,9 @@ from typing import Literal
 
 from robsparse.cells import Cell, Layout
 
+# Stands for the arch of networks of foreign code that share a table with no arch of the study.
+ELSEWHERE = "elsewhere"
+
 Kind = Literal["trained", "file", "callable", "zoo"]
 Match = Literal["names", "order"]
 
@@ -44,7 +47,9 @@ class Source:
         return Path(self.name) if self.kind == "file" else None
 
     def __str__(self) -> str:
-        return "trained here" if self.kind == "trained" else f"{self.kind} {self.name}"
+        if self.file:
+            return f"file {self.file.name}"
+        return f"{self.kind} {self.name}" if self.external else "trained here"
 
 
 @dataclass(frozen=True)

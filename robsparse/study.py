@@ -32,7 +32,7 @@ from robsparse.sections import (
     Threat,
     Training,
 )
-from robsparse.sources import Source
+from robsparse.sources import ELSEWHERE, Source
 
 # Settings of `training` that only some objectives read: the others' weights do not depend on them.
 _READ_BY = {
@@ -116,10 +116,30 @@ class Study(Strict):
                         f"grid: the cell {cell.key} stands in two blocks with different settings"
                     )
         for name, model in self.models.items():
-            arch = model.arch or model.source.name.replace(":", ".")
-            cell = Cell(model.dataset, arch, name, model.objective, round(model.sparsity, 4), 0)
+            arch = self._arch_of(model)
+            cell = Cell(model.dataset, arch, name, model.objective, model.sparsity, 0)
             found[cell] = Planned(model, self.training)
         return found
+
+    def _arch_of(self, model: External) -> str:
+        """The arch of a network from elsewhere: its own, or the one in whose table it stands.
+
+        Foreign code may name one of the study's. Otherwise it is the only arch of the other
+        networks of that data set and objective, or ELSEWHERE where they have several or none.
+        """
+        if model.arch is not None:
+            return model.arch
+        beside = {
+            arch
+            for block in self.grid
+            if model.dataset in block.datasets and model.objective in block.objectives
+            for arch in block.archs
+        } | {
+            other.arch
+            for other in self.models.values()
+            if (other.dataset, other.objective) == (model.dataset, model.objective) and other.arch
+        }
+        return beside.pop() if len(beside) == 1 else ELSEWHERE
 
     def _params_of(self, method: str, block: Grid) -> Strict:
         return block.params.get(method, self.methods[method])

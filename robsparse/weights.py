@@ -7,6 +7,7 @@ import hashlib
 import pickle
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -29,8 +30,13 @@ def checksum(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in state.items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(as_bytes(value))
     return digest.hexdigest()[:16]
+
+
+def as_bytes(value: Tensor) -> np.ndarray:
+    """The bytes of a tensor of any type, NumPy's or not."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
@@ -47,7 +53,11 @@ def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
     to run code, has missing, unexpected or differently shaped entries, or holds NaN or infinite
     values.
     """
-    state, own = _read(Path(path)), model.state_dict()
+    own = model.state_dict()
+    state = {
+        name if name in own else name.removeprefix("module."): value
+        for name, value in _read(Path(path)).items()
+    }
     if not any(name.endswith(_COUNTER) for name in state):
         # Nothing depends on the counters of batch norm, and some files lack them.
         state |= {name: value for name, value in own.items() if name.endswith(_COUNTER)}
@@ -63,7 +73,8 @@ def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
             raise UsageError(
                 f"{path}: '{name}' has shape {tuple(value.shape)}, expected {tuple(expected[name])}"
             )
-        if not torch.isfinite(value).all():
+        # What a network is built with may be infinite, like the mask of an attention layer.
+        if not (value.isfinite() | (value == own[name])).all():
             raise UsageError(f"{path}: '{name}' holds NaN or infinite values")
     model.load_state_dict(state)
 
@@ -104,4 +115,4 @@ def _read(path: Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise UsageError(f"{path}: expected a state dict, found {type(content).__name__}")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
+    return {str(name): value for name, value in content.items()}

@@ -1,6 +1,7 @@
 import os
 import sys
 from pathlib import Path
+from shlex import quote
 
 from robsparse import staleness
 from robsparse.cells import Cell, Layout
@@ -13,7 +14,7 @@ from robsparse.figures import REPORT, plots_of, tables_of
 STUDY_FILE = os.path.relpath((workflow.configfiles or ["config/quick.yaml"])[0])
 
 # Jobs use the `robsparse` of this Python, also when its environment is not activated.
-shell.prefix(f"export PATH={Path(sys.executable).parent}:$PATH; ")
+shell.prefix(f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH; ")
 
 
 def load_study():

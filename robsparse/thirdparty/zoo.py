@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from robsparse.errors import UsageError, nearest
+from robsparse.errors import UsageError, in_a_line, nearest
 from robsparse.thirdparty.robustbench_repair import import_robustbench
 
 FOLDER = "data/robustbench"  # where downloads are kept
@@ -34,9 +34,9 @@ def load(name: str, dataset: str, norm: str) -> nn.Module:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             model = load_model(name, model_dir=FOLDER, dataset=dataset, threat_model=norm)
-    except Exception as error:  # whatever its downloader meets without a network
+    except (Exception, SystemExit) as error:  # whatever its downloader meets without a network
         raise UsageError(
-            f"{name}: RobustBench could not fetch it ({type(error).__name__}: {error}); expected a "
+            f"{name}: RobustBench could not fetch it ({in_a_line(error)}); expected a "
             f"network connection, or the file under {FOLDER}/{dataset}/{norm}"
         ) from None
     return model.eval()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.errors import UsageError
 
-WORDS = st.text("abcdefghijklmnopqrstuvwxyz0123456789_-.", min_size=1, max_size=12)
+WORDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True)
 CELL = Cell("digits", "small_cnn", "bcs", "at", 0.95, 0)
 
 

@@ -289,6 +289,33 @@ def test_write_makes_exactly_the_declared_files(tmp_path):
     assert [name for name in content if content[name] != again[name]] == []
 
 
+ELSEWHERE = {"dataset": "digits", "objective": "trades", "callable": "nets:build"}
+WITHOUT_A_SPARSE_METHOD = {
+    "dense networks alone": {"grid": STUDY["grid"] | {"methods": ["dense"]}},
+    "networks from elsewhere alone": {"grid": [], "models": {"theirs": ELSEWHERE}},
+    "sparse ones from elsewhere": {"grid": [], "models": {"theirs": ELSEWHERE | {"sparsity": 0.9}}},
+    "a group of them beside others": {"models": {"theirs": ELSEWHERE}},
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_SPARSE_METHOD)
+def test_a_group_without_a_sparse_method_is_drawn_like_any_other(name, tmp_path):
+    path = tmp_path / "made_up.yaml"
+    path.write_text(yaml.safe_dump(STUDY | WITHOUT_A_SPARSE_METHOD[name]))
+    study = config.load(path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    report.write(study, layout, layout.root)
+    assert all((layout.root / name).stat().st_size for name in (*TABLES, *PLOTS, REPORT))
+    material = summary.gather(study, layout, tidy.read(layout.root))
+    levels = [line for panel in finals.robust_accuracy(material).axes for line in panel.lines]
+    labels = {study.label("method", method) for method in tidy.methods(study)}
+    assert labels <= {line.get_label() for line in levels}
+    for group in tidy.groups(study):
+        notes_of = " ".join(notes.table_notes(material, group))
+        foreign = "theirs" in tidy.methods(study, group)
+        assert ("built by code that is not of this suite: theirs" in notes_of) == foreign
+
+
 def test_report_embeds_the_plots_that_exist(material):
     links = re.findall(r"\]\(([^)]+)\)", report.report(material))
     assert set(links) == {*PLOTS, "tables/main.tex", "tables/main.csv"}

@@ -190,7 +190,7 @@ def test_key_is_the_first_nine_fields():
         ("sparsity", 1.0),
         ("sparsity_reached", 1.01),
         ("nan_count", -1),
-        ("prunable", 0),
+        ("prunable", -1),
         ("max_perturbation", -1e-9),
         ("seed", 0.5),
         ("accurracy", 0.5),

@@ -3,12 +3,17 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from robsparse import evaluation, external, models, records, registry, weights
+from robsparse import evaluation, external, models, overlap, records, registry, weights
 from robsparse.cells import Layout
+from robsparse.cli import main
+from robsparse.config import load
+from robsparse.errors import UsageError
 from robsparse.sources import Source, Target
 
 COMMON = {"dataset": "digits", "objective": "at"}
@@ -53,6 +58,126 @@ def linear():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
+NETS = (
+    LINEAR
+    + """
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.last = nn.Linear(64, 10)
+        self.calls = 0
+
+    def forward(self, x):
+        return self.last(x.flatten(1))
+
+
+def drawn():
+    torch.seed()
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+class Hidden(Net):
+    def __init__(self):
+        super().__init__()
+        torch.seed()
+        self.scale = torch.rand(10)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class Noisy(Net):
+    def forward(self, x):
+        torch.seed()
+        return super().forward(x + 0.1 * torch.rand_like(x))
+
+
+class Matrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.matrix = nn.Parameter(torch.randn(64, 10) / 8)
+
+    def forward(self, x):
+        return x.flatten(1) @ self.matrix
+
+
+class Raises(Net):
+    def forward(self, x):
+        raise ValueError("two\\nlines")
+
+
+class Leaves(Net):
+    def forward(self, x):
+        sys.exit(0)
+
+
+class Trains(Net):
+    def forward(self, x):
+        self.last.train()
+        return super().forward(x)
+
+
+class Tires(Net):
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 20:
+            raise KeyError("tired")
+        return super().forward(x)
+
+
+class Alone(Net):
+    def forward(self, x):
+        if len(x) == 1:
+            raise IndexError("one image")
+        return super().forward(x)
+
+
+class Bfloat(Net):
+    def __init__(self):
+        super().__init__()
+        self.bfloat16()
+
+    def forward(self, x):
+        return self.last(x.flatten(1).bfloat16()).float()
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = Net()
+
+    def forward(self, x):
+        return self.module(x)
+
+
+class Normed(Net):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.last)
+
+
+class Masked(Net):
+    def __init__(self):
+        super().__init__()
+        mask = torch.zeros(10)
+        mask[9] = -float("inf")
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return super().forward(x) + self.mask.clamp(min=-1e6)
+
+
+class Extra(Net):
+    def get_extra_state(self):
+        return {"more": "than tensors"}
+
+    def set_extra_state(self, state):
+        pass
+"""
+).replace("import torch\n", "import sys\n\nimport torch\n", 1)
 
 
 def cell_of(study, method):
@@ -135,3 +260,170 @@ def test_record_of_a_network_without_a_file_names_its_weights_all_the_same(
     with torch.no_grad():
         network[1].weight[0, 0] += 1
     assert row.model_checksum != weights.checksum(network.state_dict())
+
+
+# ---------------------------------------------------------------- the table it stands in
+
+
+def archs_of(study):
+    return {cell.method: cell.arch for cell in study.cells() if study.source(cell.method).foreign}
+
+
+def test_foreign_code_is_a_row_among_the_networks_of_its_data_and_objective(
+    from_everywhere, study_data, load_study
+):
+    study, _ = from_everywhere
+    assert archs_of(study) == {"made": "small_cnn", "fetched": "small_cnn"}
+    study_data["models"]["made"]["objective"] = "trades"
+    study_data["grid"]["archs"].append("small_resnet")
+    del study_data["archs"]
+    assert archs_of(load_study(study_data)) == {"made": "elsewhere", "fetched": "elsewhere"}
+    study_data["models"]["fetched"]["arch"] = "small_resnet"
+    assert archs_of(load_study(study_data)) == {"made": "elsewhere", "fetched": "small_resnet"}
+    study_data["models"]["fetched"]["arch"] = "small_resnt"
+    with pytest.raises(
+        UsageError, match=r"models.fetched.arch = .*; nearest match: 'small_resnet'"
+    ):
+        load_study(study_data)
+
+
+# ---------------------------------------------------------------- from take-in to the record
+
+
+@pytest.fixture
+def by_hand(own_nets, study_data, tmp_path, monkeypatch, capsys):
+    """by_hand(words, name) runs a command on a study of the function `name` alone."""
+    own_nets(NETS)
+    monkeypatch.chdir(tmp_path)
+    del study_data["grid"], study_data["methods"], study_data["archs"]
+    study_data["evaluation"] |= {"n_examples": 12, "batch_size": 5}
+    study_data["evaluation"]["doubts"] = {"n_examples": 5, "queries": 5}
+    study_data["evaluation"]["attacks"] = {"pgd": {"steps": 2, "restarts": 1}}
+
+    def run(command, name, **more):
+        study_data["models"] = {"made": COMMON | {"callable": f"own_nets:{name}"} | more}
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(study_data))
+        cell = cell_of(load(path), "made")
+        where = {"train": ["--cell", cell.key], "collect": [], "figures": []}
+        code = main([command, str(path), *where.get(command, ["--cell", cell.key])])
+        said = capsys.readouterr()
+        return code, said.err.splitlines(), said.out
+
+    study_data["evaluation"]["selections"] = {"best_val": ["clean", "pgd"]}
+    return run
+
+
+def rows_of(tmp_path):
+    [path] = (tmp_path / "results").rglob("best_val.json")
+    return records.read_record(path).rows
+
+
+WHOLE = ["linear", "Net", "Bfloat", "Wrapped", "Normed", "Masked", "Matrix", "Noisy"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_network_of_a_function_goes_from_take_in_to_the_record(name, by_hand, tmp_path):
+    assert by_hand("train", name)[:2] == (0, [])
+    code, said, _ = by_hand("evaluate", name)
+    assert (code, said) == (0, [])
+    rows = rows_of(tmp_path)
+    assert [row.attack for row in rows] == ["clean", "pgd"]
+    assert {row.origin for row in rows} == {f"callable own_nets:{name}"}
+    assert rows[0].prunable == (0 if name == "Matrix" else 640)
+    [file] = tmp_path.rglob("best_val.safetensors")
+    assert rows[0].model_checksum == records.file_checksum(file)
+    assert by_hand("collect", name)[0] == 0
+    assert by_hand("figures", name)[:2] == (0, [])
+    table = (tmp_path / "results" / "tiny" / "tables" / "main.md").read_text()
+    assert f"made (callable own_nets:{name})" in table
+
+
+def test_weights_that_are_drawn_anew_are_those_taken_in_and_the_record_says_so(by_hand, tmp_path):
+    assert by_hand("train", "drawn")[0] == 0
+    found = []
+    for _ in range(2):
+        assert by_hand("evaluate", "drawn")[:2] == (0, [])
+        [flags] = tmp_path.rglob("*.flags.npz")
+        with np.load(flags) as stored:
+            found.append(stored["clean.all"])
+        assert "those taken in are attacked" in rows_of(tmp_path)[0].origin
+    [file] = tmp_path.rglob("best_val.safetensors")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    weights.load_into(network, file)
+    study = load(tmp_path / "study.yaml")
+    splits = evaluation.datasets.load("digits", study.datasets["digits"])
+    right = network(splits.test.x_NCHW[:12]).argmax(1) == splits.test.y_N[:12]
+    assert all(flags.tolist() == right.tolist() for flags in found)
+
+
+def test_state_outside_the_state_dict_is_told_before_any_attack(by_hand, tmp_path):
+    assert by_hand("train", "Hidden")[0] == 0
+    code, [line], out = by_hand("evaluate", "Hidden")
+    assert code == 2
+    assert "does not compute what it did then" in line
+    assert "correct" not in out
+    assert not list(tmp_path.rglob("best_val.json"))
+
+
+REFUSED = {
+    "Raises": "network: fails on 2 images of shape (1, 8, 8) (ValueError: two lines)",
+    "Leaves": "network: fails on 2 images of shape (1, 8, 8) (SystemExit: 0)",
+    "Alone": "network: fails on 1 images of shape (1, 8, 8) (IndexError: one image)",
+    "Trains": "network: last stays in train mode",
+    "Extra": "'_extra_state' of its state dict cannot be stored",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_foreign_code_that_fails_is_one_line_when_it_is_taken_in(name, by_hand, tmp_path):
+    code, [line], _ = by_hand("train", name)
+    assert code == 2
+    assert REFUSED[name] in line
+    [note] = (tmp_path / "results" / "tiny" / "failed").rglob("*.txt")
+    assert REFUSED[name] in note.read_text()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_failure_in_the_middle_of_an_attack_is_one_line_and_parts_are_kept(by_hand, tmp_path):
+    assert by_hand("train", "Tires")[0] == 0
+    code, [line], out = by_hand("evaluate", "Tires")
+    assert code == 1
+    assert "KeyError: 'tired'" in line
+    assert "own_nets.py, line" in line
+    assert "clean: " in out
+    assert not list(tmp_path.rglob("best_val.json"))
+    assert list((tmp_path / "results" / "tiny" / "resume" / "evaluations").rglob("*.npz"))
+
+
+def test_in_a_study_and_without_one_the_outcome_is_the_same_image_for_image(
+    by_hand, tmp_path, study_data
+):
+    study_data["evaluation"]["attacks"] = study_data["datasets"] = {}
+    study_data["evaluation"]["selections"] = {"best_val": ["clean", "pgd", "fgsm", "square"]}
+    assert by_hand("train", "Net")[0] == 0
+    assert by_hand("evaluate", "Net")[0] == 0
+    words = ["evaluate", "--callable", "own_nets:Net", "--dataset", "digits", "--eps", "0.15"]
+    words += ["--attacks", "clean,pgd,fgsm,square", "--n-examples", "12", "--batch-size", "5"]
+    assert main(words) == 0
+    [of_study] = (tmp_path / "results" / "tiny").rglob("*.flags.npz")
+    with (
+        np.load(of_study) as one,
+        np.load(tmp_path / "results" / "callable" / "own_nets.Net.flags.npz") as other,
+    ):
+        assert one.files == other.files
+        names = [name for name in one.files if name.endswith(".all")]
+        assert len(names) == 4
+        assert all((one[name] == other[name]).all() for name in names)
+
+
+def test_live_sets_of_foreign_code_are_compared_with_nobodys(from_everywhere, own_nets):
+    own_nets(LINEAR)
+    study, layout = from_everywhere
+    for name, sparsity in (("given", 0.5), ("made", 0.5)):
+        entry = study.models[name].model_copy(update={"sparsity": sparsity})
+        study.models[name] = entry
+    study.__dict__.pop("planned", None)
+    for name in ("given", "made"):
+        external.take_in(study, cell_of(study, name), layout)
+    assert overlap.overlaps(study, layout) == []

@@ -104,7 +104,7 @@ def test_second_call_takes_over_what_the_first_has_found(nets):
 
 BAD = {
     "eleven": "expected logits (2, 10); the data set has 10 classes",
-    "coloured": "network: fails on images of shape (1, 8, 8)",
+    "coloured": "network: fails on 2 images of shape (1, 8, 8)",
     "tuples": "2 images give tuple, expected logits (2, 10)",
     "detached": "its outputs have no gradient",
     "number": "nets:number: expected it to return a torch module, found int",
