@@ -244,9 +244,11 @@ class _Tracer(fx.Tracer):
 
 def _require_nothing_rewritten(model: nn.Module, graph: fx.Graph, x_NCHW: Tensor) -> None:
     """Raise ValueError when a traced network rewrites a tensor in place that is used again."""
+    watching = _Watching(model, graph=graph)
+    watching.extra_traceback = False  # of errors: the message alone
     with torch.no_grad():
         try:
-            _Watching(model, graph=graph).run(x_NCHW.clone())
+            watching.run(x_NCHW.clone())
         except _RewrittenError:
             raise
         except Exception as error:
@@ -265,8 +267,6 @@ class _Watching(fx.Interpreter):
     PyTorch counts the changes of a tensor together with those of all that share its memory. The
     images belong to the caller, who uses them again.
     """
-
-    extra_traceback = False
 
     def run_node(self, n: fx.Node) -> Any:
         gone = {node for node in self.user_to_last_uses.get(n, []) if node.op != "placeholder"}

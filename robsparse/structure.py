@@ -4,6 +4,7 @@ Whatever has followed a network's code once (a trace) is out of date when its st
 never valid for a network whose passes change its state or draw random numbers.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,10 @@ def structure(model: nn.Module, *, attributes: bool = True) -> list[tuple]:
     Two structures compare as equal if a trace of the one network is a trace of the other. Weights,
     buffers and parametrisations are not part of it.
     """
-    return [(_has_any_global_hook(),), *(_traits(m, model, attributes) for m in _modules(model))]
+    return [
+        (bool(_has_any_global_hook()),),
+        *(_traits(m, model, attributes) for m in _modules(model)),
+    ]
 
 
 def _traits(module: nn.Module, model: nn.Module, attributes: bool) -> tuple:
@@ -66,7 +70,12 @@ class Observed:
         self.model, self.device = model, device
         self.structure = structure(model)
         self.random = randomness.state(device)
-        self.attributes = [(module, dict(vars(module))) for module in _modules(model)]
+        self.attributes = [
+            (container, copy.copy(container))
+            for module in _modules(model)
+            for container in (vars(module), *vars(module).values())
+            if isinstance(container, dict | list | set)
+        ]
         self.buffers = [
             (module, name, buffer, buffer.clone())
             for module in _modules(model)
@@ -86,13 +95,12 @@ class Observed:
 
     def restore(self) -> None:
         """Make all of it what it was."""
-        for module, attributes in self.attributes:
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-            vars(module).update(attributes)
-        for module, name, buffer, before in self.buffers:
-            if not self._kept((module, name, buffer, before)):
-                module._buffers[name] = buffer.copy_(before)
+        for container, before in self.attributes:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(before)
+        for _, _, buffer, before in self.buffers:
+            if not torch.equal(buffer.nan_to_num(), before.nan_to_num()):
+                buffer.copy_(before)
         randomness.restore(self.random, self.device)
 
     @staticmethod

@@ -1,0 +1,628 @@
+"""Networks that a frozen view could get wrong: it computes what they do, or is not used."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from robsparse import frozen, frozen_layers, objectives, perturb, proof, small_maps
+from robsparse.config import Crafting, Evaluation, Threat
+from robsparse.datasets import Part
+from robsparse.eval import clean, pgd
+from robsparse.evaluation import attack_model
+
+SHAPE = (1, 8, 8)
+X, Y = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+
+
+class Net(nn.Module):
+    """Two layers; what is done between them is up to the subclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)
+        self.end = nn.Linear(192, 10)
+
+    def between(self, x):
+        return x
+
+    def forward(self, x):
+        return self.end(self.between(self.norm(self.conv(x))).flatten(1))
+
+
+class Tutorial(Net):
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv(x)), 2).repeat(1, 4, 1, 1)
+        return self.end(x.view(x.size(0), -1))
+
+
+class Rewritten(Net):
+    def between(self, x):
+        return self.relu(x) + x  # x is rectified too
+
+
+class RewrittenThroughView(Net):
+    def between(self, x):
+        flat = x.flatten(1)
+        F.relu_(flat)
+        return x
+
+
+class RewrittenInPeace(Net):
+    def between(self, x):
+        y = self.relu(x) * 2
+        y -= 1
+        return F.relu(y, inplace=True)
+
+
+class BatchStatistics(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+
+
+class Unused(Net):
+    def forward(self, x):
+        self.relu(self.norm(self.conv(x)))
+        return super().forward(x)
+
+
+class PythonRandom(Net):
+    def between(self, x):
+        return x * random.random()
+
+
+class TorchRandom(Net):
+    def between(self, x):
+        return x + torch.rand(1).item()
+
+
+class NoisyImages(Net):
+    def between(self, x):
+        return x + 0.1 * torch.randn_like(x)
+
+
+class Dropping(Net):
+    def between(self, x):
+        return F.dropout(x, training=True)
+
+
+class OwnGenerator(Net):
+    def __init__(self):
+        super().__init__()
+        self.source = random.Random(0)
+
+    def between(self, x):
+        return x * self.source.random()
+
+
+class Counting(Net):
+    calls = 0
+
+    def between(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+class Listing(Net):
+    def __init__(self):
+        super().__init__()
+        self.calls = [0]
+
+    def between(self, x):
+        self.calls[0] = self.calls[0] + 1
+        return x * self.calls[0]
+
+
+class Remembering(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def between(self, x):
+        self.seen += 1
+        return x
+
+
+class Loose(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def between(self, x):
+        return x * self.scale
+
+
+class GradMode(Net):
+    def between(self, x):
+        return x if torch.is_grad_enabled() else -x
+
+
+class BatchNormPlus(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class ConvPlus(nn.Conv2d):
+    def _conv_forward(self, *given):
+        return super()._conv_forward(*given) + 1
+
+
+class OwnNorm(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = BatchNormPlus(3)
+
+
+class OwnConvolution(Net):
+    def __init__(self):
+        super().__init__()
+        self.conv = ConvPlus(1, 3, 3, padding=1)
+
+
+class Several(Net):
+    """Layers that are used twice, and others than the view knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 3, 2, stride=2)
+        self.group, self.prelu = nn.GroupNorm(3, 3), nn.PReLU()
+        self.same = nn.Conv2d(3, 3, 3, padding="same", padding_mode="reflect", groups=3)
+
+    def between(self, x):
+        x = F.avg_pool2d(self.up(self.prelu(self.same(self.same(x)))), 2)
+        return self.norm(self.group(x))
+
+
+def hooked(register):
+    def made():
+        net = Net()
+        register(net)
+        return net
+
+    return made
+
+
+def overridden():
+    net = Net()
+    net.relu.forward = lambda x: x - 1
+    net.between = net.relu
+    return net
+
+
+def normalised(norm):
+    def made():
+        net = Net()
+        norm(net.conv)
+        return net
+
+    return made
+
+
+VIEWED = [
+    Tutorial,
+    RewrittenInPeace,
+    BatchStatistics,
+    Unused,
+    Several,
+    normalised(nn.utils.parametrizations.weight_norm),
+    normalised(nn.utils.parametrizations.spectral_norm),
+]
+AS_IT_IS = {
+    "rewrites a tensor in place": [Rewritten, RewrittenThroughView],
+    "draws random numbers": [PythonRandom, TorchRandom, Dropping, NoisyImages],
+    "changes its attributes": [Counting, Listing],
+    "its passes over the same images differ": [OwnGenerator, GradMode],
+    "outside a layer": [Loose],
+    "changes its buffers": [Remembering],
+    "has a forward of its own": [OwnNorm, OwnConvolution, overridden],
+    "has hooks": [
+        hooked(lambda net: net.norm.register_forward_hook(lambda module, x, y: y + 1)),
+        hooked(lambda net: net.register_forward_pre_hook(lambda module, x: (x[0] / 2,))),
+        hooked(lambda net: net.norm.register_full_backward_hook(lambda module, x, y: (x[0] * 2,))),
+        normalised(nn.utils.weight_norm),
+    ],
+}
+
+
+def build(make):
+    torch.manual_seed(0)
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def seed():
+    torch.manual_seed(1)
+    random.seed(1)
+
+
+def agree(one, other, x):
+    """Whether outputs and input gradients of both are the same, drawn random numbers alike."""
+    found = []
+    for run in (one, other):
+        seed()
+        found.append(proof.passes(run, x, gradient=True))
+    return not proof.difference(*found)
+
+
+def crafted(model, monkeypatch, x=X, *, viewed=True):
+    """Adversarial images of a training step, on the view if there is one or on the network."""
+    with monkeypatch.context() as patch:
+        if not viewed:
+            patch.setattr(frozen, "view_of", lambda model, *_: model)
+        attacker = objectives.Attacker(
+            0.1, Crafting(steps=3, step_size=0.03), torch.Generator().manual_seed(0)
+        )
+        seed()
+        return attacker.attack_labels(model.train(), x, Y[: len(x)])
+
+
+@pytest.mark.parametrize("make", VIEWED)
+def test_view_of_such_a_network_computes_what_it_does(make, monkeypatch, capsys):
+    model, x = build(make).double(), X.double()
+    view = frozen.view_of(model, x)
+    assert frozen.used(view) == "view"
+    for images in (x, x[:1], x.contiguous(memory_format=torch.channels_last)):
+        assert agree(model, view, images)
+    own = crafted(model, monkeypatch, x, viewed=False)
+    assert torch.allclose(crafted(model, monkeypatch, x), own, atol=1e-9)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(make, said) for said, made in AS_IT_IS.items() for make in made]
+)
+def test_network_that_a_view_cannot_follow_is_crafted_on_as_it_is(
+    make, reason, monkeypatch, capsys
+):
+    own = crafted(build(make), monkeypatch, viewed=False)
+    model = build(make)
+    for _ in range(2):
+        found = crafted(model, monkeypatch)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1  # once, not at every step
+    assert reason in line
+    assert frozen.used(frozen.view_of(model.eval(), X)) == "network"
+    if reason not in ("changes its attributes", "its passes over the same images differ"):
+        assert torch.equal(found, own)
+
+
+@pytest.mark.parametrize(
+    ("make", "used"), [(Tutorial, "view"), (Rewritten, "network"), (Dropping, "network")]
+)
+def test_attack_on_it_is_recorded_and_finds_the_same(make, used):
+    model = build(make)
+    settings = Evaluation.model_construct(
+        n_examples=6,
+        batch_size=4,
+        seed=0,
+        selections={},
+        attacks={"clean": clean.Params(), "pgd": pgd.Params(steps=3, restarts=1)},
+    )
+    seed()
+    part = Part(X, model(X).argmax(1))
+    found = []
+    for folded in (True, False):
+        seed()
+        results = attack_model(
+            model,
+            part,
+            ["clean", "pgd"],
+            settings=settings,
+            threat=Threat(eps=0.02),
+            device=torch.device("cpu"),
+            folded=folded,
+        )
+        assert {r.attacked_on for r in results} == {used if folded else "network"}
+        found.append([r.robust["all"].tolist() for r in results])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("make", [Counting, Listing, Remembering, Dropping, PythonRandom, Net])
+def test_looking_leaves_the_network_and_all_random_numbers_as_they_were(make):
+    model = build(make)
+    seed()
+    expected = model(X), random.random(), torch.rand(1)
+    model = build(make)
+    names = set(vars(model))
+    seed()
+    frozen.view_of(model, X)
+    assert set(vars(model)) == names
+    found = model(X), random.random(), torch.rand(1)
+    assert torch.equal(found[0], expected[0])
+    assert found[1:] == expected[1:]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------- what changes later
+
+
+def swap_layer(model):
+    model.conv = nn.Conv2d(1, 3, 3, padding=1).eval()
+
+
+def swap_norm(model):
+    model.norm = nn.BatchNorm2d(3, eps=0.5).eval()
+
+
+def other_stride(model):
+    model.conv.stride, model.conv.padding = (2, 2), (5, 5)
+
+
+def override(model):
+    model.norm.forward = lambda x: x * 3
+
+
+def add_hook(model):
+    model.conv.register_forward_hook(lambda module, x, y: y * 2)
+
+
+def other_mode(model):
+    model.between = F.tanh
+
+
+@pytest.mark.parametrize(
+    "change", [swap_layer, swap_norm, other_stride, override, add_hook, other_mode]
+)
+def test_view_follows_a_change_of_structure(change):
+    model = build(Net)
+    assert agree(model, frozen.view_of(model, X), X)
+    before = model(X)
+    change(model)
+    assert not torch.allclose(model(X), before)
+    assert agree(model, frozen.view_of(model, X), X)
+
+
+def test_hook_on_all_modules_is_seen():
+    model = build(Net)
+    assert frozen.used(frozen.view_of(model, X)) == "view"
+    handle = nn.modules.module.register_module_forward_hook(lambda module, x, y: y + 1)
+    try:
+        assert frozen.view_of(model, X) is model
+    finally:
+        handle.remove()
+    assert frozen.used(frozen.view_of(model, X)) == "view"
+
+
+def test_network_in_train_mode_has_no_view(capsys):
+    model = build(Net)
+    model.norm.train()
+    assert frozen.view_of(model, X) is model
+    assert "'norm' is in train mode" in capsys.readouterr().out
+    assert frozen.used(frozen.view_of(model.eval(), X)) == "view"
+
+
+# ---------------------------------------------------------------- the comparison itself
+
+
+def shifted(forward):
+    return lambda self, x: forward(self, x) + 1e-3
+
+
+def steeper(forward):
+    def twice(self, x):
+        out = forward(self, x)
+        return 2 * out - out.detach()
+
+    return twice
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(shifted, "outputs differ by"), (steeper, "gradients differ by")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_view_that_computes_something_else_is_not_used(wrong, said, dtype, monkeypatch, capsys):
+    weighted = frozen_layers.Weighted
+    monkeypatch.setattr(weighted, "forward", wrong(weighted.forward))
+    model, x = build(Net).to(dtype), X.to(dtype)
+    assert frozen.view_of(model, x) is model
+    assert said in capsys.readouterr().out
+
+
+def test_images_of_another_shape_and_type_are_compared_too(monkeypatch):
+    compared = []
+    monkeypatch.setattr(
+        proof,
+        "passes",
+        lambda run, x, passes=proof.passes, **given: compared.append(x) or passes(run, x, **given),
+    )
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    sizes = []
+    for side in (8, 8, 12, 8, 12):
+        compared.clear()
+        frozen.view_of(model, torch.rand(20, 1, side, side))
+        sizes.append({tuple(x.shape) for x in compared})
+    assert sizes[0] >= {(8, 1, 8, 8)}
+    assert sizes[2] >= {(8, 1, 12, 12)}
+    assert sizes[1] == sizes[3] == sizes[4] == set()
+
+
+def test_matrix_that_is_not_its_convolution_is_not_used(monkeypatch, capsys):
+    """Later weights are so sparse that another form is chosen, which the first had not shown."""
+    call = small_maps.SmallMap.__call__
+
+    def wrong(self, x, **given):
+        out = call(self, x, **given)
+        return out * 1.01 if self.matrix.layout == torch.sparse_csr else out
+
+    monkeypatch.setattr(small_maps.SmallMap, "__call__", wrong)
+    model = build(Net)
+    assert frozen.used(frozen.view_of(model, X)) == "view"
+    with torch.no_grad():
+        model.conv.weight.view(-1)[3:] = 0
+    view = frozen.view_of(model, X)
+    assert torch.equal(view(X), model(X))
+    assert frozen.used(view) == "network"
+    assert "the sparse matrix of Conv2d" in capsys.readouterr().out
+    assert frozen.view_of(model, X) is model
+
+
+def test_view_that_fails_where_the_network_does_not_is_one_line(capsys):
+    model = build(Net)
+    view = frozen.view_of(model, X)
+
+    def fail(x):
+        raise IndexError("no\nsuch batch")
+
+    view.backend.eager = fail
+    for _ in range(2):
+        assert torch.equal(view(X[:3]), model(X[:3]))
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert "it fails (IndexError: no such batch)" in line
+    assert frozen.used(view) == "network"
+    assert frozen.view_of(model, X) is model
+
+
+def test_what_the_network_itself_refuses_is_raised_and_the_view_stays(capsys):
+    model = build(Net)
+    view = frozen.view_of(model, X)
+    with pytest.raises(RuntimeError, match="channels"):
+        view(torch.rand(2, 5, 8, 8))
+    assert frozen.used(view) == "view"
+    assert not capsys.readouterr().out
+
+
+def test_memory_that_runs_out_is_no_reason_to_fall_back():
+    model = build(Net)
+    view = frozen.view_of(model, X)
+
+    def full(x):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    view.backend.eager = full
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        view(X)
+    assert frozen.used(view) == "view"
+
+
+def test_backend_that_computes_something_else_is_not_used(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda eager, **_: lambda x: eager(x) * 1.01)
+    model = build(Net)
+    expected = frozen.view_of(model, X)(X)
+    assert torch.equal(frozen.view_of(model, X, backend="compiled")(X), expected)
+    assert "it computes something else: outputs differ" in capsys.readouterr().out
+
+
+def test_backend_starts_anew_when_weights_come_to_lie_elsewhere(monkeypatch):
+    """A CUDA graph would go on reading what lay there; bf16 while crafting, fp32 in between."""
+    started = []
+    monkeypatch.setattr(torch, "compile", lambda eager, **_: started.append(1) or eager)
+    model = build(Net)
+    for dtype, times in ((None, 1), (None, 1), (torch.bfloat16, 2), (None, 3), (None, 3)):
+        frozen.view_of(model, X, dtype, backend="compiled")(X)
+        assert len(started) == times
+
+
+# ---------------------------------------------------------------- random architectures
+
+
+class Block(nn.Module):
+    """A convolution and what comes after it; added to the input, in place or not, if asked for."""
+
+    def __init__(self, channels, options, norm, act, residual):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, **options)
+        self.norm, self.act, self.residual = norm(channels), act, residual
+
+    def forward(self, x):
+        out = self.norm(self.conv(x))
+        if self.residual == "in place":
+            out += x
+        return self.act(out + x if self.residual == "sum" else out)
+
+
+class Randomly(nn.Module):
+    def __init__(self, blocks, flatten):
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Conv2d(1, 4, 3), *blocks)
+        self.flatten, self.end = flatten, nn.LazyLinear(5)
+
+    def forward(self, x):
+        return self.end(self.flatten(self.blocks(x)))
+
+
+@st.composite
+def networks(draw):
+    norms = {
+        "none": lambda channels: nn.Identity(),
+        "batch": nn.BatchNorm2d,
+        "plain": lambda channels: nn.BatchNorm2d(channels, affine=False),
+        "of the batch": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
+        "group": lambda channels: nn.GroupNorm(2, channels),
+    }
+    acts = [
+        nn.Identity,
+        nn.ReLU,
+        lambda: nn.ReLU(inplace=True),
+        lambda: nn.LeakyReLU(inplace=True),
+        lambda: nn.Sequential(nn.Dropout(0.5), nn.ReLU(inplace=True)),
+        nn.Hardtanh,
+    ]
+    flattens = [
+        lambda x: x.view(x.size(0), -1),
+        lambda x: x.view(-1, x.size(1) * x.size(2) * x.size(3)),
+        lambda x: x.flatten(1),
+        lambda x: torch.flatten(F.relu(x, inplace=True), 1),
+        lambda x: x.mean((2, 3)),
+        lambda x: F.adaptive_avg_pool2d(x, 2).reshape(x.shape[0], 16),
+    ]
+    blocks = []
+    for _ in range(draw(st.integers(0, 3))):
+        dilation = draw(st.integers(1, 2))
+        options = {
+            "padding": dilation,
+            "dilation": dilation,
+            "groups": draw(st.sampled_from([1, 2])),
+            "bias": draw(st.booleans()),
+            "padding_mode": draw(st.sampled_from(["zeros", "zeros", "circular"])),
+        }
+        norm = norms[draw(st.sampled_from(list(norms)))]
+        residual = draw(st.sampled_from(["", "sum", "in place"]))
+        blocks.append(Block(4, options, norm, draw(st.sampled_from(acts))(), residual))
+    model = Randomly(blocks, draw(st.sampled_from(flattens))).double().eval()
+    model(torch.rand(1, *SHAPE, dtype=torch.float64))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    if draw(st.booleans()):
+        for parameter in model.parameters():
+            parameter.data.mul_(torch.rand_like(parameter) < 0.2)
+    if draw(st.integers(0, 5)) == 0:
+        inner = draw(st.sampled_from(list(model.modules())))
+        inner.register_forward_hook(lambda module, x, y: y * 1.5)
+    return model
+
+
+@given(model=networks(), count=st.integers(1, 3), last=st.booleans())
+def test_random_networks(model, count, last):
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.rand(count, *SHAPE, dtype=torch.float64).contiguous(memory_format=layout)
+    try:
+        proof.passes(model, x, gradient=True)
+    except RuntimeError:  # what it rewrites, its own gradient needs
+        assume(False)
+    view = frozen.view_of(model, x)
+    assert agree(model, view, x)
+    kept = x.clone()
+    with torch.no_grad():
+        assert torch.allclose(view(x), model(x.clone()), atol=1e-9)
+    assert torch.equal(x, kept)
+    y = torch.zeros(count, dtype=torch.int64)
+    made = [
+        perturb.ascend(
+            m, x, x, perturb.cross_entropy_of(y), eps=0.1, step_size=0.03, steps=3, norm="L2"
+        )
+        for m in (view, model)
+    ]
+    assert torch.allclose(*made, atol=1e-6)
