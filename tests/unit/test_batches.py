@@ -1,10 +1,12 @@
 """Where training images come from: bytes where exact, the same batches wherever they lie."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from robsparse import batches
-from robsparse.cells import Layout
+from robsparse import augment, batches
+from robsparse.cells import Layout, derive_seed
 from robsparse.datasets import Part
 from robsparse.training import Trainer
 
@@ -63,3 +65,111 @@ def test_an_epoch_is_the_same_from_bytes_and_from_floats(study_data, load_study,
     for (x, y), (other_x, other_y) in zip(from_bytes, from_floats, strict=True):
         assert torch.equal(x, other_x)
         assert torch.equal(y, other_y)
+
+
+# ---------------------------------------------------------------- what a batch is made of
+
+
+def numbered(n):
+    """Images of 8x8 that are their own number, over 1000."""
+    return Part(torch.arange(n).float().view(n, 1, 1, 1).expand(n, 1, 8, 8) / 1000, torch.arange(n))
+
+
+@pytest.fixture
+def make_batches(study_data, load_study):
+    """make_batches(train, extra, **training) -> the batches of the first cell of a study."""
+
+    def make(train, extra=None, seed=0, **training):
+        study_data["grid"]["seeds"] = [0, 1]
+        study_data["training"] |= {"augmentation": {"kind": "none"}} | training
+        study = load_study(study_data)
+        cell = replace(study.cells()[0], seed=seed)
+        return batches.Batches(study, cell, train, extra, CPU)
+
+    return make
+
+
+def labels_of(made, epoch):
+    sources = made.epoch(epoch)
+    return [batches.mixed(sources, step)[1].tolist() for step in range(made.steps)]
+
+
+def test_an_epoch_takes_each_image_once_and_drops_the_last_partial_batch(make_batches):
+    made = make_batches(numbered(70), batch_size=16)
+    assert (made.size, made.steps, made.extra_size) == (16, 4, 0)
+    taken = labels_of(made, 0)
+    assert [len(labels) for labels in taken] == [16] * 4
+    assert len({label for labels in taken for label in labels}) == 64
+    images, labels = batches.mixed(made.epoch(0), 1)
+    assert torch.equal(images[:, 0, 0, 0], labels / 1000)
+    assert len(made.epoch(0)) == 1
+
+
+def test_order_depends_on_seed_and_epoch_alone(make_batches):
+    one, same, other = (make_batches(numbered(70), batch_size=16, seed=s) for s in (0, 0, 1))
+    assert labels_of(one, 2) == labels_of(same, 2)
+    assert labels_of(one, 2) != labels_of(one, 3)
+    assert labels_of(one, 2) != labels_of(other, 2)
+    generator = torch.Generator().manual_seed(derive_seed("order", "digits", 0, 2))
+    assert labels_of(one, 2)[0] == torch.randperm(70, generator=generator)[:16].tolist()
+
+
+def test_batch_is_no_larger_than_the_data(make_batches):
+    made = make_batches(numbered(5), batch_size=16)
+    assert (made.size, made.steps) == (5, 1)
+
+
+def test_extra_images_fill_their_share_and_go_round_again(make_batches):
+    labelled, extra = numbered(60), Part(numbered(7).x_NCHW, torch.arange(900, 907))
+    made = make_batches(labelled, extra, batch_size=10, rst_fraction=0.38)
+    assert (made.size, made.extra_size, made.steps) == (7, 3, 8)
+    taken = labels_of(made, 0)
+    assert all(max(labels[:7]) < 60 and min(labels[7:]) >= 900 for labels in taken)
+    rounds = [label for labels in taken for label in labels[7:]]
+    assert sorted(rounds[:7]) == sorted(rounds[7:14]) == list(range(900, 907))
+    assert rounds[:7] != rounds[7:14]
+    assert len(rounds) == 24
+
+
+def test_extra_images_without_a_share_are_not_taken(make_batches):
+    made = make_batches(numbered(60), numbered(7), batch_size=10, rst_fraction=0.01)
+    assert (made.size, made.extra_size) == (10, 0)
+    assert len(made.epoch(0)) == 1
+
+
+def test_augmentation_is_drawn_anew_for_every_epoch_and_kind_of_image(make_batches):
+    augmentation = {"kind": "shift", "shift": 0.25, "flip": True}
+    made = make_batches(
+        numbered(40), numbered(40), batch_size=20, rst_fraction=0.5, augmentation=augmentation
+    )
+    own, extra = made.epoch(0)
+    later, _ = made.epoch(1)
+    assert torch.equal(own.draws.offset_N2, made.epoch(0)[0].draws.offset_N2)
+    assert not torch.equal(own.draws.offset_N2, later.draws.offset_N2)
+    assert not torch.equal(own.draws.offset_N2, extra.draws.offset_N2)
+    generator = torch.Generator().manual_seed(derive_seed("augment", "order", "digits", 0, 0))
+    drawn = augment.draw(40, made.augmentation, generator)
+    assert torch.equal(own.draws.offset_N2, drawn.offset_N2)
+    assert torch.equal(own.draws.flip_N, drawn.flip_N)
+
+
+def test_augmentation_of_an_image_is_its_own_wherever_it_stands(make_batches):
+    made = make_batches(numbered(40), batch_size=8, augmentation={"kind": "shift", "shift": 0.25})
+    source = made.epoch(0)[0]
+    x, labels = source.batch(2)
+    index = source.order[16:24]
+    assert torch.equal(labels, index)
+    expected = augment.apply(made.train[index][0], source.draws[index], made.augmentation)
+    assert torch.equal(x, expected)
+
+
+def test_augmentation_of_the_training_stands_before_that_of_the_data(study_data, load_study):
+    study_data["datasets"]["digits"]["augmentation"] = {"kind": "shift", "shift": 0.2}
+    study_data["training"].pop("augmentation", None)
+    study = load_study(study_data)
+    made = batches.Batches(study, study.cells()[0], numbered(70), None, CPU)
+    assert made.augmentation.shift == 0.2
+    study_data["training"]["augmentation"] = {"kind": "none"}
+    study = load_study(study_data)
+    made = batches.Batches(study, study.cells()[0], numbered(70), None, CPU)
+    assert made.augmentation.kind == "none"

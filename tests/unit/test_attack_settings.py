@@ -1,0 +1,264 @@
+"""What each attack does with its settings, on networks whose answers are known by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from robsparse import attacks, perturb
+from robsparse.attacks import AttackThreat, Tally, of_distances
+from robsparse.eval import clean, fgsm, pgd, square
+
+CPU = torch.device("cpu")
+X = torch.tensor([[0.5, 0.5], [0.5, 0.4], [0.5, 0.1]]).view(3, 1, 1, 2)
+Y = torch.tensor([1, 1, 1])
+
+
+class Slope(nn.Module):
+    """Logits (0, a - b + 0.05) of images (a, b): all of X are of class 1.
+
+    The L-inf distances to class 0 are 0.025, 0.075 and 0.225.
+    """
+
+    def forward(self, x):
+        a, b = x.mean(dim=(1, 2)).unbind(1)
+        return torch.stack([torch.zeros_like(a), a - b + 0.05], dim=1)
+
+
+def threat(norm="Linf", eps=0.1, batch_size=2, seed=3, **changes):
+    changes = {"report": lambda text: None} | changes
+    return AttackThreat(norm, eps, seed, batch_size, CPU, **changes)
+
+
+@pytest.fixture
+def ascents(monkeypatch):
+    """Arguments of every call of the ascent: (x, start, options)."""
+    found, plain = [], perturb.ascend
+
+    def ascend(model, x, start, loss, **options):
+        found.append((x.clone(), start.clone(), options))
+        return plain(model, x, start, loss, **options)
+
+    monkeypatch.setattr(perturb, "ascend", ascend)
+    return found
+
+
+# ---------------------------------------------------------------- fgsm and pgd
+
+
+@pytest.mark.parametrize(
+    ("eps", "robust"), [(0.02, [1, 1, 1]), (0.05, [0, 1, 1]), (0.1, [0, 0, 1]), (0.3, [0, 0, 0])]
+)
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_gradient_attacks_break_what_is_within_reach(attack, eps, robust):
+    outcome = attack.run(Slope(), X, Y, attack.Params(), threat(eps=eps))
+    assert outcome.components["all"].tolist() == [bool(r) for r in robust]
+    assert outcome.max_perturbation == pytest.approx(eps, rel=1e-5)
+
+
+def test_fgsm_is_one_step_of_eps_from_the_image(ascents):
+    outcome = fgsm.run(Slope(), X, Y, fgsm.Params(), threat("L2", 0.2))
+    assert [len(x) for x, _, _ in ascents] == [2, 1]
+    for x, start, options in ascents:
+        assert torch.equal(x, start)
+        assert options == {"eps": 0.2, "step_size": 0.2, "steps": 1, "norm": "L2"}
+    assert outcome.settings == {"steps": 1, "restarts": 1}
+    assert fgsm.passes(fgsm.Params()) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shares"),
+    [("constant", [1, 1, 1, 1]), ("cosine", [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])],
+)
+def test_pgd_steps_by_hand(rule, shares, ascents):
+    params = pgd.Params(steps=4, restarts=1, relative_step=3.0, rule=rule)
+    outcome = pgd.run(Slope(), X, Y, params, threat("L2", 0.2))
+    options = ascents[0][2]
+    assert options["step_size"] == pytest.approx([3.0 * 0.2 / 4 * share for share in shares])
+    assert (options["eps"], options["steps"], options["norm"]) == (0.2, 4, "L2")
+    assert outcome.settings == {"steps": 4, "restarts": 1}
+    assert pgd.passes(pgd.Params(steps=4, restarts=3)) == (12, 3)
+
+
+def test_pgd_defaults_are_those_of_the_authors(ascents):
+    pgd.run(Slope(), X, Y, pgd.Params(), threat(eps=0.01))
+    assert len(ascents) == 10 * 2  # restarts, batches
+    assert ascents[0][2]["step_size"] == pytest.approx([2.5 * 0.01 / 50] * 50)
+
+
+def test_pgd_restart_sees_the_survivors_alone_from_a_start_of_its_own(ascents):
+    pgd.run(Slope(), X, Y, pgd.Params(steps=5, restarts=2), threat(eps=0.1, batch_size=3))
+    assert torch.equal(ascents[0][0], X)
+    assert torch.equal(ascents[1][0], X[2:])
+    generator = torch.Generator().manual_seed(3)
+    first = perturb.uniform_start(X, 0.1, generator)
+    second = perturb.uniform_start(X, 0.1, generator)
+    assert torch.equal(ascents[0][1], first)
+    assert torch.equal(ascents[1][1], second[2:])
+
+
+def test_pgd_starts_in_the_norm_of_the_threat(ascents):
+    pgd.run(Slope(), X, Y, pgd.Params(steps=1, restarts=1), threat("L2", 0.1, batch_size=3))
+    expected = perturb.uniform_start(X, 0.1, torch.Generator().manual_seed(3), "L2")
+    assert torch.equal(ascents[0][1], expected)
+
+
+def test_pgd_from_the_image_itself(ascents):
+    params = pgd.Params(steps=1, restarts=2, start="image")
+    pgd.run(Slope(), X, Y, params, threat(eps=0.01, batch_size=3))
+    assert all(torch.equal(x, start) for x, start, _ in ascents)
+
+
+def test_gradient_attacks_compute_no_gradients_of_weights():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    for attack in (fgsm, pgd):
+        attack.run(model, X, Y, attack.Params(), threat())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------- square and clean
+
+
+def test_square_searches_with_the_settings_of_autoattack(monkeypatch):
+    made = []
+
+    class Search:
+        def __init__(self, model, **options):
+            made.append(options)
+
+        def perturb(self, x, y):
+            assert not torch.is_grad_enabled()
+            torch.rand(1)
+            return x
+
+    monkeypatch.setattr(attacks, "SquareAttack", Search)
+    before = torch.get_rng_state()
+    params = square.Params(queries=70, restarts=2)
+    outcome = square.run(Slope(), X, Y, params, threat("L2", 0.3, seed=8))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(made) == 2  # batches
+    assert made[0] == {
+        "p_init": 0.8,
+        "n_queries": 70,
+        "eps": 0.3,
+        "norm": "L2",
+        "n_restarts": 2,
+        "seed": 8,
+        "verbose": False,
+        "device": CPU,
+        "resc_schedule": False,
+    }
+    assert outcome.components["all"].tolist() == [True, True, True]
+    assert outcome.settings == {"steps": 70, "restarts": 2}
+    assert square.passes(params) == (0, 140)
+
+
+def test_clean_perturbs_nothing():
+    outcome = clean.run(Slope(), X, torch.tensor([1, 0, 1]), clean.Params(), threat())
+    assert outcome.components["all"].tolist() == [True, False, True]
+    assert (outcome.max_perturbation, outcome.pictures) == (0.0, {})
+    assert clean.passes(clean.Params()) == (0, 1)
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd, square])
+def test_progress_and_result_are_reported(attack):
+    said = []
+    params = attack.Params(queries=50) if attack is square else attack.Params()
+    attack.run(Slope(), X, Y, params, threat(eps=0.01, report=said.append))
+    if attack is not fgsm:  # one step needs no line
+        assert said[-1].startswith(f"{attack.LABEL}: 3 of 3 still robust")
+
+
+# ---------------------------------------------------------------- the tally
+
+
+def test_tally_keeps_pictures_of_broken_images_among_the_first(monkeypatch):
+    monkeypatch.setattr(attacks, "PICTURES", 2)
+    tally = Tally(X, Y, threat())
+    moved = torch.tensor([[0.4, 0.6], [0.5, 0.4], [0.1, 0.9]]).view(3, 1, 1, 2)
+    tally.judge(Slope(), slice(0, 3), moved)
+    assert tally.robust.tolist() == [False, True, False]
+    assert list(tally.pictures) == [0]
+    assert torch.equal(tally.pictures[0].image, moved[0])
+    assert tally.pictures[0].taken_for == 0
+
+
+def test_tally_counts_by_index_and_remembers_the_largest_change():
+    tally = Tally(X, Y, threat("L2"))
+    tally.judge(
+        Slope(), torch.tensor([2, 0]), torch.tensor([[0.5, 0.4], [0.1, 0.8]]).view(2, 1, 1, 2)
+    )
+    assert tally.robust.tolist() == [False, True, True]
+    assert tally.largest == pytest.approx(0.5)
+    tally.judge(Slope(), slice(1, 2), X[1:2])
+    assert tally.largest == pytest.approx(0.5)
+    assert tally.robust.tolist() == [False, True, True]
+
+
+def test_tally_counts_numbers_that_are_none():
+    tally = Tally(X, Y, threat())
+    bad = X.clone()
+    bad[1, 0, 0, 0] = math.nan
+    tally.judge(Slope(), slice(0, 3), bad)
+    assert tally.nans == 1
+    assert tally.largest == 0.0
+
+
+def test_tally_attacks_those_that_are_named_in_batches():
+    seen = []
+
+    def craft(x, y, index):
+        seen.append((x.clone(), y.tolist(), index.tolist()))
+        return x
+
+    tally = Tally(X, torch.tensor([1, 0, 1]), threat(batch_size=1))
+    tally.attack(Slope(), craft, torch.tensor([2, 1]))
+    assert [(y, index) for _, y, index in seen] == [([1], [2]), ([0], [1])]
+    assert torch.equal(seen[0][0], X[2:])
+    assert tally.robust.tolist() == [True, False, True]
+    tally.attack(Slope(), craft)
+    assert [index for _, _, index in seen[2:]] == [[0], [1], [2]]
+
+
+def test_tally_comes_back_from_its_arrays_with_its_seconds(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(attacks.time, "monotonic", lambda: now[0])
+    tally = Tally(X, Y, threat())
+    moved = X.clone()
+    moved[0] += torch.tensor([-0.125, 0.125])
+    tally.judge(Slope(), slice(0, 3), moved)
+    now[0] = 107.0
+    kept = tally.arrays()
+    again = Tally(X, Y, threat())
+    now[0] = 200.0
+    again.take(kept)
+    now[0] = 203.0
+    assert again.seconds() == 10.0
+    assert again.robust.tolist() == [False, True, True]
+    assert (again.largest, again.nans) == (0.125, 0)
+    outcome = again.outcome({"steps": 2})
+    assert (outcome.settings, outcome.warnings) == ({"steps": 2}, [])
+    assert outcome.earlier_seconds == 7.0
+    assert outcome.components["all"].tolist() == [False, True, True]
+    assert outcome.pictures[0].taken_for == 0
+    parts = {"one": torch.ones(3, dtype=torch.bool)}
+    told = again.outcome({}, parts, ["a doubt"])
+    assert (told.components, told.warnings) == (parts, ["a doubt"])
+
+
+def test_smallest_perturbations_decide_by_eps():
+    lengths = torch.tensor([0.05, 0.1, 0.2, math.inf])
+    outcome = of_distances(lengths, 0.1, {"steps": 4})
+    assert outcome.components["all"].tolist() == [False, False, True, True]
+    assert outcome.max_perturbation == pytest.approx(0.1)
+    assert torch.equal(outcome.distances, lengths)
+    assert outcome.settings == {"steps": 4}
+    assert of_distances(torch.tensor([math.inf]), 0.1, {}).max_perturbation == 0.0
+
+
+def test_lengths_by_hand():
+    change = torch.tensor([[[[0.3, -0.4]]], [[[0.0, -0.1]]]])
+    assert attacks.length(change, "Linf").tolist() == pytest.approx([0.4, 0.1])
+    assert attacks.length(change, "L2").tolist() == pytest.approx([0.5, 0.1])
