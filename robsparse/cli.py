@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from robsparse import __version__, checks, config, staleness
+from robsparse import __version__, checks, config
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.errors import RunError, UsageError, nearest
@@ -328,7 +328,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.selection,
         layout,
         target=target,
-        settings_digest=staleness.evaluation_digest(study, cell, arguments.selection),
         device=arguments.device,
         threads=arguments.threads,
     )
@@ -354,7 +353,6 @@ def _evaluate_single(arguments: argparse.Namespace) -> None:
         "last",
         Layout(arguments.results / study.study),
         target=target,
-        settings_digest=staleness.evaluation_digest(study, cell, "last"),
         device=arguments.device,
         threads=arguments.threads,
     )

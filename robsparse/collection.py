@@ -6,12 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from robsparse import overlap, records
+from robsparse import fingerprints, overlap, records
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.counts import keep_count
 from robsparse.errors import UsageError
-from robsparse.staleness import evaluation_digest
 
 _MODEL_KEY = records.KEY[:7]  # all but attack and component
 _TOLERANCE = 1e-6
@@ -62,12 +61,35 @@ def collect(study: Study, layout: Layout, folder: Path) -> str:
     _write(folder / "lifetimes.parquet", _joined(gathered.lifetimes, records.LIFETIME_COLUMNS))
     pairs = overlap.overlaps(study, layout)
     _write(folder / "overlap.csv", pd.DataFrame(pairs, columns=list(records.OVERLAP_COLUMNS)))
+    records.write_json(folder / records.MANIFEST, _manifest(study, layout, folder))
     text = f"collected {len(results)} rows: {folder / 'results.csv'}"
     for failure in gathered.failures:
         text += f"\nfailed: {failure['reason']}"
     for name in gathered.missing:
         text += f"\nmissing, printed as n/a: {name}"
     return text
+
+
+def _manifest(study: Study, layout: Layout, folder: Path) -> dict[str, Any]:
+    """What the tables were made from, and a checksum of each file; `figures` compares them."""
+    flags = (
+        layout.flags(cell, selection)
+        for cell in study.cells()
+        for selection in study.evaluation.selections
+    )
+    return {
+        "fingerprint": fingerprints.collected(study).plan,
+        "tables": {
+            name: records.file_checksum(folder / name)
+            for name in records.COLLECTED
+            if name != records.MANIFEST
+        },
+        "outcomes": {
+            path.relative_to(layout.root).as_posix(): records.file_checksum(path)
+            for path in flags
+            if path.exists()
+        },
+    }
 
 
 def gather(study: Study, layout: Layout) -> Gathered:
@@ -81,8 +103,9 @@ def gather(study: Study, layout: Layout) -> Gathered:
                 found.missing.append(f"{cell.key} {selection}")
                 continue
             record = records.read_record(path)
-            if record.rows[0].settings_digest != evaluation_digest(study, cell, selection):
-                raise UsageError(f"{path}: made with other settings or code; run snakemake first")
+            now = fingerprints.evaluation(study, cell, selection)
+            if record.rows[0].settings_digest != now.digest:
+                raise UsageError(f"{path}: made with other settings; run snakemake first")
             found.rows += record.rows
             found.layers += [axes | {"selection": selection} | layer for layer in record.layers]
             found.histogram += [axes | {"selection": selection} | b for b in record.histogram]

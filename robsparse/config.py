@@ -29,7 +29,7 @@ from robsparse.sections import (
     Threat,
     Training,
 )
-from robsparse.study import Study, digest
+from robsparse.study import Study
 
 __all__ = [
     "Crafting",
@@ -50,7 +50,6 @@ __all__ = [
     "Table",
     "Threat",
     "Training",
-    "digest",
     "load",
 ]
 

@@ -17,6 +17,7 @@ from robsparse import (
     datasets,
     doubts,
     external,
+    fingerprints,
     frozen,
     networks,
     proof,
@@ -59,7 +60,6 @@ def evaluate_cell(
     selection: Selection,
     layout: Layout,
     *,
-    settings_digest: str,
     target: Target | None = None,
     device: str | None = None,
     threads: int | None = None,
@@ -72,6 +72,7 @@ def evaluate_cell(
     missing or damaged, the images are not what an attack expects or the network does not map them
     to logits; EvaluationError when it fails later. Finished parts are kept then.
     """
+    fingerprint = fingerprints.evaluation(study, cell, selection)
     prepare(threads or study.machine.threads)
     where = pick_device(device or study.machine.device)
     own = target is None
@@ -88,11 +89,10 @@ def evaluate_cell(
     networks.checked(model, examples.x_NCHW[:2].to(where), splits.classes)
     with _failing("counting weights"):
         measured = measure(model, splits.image_shape)
-    names = ["clean", *(n for n in study.evaluation.selections[selection] if n != "clean")]
     results = attack_model(
         model,
         examples,
-        names,
+        study.attacks_of(selection),
         settings=study.evaluation,
         threat=study.threat,
         device=where,
@@ -111,7 +111,8 @@ def evaluate_cell(
         **(_training_columns(layout, cell, selection) if own else {}),
         "model_bytes": _bytes(model, target.weights),
         "eval_device": device_name(where),
-        "settings_digest": settings_digest,
+        "settings_digest": fingerprint.digest,
+        "code_digest": fingerprint.code,
         "data_checksum": splits.checksum(),
         **guessing(splits.test, splits.classes),
         "model_checksum": _checksum(model, target.weights),

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robsparse import datasets, networks, records, weights
+from robsparse import datasets, fingerprints, networks, records, weights
 from robsparse.cells import Cell, Layout
 from robsparse.connections import no_lifetimes, no_steps
 from robsparse.datasets import Splits
 from robsparse.errors import UsageError, in_a_line
-from robsparse.staleness import training_digest
 from robsparse.study import Study
 
 IMAGES = 4  # training images on which the outputs are compared
@@ -28,6 +27,7 @@ def take_in(study: Study, cell: Cell, layout: Layout) -> None:
     Raises UsageError when the file is damaged, wants to run code or does not fit the arch, and when
     the network does not map images of the data set to logits.
     """
+    fingerprint = fingerprints.training(study, cell)
     source = study.source(cell.method)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
     network = networks.with_weights(study, cell, splits, source.file, source.match).eval()
@@ -41,8 +41,6 @@ def take_in(study: Study, cell: Cell, layout: Layout) -> None:
             table.to_parquet(temporary)
     record = {
         "cell": cell.key,
-        "settings": study.training_settings(cell),
-        "settings_digest": training_digest(study, cell),
         "selected": {"best_val": {"epoch": None}, "last": {"epoch": None}},
         "failure": "",
         "cost": None,
@@ -50,6 +48,8 @@ def take_in(study: Study, cell: Cell, layout: Layout) -> None:
         "taken_in": _print_of(network, splits) if source.foreign else None,
         "data_checksum": splits.checksum(),
         **records.provenance(),
+        **fingerprint.kept(),
+        "weights": {s: records.file_checksum(layout.model(cell, s)) for s in ("best_val", "last")},
     }
     records.write_json(layout.training(cell), record)
     print(f"taken in {cell.key}: {layout.model(cell, 'last').parent}")

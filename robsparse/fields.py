@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Self
 
@@ -140,6 +141,20 @@ def _sparsity(value: Any) -> Any:
             "sparsity", "expected at most four decimals, like 0.9950{hint}", {"hint": hint}
         )
     return number
+
+
+@dataclass(frozen=True)
+class Decides:
+    """Marks a setting that names a place on disk.
+
+    content: whether what lies there decides a result; the name itself never does.
+    """
+
+    content: bool
+
+
+CONTENT = Decides(content=True)
+PLACE = Decides(content=False)
 
 
 def _name(value: str) -> str:

@@ -92,6 +92,7 @@ class Row(BaseModel):
     eval_device: str | None = None
 
     settings_digest: str
+    code_digest: str
     code_version: str
     code_dirty: bool
     libraries: str
@@ -123,6 +124,21 @@ CODE_PACKAGES = (
 # Columns that a method's log has besides those of its cell; see robsparse.connections.
 STEP_COLUMNS = ("step", "layer", "deaths", "regrown", "live", "age")
 LIFETIME_COLUMNS = ("age", "died", "alive")
+# What `robsparse collect` writes; MANIFEST has the checksums of the others.
+MANIFEST = "collected.json"
+COLLECTED = (
+    "results.csv",
+    "results.parquet",
+    "layers.csv",
+    "curves.csv",
+    "steps.parquet",
+    "lifetimes.parquet",
+    "weights.csv",
+    "overlap.csv",
+    "doubts.csv",
+    "failures.csv",
+    MANIFEST,
+)
 OVERLAP_COLUMNS = (
     "dataset",
     "arch",
@@ -256,17 +272,23 @@ def file_checksum(path: Path) -> str:
 @functools.cache
 def provenance() -> dict[str, Any]:
     """code_version, code_dirty and libraries of this process, as columns of a Row."""
-    libraries = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "pyautoattack", "foolbox", "numpy", "scikit-learn")
-    }
-    libraries["python"] = platform.python_version()
     commit, dirty = _git_state(_code_folders())
     return {
         "code_version": f"{robsparse.__version__}+{commit}" if commit else robsparse.__version__,
         "code_dirty": dirty,
-        "libraries": " ".join(f"{name}={version}" for name, version in libraries.items()),
+        "libraries": libraries(),
     }
+
+
+@functools.cache
+def libraries() -> str:
+    """Versions of the libraries that decide a result."""
+    found = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "pyautoattack", "foolbox", "numpy", "scikit-learn")
+    }
+    found["python"] = platform.python_version()
+    return " ".join(f"{name}={version}" for name, version in found.items())
 
 
 def _code_folders() -> list[Path]:

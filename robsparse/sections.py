@@ -13,7 +13,17 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from robsparse.fields import Claimed, Name, Radius, Share, Sparsity, Strict, radius_fault
+from robsparse.fields import (
+    CONTENT,
+    PLACE,
+    Claimed,
+    Name,
+    Radius,
+    Share,
+    Sparsity,
+    Strict,
+    radius_fault,
+)
 from robsparse.imagesets import Augmentation
 from robsparse.sources import Kind, Match, Source
 
@@ -178,7 +188,7 @@ class Training(Strict):
         None, description="how training images are varied, if not as the data set says"
     )
     beta: PositiveFloat = Field(6.0, description="weight of the KL term of TRADES and MART")
-    rst_file: str | None = Field(
+    rst_file: Annotated[str | None, CONTENT] = Field(
         None, description="rst: npz of pseudo-labelled extra images, arrays `images` and `labels`"
     )
     rst_fraction: Share = Field(
@@ -258,7 +268,7 @@ class External(Strict):
     (`callable`).
     """
 
-    file: str | None = None
+    file: Annotated[str | None, CONTENT] = None
     arch: Name | None = Field(
         None,
         description="name in the section archs, or a registered one; for zoo and callable: the one "
@@ -405,7 +415,7 @@ class Table(Strict):
     columns: list[Axis] = Field(min_length=1)
     attacks: list[Name] = Field(min_length=1)
     selection: Selection = "best_val"
-    published: list[str] = Field(
+    published: Annotated[list[str], PLACE] = Field(
         default_factory=list, description="files of published numbers, results/reference/*.csv"
     )
 

@@ -5,13 +5,11 @@ No torch in here.
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from robsparse import faults, registry
@@ -33,13 +31,6 @@ from robsparse.sections import (
     Training,
 )
 from robsparse.sources import ELSEWHERE, Source
-
-# Settings of `training` that only some objectives read: the others' weights do not depend on them.
-_READ_BY = {
-    "beta": ("trades", "mart", "rst"),
-    "rst_file": ("rst",),
-    "rst_fraction": ("rst",),
-}
 
 
 class Study(Strict):
@@ -262,32 +253,9 @@ class Study(Strict):
         return Cell(cell.dataset, cell.arch, start, cell.objective, 0.0, cell.seed)
 
     def inputs(self, cell: Cell, layout: Layout) -> list[Path]:
-        """Files that must be there before `cell` is trained or taken in."""
-        start, file = self.starting_cell(cell), self.source(cell.method).file
-        if start:
-            return [layout.model(start, "last"), layout.training(start)]
-        return [file] if file else []
-
-    def training_settings(self, cell: Cell) -> dict[str, Any]:
-        """All settings that decide the weights of `cell`, those of its starting cell included."""
+        """Files of the study that must be there before `cell` is trained."""
         start = self.starting_cell(cell)
-        plan = self.planned[cell]
-        if self.is_external(cell.method):
-            return {"cell": cell.key, "model": _settings(plan.params)}
-        unread = {name for name, readers in _READ_BY.items() if cell.objective not in readers}
-        return {
-            "cell": cell.key,
-            "dataset": _settings(self.datasets[cell.dataset]),
-            "arch": _settings(self.archs[cell.arch]),
-            "method": _settings(plan.params),
-            "threat": _settings(self.threat),
-            "training": {
-                name: value
-                for name, value in _settings(plan.training).items()
-                if name not in unread
-            },
-            "start": self.training_settings(start) if start else None,
-        }
+        return [layout.model(start, "last"), layout.training(start)] if start else []
 
     def fits(self, cell: Cell) -> dict[str, Fit]:
         """The stages of a cell that is trained, as its hyperparameters list them."""
@@ -320,11 +288,9 @@ class Study(Strict):
         """
         found = [
             other
-            for other in self.cells()
-            if other.dataset == cell.dataset
-            and other.method == method
-            and other.sparsity in (0.0, cell.sparsity)
-            and other != cell
+            for sparsity in dict.fromkeys((0.0, cell.sparsity))
+            for other in self._alike.get((cell.dataset, method, sparsity), [])
+            if other != cell
         ]
         if not found:
             raise UsageError(
@@ -342,6 +308,14 @@ class Study(Strict):
 
         return min(found, key=apart)
 
+    @functools.cached_property
+    def _alike(self) -> dict[tuple[str, str, float], list[Cell]]:
+        """Cells by data set, method and sparsity."""
+        found: dict[tuple[str, str, float], list[Cell]] = {}
+        for cell in self.cells():
+            found.setdefault((cell.dataset, cell.method, cell.sparsity), []).append(cell)
+        return found
+
     def surrogates(self, cell: Cell, selection: Selection) -> list[Cell]:
         """All networks besides its own that the attacks on a cell look at."""
         names = (
@@ -350,21 +324,9 @@ class Study(Strict):
         )
         return [self.surrogate(cell, name) for name in dict.fromkeys(names) if name]
 
-    def evaluation_settings(self, cell: Cell, selection: Selection) -> dict[str, Any]:
-        """All settings that decide the outcome of attacking `cell`, its training included."""
-        attacks = {
-            name: _settings(self.evaluation.attacks[name])
-            for name in self.evaluation.selections[selection]
-        }
-        return {
-            "training": self.training_settings(cell),
-            "selection": selection,
-            "evaluation": self.evaluation.model_dump(
-                mode="json", include={"n_examples", "batch_size", "seed", "doubts"}
-            ),
-            "attacks": attacks,
-            "surrogates": [self.training_settings(c) for c in self.surrogates(cell, selection)],
-        }
+    def attacks_of(self, selection: Selection) -> list[str]:
+        """Attacks on the weights of a selection; clean accuracy is always measured, and first."""
+        return list(dict.fromkeys(["clean", *self.evaluation.selections[selection]]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,13 +348,3 @@ def _given(model: Strict) -> dict[str, Any]:
 def _fits(params: Strict) -> dict[str, Fit]:
     """The stages of a method, as its hyperparameters list them."""
     return {name: value for name, value in params if isinstance(value, Fit)}
-
-
-def _settings(model: BaseModel) -> dict[str, Any]:
-    """All values as JSON has them; a label changes nothing."""
-    return model.model_dump(mode="json", exclude={"label"})
-
-
-def digest(settings: dict[str, Any]) -> str:
-    """Short SHA-256 of settings, stable across machines and key order."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

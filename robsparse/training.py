@@ -19,6 +19,7 @@ from robsparse import (
     batches,
     datasets,
     external,
+    fingerprints,
     networks,
     objectives,
     randomness,
@@ -46,7 +47,6 @@ from robsparse.machine import (
 )
 from robsparse.sparsity import effective_weights, plain_state
 from robsparse.stages import Run, Stage
-from robsparse.staleness import training_digest
 from robsparse.validation import largest_class, validate
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -164,6 +164,7 @@ class Trainer:
 
     def __init__(self, study: Study, cell: Cell, layout: Layout, device: torch.device) -> None:
         self.study, self.cell, self.layout, self.device = study, cell, layout, device
+        self.fingerprint = fingerprints.training(study, cell)
         self.training = study.training_of(cell)
         splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
         self.data_checksum = splits.checksum()
@@ -187,7 +188,9 @@ class Trainer:
         )
         self.method = study.entry("method", cell.method)
         self.stages = self._stages(method)
-        self.checkpoint = Checkpoint(layout.resume(cell), training_digest(study, cell))
+        precisions = (self.attacker.precision, self.run.precision)
+        decided = self.fingerprint.whole(device.type, *precisions)
+        self.checkpoint = Checkpoint(layout.resume(cell), decided)
         self.saved_at = time.monotonic()
 
     def _generator(self, *axes: str) -> torch.Generator:
@@ -477,8 +480,6 @@ class Trainer:
             layout.training(cell),
             {
                 "cell": cell.key,
-                "settings": self.study.training_settings(cell),
-                "settings_digest": self.checkpoint.digest,
                 "selected": {
                     "best_val": progress.best or last_point,
                     "last": last_point,
@@ -489,6 +490,8 @@ class Trainer:
                 "data_checksum": self.data_checksum,
                 "start_checksum": records.file_checksum(self.start["path"]) if self.start else None,
                 **records.provenance(),
+                **self.fingerprint.kept(),
+                "weights": {s: records.file_checksum(layout.model(cell, s)) for s in states},
             },
         )
         self.checkpoint.clear()

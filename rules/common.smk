@@ -1,17 +1,17 @@
-import os
 import sys
 from pathlib import Path
 from shlex import quote
 
-from robsparse import staleness
+from robsparse import fingerprints
 from robsparse.cells import Cell, Layout
 from robsparse.config import load
 from robsparse.errors import UsageError
 from robsparse.figures import REPORT, plots_of, tables_of
+from robsparse.records import COLLECTED
 
 # The configfile of the command line, not the merged `config`: a study is one file, read whole.
-# Relative, because it is a parameter of every rule: another spelling must not rerun them.
-STUDY_FILE = os.path.relpath((workflow.configfiles or ["config/quick.yaml"])[0])
+# It is no parameter of a rule: what is in it decides, not its name.
+STUDY_FILE = (workflow.configfiles or ["config/quick.yaml"])[0]
 
 # Jobs use the `robsparse` of this Python, also when its environment is not activated.
 shell.prefix(f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH; ")
@@ -62,12 +62,17 @@ def surrogate_weights(wildcards):
     return [str(LAYOUT.model(cell, wildcards.selection)) for cell in cells]
 
 
-def training_digest(wildcards):
-    return staleness.training_digest(STUDY, cell_of(wildcards))
+def of_training(wildcards):
+    return fingerprints.training(STUDY, cell_of(wildcards)).plan
 
 
-def evaluation_digest(wildcards):
-    return staleness.evaluation_digest(STUDY, cell_of(wildcards), wildcards.selection)
+def of_evaluation(wildcards):
+    return fingerprints.evaluation(STUDY, cell_of(wildcards), wildcards.selection).plan
+
+
+def of_figures(wildcards):
+    captions = sorted(Path(workflow.basedir, "report").glob("*.rst"))
+    return fingerprints.figures(STUDY, captions).plan
 
 
 def gpus_per_job():

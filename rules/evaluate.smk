@@ -26,12 +26,11 @@ rule evaluate:
         mem_mb=STUDY.machine.memory_mb,
         runtime=STUDY.machine.minutes,
     params:
-        study=STUDY_FILE,
         cell=CELL,
-        digest=evaluation_digest,
+        fingerprint=of_evaluation,
     message:
         "attack {params.cell} ({wildcards.selection})"
     shell:
-        "robsparse evaluate {params.study:q} --cell {params.cell:q}"
+        "robsparse evaluate {STUDY_FILE:q} --cell {params.cell:q}"
         " --selection {wildcards.selection:q}"
         " --threads {threads} > {log:q} 2>&1"

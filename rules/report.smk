@@ -3,24 +3,15 @@ rule collect:
         rules.evaluated.input,
         rules.trained.input,
     output:
-        csv=f"{ROOT}/results.csv",
-        parquet=f"{ROOT}/results.parquet",
-        layers=f"{ROOT}/layers.csv",
-        curves=f"{ROOT}/curves.csv",
-        steps=f"{ROOT}/steps.parquet",
-        lifetimes=f"{ROOT}/lifetimes.parquet",
-        magnitudes=f"{ROOT}/weights.csv",
-        overlap=f"{ROOT}/overlap.csv",
-        doubts=f"{ROOT}/doubts.csv",
-        failures=f"{ROOT}/failures.csv",
+        [f"{ROOT}/{name}" for name in COLLECTED],
     log:
         f"{ROOT}/logs/collect.log",
     params:
-        study=STUDY_FILE,
+        fingerprint=lambda _: fingerprints.collected(STUDY).plan,
     message:
         "collect the records of {STUDY.study}"
     shell:
-        "robsparse collect {params.study:q} > {log:q} 2>&1"
+        "robsparse collect {STUDY_FILE:q} > {log:q} 2>&1"
 
 
 rule figures:
@@ -41,9 +32,8 @@ rule figures:
     log:
         f"{ROOT}/logs/figures.log",
     params:
-        study=STUDY_FILE,
-        printed=f"{STUDY.title} {STUDY.small} {STUDY.tables}",
+        fingerprint=of_figures,
     message:
         "draw the tables and plots of {STUDY.study}"
     shell:
-        "robsparse figures {params.study:q} > {log:q} 2>&1"
+        "robsparse figures {STUDY_FILE:q} > {log:q} 2>&1"

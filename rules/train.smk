@@ -23,10 +23,9 @@ rule train:
         mem_mb=STUDY.machine.memory_mb,
         runtime=STUDY.machine.minutes,
     params:
-        study=STUDY_FILE,
         cell=CELL,
-        digest=training_digest,
+        fingerprint=of_training,
     message:
         "train {params.cell}"
     shell:
-        "robsparse train {params.study:q} --cell {params.cell:q} --threads {threads} > {log:q} 2>&1"
+        "robsparse train {STUDY_FILE:q} --cell {params.cell:q} --threads {threads} > {log:q} 2>&1"

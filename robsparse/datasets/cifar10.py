@@ -3,16 +3,19 @@
 Source: Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
 """
 
+from typing import Annotated
+
 from pydantic import Field
 
 from robsparse.datasets import Splits, _torchvision
+from robsparse.fields import PLACE
 from robsparse.imagesets import Augmentation, Description, Images
 
 
 class Params(Images):
     """data_dir: where cifar-10-batches-py/ or its archive is, or is downloaded to."""
 
-    data_dir: str = "data"
+    data_dir: Annotated[str, PLACE] = "data"
     validation_examples: int = Field(2000, ge=10, le=25000)
     augmentation: Augmentation = Augmentation(kind="shift", flip=True)
 

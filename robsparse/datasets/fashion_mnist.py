@@ -6,10 +6,12 @@ Source: Xiao, Rasul, Vollgraf, arXiv 1708.07747.
 import gzip
 import shutil
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from robsparse.datasets import Splits, _torchvision
+from robsparse.fields import PLACE
 from robsparse.imagesets import Augmentation, Description, Images
 from robsparse.records import atomic
 
@@ -27,7 +29,7 @@ class Params(Images):
     package dataset-fashion-mnist.
     """
 
-    data_dir: str = "data"
+    data_dir: Annotated[str, PLACE] = "data"
     validation_examples: int = Field(2000, ge=10, le=25000)
     augmentation: Augmentation = Augmentation(kind="shift", flip=True)
 

@@ -7,6 +7,7 @@ by the content of all images, so that a changed image is never missed.
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import filelock
 import numpy as np
@@ -17,6 +18,7 @@ from pydantic import Field
 from robsparse.datasets import Part, Splits
 from robsparse.datasets._arrays import as_part, held_out
 from robsparse.errors import UsageError
+from robsparse.fields import CONTENT, PLACE
 from robsparse.imagesets import Augmentation, Images
 from robsparse.records import atomic
 
@@ -27,8 +29,8 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp"}
 class Params(Images):
     """data_dir holds train/ and test/; cache_dir keeps the decoded pixels."""
 
-    data_dir: str
-    cache_dir: str = "data/cache"
+    data_dir: Annotated[str, CONTENT]
+    cache_dir: Annotated[str, PLACE] = "data/cache"
     validation_examples: int = Field(2000, ge=10)
     augmentation: Augmentation = Augmentation(kind="shift", flip=True)
 

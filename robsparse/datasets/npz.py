@@ -5,12 +5,14 @@ numbers from 0. The test images are attacked in the order of the file.
 """
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from robsparse.datasets import Splits
 from robsparse.datasets._arrays import as_part, held_out, read_npz
 from robsparse.errors import UsageError
+from robsparse.fields import CONTENT
 from robsparse.imagesets import Description, Images, image_shape, shapes_in_npz
 
 NEEDED = ("file",)  # parameters that name what has to be there
@@ -19,7 +21,7 @@ NEEDED = ("file",)  # parameters that name what has to be there
 class Params(Images):
     """file: where it is. validation_examples are held out of the training images."""
 
-    file: str
+    file: Annotated[str, CONTENT]
     validation_examples: int = Field(1000, ge=10)
 
     def description(self) -> Description | None:

@@ -3,9 +3,12 @@
 Source: Netzer et al., "Reading digits in natural images with unsupervised feature learning", 2011.
 """
 
+from typing import Annotated
+
 from pydantic import Field
 
 from robsparse.datasets import Splits, _torchvision
+from robsparse.fields import PLACE
 from robsparse.imagesets import Augmentation, Description, Images
 
 
@@ -15,7 +18,7 @@ class Params(Images):
     Digits are not mirrored; `augmentation: {kind: shift, flip: true}` does, as the BCS authors do.
     """
 
-    data_dir: str = "data"
+    data_dir: Annotated[str, PLACE] = "data"
     validation_examples: int = Field(2000, ge=10, le=25000)
     augmentation: Augmentation = Augmentation(kind="shift", flip=False)
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from robsparse import config, registry
+from robsparse import config, fingerprints, registry
 from robsparse.cells import Cell
 from robsparse.config import Fit
 from robsparse.errors import UsageError, nearest
-from robsparse.staleness import evaluation_digest, training_digest
 
 STUDIES = Path(__file__).parents[2] / "config"
 
@@ -378,7 +377,7 @@ def test_hyperparameters_of_a_block_are_merged_over_those_of_the_study(study_dat
         (3, 0.2, "reset"),
         (3, 0.3, "reset"),
     ]
-    digests = {training_digest(study, cell) for cell in study.cells()}
+    digests = {fingerprints.training(study, cell).plan for cell in study.cells()}
     assert len(digests) == len(study.cells())
 
 
@@ -435,10 +434,10 @@ def test_a_variant_has_the_base_method_and_its_own_hyperparameters(study_data, l
     assert (study.label("method", "pruned"), study.label("method", "bcs")) == ("pruned", "BCS")
     assert study.is_dense("dense")
     assert not study.is_dense("quiet")
-    found = {training_digest(study, cell) for cell in study.cells()}
+    found = {fingerprints.training(study, cell).plan for cell in study.cells()}
     study_data["methods"]["quiet"]["label"] = "Another label"
     again = load_study(study_data)
-    assert {training_digest(again, cell) for cell in again.cells()} == found
+    assert {fingerprints.training(again, cell).plan for cell in again.cells()} == found
 
 
 def test_data_sets_archs_and_attacks_have_variants_too(study_data, load_study):
@@ -617,8 +616,8 @@ CHANGES = {
 
 def digests(study):
     return (
-        {name: training_digest(study, cell) for name, cell in CELLS.items()},
-        {name: evaluation_digest(study, cell, "last") for name, cell in CELLS.items()},
+        {name: fingerprints.training(study, cell).plan for name, cell in CELLS.items()},
+        {name: fingerprints.evaluation(study, cell, "last").plan for name, cell in CELLS.items()},
     )
 
 
@@ -644,16 +643,17 @@ def test_digest_does_not_depend_on_the_order_or_the_spelling_of_keys(study_data,
 def test_digests_of_cells_and_selections_differ(study_data, load_study):
     study_data["evaluation"]["selections"] = {"best_val": ["clean"], "last": ["clean"]}
     study = load_study(study_data)
-    found = [training_digest(study, cell) for cell in CELLS.values()]
+    found = [fingerprints.training(study, cell).plan for cell in CELLS.values()]
     for selection in ("best_val", "last"):
-        found += [evaluation_digest(study, cell, selection) for cell in CELLS.values()]
+        found += [fingerprints.evaluation(study, cell, selection).plan for cell in CELLS.values()]
     assert len(set(found)) == 9
 
 
 def test_digest_is_the_hash_of_sorted_json():
-    assert config.digest({"b": 1, "a": [1.5, None]}) == config.digest({"a": [1.5, None], "b": 1})
-    assert config.digest({"a": 1}) == "f9d86028c6e0d64e"
-    assert config.digest({"a": 1}) != config.digest({"a": 1.5})
+    digest = fingerprints.digest
+    assert digest({"b": 1, "a": [1.5, None]}) == digest({"a": [1.5, None], "b": 1})
+    assert digest({"a": 1}) == "f9d86028c6e0d64e"
+    assert digest({"a": 1}) != digest({"a": 1.5})
 
 
 def test_optimiser_defaults_are_those_of_the_authors(load_study, study_data):
@@ -761,7 +761,7 @@ def test_training_of_a_block_is_merged_over_that_of_the_study(study_data, load_s
     assert (one.eps, one.crafting.bn_mode) == (None, "eval")
     assert (two.eps, two.crafting.bn_mode) == (0.1, "train")
     assert two.crafting.steps == one.crafting.steps
-    digests = {training_digest(study, cell) for cell in study.cells()}
+    digests = {fingerprints.training(study, cell).plan for cell in study.cells()}
     assert len(digests) == len(study.cells())
 
 

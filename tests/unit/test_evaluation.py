@@ -541,7 +541,7 @@ def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_pat
         for module in prunable(model).values():
             module.weight.mul_(torch.rand_like(module.weight) < 0.5)
     weights.save(layout.model(cell, "last"), model.state_dict())
-    path = evaluate_cell(study, cell, "last", layout, settings_digest="d", device="cpu")
+    path = evaluate_cell(study, cell, "last", layout, device="cpu")
     record = records.read_record(path)
     rows, layers = record.rows, record.layers
     with np.load(layout.flags(cell, "last")) as stored:
@@ -562,7 +562,7 @@ def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_pat
     assert sum(part["count"] for part in record.histogram) == rows[0].nonzero
     assert path == layout.evaluation(cell, "last")
     before = json.loads(path.read_text())
-    evaluate_cell(study, cell, "last", layout, settings_digest="d", device="cpu")
+    evaluate_cell(study, cell, "last", layout, device="cpu")
     after = json.loads(path.read_text())
     for content in (before, after):
         for row in content["rows"]:

@@ -174,6 +174,7 @@ class MadeUp:
                 train_device="cpu (1 thread)",
                 eval_device="cpu (1 thread)",
                 settings_digest="0" * 16,
+                code_digest="3" * 16,
                 code_version="0.1.0+0123456789ab",
                 code_dirty=True,
                 libraries="numpy=2",

@@ -50,6 +50,7 @@ def values():
         "model_bytes": 4096,
         "settings_digest": "d",
         "code_version": "0.1.0",
+        "code_digest": "k",
         "code_dirty": False,
         "libraries": "torch=2",
         "data_checksum": "c",

@@ -109,10 +109,10 @@ def test_literals_read_from_the_text_are_those_of_the_import(kind, name):
 def test_reading_registry_and_a_study_loads_no_torch(repository):
     heavy = ["torch", "torchvision", "sklearn", "pyautoattack", "matplotlib", "numpy", "pandas"]
     code = (
-        "import sys, json; from robsparse import config, registry, staleness\n"
+        "import sys, json; from robsparse import config, registry, fingerprints\n"
         "study = config.load('config/tiny.yaml')\n"
         "for kind in registry.PACKAGES: registry.names(kind)\n"
-        "for cell in study.cells(): staleness.evaluation_digest(study, cell, 'last')\n"
+        "for cell in study.cells(): fingerprints.evaluation(study, cell, 'last')\n"
         f"print(json.dumps([name for name in {heavy} if name in sys.modules]))"
     )
     done = subprocess.run(

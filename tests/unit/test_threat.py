@@ -78,7 +78,7 @@ def test_training_eps_changes_nothing_of_the_attacks(study_data, load_study, tmp
     trained(study, tmp_path)
     crafted.clear()
     cell, layout = of(study, "bcs"), Layout(tmp_path)
-    evaluation.evaluate_cell(study, cell, "last", layout, settings_digest="", device="cpu")
+    evaluation.evaluate_cell(study, cell, "last", layout, device="cpu")
     assert {eps for _, eps, _ in crafted} == {0.15, 1.0}  # 1.0: a sanity check's
 
 

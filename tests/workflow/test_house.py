@@ -25,11 +25,12 @@ PLANNING = (
     "errors",
     "faults",
     "fields",
+    "fingerprints",
     "records",
     "registry",
     "sections",
+    "source_code",
     "sources",
-    "staleness",
     "study",
 )
 
