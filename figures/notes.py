@@ -113,6 +113,17 @@ def code(results: pd.DataFrame) -> str:
     )
 
 
+def other_code(results: pd.DataFrame) -> str:
+    """A sentence if rows were made by other code than that which collected them."""
+    others = int((results.other_code != "").sum())
+    if not others:
+        return ""
+    return (
+        f"{others} of {len(results)} rows were made by other code than that which collected them "
+        "(results.csv, columns code_digest and other_code)."
+    )
+
+
 def table_notes(material: Material, group: Group) -> list[str]:
     """What stands under the main table of a group: one sentence or two an entry."""
     study, results = material.study, group.of(material.tidy.results)
@@ -136,7 +147,7 @@ def table_notes(material: Material, group: Group) -> list[str]:
         f"Live weights: prunable weights that are not zero, of {join(results.prunable)} "
         "(biases and batch norm are not prunable), mean over seeds. Peak: the most prunable "
         "weights that training had to hold in any epoch.",
-        f"Device: {device(results)}. Code: {code(results)}.",
+        f"Device: {device(results)}. Code: {code(results)}. {other_code(results)}".strip(),
     ]
     if any(compare.winner(material, group, s) for s in sparsities(study, group)):
         notes.append(

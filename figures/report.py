@@ -96,7 +96,9 @@ def write(study: Study, layout: Layout, folder: Path) -> str:
     Raises UsageError when the collected tables are missing, damaged or contradict the outcomes of
     the single images.
     """
-    material = gather(study, layout, tidy.read(folder))
+    collected = tidy.read(folder)
+    tidy.check(collected, layout, folder)
+    material = gather(study, layout, collected)
     _write_tables(material, folder)
     _write_plots(material, folder)
     _write_text(folder / REPORT, report(material))
@@ -223,7 +225,9 @@ def _group_tables(material: Material, group: Group) -> list[str]:
 def _reproduce(material: Material) -> str:
     study, results = material.study, material.tidy.results
     printed = ", ".join(percent(value) for value in sparsities(study))
-    settings = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=90)
+    settings = yaml.safe_dump(
+        study.model_dump(mode="json", exclude={"machine"}), sort_keys=False, width=90
+    )
     return f"""\
 ## How to reproduce
 
@@ -236,7 +240,7 @@ def _reproduce(material: Material) -> str:
 - Device: {device(results)}
 - Checksum of the data: {join(results.data_checksum)}
 
-All settings, defaults included:
+All settings that decide a number, defaults included:
 
 ```yaml
 {settings.strip()}

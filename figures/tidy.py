@@ -3,8 +3,8 @@
 Import path: robsparse.figures.tidy
 """
 
+import dataclasses
 import functools
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from robsparse import records
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.errors import UsageError
@@ -20,9 +21,10 @@ from robsparse.records import LIFETIME_COLUMNS, OVERLAP_COLUMNS, STEP_COLUMNS, R
 GROUP = ["dataset", "arch", "objective"]
 LINE = [*GROUP, "method", "sparsity"]
 SEEDED = [*LINE, "seed"]
+SEEDED_CELL = [field.name for field in dataclasses.fields(Cell)]
 
 _COLUMNS = {
-    "results.csv": [*Row.model_fields, "budget"],
+    "results.csv": [*Row.model_fields, "budget", "other_code"],
     "layers.csv": [*SEEDED, "selection", "layer", "size", "nonzero"],
     "curves.csv": [*SEEDED, "epoch", "stage", "live_weights"],
     "steps.parquet": [*SEEDED, *STEP_COLUMNS],
@@ -38,6 +40,7 @@ _WORDS = [
     "failure",
     "budget",
     "origin",
+    "other_code",
     "layer",
     "train_device",
     "eval_device",
@@ -88,6 +91,29 @@ def read(folder: Path) -> Tidy:
             f"{folder / 'results.csv'}: not there; run `robsparse collect CONFIG` first"
         )
     return Tidy(*(_table(folder / name) for name in _COLUMNS))
+
+
+def check(tidy: Tidy, layout: Layout, folder: Path) -> None:
+    """Raise UsageError unless all tables and outcomes are as `robsparse collect` left them.
+
+    A row of results.csv that is not what the outcomes of its images say is named with its column.
+    """
+    outcomes = functools.cache(functools.partial(_flags, layout))
+    for row in tidy.results.itertuples():
+        cell = Cell(*(getattr(row, name) for name in SEEDED_CELL))
+        if fault := records.contradiction(row, outcomes(cell, row.selection)):
+            raise UsageError(
+                f"{folder / 'results.csv'}: row {row.Index + 2}, {cell.key} {row.selection} "
+                f"{row.attack} {row.component}: {fault}; run `robsparse collect CONFIG` again"
+            )
+    manifest = records.read_json(folder / records.MANIFEST)
+    sums = {folder / name: checksum for name, checksum in manifest["tables"].items()}
+    sums |= {layout.root / name: checksum for name, checksum in manifest["outcomes"].items()}
+    for path, checksum in sums.items():
+        if not path.exists() or records.file_checksum(path) != checksum:
+            raise UsageError(
+                f"{path}: not as it was collected; run `robsparse collect CONFIG` again"
+            )
 
 
 def _table(path: Path) -> pd.DataFrame:
@@ -205,8 +231,4 @@ def _flags(layout: Layout, cell: Cell, selection: str) -> dict[str, np.ndarray]:
     path = layout.flags(cell, selection)
     if not path.exists():
         return {}
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: damaged ({error}); run `robsparse evaluate` again") from None
+    return records.read_flags(path)

@@ -24,11 +24,12 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from robsparse import records, weights
+from robsparse import perturb, randomness, records, source_code, weights
 from robsparse.datasets import Part
 from robsparse.machine import is_out_of_memory
 
 SECONDS_BETWEEN_LINES = 10.0
+LOOKED_AT = 4  # images that a network is told apart by
 PICTURES = 32  # adversarial images that are kept for people to look at
 
 
@@ -36,7 +37,7 @@ class Saved:
     """Outcomes of parts of an evaluation, kept so that a killed one goes on where it was.
 
     Each part is a file of arrays, written whole or not at all, under a name that stands for all
-    that decided it: the network, the images, the attack's settings and the parts before it.
+    that decided it, see `robsparse.fingerprints.part`.
     """
 
     def __init__(self, folder: Path | None, basis: str = "") -> None:
@@ -69,15 +70,42 @@ class Saved:
         return self.folder / f"{digest}.npz"
 
 
-def fingerprint(model: nn.Module, part: Part) -> str:
-    """Digest of a network's weights and of images with their labels."""
-    digest = hashlib.sha256()
+def identity(model: nn.Module, part: Part, device: torch.device) -> str:
+    """Digest of a network in eval mode, and of the images with their labels that it is asked about.
+
+    A network is its weights, the code of its modules, and what it computes: its outputs and input
+    gradients for the first images, which catch what no list of settings and files can.
+    """
+    digest = hashlib.sha256(_code_of(model).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(weights.as_bytes(value))
-    for value in (part.x_NCHW, part.y_N):
-        digest.update(value.cpu().contiguous().numpy().tobytes())
+    for value in (part.x_NCHW, part.y_N, *_behaviour(model, part, device)):
+        digest.update(weights.as_bytes(value))
     return digest.hexdigest()[:24]
+
+
+def _code_of(model: nn.Module) -> str:
+    """Digest of the code of all layers that are not torch's own."""
+    found = {type(module).__module__ for module in model.modules()}
+    return source_code.digest(*sorted(n for n in found if n.partition(".")[0] != "torch"))
+
+
+def _behaviour(model: nn.Module, part: Part, device: torch.device) -> list[Tensor]:
+    """Logits and input gradients; random numbers are drawn from a fixed seed and put back."""
+    if not len(part):
+        return []
+    x = part.x_NCHW[:LOOKED_AT].to(device, copy=True).requires_grad_(True)
+    before = randomness.state(device)
+    randomness.seed(0)
+    try:
+        with torch.enable_grad(), perturb.frozen(model):
+            logits = model(x)
+            if not logits.requires_grad:
+                return [logits]
+            return [logits, *torch.autograd.grad(logits.logsumexp(1).sum() + logits[:, 0].sum(), x)]
+    finally:
+        randomness.restore(before, device)
 
 
 def no_network(name: str) -> nn.Module:

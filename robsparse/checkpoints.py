@@ -1,5 +1,7 @@
 """Interrupting and resuming a training run: a job is safe to kill and safe to start twice."""
 
+import hashlib
+import io
 import os
 import signal
 import types
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from robsparse.errors import UsageError
 from robsparse.records import atomic
+
+_SUM = hashlib.sha256().digest_size
 
 
 class Interrupted(Exception):
@@ -85,31 +89,63 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class Checkpoint:
-    """The resume state of one run, valid only for the same settings."""
+    """The resume state of one run, valid only for what decides that run.
+
+    A state is one file: the SHA-256 of all that follows it, then what torch saves.
+    """
 
     def __init__(self, folder: Path, digest: str) -> None:
         self.path = folder / "state.pt"
+        self.previous = folder / "state.previous.pt"
         self.digest = digest
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the saved state atomically; the one before it is kept as state.previous.pt."""
+        content = io.BytesIO()
+        torch.save({"digest": self.digest, **state}, content)
         with atomic(self.path) as temporary:
-            torch.save({"digest": self.digest, **state}, temporary)
+            with temporary.open("wb") as handle:
+                handle.write(hashlib.sha256(content.getbuffer()).digest())
+                handle.write(content.getbuffer())
             if self.path.exists():
-                os.replace(self.path, self.path.with_name("state.previous.pt"))
+                os.replace(self.path, self.previous)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest readable state with the same settings, or None to start afresh."""
-        for path in (self.path, self.path.with_name("state.previous.pt")):
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception:  # missing, or damaged in any of many ways
-                continue
-            if isinstance(state, dict) and state.get("digest") == self.digest:
-                return state
+        """The newest whole state of the same run, or None to start afresh.
+
+        One line says of each state that is there why it is not used.
+        """
+        for path, otherwise in (
+            (self.path, "the state before it is looked at"),
+            (self.previous, "training starts afresh"),
+        ):
+            if path.exists():
+                state = _whole(path)
+                if state is None:
+                    reason = "damaged"
+                elif state.get("digest") != self.digest:
+                    reason = "made with other settings, code, libraries or device"
+                else:
+                    return state
+                print(f"{path}: {reason}; {otherwise}", flush=True)
         return None
 
     def clear(self) -> None:
-        """Remove the states of a run that is finished."""
-        for path in self.path.parent.glob("state*.pt"):
-            path.unlink()
+        """Remove the states of a run that is finished, half-written ones included."""
+        for pattern in ("state*.pt", ".state*.pt.*"):
+            for path in self.path.parent.glob(pattern):
+                path.unlink()
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    """What a state file holds; None unless every byte is as it was written."""
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(memoryview(content)[_SUM:]).digest() != content[:_SUM]:
+            return None
+        state = torch.load(
+            io.BytesIO(memoryview(content)[_SUM:]), map_location="cpu", weights_only=True
+        )
+    except Exception:  # unreadable, or whole and yet no state
+        return None
+    return state if isinstance(state, dict) else None

@@ -142,6 +142,11 @@ def _numbers(text: str) -> list[float]:
 
 def _add_evaluate(command: argparse.ArgumentParser) -> None:
     _add_machine(command)
+    command.add_argument(
+        "--fresh",
+        action="store_true",
+        help="attack from the start: throw away what a killed evaluation has kept",
+    )
     cell = command.add_argument_group("a network of a study (with CONFIG)")
     cell.add_argument("--cell", metavar="KEY", help="as printed by plan")
     _add_selection(cell)
@@ -328,6 +333,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.selection,
         layout,
         target=target,
+        fresh=arguments.fresh,
         device=arguments.device,
         threads=arguments.threads,
     )
@@ -353,6 +359,7 @@ def _evaluate_single(arguments: argparse.Namespace) -> None:
         "last",
         Layout(arguments.results / study.study),
         target=target,
+        fresh=arguments.fresh,
         device=arguments.device,
         threads=arguments.threads,
     )

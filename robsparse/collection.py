@@ -8,7 +8,7 @@ import pandas as pd
 
 from robsparse import fingerprints, overlap, records
 from robsparse.cells import Cell, Layout
-from robsparse.config import Study
+from robsparse.config import Selection, Study
 from robsparse.counts import keep_count
 from robsparse.errors import UsageError
 
@@ -29,6 +29,7 @@ class Gathered:
     lifetimes: list[pd.DataFrame] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    other_code: list[str] = field(default_factory=list)
 
 
 def collect(study: Study, layout: Layout, folder: Path) -> str:
@@ -45,6 +46,7 @@ def collect(study: Study, layout: Layout, folder: Path) -> str:
             f"{layout.root}: no finished evaluation of the study '{study.study}' found"
         )
     measured = pd.DataFrame([row.model_dump() for row in gathered.rows])
+    measured["other_code"] = gathered.other_code
     results = mark_missed_budgets(mark_weak_attacks(measured))
     faults = find_faults(results)
     if faults:
@@ -63,6 +65,9 @@ def collect(study: Study, layout: Layout, folder: Path) -> str:
     _write(folder / "overlap.csv", pd.DataFrame(pairs, columns=list(records.OVERLAP_COLUMNS)))
     records.write_json(folder / records.MANIFEST, _manifest(study, layout, folder))
     text = f"collected {len(results)} rows: {folder / 'results.csv'}"
+    others = sum(map(bool, gathered.other_code))
+    if others:
+        text += f"\n{others} rows were made by other code than the present: column other_code"
     for failure in gathered.failures:
         text += f"\nfailed: {failure['reason']}"
     for name in gathered.missing:
@@ -106,7 +111,10 @@ def gather(study: Study, layout: Layout) -> Gathered:
             now = fingerprints.evaluation(study, cell, selection)
             if record.rows[0].settings_digest != now.digest:
                 raise UsageError(f"{path}: made with other settings; run snakemake first")
+            _check_weights(cell, selection, record, layout)
+            _check_outcomes(path, layout.flags(cell, selection), record)
             found.rows += record.rows
+            found.other_code += [_other_code(study, cell, record, now, layout)] * len(record.rows)
             found.layers += [axes | {"selection": selection} | layer for layer in record.layers]
             found.histogram += [axes | {"selection": selection} | b for b in record.histogram]
             found.doubts.append(axes | {"selection": selection} | _doubts_of(record))
@@ -115,6 +123,57 @@ def gather(study: Study, layout: Layout) -> Gathered:
             reason = " ".join(layout.failed(cell).read_text(encoding="utf-8").split())
             found.failures.append(axes | {"reason": reason})
     return found
+
+
+def _check_weights(
+    cell: Cell, selection: Selection, record: records.Record, layout: Layout
+) -> None:
+    """Raise UsageError unless the weights that were saved, are there and were attacked are one."""
+    path, training = layout.model(cell, selection), layout.training(cell)
+    [attacked, *other] = {row.model_checksum for row in record.rows}
+    if other or (path.exists() and records.file_checksum(path) != attacked):
+        raise UsageError(
+            f"{path}: not the weights that were attacked, but others or damaged ones; "
+            "delete the file and run snakemake again"
+        )
+    if not training.exists():
+        return
+    trained = records.read_json(training)
+    if trained.get("weights", {}).get(selection) != attacked:
+        raise UsageError(
+            f"{training}: training saved other weights ({selection}) than were attacked; "
+            "run snakemake again"
+        )
+    if trained.get("data_checksum") != record.rows[0].data_checksum:
+        raise UsageError(f"{training}: trained on another data set than was attacked")
+
+
+def _check_outcomes(path: Path, flags: Path, record: records.Record) -> None:
+    """Raise UsageError unless the rows are what the outcomes of the single images say."""
+    if not flags.exists() or records.file_checksum(flags) != record.outcomes:
+        raise UsageError(
+            f"{flags}: not the outcomes that the record was made from, or gone; "
+            f"delete {path.name} beside it and run snakemake again"
+        )
+    outcomes = records.read_flags(flags)
+    for row in record.rows:
+        if fault := records.contradiction(row, outcomes):
+            raise UsageError(f"{path}: {row.attack} {row.component}: {fault}")
+
+
+def _other_code(
+    study: Study,
+    cell: Cell,
+    record: records.Record,
+    now: fingerprints.Fingerprint,
+    layout: Layout,
+) -> str:
+    """Which of training and evaluation were done by other code than the present, in words."""
+    done = {"evaluation": record.rows[0].code_digest == now.code}
+    if layout.training(cell).exists():
+        trained = records.read_json(layout.training(cell)).get("code_digest")
+        done["training"] = trained == fingerprints.training(study, cell).code
+    return " and ".join(sorted(name for name, same in done.items() if not same))
 
 
 def _doubts_of(record: records.Record) -> dict[str, Any]:

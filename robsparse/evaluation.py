@@ -1,5 +1,7 @@
 """The one evaluator: it sees a plain torch model and test images, never a method."""
 
+import functools
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ from robsparse import (
     registry,
     weights,
 )
-from robsparse.attacks import AttackThreat, Outcome, Saved, fingerprint, no_network
+from robsparse.attacks import AttackThreat, Outcome, Saved, identity, no_network
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.config import Evaluation, Reach, Selection, Study, Threat
 from robsparse.datasets import Part
@@ -61,12 +63,14 @@ def evaluate_cell(
     layout: Layout,
     *,
     target: Target | None = None,
+    fresh: bool = False,
     device: str | None = None,
     threads: int | None = None,
 ) -> Path:
     """Attack one set of weights and write its record and per-image outcomes.
 
     target: which weights, and where to write; None for the cell's own in the study's folder.
+    fresh: whether parts that a killed evaluation has kept are thrown away instead of taken over.
 
     Returns the path of the record. Raises UsageError, and writes nothing, when the weights are
     missing or damaged, the images are not what an attack expects or the network does not map them
@@ -78,6 +82,9 @@ def evaluate_cell(
     own = target is None
     target = target or Target.of_study(layout, cell, selection)
     records.check_writable(target.record.parent)
+    parts = layout.parts(cell, selection)
+    if fresh:
+        shutil.rmtree(parts, ignore_errors=True)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
     if own:
         model, origin = external.opened(study, cell, splits, layout, selection)
@@ -96,7 +103,7 @@ def evaluate_cell(
         settings=study.evaluation,
         threat=study.threat,
         device=where,
-        saved=layout.parts(cell, selection),
+        saved=parts,
         network=surrogates(study, cell, selection, layout, where),
         folded=not study.source(cell.method).foreign,
     )
@@ -124,8 +131,15 @@ def evaluate_cell(
             outcomes |= result.arrays(examples)
         np.savez_compressed(handle, labels=examples.y_N.numpy(), **outcomes)
     rows = [row for result in results for row in result.rows(common)]
-    kept = records.Record(rows, measured.layers, measured.histogram, found.numbers)
+    kept = records.Record(
+        rows,
+        measured.layers,
+        measured.histogram,
+        found.numbers,
+        records.file_checksum(target.flags),
+    )
     records.write_record(target.record, kept)
+    shutil.rmtree(parts, ignore_errors=True)
     return target.record
 
 
@@ -146,6 +160,7 @@ def surrogates(
 ) -> Callable[[str], nn.Module]:
     """network(method) -> the network of another cell that an attack on `cell` may use."""
 
+    @functools.cache
     def network(method: str) -> nn.Module:
         other = study.surrogate(cell, method)
         splits = datasets.load(study.base("dataset", other.dataset), study.datasets[other.dataset])
@@ -286,8 +301,7 @@ def attack_model(
     correct = torch.ones(len(examples), dtype=torch.bool)
     first = examples.x_NCHW[: proof.IMAGES].to(device)
     attacked = frozen.view_of(model, first) if folded else model
-    basis = f"{fingerprint(model, examples)} {frozen.used(attacked)}" if saved else ""
-    kept = Saved(saved, basis)
+    asked = identity(model, examples, device) if saved else ""
     for name in names:
         params = settings.attacks[name]
         reach = threat.adjusted(params)
@@ -302,8 +316,11 @@ def attack_model(
             images=examples.x_NCHW,
         )
         base = getattr(params, "base", name)
-        said = (base, faced.norm, faced.eps, faced.seed, faced.batch_size, versions())
-        faced = replace(faced, saved=kept.of(*said))
+        if saved:
+            name_of_other = getattr(params, "surrogate", None)
+            other = name_of_other and identity(network(name_of_other), examples, device)
+            basis = _basis(asked, base, faced, attacked_on=frozen.used(attacked), surrogate=other)
+            faced = replace(faced, saved=Saved(saved, basis))
         attack = registry.load("attack", base)
         x_NCHW, y_N = examples.x_NCHW[correct], examples.y_N[correct]
         with _failing(name):
@@ -320,6 +337,21 @@ def attack_model(
     return results
 
 
+def _basis(asked: str, attack: str, threat: AttackThreat, **further: Any) -> str:
+    """The name of what is kept of an attack; `asked` is the network's, with the images."""
+    on_cpu = threat.device.type == "cpu"
+    return fingerprints.part(
+        asked,
+        registry.entry("attack", attack).module,
+        norm=threat.norm,
+        eps=threat.eps,
+        seed=threat.seed,
+        batch_size=threat.batch_size,
+        device="cpu" if on_cpu else device_name(threat.device),
+        **further,
+    )
+
+
 def _run(
     attack: ModuleType,
     model: nn.Module,
@@ -329,22 +361,15 @@ def _run(
 ) -> tuple[Outcome, float]:
     """The outcome of one attack and what it took in seconds; one that was kept is not run again."""
     name = params.model_dump_json()
-    # The name says nothing of another network's weights, so what looked at one is not kept.
-    saved = Saved(None) if getattr(params, "surrogate", None) else threat.saved
-    if arrays := saved.get(name):
+    if arrays := threat.saved.get(name):
         outcome = Outcome.of_arrays(arrays)
         threat.report("taken from an earlier run")
         return outcome, outcome.earlier_seconds
     began = time.perf_counter()
     outcome = attack.run(model, *images, params, threat)
     seconds = outcome.earlier_seconds + time.perf_counter() - began
-    saved.put(name, **outcome.arrays(seconds))
+    threat.saved.put(name, **outcome.arrays(seconds))
     return outcome, seconds
-
-
-def versions() -> str:
-    """The libraries that decide the outcome of an attack."""
-    return records.provenance()["libraries"]
 
 
 def _spread(flags: Tensor, where: Tensor) -> Tensor:

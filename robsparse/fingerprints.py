@@ -142,6 +142,16 @@ def figures(study: Study, captions: list[Path]) -> Fingerprint:
     return _of(study, settings, code, always=True, beside="*.mplstyle")
 
 
+def part(network: str, attack: str, **decided: Any) -> str:
+    """What decides the outcome of a kept part of an attack, besides the attack's own parameters.
+
+    network: what is attacked and on which images, see `robsparse.attacks.identity`. attack: its
+    module. decided: all else, such as norm, eps, seed, batch size and device.
+    """
+    code = source_code.digest(f"{source_code.PACKAGE}.evaluation", attack)
+    return digest([network, code, records.libraries(), decided])
+
+
 def digest(value: Any) -> str:
     """Short SHA-256 of what JSON can hold, stable across machines and key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

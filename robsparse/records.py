@@ -3,6 +3,7 @@
 One JSON a job. `Row` is the only shape of a result, ours and (with `source` set) published ones.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -13,12 +14,14 @@ import os
 import platform
 import subprocess
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 import robsparse
@@ -216,6 +219,33 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def read_flags(path: Path) -> dict[str, np.ndarray]:
+    """Outcomes of the single images of one evaluation. Raises UsageError when it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: damaged ({error}); run `robsparse evaluate` again") from None
+
+
+def contradiction(row: Any, flags: dict[str, np.ndarray]) -> str:
+    """What in a row (a Row, or one of a table) is not so in the outcomes of its images; "" if none.
+
+    Starts with the name of the column.
+    """
+    if not math.isclose(row.accuracy, row.n_correct / row.n_examples, abs_tol=1e-12):
+        return f"accuracy = {row.accuracy}: expected {row.n_correct}/{row.n_examples}"
+    interval = wilson_interval(row.n_correct, row.n_examples)
+    for name, expected in zip(("ci_low", "ci_high"), interval, strict=True):
+        if not math.isclose(getattr(row, name), expected, rel_tol=1e-9, abs_tol=1e-12):
+            return f"{name} = {getattr(row, name)}: expected {expected}, Wilson's interval"
+    seen = flags.get(f"{row.attack}.{row.component}", np.zeros(0, dtype=bool))
+    for name, expected in (("n_examples", len(seen)), ("n_correct", int(seen.sum()))):
+        if getattr(row, name) != expected:
+            return f"{name} = {getattr(row, name)}: expected {expected}, as in the flags file"
+    return ""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file. Raises UsageError when it is missing or damaged."""
     try:
@@ -231,13 +261,15 @@ class Record:
     """One evaluation: result rows, live weights of each layer, and how large the weights are.
 
     layers: layer, size, nonzero, positions. histogram: counts of live prunable weights whose
-    magnitude is in [low, high). doubts: what robsparse.doubts measured.
+    magnitude is in [low, high). doubts: what robsparse.doubts measured. outcomes: checksum of the
+    file of outcomes of the single images.
     """
 
     rows: list[Row]
     layers: list[dict[str, Any]]
     histogram: list[dict[str, float]]
     doubts: dict[str, float]
+    outcomes: str
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -254,9 +286,10 @@ def read_record(path: Path) -> Record:
         if not content["rows"]:
             raise UsageError(f"{path}: expected at least one row")
         rows = [Row.model_validate(row) for row in content["rows"]]
-        return Record(rows, content["layers"], content["histogram"], content["doubts"])
+        return Record(rows, *(content[f.name] for f in dataclasses.fields(Record)[1:]))
     except (KeyError, TypeError):
-        raise UsageError(f"{path}: expected 'rows', 'layers', 'histogram' and 'doubts'") from None
+        named = ", ".join(f.name for f in dataclasses.fields(Record))
+        raise UsageError(f"{path}: expected {named}; evaluate this network again") from None
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])

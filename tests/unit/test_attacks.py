@@ -66,15 +66,16 @@ def test_nothing_is_kept_nowhere():
     assert kept.get("one") is None
 
 
-def test_fingerprint_tells_weights_images_and_labels_apart():
-    model, part = nn.Linear(2, 2), Part(torch.rand(3, 1, 1, 2), torch.tensor([0, 1, 1]))
-    first = attacks.fingerprint(model, part)
-    assert attacks.fingerprint(model, part) == first
-    assert attacks.fingerprint(model, Part(part.x_NCHW, part.y_N.flip(0))) != first
-    assert attacks.fingerprint(model, Part(part.x_NCHW + 1e-6, part.y_N)) != first
+def test_identity_tells_weights_images_and_labels_apart():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    part = Part(torch.rand(3, 1, 1, 2), torch.tensor([0, 1, 1]))
+    first = attacks.identity(model, part, CPU)
+    assert attacks.identity(model, part, CPU) == first
+    assert attacks.identity(model, Part(part.x_NCHW, part.y_N.flip(0)), CPU) != first
+    assert attacks.identity(model, Part(part.x_NCHW + 1e-6, part.y_N), CPU) != first
     with torch.no_grad():
-        model.bias[0] += 1e-6
-    assert attacks.fingerprint(model, part) != first
+        model[1].bias[0] += 1e-6
+    assert attacks.identity(model, part, CPU) != first
 
 
 # ---------------------------------------------------------------- batches

@@ -1,5 +1,6 @@
 """Locks, stop signals and resume states."""
 
+import io
 import os
 import pickle
 import signal
@@ -189,8 +190,8 @@ def test_two_damaged_states_start_afresh(damage, two):
 
 
 def test_crash_while_saving_keeps_the_last_state(two, monkeypatch):
-    def write_half(content, path):
-        path.write_bytes(b"half")
+    def write_half(content, handle):
+        handle.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", write_half)
@@ -200,9 +201,40 @@ def test_crash_while_saving_keeps_the_last_state(two, monkeypatch):
     assert {path.name for path in two.path.parent.iterdir()} == {"state.pt", "state.previous.pt"}
 
 
+@pytest.mark.parametrize("where", ["sum", "first", "middle", "last"])
+def test_one_flipped_byte_is_never_resumed_from(where, two, capsys):
+    for path, expected in ((two.path, 1), (two.previous, None)):
+        content = bytearray(path.read_bytes())
+        content[{"sum": 3, "first": 32, "middle": len(content) // 2, "last": -1}[where]] ^= 1
+        path.write_bytes(content)
+        assert step_of(two.load()) == expected
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [
+        f"{two.path}: damaged; the state before it is looked at",
+        f"{two.previous}: damaged; training starts afresh",
+    ]
+
+
+def test_flipped_weight_is_noticed_though_torch_reads_the_file(two):
+    loaded = two.load()
+    loaded["model"]["w"][0] += 1
+    content = io.BytesIO()
+    torch.save(loaded, content)
+    two.path.write_bytes(two.path.read_bytes()[:32] + content.getvalue())
+    assert step_of(two.load()) == 1
+
+
+def test_state_of_another_run_is_said_not_to_be_used(two, capsys):
+    assert Checkpoint(two.path.parent, "others").load() is None
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert "made with other settings, code, libraries or device" in said[0]
+
+
 def test_clear_removes_the_states_and_nothing_else(two):
     other = two.path.with_name("lock")
     other.write_text("")
+    two.path.with_name(".state.pt.x8k2").write_text("left by a killed save")
     two.clear()
     assert list(two.path.parent.iterdir()) == [other]
     assert two.load() is None

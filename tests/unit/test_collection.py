@@ -1,5 +1,7 @@
 """What collected rows may not say, on a small table made by hand."""
 
+import hashlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -271,7 +273,12 @@ def write(study, layout, **changes):
         ]
         layers = [{"layer": "0", "size": 1000, "nonzero": own[0].nonzero, "positions": 1}]
         bins = [{"low": 0.1, "high": 0.2, "count": own[0].nonzero}]
-        record = records.Record(own, layers, bins, {"examined": 50.0, "zero_gradient": 0.02})
+        flags = layout.flags(cell, "last")
+        flags.parent.mkdir(parents=True, exist_ok=True)
+        outcomes = {f"{r.attack}.{r.component}": np.arange(100) < r.n_correct for r in own}
+        np.savez(flags, labels=np.zeros(100), **outcomes)
+        doubts = {"examined": 50.0, "zero_gradient": 0.02}
+        record = records.Record(own, layers, bins, doubts, records.file_checksum(flags))
         records.write_record(layout.evaluation(cell, "last"), record)
 
 
@@ -286,7 +293,7 @@ def test_collected_tables_hold_every_row_and_missing_ones_are_named(study, tmp_p
         pd.read_parquet(layout.root / "results.parquet"),
     ):
         assert len(found) == 15
-        assert list(found.columns) == [*Row.model_fields, "budget"]
+        assert list(found.columns) == [*Row.model_fields, "other_code", "budget"]
         assert sorted(found.n_correct) == sorted(r.n_correct for r in rows())
     layers = pd.read_csv(layout.root / "layers.csv")
     assert layers.nonzero.tolist() == [1000, 100, 100]
@@ -338,3 +345,112 @@ def test_damaged_record_is_one_line_with_its_path(content, study, tmp_path):
         collection.collect(study, layout, layout.root)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- what belongs together
+
+
+@pytest.fixture
+def finished(study, tmp_path):
+    """Records with the weights that they are of, and the records of training."""
+    layout = Layout(tmp_path / "run")
+    content = b"weights"
+    checksum = hashlib.sha256(content).hexdigest()[:16]
+    write(study, layout, model_checksum=checksum)
+    for cell in study.cells():
+        path = layout.model(cell, "last")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        training = fingerprints.training(study, cell).kept() | {
+            "curve": [],
+            "weights": {"last": checksum},
+            "data_checksum": "c",
+        }
+        records.write_json(layout.training(cell), training)
+        for table in (layout.steps(cell), layout.lifetimes(cell)):
+            pd.DataFrame().to_parquet(table)
+    return layout
+
+
+@pytest.fixture
+def dense_only(monkeypatch):
+    """The weights of these tests are none, so that nothing can be said of what they share."""
+    monkeypatch.setattr(collection.overlap, "overlaps", lambda *_: [])
+
+
+def refused(study, layout, *words):
+    with pytest.raises(UsageError) as caught:
+        collection.collect(study, layout, layout.root)
+    [line] = str(caught.value).splitlines()
+    assert all(word in line for word in words), line
+    assert not (layout.root / "results.csv").exists()
+
+
+def test_what_belongs_together_is_collected(study, finished, dense_only):
+    assert "collected 15 rows" in collection.collect(study, finished, finished.root)
+    assert set(pd.read_csv(finished.root / "results.csv").other_code.fillna("")) == {""}
+
+
+def test_one_flipped_byte_of_the_weights_is_refused(study, finished, dense_only):
+    path = finished.model(study.cells()[0], "last")
+    path.write_bytes(b"weightt")
+    refused(study, finished, str(path), "not the weights that were attacked")
+
+
+def test_weights_that_training_did_not_save_are_refused(study, finished, dense_only):
+    path = finished.training(study.cells()[0])
+    records.write_json(path, records.read_json(path) | {"weights": {"last": "another"}})
+    refused(study, finished, str(path), "training saved other weights")
+
+
+def test_network_that_was_trained_on_other_data_is_refused(study, finished, dense_only):
+    path = finished.training(study.cells()[0])
+    records.write_json(path, records.read_json(path) | {"data_checksum": "d"})
+    refused(study, finished, str(path), "another data set")
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_outcomes_that_the_record_was_not_made_from_are_refused(
+    damage, study, finished, dense_only
+):
+    path = finished.flags(study.cells()[0], "last")
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes() + b" ")
+    refused(study, finished, str(path), "not the outcomes")
+
+
+@pytest.mark.parametrize(("attack", "component"), [("pgd", "all"), ("autoattack", "square")])
+def test_row_that_contradicts_its_images_is_refused(attack, component, study, finished, dense_only):
+    path = finished.evaluation(study.cells()[0], "last")
+    content = records.read_json(path)
+    for row in content["rows"]:
+        if (row["attack"], row["component"]) == (attack, component):
+            row["n_correct"] -= 1
+            row["accuracy"] = row["n_correct"] / 100
+            row["ci_low"], row["ci_high"] = records.wilson_interval(row["n_correct"], 100)
+    records.write_json(path, content)
+    refused(study, finished, str(path), f"{attack} {component}: n_correct = ")
+
+
+@pytest.mark.parametrize("what", ["training", "evaluation"])
+def test_rows_of_other_code_are_collected_and_say_so(what, study, finished, dense_only):
+    cell = study.cells()[0]
+    path = finished.training(cell) if what == "training" else finished.evaluation(cell, "last")
+    content = records.read_json(path)
+    for part in [content] if what == "training" else content["rows"]:
+        part["code_digest"] = "old"
+    records.write_json(path, content)
+    said = collection.collect(study, finished, finished.root)
+    assert "5 rows were made by other code than the present: column other_code" in said
+    rows = pd.read_csv(finished.root / "results.csv")
+    assert rows.other_code.dropna().tolist() == [what] * 5
+
+
+def test_manifest_names_every_file_with_its_checksum(study, finished, dense_only):
+    collection.collect(study, finished, finished.root)
+    manifest = records.read_json(finished.root / records.MANIFEST)
+    assert set(manifest["tables"]) == {*records.COLLECTED} - {records.MANIFEST}
+    assert len(manifest["outcomes"]) == len(MODELS)
+    assert manifest["fingerprint"] == fingerprints.collected(study).plan

@@ -580,33 +580,3 @@ def test_magnitudes_are_counted_in_tenths_of_a_decade():
     assert found[1]["low"] <= 0.5 < found[1]["high"]
     assert found[2]["low"] == pytest.approx(1.0)
     assert found[2]["high"] == pytest.approx(10**0.1)
-
-
-@pytest.mark.parametrize(("name", "times"), [("pgd", 1), ("transfer", 2)])
-def test_finished_attack_is_taken_over_unless_another_network_decided_it(name, times, tmp_path):
-    x, y = line_images()
-    module = registry.load("attack", name)
-    params = module.Params(steps=1) if name == "transfer" else pgd.Params(steps=1, restarts=1)
-    settings = Evaluation.model_construct(
-        n_examples=len(y),
-        batch_size=100,
-        seed=0,
-        selections={},
-        attacks={"clean": clean.Params(), name: params},
-    )
-    model, surrogate, forwards = Line(), Line(), []
-    for _ in range(2):
-        model.sizes.clear()
-        surrogate.sizes.clear()
-        attack_model(
-            model,
-            Part(x, y),
-            ["clean", name],
-            settings=settings,
-            threat=Threat(eps=EPS),
-            device=CPU,
-            saved=tmp_path,
-            network=lambda wanted: surrogate,
-        )
-        forwards.append(len(model.sizes) + len(surrogate.sizes))
-    assert sum(count > 0 for count in forwards) == times

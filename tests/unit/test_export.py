@@ -75,6 +75,7 @@ def row(cell, attack, version=None):
         sparse_macs=1,
         model_bytes=1,
         settings_digest="0",
+        code_digest="0",
         code_version="1",
         code_dirty=False,
         libraries="",
@@ -93,7 +94,7 @@ def recorded(study_data, load_study, tmp_path):
         rows = [row(cell, "clean"), row(cell, "autoattack", version)]
         path = layout.evaluation(cell, "last")
         path.parent.mkdir(parents=True, exist_ok=True)
-        records.write_record(path, records.Record(rows, [], [], {}))
+        records.write_record(path, records.Record(rows, [], [], {}, "f"))
         return study, cell, layout
 
     return write

@@ -4,6 +4,7 @@ import json
 import stat
 import subprocess
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 from scipy.stats import binomtest
@@ -159,7 +160,7 @@ def test_number_that_is_not_finite_is_not_written(tmp_path):
 def test_rows_come_back_equal(tmp_path, values):
     rows = [Row(**values), Row(**values | {"attack": "clean", "max_perturbation": 0.1 + 0.2})]
     layers = [{"layer": "0", "size": 10, "nonzero": 1, "positions": 4}]
-    record = Record(rows, layers, [{"low": 0.1, "high": 0.2, "count": 3}], {"examined": 5.0})
+    record = Record(rows, layers, [{"low": 0.1, "high": 0.2, "count": 3}], {"examined": 5.0}, "f")
     write_record(tmp_path / "r.json", record)
     assert read_record(tmp_path / "r.json") == record
 
@@ -223,7 +224,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_record_is_one_line_with_its_path(damage, tmp_path, values):
     path = tmp_path / "r.json"
-    write_record(path, Record([Row(**values)], [], [], {}))
+    write_record(path, Record([Row(**values)], [], [], {}, "f"))
     path.write_text(DAMAGES[damage](path.read_text()))
     with pytest.raises(UsageError) as caught:
         read_record(path)
@@ -245,7 +246,7 @@ def test_missing_record_is_one_line(tmp_path):
 
 def test_wrong_field_is_named(tmp_path, values):
     path = tmp_path / "r.json"
-    write_record(path, Record([Row(**values)], [], [], {}))
+    write_record(path, Record([Row(**values)], [], [], {}, "f"))
     content = json.loads(path.read_text())
     content["rows"][0]["accuracy"] = 75
     path.write_text(json.dumps(content))
@@ -335,3 +336,37 @@ def test_repository_of_a_hook_that_runs_us_is_not_asked(checkout, tmp_path_facto
 def test_code_of_every_package_counts(repository):
     found = {folder.relative_to(repository).as_posix() for folder in records._code_folders()}
     assert found == {"robsparse", "method", "baselines", "eval", "figures"}
+
+
+# ---------------------------------------------------------------- rows and outcomes
+
+
+WRONG = {
+    "accuracy": {"accuracy": 0.99},
+    "ci_low": {"ci_low": 0.1},
+    "ci_high": {"ci_high": 1.0},
+    "n_correct": {
+        "n_correct": 2,
+        "accuracy": 0.5,
+        "ci_low": wilson_interval(2, 4)[0],
+        "ci_high": wilson_interval(2, 4)[1],
+    },
+    "n_examples": {
+        "n_examples": 3,
+        "n_correct": 3,
+        "accuracy": 1.0,
+        "ci_low": wilson_interval(3, 3)[0],
+        "ci_high": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("column", ["", *WRONG])
+def test_row_that_its_images_contradict_names_the_column(column, values):
+    low, high = wilson_interval(3, 4)
+    right = {"accuracy": 0.75, "n_correct": 3, "n_examples": 4, "ci_low": low, "ci_high": high}
+    right |= {"attack": "pgd", "component": "all"}
+    row = Row(**values | right | WRONG.get(column, {}))
+    flags = {"pgd.all": np.array([True, False, True, True]), "clean.all": np.ones(4, dtype=bool)}
+    assert records.contradiction(row, flags).partition(" = ")[0] == column
+    assert records.contradiction(row, {"clean.all": flags["clean.all"]}) != ""
