@@ -22,7 +22,7 @@ def examine(model: nn.Module, part: Part, **changes) -> doubts.Findings:
     settings = Evaluation(
         n_examples=len(part),
         batch_size=64,
-        selections={"last": []},
+        selections={"last": ["clean"]},
         doubts=Doubts(**{"n_examples": IMAGES, "queries": 300} | changes),
     )
     return doubts.examine(model.eval(), part, settings, Threat(eps=EPS), CPU)
