@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robsparse import doubts
+from robsparse import doubts, perturb
 from robsparse.attacks import Outcome
 from robsparse.config import Evaluation, Threat
 from robsparse.datasets import Part
@@ -180,3 +180,162 @@ def test_network_that_is_always_wrong_is_not_suspicious(known_network):
     found = examine(model, wrong)
     assert found.reasons == ()
     assert found.numbers["pgd_10"] == 0
+
+
+# ---------------------------------------------------------------- numbers and limits by hand
+
+HONEST = {
+    "examined": 100.0,
+    "randomness": 0.0,
+    "probabilities": 0.0,
+    "nan_logits": 0.0,
+    "correct": 0.9,
+    "zero_gradient": 0.0,
+    "huge_eps": 0.0,
+    "chance": 0.1,
+    "pgd_10": 0.5,
+    "pgd_50": 0.5,
+    "pgd_200": 0.5,
+    "black_box_only": 0.0,
+}
+# number, a value that is no reason yet, one that is, what is said
+LIMITS = {
+    "randomness": (1e-4, 1.1e-4, "randomised: two passes differ by 0.00011"),
+    "probabilities": (0.0, 1.0, "outputs are probabilities, expected logits"),
+    "nan_logits": (0.0, 1.0, "1 outputs are not a number"),
+    "zero_gradient": (0.04, 0.06, "no gradient on 6% of the images"),
+    "huge_eps": (0.115, 0.12, "12% still correct at eps 1, where chance is 10%"),
+    "pgd_50": (0.515, 0.53, "PGD has not converged: 53% survive 50 steps, 50% survive 200"),
+    "black_box_only": (
+        0.02,
+        0.03,
+        "random search breaks 3% of the images that withstand 200 steps of PGD",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limit_of_each_number(name):
+    below, above, said = LIMITS[name]
+    assert doubts._reasons(HONEST | {name: below}) == []
+    assert doubts._reasons(HONEST | {name: above}) == [said]
+
+
+@pytest.mark.parametrize("name", ["pgd_50", "black_box_only"])
+def test_one_image_of_few_is_no_reason(name):
+    few = HONEST | {"examined": 10.0}
+    shift = 0.5 if name == "pgd_50" else 0.0
+    assert doubts._reasons(few | {name: shift + 0.1}) == []
+    assert doubts._reasons(few | {name: shift + 0.2})
+
+
+class Slope(nn.Module):
+    """Logits (0, a - b) of images (a, b)."""
+
+    def forward(self, x):
+        a, b = x.flatten(1).unbind(1)
+        return torch.stack([torch.zeros_like(a), a - b], dim=1)
+
+
+# L-inf distances to class 0: none (wrong already), 0.05, 0.15 and 0.25.
+SLOPED = Part(
+    torch.tensor([[0.4, 0.5], [0.5, 0.4], [0.5, 0.2], [0.6, 0.1]]).view(4, 1, 1, 2),
+    torch.tensor([1, 1, 1, 1]),
+)
+
+
+def test_numbers_of_a_known_network():
+    settings = Evaluation(
+        n_examples=4,
+        batch_size=3,
+        selections={"last": ["clean"]},
+        doubts=Doubts(n_examples=4, queries=9),
+    )
+    numbers = doubts.examine(Slope(), SLOPED, settings, Threat(eps=0.2), CPU).numbers
+    assert numbers["examined"] == 4
+    assert numbers["correct"] == 0.75
+    assert numbers["chance"] == 1.0
+    assert (numbers["randomness"], numbers["probabilities"], numbers["nan_logits"]) == (0, 0, 0)
+    assert numbers["huge_eps"] == 0
+    assert numbers["pgd_10"] == numbers["pgd_50"] == numbers["pgd_200"] == 0.25
+
+
+def test_norm_of_the_threat_is_that_of_the_long_attacks_alone(monkeypatch):
+    """In L2 the distances are longer; at eps 1 every image may become every other one."""
+    monkeypatch.setattr(doubts, "random_search", lambda model, x, y, **options: x)
+    settings = Evaluation(n_examples=4, selections={"last": ["clean"]}, doubts=Doubts(queries=9))
+    threat = Threat(norm="L2", eps=0.2)
+    numbers = doubts.examine(Slope(), SLOPED, settings, threat, CPU).numbers
+    assert numbers["pgd_200"] == 0.5
+    assert numbers["huge_eps"] == 0
+
+
+def test_images_without_a_gradient_are_counted_among_the_correct_ones():
+    class Steps(Slope):
+        def forward(self, x):
+            return super().forward(x.where(x > 0.45, x.detach()))
+
+    look = doubts._Look(Steps(), SLOPED, 3, CPU)
+    look.outputs()
+    assert look.correct.tolist() == [False, True, True, True]
+    assert look.zero_gradients() == 0
+    flat = Part(SLOPED.x_NCHW * 0.8, SLOPED.y_N)  # of the first three nothing exceeds 0.45
+    look = doubts._Look(Steps(), flat, 3, CPU)
+    look.outputs()
+    assert look.zero_gradients() == 2
+
+
+def test_pgd_steps_are_two_and_a_half_times_eps_together(monkeypatch):
+    seen, plain = [], perturb.ascend
+
+    def ascend(model, x, start, loss, **options):
+        seen.append(options)
+        return plain(model, x, start, loss, **options)
+
+    monkeypatch.setattr(perturb, "ascend", ascend)
+    look = doubts._Look(Slope(), SLOPED, 4, CPU)
+    look.outputs()
+    look.survive_pgd(0.2, 10, "L2")
+    assert seen == [{"eps": 0.2, "step_size": 2.5 * 0.2 / 10, "steps": 10, "norm": "L2"}]
+
+
+def test_random_search_is_counted_among_the_survivors_alone(monkeypatch):
+    seen = []
+
+    def search(model, x, y, **options):
+        seen.append((len(x), y.tolist(), options))
+        return x.flip(3)  # the other class
+
+    monkeypatch.setattr(doubts, "random_search", search)
+    look = doubts._Look(Slope(), SLOPED, 2, CPU)
+    among = torch.tensor([False, True, True, True])
+    assert look.broken_by_search(among, Threat(norm="L2", eps=0.3), 7, 5) == 3
+    options = {"norm": "L2", "eps": 0.3, "queries": 7, "restarts": 1, "seed": 5}
+    assert seen == [(2, [1, 1], options), (1, [1], options)]
+
+
+def test_passes_of_the_examination():
+    settings = Evaluation(n_examples=4, selections={"last": ["clean"]}, doubts=Doubts(queries=9))
+    assert doubts.passes(settings) == (20 + 10 + 50 + 200, 9)
+
+
+def test_probabilities_are_told_by_range_and_sum():
+    def of(model):
+        look = doubts._Look(model, SLOPED, 3, CPU)
+        return look.outputs()["probabilities"]
+
+    assert of(Wrapped(Slope(), after=lambda z: torch.softmax(z, 1))) == 1
+    assert of(Wrapped(Slope(), after=lambda z: torch.softmax(z, 1) * 1.01)) == 0
+    negative = torch.tensor([[-1.0, 2.0]])
+    assert of(Wrapped(Slope(), after=lambda z: negative.expand(len(z), 2))) == 0
+
+
+def test_largest_difference_of_two_passes():
+    calls = []
+
+    def drift(z):
+        calls.append(0)
+        return z + len(calls) ** 2 * 0.25
+
+    look = doubts._Look(Wrapped(Slope(), after=drift), SLOPED, 2, CPU)
+    assert look.outputs()["randomness"] == pytest.approx(1.75)  # 16 - 9 quarters, not 4 - 1
