@@ -86,6 +86,34 @@ def test_measuring_leaves_the_network_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+class Uneven(nn.Module):
+    """A layer that is never used, one that is used twice, and one that sees every pixel alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(5, 7)
+        self.twice = nn.Conv2d(2, 2, 3, padding=1)
+        self.pixel = nn.Linear(2, 3)
+
+    def forward(self, x):
+        x = self.twice(self.twice(x))
+        return self.pixel(x.flatten(2).transpose(1, 2)).mean(1)
+
+
+def test_a_layer_counts_as_often_as_it_is_used_which_may_be_never():
+    found = measure(Uneven().eval(), (2, 4, 5))
+    positions = {layer["layer"]: layer["positions"] for layer in found.layers}
+    assert positions == {"unused": 0, "twice": 2 * 20, "pixel": 20}
+    assert found.columns["prunable"] == 35 + 36 + 6
+    assert found.columns["dense_macs"] == 36 * 40 + 6 * 20
+
+
+def test_a_network_without_prunable_layers_is_measured():
+    found = measure(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()).eval(), (1, 2, 2))
+    assert found.layers == found.histogram == []
+    assert set(found.columns.values()) == {0}
+
+
 # ---------------------------------------------------------------- test images
 
 
