@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robsparse import perturb
 from robsparse.attacks import AttackThreat, Outcome, Tally
 from robsparse.config import Reach
+from robsparse.fields import Name
 
 LABEL = "Transfer"
 
@@ -18,7 +19,7 @@ LABEL = "Transfer"
 class Params(Reach):
     """Each step is relative_step * eps / steps long, from a uniform random start."""
 
-    surrogate: str = Field(
+    surrogate: Name = Field(
         "dense",
         description="method of the grid whose network the images are crafted on: of the same data "
         "set, with another seed where there is one, never the attacked network itself",

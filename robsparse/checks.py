@@ -3,13 +3,13 @@
 Every check yields lines `key = value: what was expected`.
 """
 
-import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from robsparse.errors import UsageError, nearest
+from robsparse.faults import show
 from robsparse.fields import radius_fault
 from robsparse.imagesets import Description
 from robsparse.sections import Grid, Reach, Training
@@ -47,15 +47,15 @@ def missing_data(study: Study) -> list[str]:
     found = []
     for name, params in study.datasets.items():
         for key in study.entry("dataset", name).literals.get("NEEDED", ()):
-            if not Path(getattr(params, key)).exists():
-                found.append(f"datasets.{name}.{key} = {json.dumps(getattr(params, key))}")
-        if Path(getattr(params, "data_dir", ".")).is_file():
-            found.append(f"datasets.{name}.data_dir = {json.dumps(params.data_dir)}")
+            if not os.path.exists(getattr(params, key)):
+                found.append(f"datasets.{name}.{key} = {show(getattr(params, key))}")
+        if os.path.isfile(getattr(params, "data_dir", ".")):
+            found.append(f"datasets.{name}.data_dir = {show(params.data_dir)}")
     return [f"{line}: expected a file or folder of images that is there" for line in found]
 
 
 def _said(key: str, value: Any, expected: str) -> str:
-    return f"{key} = {json.dumps(value)}: expected {expected}"
+    return f"{key} = {show(value)}: expected {expected}"
 
 
 def _trainings(study: Study) -> Iterator[tuple[str, Training, list[Grid]]]:
@@ -109,9 +109,9 @@ def _extra_images(study: Study) -> Iterator[str]:
     for key, training, blocks in _trainings(study):
         path = training.rst_file
         wanted = any("rst" in block.objectives for block in blocks)
-        if wanted and (path is None or not Path(path).is_file()):
+        if wanted and (path is None or not os.path.isfile(path)):
             yield (
-                f"{key}.rst_file = {json.dumps(path)}: the objective 'rst' needs a file of "
+                f"{key}.rst_file = {show(path)}: the objective 'rst' needs a file of "
                 "pseudo-labelled extra images, an npz with the arrays 'images' and 'labels'; the "
                 "authors took theirs from TinyImages, which was withdrawn, so there is none to "
                 "download"
@@ -250,8 +250,8 @@ def _published(study: Study) -> Iterator[str]:
     """Files of published numbers that are not there."""
     for index, table in enumerate(study.tables):
         for name in table.published:
-            if not Path(name).is_file():
-                yield f"tables.{index}.published = {json.dumps(name)}: no such file"
+            if not os.path.isfile(name):
+                yield f"tables.{index}.published = {show(name)}: no such file"
 
 
 def _warm_ups(study: Study) -> Iterator[str]:

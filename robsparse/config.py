@@ -4,7 +4,7 @@
 Method and attack files take what their `Params` are made of from here: Strict, Fit, Share, ...
 """
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from robsparse import checks, faults, registry
 from robsparse.errors import UsageError, nearest
-from robsparse.fields import Radius, Share, Sparsity, Strict
+from robsparse.fields import Name, Radius, Share, Sparsity, Strict
 from robsparse.sections import (
     Crafting,
     Evaluation,
@@ -56,7 +56,7 @@ __all__ = [
 
 _VARIANT_OF_METHOD = {
     "starts_from": (
-        str | None,
+        Name | None,
         Field(None, description="the variant whose networks it starts from, if not the plain one"),
     )
 }
@@ -158,7 +158,9 @@ def _fill_in_block(study: Study, block: Grid, data: dict[str, Any], key: str) ->
     for name, values in block.params.items():
         shared = study.methods.get(name) or {}
         if not isinstance(values, dict) or not isinstance(shared, dict):
-            raise UsageError(f"{key}.{name} = {values!r}: expected a mapping of hyperparameters")
+            raise UsageError(
+                f"{key}.{name} = {faults.show(values)}: expected a mapping of hyperparameters"
+            )
         merged = {name: _merge(shared, values)}
         params |= _parts("method", [name], merged, key, key)
     return block.model_copy(update={"params": params, "training": training})
@@ -168,7 +170,7 @@ def _training_of_block(block: Grid, data: dict[str, Any], key: str) -> Training 
     if not block.training:
         return None
     if not isinstance(block.training, dict):
-        raise UsageError(f"{key} = {block.training!r}: expected a mapping of settings")
+        raise UsageError(f"{key} = {faults.show(block.training)}: expected a mapping of settings")
     merged = _merge(data["training"], block.training)
     try:
         return Training.model_validate(merged)
@@ -194,11 +196,11 @@ def _check_models(study: Study) -> None:
             known = {*registry.names(kind), *getattr(study, f"{kind}s")}
             if own is not None and own not in known:
                 raise UsageError(
-                    f"models.{name}.{kind} = {json.dumps(own)}: unknown {kind}, expected one of: "
+                    f"models.{name}.{kind} = {faults.show(own)}: unknown {kind}, expected one of: "
                     f"{', '.join(sorted(known))}{nearest(own, known)}"
                 )
-        if model.file is not None and not Path(model.file).is_file():
-            raise UsageError(f"models.{name}.file = {json.dumps(model.file)}: no such file")
+        if model.file is not None and not os.path.isfile(model.file):
+            raise UsageError(f"models.{name}.file = {faults.show(model.file)}: no such file")
 
 
 def _check_starts(study: Study) -> None:
@@ -211,7 +213,7 @@ def _check_starts(study: Study) -> None:
         choices = [n for n in study.methods if study.base("method", n) == wanted]
         if own not in choices:
             raise UsageError(
-                f"methods.{name}.starts_from = {json.dumps(own)}: expected "
+                f"methods.{name}.starts_from = {faults.show(own)}: expected "
                 f"{', '.join(choices) or 'nothing'}{nearest(own, choices)}"
             )
 

@@ -43,7 +43,7 @@ def _line(fault: Any, data: Any, prefix: str) -> str:
     if fault["type"] == "too_short":
         message = "expected at least one entry"
     named_wrongly = "[key]" in fault["loc"]
-    return f"{key}: {message}" if named_wrongly else f"{key} = {_show(value)}: {message}"
+    return f"{key}: {message}" if named_wrongly else f"{key} = {show(value)}: {message}"
 
 
 def _without_lone_index(data: Any, location: list) -> list:
@@ -57,7 +57,7 @@ def _without_lone_index(data: Any, location: list) -> list:
     return kept
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """A value as it stands in YAML, cut to a readable length."""
     try:
         text = json.dumps(value, default=str)
@@ -126,10 +126,10 @@ class Loader(yaml.SafeLoader):
             raise
         except Exception:  # 2020-13-45, a number of 5,000 digits, !!int of a word, ...
             kind = node.tag.rsplit(":", 1)[-1]
-            said = f"{_show(node.value)} cannot be read as {kind}"
+            said = f"{show(node.value)} cannot be read as {kind}"
             raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
         if isinstance(value, str) and not value.isprintable():
-            said = f"{_show(value)}: expected text of one line without control characters"
+            said = f"{show(value)}: expected text of one line without control characters"
             raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
         return value
 
@@ -147,7 +147,7 @@ class Loader(yaml.SafeLoader):
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {_show(key)} stands twice", key_node.start_mark
+                    None, None, f"the key {show(key)} stands twice", key_node.start_mark
                 )
             seen.add(key)
         self.flatten_mapping(node)

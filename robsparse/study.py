@@ -6,6 +6,7 @@ No torch in here.
 import dataclasses
 import functools
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Study(Strict):
 
     def blocks(self) -> list[Grid]:
         """The blocks whose `where_exists` is there."""
-        return [b for b in self.grid if b.where_exists is None or Path(b.where_exists).exists()]
+        return [b for b in self.grid if b.where_exists is None or os.path.exists(b.where_exists)]
 
     def key_of(self, block: Grid) -> str:
         """How a fault names a block of the grid."""
