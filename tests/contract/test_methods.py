@@ -322,16 +322,6 @@ def test_damaged_checkpoint_never_changes_the_result(damage, keep_previous, trai
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_checkpoint_of_other_settings_is_not_continued(method, trained, prepared):
-    case, layout = prepared(method)
-    training_settings = case.study.training.model_copy(update={"batch_size": 64})
-    other = type(case)(case.study.model_copy(update={"training": training_settings}), case.cell)
-    with pytest.raises(Interrupted):
-        other.train(layout, max_steps=3)
-    assert case.results(case.train(layout)) == case.results(trained(method)[1])
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_nothing_to_resume_is_left_when_done(method, trained):
     case, layout = trained(method)
     assert {path.name for path in layout.resume(case.cell).iterdir()} <= {"lock"}

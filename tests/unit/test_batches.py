@@ -7,7 +7,10 @@ import torch
 
 from robsparse import augment, batches
 from robsparse.cells import Layout, derive_seed
+from robsparse.checkpoints import StopRequest
+from robsparse.config import Fit
 from robsparse.datasets import Part
+from robsparse.stages import Stage
 from robsparse.training import Trainer
 
 CPU = torch.device("cpu")
@@ -173,3 +176,16 @@ def test_augmentation_of_the_training_stands_before_that_of_the_data(study_data,
     study = load_study(study_data)
     made = batches.Batches(study, study.cells()[0], numbered(70), None, CPU)
     assert made.augmentation.kind == "none"
+
+
+def test_a_training_run_asks_for_one_epoch_after_the_other(study_data, load_study, tmp_path):
+    """Over stages too: order and augmentation depend on the epoch of the whole run."""
+    study_data["training"]["batch_size"] = 200
+    study = load_study(study_data)
+    (cell,) = (cell for cell in study.cells() if cell.method == "dense")
+    trainer = Trainer(study, cell, Layout(tmp_path), CPU)
+    trainer.stages = [Stage(Fit(epochs=2, lr=0.1)), Stage(Fit(epochs=3, lr=0.1))]
+    asked, epoch = [], trainer.batches.epoch
+    trainer.batches.epoch = lambda index: asked.append(index) or epoch(index)
+    trainer.run_stages(StopRequest(), None)
+    assert asked == list(range(5))

@@ -18,7 +18,7 @@ from robsparse.checkpoints import Interrupted, StopRequest
 from robsparse.config import Crafting, Fit
 from robsparse.errors import UsageError
 from robsparse.objectives import Attacker
-from robsparse.sparsity import live_count, prunable, weight_count
+from robsparse.sparsity import live_count, plain_state, prunable, weight_count
 from robsparse.stages import FixedMaskStage, Stage, schedule_factor
 from robsparse.training import Trainer, TrainingError
 from robsparse.validation import largest_class, validate
@@ -373,6 +373,105 @@ def test_missing_start_is_one_line_that_says_what_to_train(one):
         Trainer(study, cell, layout, CPU)
 
 
+# ---------------------------------------------------------------- what is selected, what is held
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """told(accuracies) -> the networks that were validated, which were told these accuracies."""
+
+    def tell(accuracies):
+        left, networks = list(accuracies), []
+
+        def validate(model, *_):
+            networks.append(plain_state(model))
+            return {"val_clean": 0.9, "val_robust": left.pop(0)}
+
+        monkeypatch.setattr(training, "validate", validate)
+        return networks
+
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [([0.1, 0.3, 0.3, 0.2], 2), ([0.2, 0.2, 0.2, 0.2], 1), ([0.0, 0.1, 0.2, 0.3], 4)],
+)
+def test_the_first_of_the_best_epochs_is_selected(accuracies, best, told, study_data, one):
+    study_data["methods"]["dense"]["pretrain"]["epochs"] = 4
+    study, cell, layout = one("dense", objectives=["natural"])
+    networks = told(accuracies)
+    training.train_cell(study, cell, layout, device="cpu")
+    selected = json.loads(layout.training(cell).read_text())["selected"]
+    assert selected["best_val"] == {"epoch": best, "val_robust": max(accuracies)}
+    assert selected["last"] == {"epoch": 4, "val_robust": accuracies[-1]}
+    for selection, index in (("best_val", best - 1), ("last", 3)):
+        model, _ = fresh(study, cell)
+        weights.load_into(model, layout.model(cell, selection))
+        state = model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in networks[index].items())
+
+
+def test_networks_are_validated_every_so_many_epochs_and_at_the_end(told, study_data, one):
+    study_data["methods"]["dense"]["pretrain"]["epochs"] = 6
+    study_data["training"]["validation"] = {"every": 2}
+    study, cell, layout = one("dense", objectives=["natural"])
+    told([0.1, 0.4, 0.2, 0.3])
+    training.train_cell(study, cell, layout, device="cpu")
+    record = json.loads(layout.training(cell).read_text())
+    assert [p["epoch"] for p in record["curve"] if "val_robust" in p] == [1, 3, 5, 6]
+    assert record["selected"]["best_val"]["epoch"] == 3
+
+
+@pytest.mark.parametrize("largest", range(6))
+def test_peak_live_weights_are_those_of_any_stage_and_epoch(largest, one, monkeypatch):
+    """Live weights are counted at the start of each of two stages and after their two epochs."""
+    counts = [7] * 6
+    counts[largest] = 9
+
+    class Counted(Stage):
+        def live_weights(self, run):
+            return counts.pop(0)
+
+    stages = [Counted(Fit(epochs=2, lr=0.1)) for _ in range(2)]
+    monkeypatch.setattr(Trainer, "_stages", lambda self, method: stages)
+    study, cell, layout = one("dense", objectives=["natural"])
+    training.train_cell(study, cell, layout, device="cpu")
+    record = json.loads(layout.training(cell).read_text())
+    assert record["cost"]["peak_live_weights"] == 9
+    assert not counts
+
+
+CHANGES = {
+    "none": {},
+    "batch size": {"training": {"batch_size": 50}},
+    "crafting": {"training": {"crafting": {"steps": 1, "step_size": 0.05}}},
+    "threat": {"threat": {"eps": 0.2}},
+    "data": {"datasets": {"digits": {"validation_examples": 30, "test_examples": 800}}},
+    "learning rate": {"methods": {"bcs": {"train": {"epochs": 1, "lr": 0.05}}}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_checkpoint_of_other_settings_is_not_continued(change, study_data, one, tmp_path, capsys):
+    study, cell, _ = one("bcs")
+    whole, layout = Layout(tmp_path / "whole"), Layout(tmp_path / "other")
+    training.train_cell(study, cell, whole, device="cpu")
+    for section, values in CHANGES[change].items():
+        study_data[section] |= values
+    other, *_ = one("bcs")
+    with pytest.raises(Interrupted):
+        training.train_cell(other, cell, layout, device="cpu", max_steps=3)
+    kept = torch.load(layout.resume(cell) / "state.pt", weights_only=True)
+    assert kept["progress"]["forward_passes"] > 0
+    training.train_cell(study, cell, layout, device="cpu")
+    assert ("resuming" in capsys.readouterr().out) == (change == "none")
+    for selection in ("best_val", "last"):
+        assert layout.model(cell, selection).read_bytes() == (
+            whole.model(cell, selection).read_bytes()
+        )
+
+
 # ---------------------------------------------------------------- warm-up, velocity, decay
 
 
@@ -394,6 +493,17 @@ def test_eps_warms_up_in_networks_from_scratch_alone(study_data, one, pruned):
         found.append(scratch._attacker().scale)
     assert found == pytest.approx([1 / steps, 2 / steps, 1, 1])
     assert Trainer(study, cell, layout, CPU)._attacker().scale == 1
+
+
+def test_eps_warms_up_in_the_first_stage_alone_and_over_its_epochs(study_data, one):
+    study_data["methods"]["dense"]["pretrain"]["epochs"] = 3
+    study_data["training"]["crafting"]["eps_warmup"] = 2
+    trainer = Trainer(*one("dense"), CPU)
+    steps, found = trainer.batches.steps, []
+    for stage, epoch, step in [(0, 0, 0), (0, 1, 0), (0, 1, steps - 1), (0, 2, 0), (1, 0, 0)]:
+        trainer.progress.stage, trainer.run.epoch, trainer.progress.step = stage, epoch, step
+        found.append(trainer._attacker().scale)
+    assert found == pytest.approx([1 / (2 * steps), (steps + 1) / (2 * steps), 1, 1, 1])
 
 
 def test_scaled_attacker_stays_within_the_shorter_reach():
