@@ -131,6 +131,23 @@ def test_mat_attacks_the_first_half_of_the_batch_alone():
     assert loss_of("mat", model, x=X, y=Y).item() == pytest.approx(expected)
 
 
+def test_mat_leaves_the_larger_part_of_an_odd_batch_clean():
+    x, y = torch.cat([X, X[1:]]), torch.tensor([0, 1, 0])
+    rows = [adversarial_of_at()[0], *x.view(3, 3).tolist()[1:]]
+    expected = sum(
+        cross_entropy(logit(row), int(label)) for row, label in zip(rows, y, strict=True)
+    )
+    assert loss_of("mat", linear(), x=x, y=y).item() == pytest.approx(expected / 3)
+
+
+def test_images_are_crafted_in_the_norm_of_the_attacker():
+    made = dataclasses.replace(attacker(steps=10), norm="L2")
+    change = made.attack_labels(linear(), X, Y) - X
+    assert change.flatten(1).norm(dim=1).tolist() == pytest.approx([EPS, EPS], abs=0.02)
+    change = made.attack_outputs(linear(), X) - X
+    assert change.flatten(1).norm(dim=1).max() <= EPS + 1e-6
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_mat_of_one_image_is_clean(norm, known_network):
     model, part = known_network

@@ -1,6 +1,7 @@
 """The one loop against a slow loop written out, and what its stages may change."""
 
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -11,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robsparse import datasets, models, training, weights
+from robsparse import datasets, models, perturb, training, weights
 from robsparse.batches import mixed
-from robsparse.cells import Layout, derive_seed
+from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.checkpoints import Interrupted, StopRequest
 from robsparse.config import Crafting, Fit
 from robsparse.errors import UsageError
@@ -373,7 +374,90 @@ def test_missing_start_is_one_line_that_says_what_to_train(one):
         Trainer(study, cell, layout, CPU)
 
 
+def test_validation_equals_a_slow_one(one):
+    study, cell, _ = one("dense")
+    model, splits = fresh(study, cell)
+    part, threat = splits.validation, study.threat
+    attacker = Attacker(threat.eps, study.training.crafting, torch.Generator(), "L2")
+    found = validate(model, part, attacker, 3)
+    generator = torch.Generator().manual_seed(derive_seed("validate", len(part)))
+    model.eval()
+    start = perturb.uniform_start(part.x_NCHW, threat.eps, generator, "L2")
+    images = perturb.ascend(
+        model,
+        part.x_NCHW,
+        start,
+        perturb.cross_entropy_of(part.y_N),
+        eps=threat.eps,
+        step_size=study.training.crafting.step_size,
+        steps=3,
+        norm="L2",
+    )
+    for name, x in (("val_clean", part.x_NCHW), ("val_robust", images)):
+        right = (model(x).argmax(1) == part.y_N).sum().item()
+        assert found[name] == right / len(part)
+
+
 # ---------------------------------------------------------------- what is selected, what is held
+
+
+def test_curve_has_the_mean_loss_of_each_epoch_and_the_rate_that_it_starts_with(
+    study_data, one, monkeypatch
+):
+    fit = {"epochs": 3, "lr": 0.2, "schedule": "step", "milestones": [0.3, 0.6], "gamma": 0.5}
+    study_data["methods"]["dense"]["pretrain"] = fit
+    study, cell, layout = one("dense", objectives=["natural"])
+    losses = itertools.count(1)
+    monkeypatch.setattr(
+        Trainer, "_step", lambda *_: torch.tensor(float(next(losses)), dtype=torch.float64)
+    )
+    training.train_cell(study, cell, layout, device="cpu")
+    curve = json.loads(layout.training(cell).read_text())["curve"]
+    steps = (next(losses) - 1) // 3
+    middles = [(steps + 1) / 2 + epoch * steps for epoch in range(3)]
+    assert [point["loss"] for point in curve] == pytest.approx(middles)
+    assert [point["lr"] for point in curve] == pytest.approx([0.2, 0.1, 0.05])
+
+
+def test_clean_passes_move_batch_norm_and_are_counted(study_data, one):
+    study_data["methods"]["dense"]["pretrain"]["clean_passes"] = 2
+    study, cell, layout = one("dense", objectives=["natural"])
+    training.train_cell(study, cell, layout, device="cpu")
+    model, splits = fresh(study, cell)
+    weights.load_into(model, layout.model(cell, "last"))
+    steps = len(splits.train) // study.training.batch_size
+    assert int(model[1].num_batches_tracked) == 3 * steps
+    cost = json.loads(layout.training(cell).read_text())["cost"]
+    assert (cost["forward_passes"], cost["backward_passes"]) == (3 * steps, steps)
+
+
+def test_accuracy_of_the_largest_class_itself_is_guessing(one, monkeypatch):
+    monkeypatch.setattr(training, "largest_class", lambda part: 0.25)
+    trainer = Trainer(*one("dense"), CPU)
+    for accuracy, count in ((0.25, 1), (0.2, 2), (0.26, 0)):
+        trainer._watch_for_collapse({"epoch": 1, "stage": "x", "val_clean": accuracy})
+        assert trainer.progress.collapsed == count
+
+
+def test_random_numbers_are_named_after_what_they_are_for(study_data, load_study, tmp_path):
+    """Methods share initial weights and crafting; objectives, sparsities and seeds differ."""
+    grid = {"methods": ["bcs", "set"], "sparsities": [0.9, 0.95], "seeds": [0, 1]}
+    grid |= {"objectives": ["at", "trades"]}
+    study_data["grid"] |= grid
+    study, made = load_study(study_data), {}
+    for method, sparsity, seed, objective in itertools.product(*grid.values()):
+        cell = Cell("digits", "small_cnn", method, objective, sparsity, seed)
+        trainer = Trainer(study, cell, Layout(tmp_path), CPU)
+        made[method, sparsity, seed, objective] = (
+            trainer.run.model[0].weight.detach().numpy().tobytes(),
+            trainer.attacker.generator.initial_seed(),
+            trainer.run.generator.initial_seed(),
+        )
+    for key, (initial, crafting, own) in made.items():
+        for other, (initial_2, crafting_2, own_2) in made.items():
+            assert (initial == initial_2) == (key[2] == other[2])
+            assert (crafting == crafting_2) == (key[2:] == other[2:])
+            assert (own == own_2) == (key[:3] == other[:3])
 
 
 @pytest.fixture
