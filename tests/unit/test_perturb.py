@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 from torch import nn
 
 from robsparse import perturb
@@ -146,46 +145,6 @@ def test_starts_are_drawn_from_the_given_generator_alone():
         assert torch.equal(first, start(x, 0.1, torch.Generator().manual_seed(1)))
         assert not torch.equal(first, start(x, 0.1, torch.Generator().manual_seed(2)))
         assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---------------------------------------------------------------- L2
-
-
-def ascend_l2(model, x, start, y, **options):
-    loss = perturb.cross_entropy_of(torch.tensor(y))
-    options = {"eps": 0.25, "step_size": 0.1, "steps": 1} | options
-    return perturb.ascend(model, x, start, loss, norm="L2", **options)
-
-
-def test_l2_step_by_hand_has_the_length_of_the_step_in_each_image():
-    x = images([0.5, 0.5], [0.4, 0.4])
-    found = ascend_l2(linear([3.0, -4.0]), x, x, [0, 1])
-    # the gradient's direction is (0.6, -0.8), against the label 1 the other way
-    torch.testing.assert_close(found, images([0.56, 0.42], [0.34, 0.48]))
-
-
-def test_l2_change_is_shortened_to_eps_and_one_that_is_shorter_is_not_lengthened():
-    x = images([0.5, 0.5], [0.5, 0.5])
-    start = images([0.8, 0.1], [0.5, 0.5])  # 0.5 away along (0.6, -0.8); not away at all
-    found = ascend_l2(linear([3.0, -4.0]), x, start, [0, 0])
-    torch.testing.assert_close(found, images([0.65, 0.3], [0.56, 0.42]))
-
-
-def test_l2_result_stays_in_the_box_and_without_a_gradient_where_it_is():
-    x = images([0.99, 0.5])
-    found = ascend_l2(linear([1.0, 0.0]), x, x, [0], steps=3)
-    torch.testing.assert_close(found, images([1.0, 0.5]))
-    torch.testing.assert_close(ascend_l2(linear([0.0, 0.0]), x, x, [0]), x)
-
-
-def test_l2_start_is_uniform_in_the_ball():
-    x = torch.full((4000, 1, 1, 3), 0.5)
-    change = perturb.uniform_start(x, 0.3, torch.Generator().manual_seed(0), "L2") - x
-    radius = change.flatten(1).norm(dim=1) / 0.3
-    # the share of a ball of three dimensions within r is r^3
-    assert stats.kstest((radius**3).double().numpy(), "uniform").pvalue > 0.01
-    assert change.mean(dim=0).abs().max() < 0.01
-    assert perturb.uniform_start(2 * x, 0.3, torch.Generator(), "L2").max() == 1  # of white images
 
 
 # ---------------------------------------------------------------- losses and modes
