@@ -87,7 +87,7 @@ def _method_line(panel: Axes, look: style.Look, rows: pd.DataFrame, shift: float
     mean, low, high = (
         100 * rows[f"{STRONGEST}_{name}"].to_numpy() for name in ("accuracy", "low", "high")
     )
-    # The mean of few seeds may lie outside a percentile interval by rounding alone.
+    # A mean at the end of its interval may lie outside it by rounding alone.
     arms = np.clip([mean - low, high - mean], 0, None)
     panel.errorbar(x, mean, yerr=arms, fmt="none", ecolor=look.color, elinewidth=1.1)
     line = panel.plot(x, mean, **look.line)[0]
