@@ -1,0 +1,620 @@
+"""What must be made again after which change: every key of a study, every file of the package.
+
+A row names the first of training, evaluation, collect and figures that runs again; what follows it
+then runs too. A key or a file that stands in no row fails. docs/staleness.md is this table.
+"""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from robsparse import config, fingerprints, source_code
+from robsparse.study import Study
+
+STAGES = ("training", "evaluation", "collect", "figures")
+NOTHING = "nothing"
+
+
+def study_data(folder: Path) -> dict:
+    """A study that reads every kind of key: variants, a file from elsewhere, a table of a paper."""
+    data = yaml.safe_load((Path(__file__).parents[2] / "config" / "tiny.yaml").read_text())
+    np.savez(
+        folder / "own.npz",
+        train_images=np.arange(40 * 64, dtype=np.uint8).reshape(40, 8, 8),
+        train_labels=np.arange(40) % 2,
+        test_images=np.zeros((20, 8, 8), dtype=np.uint8),
+        test_labels=np.arange(20) % 2,
+    )
+    np.savez(
+        folder / "changed.npz",
+        train_images=np.ones((40, 8, 8), dtype=np.uint8),
+        train_labels=np.arange(40) % 2,
+        test_images=np.zeros((20, 8, 8), dtype=np.uint8),
+        test_labels=np.arange(20) % 2,
+    )
+    (folder / "there").touch()
+    (folder / "weights.pt").write_bytes(b"weights")
+    (folder / "changed.pt").write_bytes(b"others")
+    (folder / "paper.csv").write_text("published")
+    data["grid"] = [
+        data["grid"]
+        | {
+            "methods": ["dense", "other_dense", "lwm", "bcs"],
+            "seeds": [0, 1],
+            "budget": {"unit": "epochs", "total": 19},
+        },
+        {
+            "datasets": ["own"],
+            "archs": ["small_cnn"],
+            "objectives": ["trades"],
+            "methods": ["dense", "other_dense", "bcs"],
+            "sparsities": [0.5],
+            "seeds": [0, 1],
+            "training": {"beta": 5},
+            "where_exists": str(folder / "there"),
+            "params": {"bcs": {"noise_scale": 0.001}},
+        },
+    ]
+    data["datasets"]["own"] = {
+        "base": "npz",
+        "label": "Own",
+        "file": str(folder / "own.npz"),
+        "validation_examples": 10,
+    }
+    data["training"]["batch_size"] = 20
+    data["methods"]["other_dense"] = {"base": "dense", "pretrain": {"epochs": 5, "lr": 0.1}}
+    data["models"] = {
+        "given": {
+            "file": str(folder / "weights.pt"),
+            "arch": "small_cnn",
+            "dataset": "digits",
+            "objective": "at",
+            "sparsity": 0.9,
+        }
+    }
+    data["evaluation"]["attacks"] = {"pgd": {"steps": 10}, "autoattack": {}, "transfer": {}}
+    data["evaluation"]["selections"] = {
+        "best_val": ["pgd", "autoattack", "transfer"],
+        "last": ["clean"],
+    }
+    data["tables"] = [
+        {
+            "name": "paper",
+            "title": "As printed",
+            "datasets": ["digits"],
+            "methods": ["dense", "bcs"],
+            "rows": ["method"],
+            "columns": ["sparsity"],
+            "attacks": ["pgd"],
+            "published": [str(folder / "paper.csv")],
+        }
+    ]
+    return data
+
+
+def plans(study: Study) -> dict[str, dict[str, str]]:
+    """The parameters of jobs that Snakemake compares, stage by stage."""
+    cells = study.cells()
+    return {
+        "training": {cell.key: fingerprints.training(study, cell).plan for cell in cells},
+        "evaluation": {
+            f"{cell.key} {selection}": fingerprints.evaluation(study, cell, selection).plan
+            for cell in cells
+            for selection in study.evaluation.selections
+        },
+        "collect": {"": fingerprints.collected(study).plan},
+        "figures": {"": fingerprints.figures(study, []).plan},
+    }
+
+
+def first_changed(before: dict, after: dict) -> str:
+    """The first stage with a job that is new or has another parameter."""
+    for stage in STAGES:
+        if any(before[stage].get(job) != plan for job, plan in after[stage].items()):
+            return stage
+    return NOTHING
+
+
+# What a key is changed to, by its whole name or its last part; numbers that are not here grow by 1.
+VALUES = {
+    "study": "another",
+    "title": "Another",
+    "small": False,
+    "label": "Mine",
+    "norm": "L2",
+    "eps": 0.12,
+    "lr": 0.07,
+    "schedule": "constant",
+    "milestones": [0.2, 0.3],
+    "gamma": 0.2,
+    "momentum": 0.5,
+    "methods.bcs.momentum": "reset",
+    "velocity": lambda old: "torch" if old == "tensorflow" else "tensorflow",
+    "weight_decay": 0.001,
+    "decay": lambda old: "coupled" if old == "sgdw" else "sgdw",
+    "init": "uniform",
+    "waking": "drift",
+    "noise_scale": 1e-5,
+    "regrown_theta": 1e-10,
+    "regrowth": "dormant",
+    "rewiring": "until_last_drop",
+    "rho": 0.01,
+    "dual_gradient": "authors",
+    "layers": "conv",
+    "projection": "percentile",
+    "step_size": 0.05,
+    "bn_mode": "train",
+    "precision": "bf16",
+    "backend": "eager",
+    "augmentation": {"kind": "crop"},
+    "rst_file": "weights.pt",
+    "rst_fraction": 0.25,
+    "n_examples": 10,
+    "version": "rand",
+    "components": ["apgd-ce"],
+    "rule": "cosine",
+    "start": "image",
+    "surrogate": "other_dense",
+    "relative_step": 1.5,
+    "match": "order",
+    "sparsity": 0.5,
+    "objective": "natural",
+    "device": "cpu",
+    "rerun_on_code_change": True,
+    "archs": ["small_cnn"],
+    "datasets": ["digits"],
+    "objectives": ["mart"],
+    "methods": ["bcs"],
+    "sparsities": [0.8],
+    "seeds": [0, 1, 2],
+    "rows": ["method", "arch"],
+    "columns": ["sparsity", "arch"],
+    "attacks": ["clean"],
+    "selection": "last",
+    "name": "other",
+    "unit": "passes",
+    "where_exists": "nowhere",
+    "published": [],
+    "kind": "crop",
+    "shift": 0.2,
+    "training": {"batch_size": 10},
+    "params": {"bcs": {"noise_scale": 0.01}},
+    "budget": {"unit": "epochs", "total": 12},
+}
+
+# Keys that change together with others, or to what depends on the folder.
+SETS = {
+    "archs.small_cnn.mean": {"archs.small_cnn.mean": [0.5], "archs.small_cnn.std": [0.5]},
+    "archs.small_cnn.std": {"archs.small_cnn.mean": [0.0], "archs.small_cnn.std": [0.5]},
+    "models.given.mean": {"models.given.mean": [0.5], "models.given.std": [0.5]},
+    "models.given.std": {"models.given.mean": [0.0], "models.given.std": [0.5]},
+    "models.given.file": {"models.given.file": "{folder}/changed.pt"},
+    "models.given.arch": {"archs.wide": {"base": "small_cnn"}, "models.given.arch": "wide"},
+    "models.given.zoo": {
+        "models.given": {"zoo": "Carmon2019", "dataset": "digits", "objective": "at"}
+    },
+    "models.given.callable": {
+        "models.given": {"callable": "nets:net", "dataset": "digits", "objective": "at"}
+    },
+    "grid.0.datasets": {"grid.0.datasets": ["digits", "own"], "tables": []},
+    "grid.0.archs": {"archs.wide": {"base": "small_cnn", "width": 6}, "grid.0.archs": ["wide"]},
+    "grid.1.archs": {"archs.wide": {"base": "small_cnn", "width": 6}, "grid.1.archs": ["wide"]},
+    "grid.0.budget.unit": {"grid.0.budget": {"unit": "passes", "total": 60}},
+    "tables.0.datasets": {"tables.0.datasets": ["own"]},
+    "grid.0.where_exists": {"grid.0.where_exists": "{folder}/there"},
+    "methods.other_dense.starts_from": {},
+    "models.given.dataset": {"models.given.dataset": "own"},
+    "datasets.own.file": {"datasets.own.file": "{folder}/changed.npz"},
+    "datasets.own.base": {"datasets.own": {"base": "digits", "validation_examples": 10}},
+    "methods.bcs.temperature": {"methods.bcs.temperature": 0.1, "grid.1.params": {}},
+    "evaluation.selections": {"evaluation.selections": {"best_val": ["pgd"], "last": ["pgd"]}},
+    "grid.1.datasets": {"grid.1.datasets": ["digits"], "tables": []},
+    "grid.0.methods": {"grid.0.methods": ["dense", "other_dense", "lwm"], "tables": []},
+    "grid.1.methods": {"grid.1.methods": ["dense", "other_dense"]},
+    "methods.other_dense.base": {"methods.other_dense": {"base": "bcs"}},
+} | {
+    f"evaluation.attacks.{name}.norm": {
+        f"evaluation.attacks.{name}.norm": "L2",
+        f"evaluation.attacks.{name}.eps": 0.15,
+    }
+    for name in ("pgd", "autoattack", "transfer")
+}
+
+# The first stage that runs again when a key changes; the longest name that fits counts. Keys that
+# name a place on disk stand twice: `~moved` is the same content under another name.
+KEYS = {
+    "study": ("collect", "its files lie elsewhere, so all of it is made there"),
+    "title": ("figures", "it is printed"),
+    "small": ("figures", "it is printed"),
+    "grid": ("training", "new networks are trained, those that are there are not"),
+    "grid.1.where_exists": ("collect", "networks of the block are left out"),
+    "grid.0.methods": ("collect", "networks less"),
+    "grid.1.methods": ("collect", "a network less"),
+    "grid.0.where_exists": ("figures", "the file is there; it is printed"),
+    "grid.1.training.rst_file": ("figures", "read by rst alone; all settings are printed"),
+    "grid.1.training.rst_fraction": ("figures", "read by rst alone"),
+    "datasets": ("training", ""),
+    "datasets.own.label": ("figures", "it is printed"),
+    "datasets.own.file~moved": ("figures", "the content decides; the name is printed"),
+    "archs": ("training", ""),
+    "methods": ("training", "of the networks of that method and of those that start from them"),
+    "methods.other_dense.label": ("figures", "it is printed"),
+    "methods.other_dense.starts_from": ("nothing", "a dense network starts from none"),
+    "methods.lwm.finetune.epochs": ("figures", "the budget of the block says how many"),
+    "methods.admm": ("figures", "not in the grid"),
+    "methods.hydra": ("figures", "not in the grid"),
+    "models": ("training", "the network is taken in again"),
+    "models.given.label": ("figures", "it is printed"),
+    "models.given.file~moved": ("figures", "the content decides; the name is printed"),
+    "threat": ("training", ""),
+    "training": ("training", ""),
+    "training.beta": ("figures", "read by trades, mart and rst alone, whose block has its own"),
+    "training.rst_file": ("figures", "read by rst alone"),
+    "training.rst_fraction": ("figures", "read by rst alone"),
+    "evaluation": ("evaluation", ""),
+    "machine": ("nothing", "no number depends on it"),
+    "machine.rerun_on_code_change": ("training", "the code is compared from here on"),
+    "tables": ("figures", ""),
+}
+
+
+def expected_of(key: str) -> str:
+    parts = key.split(".")
+    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return KEYS[next(name for name in reversed(names) if name in KEYS)][0]
+
+
+def keys_of(value: object, prefix: str = "") -> list[str]:
+    """Every key of a study with its defaults, down to single values."""
+    parted = ("datasets", "archs", "methods", "models", "evaluation.attacks")
+    if isinstance(value, BaseModel):
+        found = {name: getattr(value, name) for name in type(value).model_fields}
+    elif isinstance(value, dict) and prefix in parted:
+        found = value
+    elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+        found = {str(i): one for i, one in enumerate(value)}
+    else:
+        return [prefix]
+    start = f"{prefix}." if prefix else ""
+    return [key for name, inner in found.items() for key in keys_of(inner, f"{start}{name}")]
+
+
+def put(data: dict, key: str, value: object) -> None:
+    *outer, last = key.split(".")
+    for name in outer:
+        if isinstance(data, list):
+            data = data[int(name)]
+        else:
+            data[name] = {} if data.get(name) is None else data[name]
+            data = data[name]
+    data[last] = value
+
+
+def get(study: Study, key: str) -> object:
+    value = study
+    for name in key.split("."):
+        if isinstance(value, list):
+            value = value[int(name)]
+        else:
+            value = value[name] if isinstance(value, dict) else getattr(value, name)
+    return value
+
+
+def changes_of(study: Study, key: str, folder: Path) -> dict[str, object]:
+    if key in SETS:
+        found = SETS[key]
+    else:
+        old, name = get(study, key), key.rpartition(".")[2]
+        new = VALUES.get(key, VALUES.get(name, old + 1 if isinstance(old, int | float) else None))
+        assert new is not None, f"{key}: in no row of this table"
+        found = {key: new(old) if callable(new) else new}
+    return {
+        name: value.replace("{folder}", str(folder)) if isinstance(value, str) else value
+        for name, value in found.items()
+    }
+
+
+def test_every_key_reruns_what_the_table_says(tmp_path, monkeypatch):
+    """One loop, so that the keys are those of the study and none can be forgotten."""
+    data = study_data(tmp_path)
+    study = config.of_data(data, "table")
+    before, found, expected = plans(study), {}, {}
+    for key in keys_of(study):
+        changed = copy.deepcopy(data)
+        for name, value in changes_of(study, key, tmp_path).items():
+            put(changed, name, value)
+        found[key] = first_changed(before, plans(config.of_data(changed, "table")))
+        expected[key] = expected_of(key)
+    assert found == expected
+    assert len(found) > 150
+
+
+@pytest.mark.parametrize("key", ["datasets.own.file", "models.given.file"])
+def test_content_of_a_file_decides_and_its_name_does_not(key, tmp_path):
+    data = study_data(tmp_path)
+    before = plans(config.of_data(data, "table"))
+    path = Path(get(config.of_data(data, "table"), key))
+    moved = path.rename(path.with_stem("moved"))
+    put(data, key, str(moved))
+    assert first_changed(before, plans(config.of_data(data, "table"))) == "figures"
+    moved.write_bytes((tmp_path / f"changed{path.suffix}").read_bytes())
+    assert first_changed(before, plans(config.of_data(data, "table"))) == "training"
+
+
+def test_published_numbers_redraw_the_figures(tmp_path):
+    data = study_data(tmp_path)
+    before = plans(config.of_data(data, "table"))
+    (tmp_path / "paper.csv").write_text("other numbers")
+    assert first_changed(before, plans(config.of_data(data, "table"))) == "figures"
+
+
+def test_captions_redraw_the_figures(tmp_path):
+    study = config.of_data(study_data(tmp_path), "table")
+    caption = tmp_path / "main.rst"
+    caption.write_text("one")
+    before = fingerprints.figures(study, [caption]).plan
+    caption.write_text("another")
+    assert fingerprints.figures(study, [caption]).plan != before
+
+
+def evaluated(study, cell):
+    return fingerprints.evaluation(study, cell, "last")
+
+
+def test_network_from_elsewhere_is_known_by_its_file_arch_and_data(tmp_path):
+    data = study_data(tmp_path)
+    study = config.of_data(data, "table")
+    [cell] = [cell for cell in study.cells() if cell.method == "given"]
+    before = (
+        fingerprints.training(study, cell).plan,
+        fingerprints.evaluation(study, cell, "last").plan,
+    )
+    for key, value in {
+        "archs.small_cnn.width": (6, True),
+        "datasets.digits.split_seed": (1, True),
+        "models.given.match": ("order", True),
+        "threat.eps": (0.12, False),
+    }.items():
+        changed = copy.deepcopy(data)
+        put(changed, key, value[0])
+        other = config.of_data(changed, "table")
+        assert (fingerprints.training(other, cell).plan != before[0]) == value[1], key
+        assert evaluated(other, cell).plan != before[1], key
+
+
+def test_another_surrogate_is_another_evaluation(tmp_path):
+    """The weights that an attack transfers from decide its outcome."""
+    data = study_data(tmp_path)
+    study = config.of_data(data, "table")
+    [cell] = [cell for cell in study.cells() if cell.method == "given"]
+    before = fingerprints.evaluation(study, cell, "best_val").plan
+    alone = fingerprints.evaluation(study, cell, "last").plan
+    data["methods"]["dense"]["pretrain"]["lr"] = 0.07
+    study = config.of_data(data, "table")
+    assert fingerprints.evaluation(study, cell, "best_val").plan != before
+    assert fingerprints.evaluation(study, cell, "last").plan == alone
+
+
+# ---------------------------------------------------------------- code
+
+# The first stage that runs again when a file is edited and the study says rerun_on_code_change.
+# The study of this test uses the methods dense, lwm and bcs, the data sets digits and npz, the arch
+# small_cnn and the attacks clean, pgd, autoattack and transfer. collect and figures always count
+# their code.
+FILES = {
+    "training": """
+        baselines/__init__ baselines/dense baselines/lwm method/__init__ method/bcs
+        robsparse/__init__ robsparse/augment robsparse/backends robsparse/batches robsparse/cells
+        robsparse/checkpoints robsparse/checks robsparse/compact robsparse/config
+        robsparse/connections robsparse/cost robsparse/counts robsparse/errors robsparse/external
+        robsparse/faults robsparse/fields robsparse/fingerprints robsparse/frozen
+        robsparse/frozen_layers robsparse/imagesets robsparse/machine robsparse/networks
+        robsparse/objectives robsparse/perturb robsparse/proof robsparse/randomness
+        robsparse/records robsparse/registry robsparse/sections robsparse/small_maps
+        robsparse/source_code robsparse/sources robsparse/sparsity robsparse/stages
+        robsparse/structure robsparse/study robsparse/training robsparse/validation
+        robsparse/weights robsparse/wiring
+        robsparse/datasets/__init__ robsparse/datasets/_arrays robsparse/datasets/digits
+        robsparse/datasets/npz robsparse/models/__init__ robsparse/models/_layers
+        robsparse/models/small robsparse/thirdparty/*
+    """,
+    "evaluation": """
+        eval/__init__ eval/autoattack eval/clean eval/pgd eval/transfer robsparse/attacks
+        robsparse/doubts robsparse/evaluation
+    """,
+    "collect": "robsparse/collection robsparse/overlap",
+    "figures": "figures/*",
+    "nothing": """
+        robsparse/__main__ robsparse/bench robsparse/cli robsparse/dynamic robsparse/export
+        robsparse/fast_minimum_norm robsparse/planning robsparse/scaffold robsparse/scores
+        robsparse/single robsparse/stopwatch
+        baselines/* method/* eval/* robsparse/datasets/* robsparse/models/*
+    """,
+}
+
+
+def stage_of(file: str) -> str:
+    """What FILES says of a file: its own name first, then the pattern of its folder."""
+    name, folder = file.partition(".")[0], f"{file.rpartition('/')[0]}/*"
+    for wanted in (name, folder):
+        for stage, names in FILES.items():
+            if wanted in names.split():
+                return stage
+    return "in no row of this table"
+
+
+def files_of_the_package(repository: Path) -> dict[str, Path]:
+    """Name in FILES -> path of all code, and of what is drawn with."""
+    found = {}
+    for package in ("robsparse", "method", "baselines", "eval", "figures"):
+        paths = (repository / package).rglob("*.py")
+        found |= {p.relative_to(repository).as_posix(): p for p in paths}
+    style = repository / "figures" / "robsparse.mplstyle"
+    found["figures/robsparse.mplstyle"] = style
+    return {name: path for name, path in found.items() if not name.startswith("robsparse/method/")}
+
+
+@pytest.fixture
+def edit(monkeypatch):
+    """edit(path): from here on, that file alone is another one."""
+    source, read, edited = source_code._source, source_code.read, []
+
+    def parsed(path):
+        found = source(path)
+        return dataclasses.replace(found, digest="another") if path.resolve() in edited else found
+
+    def forget():
+        source_code.digest.cache_clear()
+
+    def edit(path):
+        edited[:] = [path.resolve()]
+        forget()
+
+    monkeypatch.setattr(source_code, "_source", parsed)
+    monkeypatch.setattr(source_code, "read", lambda p: read(p) + b"#" * (p.resolve() in edited))
+    yield edit
+    forget()
+
+
+def test_every_file_reruns_what_the_table_says(repository, tmp_path, edit):
+    data = study_data(tmp_path)
+    data["machine"]["rerun_on_code_change"] = True
+    study = config.of_data(data, "table")
+    files = files_of_the_package(repository)
+    before, found = plans(study), {}
+    for name, path in files.items():
+        edit(path)
+        found[name] = first_changed(before, plans(study))
+    assert found == {name: stage_of(name) for name in files}
+
+
+def test_code_alone_starts_no_job_unless_the_study_says_so_but_the_figures(
+    repository, tmp_path, edit
+):
+    study = config.of_data(study_data(tmp_path), "table")
+    before, kept = plans(study), fingerprints.training(study, study.cells()[0]).code
+    edit(repository / "robsparse" / "training.py")
+    assert first_changed(before, plans(study)) == NOTHING
+    assert fingerprints.training(study, study.cells()[0]).code != kept
+    edit(repository / "figures" / "tables.py")
+    assert first_changed(before, plans(study)) == "figures"
+
+
+def test_another_library_reruns_all_if_the_study_says_so(tmp_path, monkeypatch):
+    data = study_data(tmp_path)
+    for counted in (False, True):
+        data["machine"]["rerun_on_code_change"] = counted
+        study = config.of_data(data, "table")
+        before = plans(study)
+        with monkeypatch.context() as patch:
+            patch.setattr(fingerprints.records, "libraries", lambda: "torch=9")
+            expected = "training" if counted else "collect"
+            assert first_changed(before, plans(study)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ('"""Other words."""\nimport os\n\n\ndef f(x):\n    """Doc."""\n    return x + 1\n', True),
+        ("import os  # why\n\ndef f( x ):\n    # a remark\n    return (x + 1)\n", True),
+        ("import os\ndef f(x):\n    return x + 2\n", False),
+        ("import os\ndef f(x, y=0):\n    return x + 1\n", False),
+        ("import sys\ndef f(x):\n    return x + 1\n", False),
+        ("import os\ndef f(x):\n    return x - 1\n", False),
+        ("import os\ndef f(x):\n    return 1 + x\n", False),
+        ('import os\ndef f(x):\n    return "x + 1"\n', False),
+    ],
+)
+def test_comments_docstrings_and_layout_are_no_code(text, same, tmp_path):
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    one.write_text("import os\n\n\ndef f(x):\n    return x + 1\n")
+    other.write_text(text)
+    sums = [source_code._source(path).digest for path in (one, other)]
+    assert (sums[0] == sums[1]) == same
+
+
+IMPORTS = {
+    "import own.inner": "own.inner",
+    "import own.inner as i": "own.inner",
+    "from own import inner": "own.inner",
+    "from own.inner import anything": "own.inner",
+    "from . import inner": "own.inner",
+    "from .inner import anything": "own.inner",
+    "def f():\n    from own import inner": "own.inner",
+    "import importlib\nm = importlib.import_module('own.inner')": "own.inner",
+    "import neighbour": "neighbour",
+    "from robsparse import wiring": "robsparse.wiring",
+}
+
+
+@pytest.mark.parametrize("line", IMPORTS)
+def test_imports_are_found_however_they_are_written(line, tmp_path, monkeypatch):
+    """In a package of the user, also where another module lies beside it."""
+    (tmp_path / "own").mkdir()
+    for name in ("own/__init__", "own/inner", "own/outside", "neighbour"):
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "own" / "net.py").write_text(f"import torch, json\n{line}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    kept = (source_code.closure, source_code._places, source_code._imported, source_code.digest)
+    for one in kept:
+        one.cache_clear()
+    found = source_code.closure("own.net")
+    for one in kept:
+        one.cache_clear()
+    assert IMPORTS[line] in found
+    assert "own" in found
+    assert "own.outside" not in found
+    assert not any(name.startswith(("torch", "json")) for name in found)
+
+
+# ---------------------------------------------------------------- the document
+
+
+def document() -> str:
+    """docs/staleness.md."""
+    keys = [f"| `{key}` | {stage} | {why} |" for key, (stage, why) in KEYS.items()]
+    files = [f"| {stage} | {' '.join(names.split())} |" for stage, names in FILES.items()]
+    return "\n".join([TOP, *keys, MIDDLE, *files, ""])
+
+
+TOP = """\
+# What runs again after which change
+
+`robsparse/fingerprints.py` computes what decides a network, an evaluation, the tables and the
+figures; the workflow runs a job again when that has changed. This page is written from the tables
+in `tests/unit/test_fingerprints.py`, which compare every key of a study and every file of the
+package with what Snakemake is told: `python tests/unit/test_fingerprints.py` writes it anew.
+
+What is not a key decides nothing: the name and place of a config, the place of data and weights,
+and comments and docstrings of code. The content of a file that a config names does decide.
+
+A stage runs again, and with it all that follows: training, evaluation, collect, figures. The
+longest name that fits counts.
+
+| key of a study | first stage that runs again | why |
+|---|---|---|"""
+
+MIDDLE = """
+`machine.rerun_on_code_change: true` lets code and library versions start jobs too. Otherwise
+records keep what made them, and `collect` says which rows are of other code (columns `code_digest`
+and `other_code` of results.csv). Tables and figures are always made again. Kept parts of an
+evaluation and resume states never survive another code. A method, attack, data set or arch counts
+where it is used; the example below uses dense, lwm, bcs; digits, npz; small_cnn; clean, pgd,
+autoattack, transfer.
+
+| first stage that runs again | files (without .py; `*`: the rest of the folder) |
+|---|---|"""
+
+
+def test_document_is_the_table(repository):
+    assert (repository / "docs" / "staleness.md").read_text() == document()
+
+
+if __name__ == "__main__":
+    (Path(__file__).parents[2] / "docs" / "staleness.md").write_text(document())
