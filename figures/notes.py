@@ -140,6 +140,7 @@ def table_notes(material: Material, group: Group) -> list[str]:
         f"Epochs: {epochs(study, results)}. {started_from(study)}".strip(),
         *trained_otherwise(study, group),
         *_elsewhere(material, group),
+        *_attacked_as_it_is(material, group),
         "Selection: "
         + "; ".join(f"{name} = {SELECTION_RULES[name]}" for name in study.evaluation.selections)
         + ".",
@@ -212,6 +213,16 @@ def _elsewhere(material: Material, group: Group) -> list[str]:
             f"{', '.join(foreign)}."
         )
     return notes
+
+
+def _attacked_as_it_is(material: Material, group: Group) -> list[str]:
+    """A sentence when the frozen view of a network did not do, else nothing."""
+    study, results = material.study, group.of(material.tidy.results)
+    names = results[results.attacked_on == "network"].method
+    labels = [study.label("method", n) for n in names.unique() if not study.source(n).foreign]
+    if not labels:
+        return []
+    return [f"Attacked on the network itself, because its frozen view did not do: {join(labels)}."]
 
 
 def _definition(material: Material, group: Group) -> list[str]:

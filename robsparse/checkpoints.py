@@ -43,6 +43,7 @@ class Progress:
     peak_live: int = 0
     collapsed: int = 0  # validations in a row at the accuracy of guessing
     failure: str = ""
+    crafted_on: list[str] = field(default_factory=list)  # "network", "view" or both
     curve: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
     best_state: dict[str, Tensor] = field(default_factory=dict)

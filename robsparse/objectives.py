@@ -5,7 +5,7 @@ The model is in train mode when an objective is called; crafting switches it by 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ class Attacker:
     """Crafts training examples under the threat of the study with its own random numbers.
 
     `precision` is what the passes compute in: fp32, tf32 or bf16. `scale` in (0, 1] shortens eps
-    and step_size alike, for a warm-up.
+    and step_size alike, for a warm-up. `crafted_on` collects what the passes used so far: "view",
+    "network" or both.
     """
 
     eps: float
@@ -34,6 +35,7 @@ class Attacker:
     norm: str = "Linf"
     precision: str = "fp32"
     scale: float = 1.0
+    crafted_on: set[str] = field(default_factory=set, compare=False)
 
     def scaled(self, scale: float) -> "Attacker":
         """The same attacker, its random numbers shared, with a shorter reach."""
@@ -77,6 +79,8 @@ class Attacker:
                 precision = "fp32"  # bf16 is in the view's weights; autocast would round its logits
             with computing(precision, x.device):
                 yield view
+            if len(x):
+                self.crafted_on.add(frozen.used(view))
 
 
 def attacker_of(study: Study, cell: Cell, generator: torch.Generator) -> Attacker:

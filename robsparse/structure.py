@@ -15,6 +15,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
 from robsparse import randomness
+from robsparse.machine import is_out_of_memory
+from robsparse.perturb import batch_norm_mode
+from robsparse.proof import IMAGES
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -119,6 +122,20 @@ def observed(model: nn.Module, device: torch.device) -> Iterator[Observed]:
         yield seen
     finally:
         seen.restore()
+
+
+def runs(model: nn.Module, x_NCHW: Tensor) -> bool:
+    """Whether a network takes images that lie in memory so; nothing of it is changed."""
+    with observed(model, x_NCHW.device), batch_norm_mode(model, "eval"), torch.no_grad():
+        try:
+            model(x_NCHW[:IMAGES])
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            said = " ".join(str(error).split())[:200]
+            print(f"layout: channels first, this network takes no other ({said})", flush=True)
+            return False
+    return True
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

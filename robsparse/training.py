@@ -47,6 +47,7 @@ from robsparse.machine import (
 )
 from robsparse.sparsity import effective_weights, plain_state
 from robsparse.stages import Run, Stage
+from robsparse.structure import runs
 from robsparse.validation import largest_class, validate
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -176,6 +177,7 @@ class Trainer:
         self.attacker = objectives.attacker_of(study, cell, generator)
         self.start = self._read_start()
         self.progress = Progress()
+        self.takes_layout: bool | None = None
         method = study.base("method", cell.method)
         self.run = Run(
             model=self._initial_model(splits),
@@ -341,11 +343,19 @@ class Trainer:
     def _step(self, stage: Stage, x_NCHW: Tensor, y_N: Tensor) -> Tensor:
         """One update; returns the loss, which the device may still be computing."""
         run, attacker = self.run, self._attacker()
-        x_NCHW = laid_out(x_NCHW, run.precision)
+        x_NCHW = self._laid_out(x_NCHW)
         loss = descend(run, stage, lambda: self.objective(run.model, x_NCHW, y_N, attacker), x_NCHW)
+        self.progress.crafted_on = sorted({*self.progress.crafted_on, *attacker.crafted_on})
         self._count_passes(stage.fit)
         update(run, stage)
         return loss.double()
+
+    def _laid_out(self, x_NCHW: Tensor) -> Tensor:
+        """Images as the precision wants them, unless the network's code takes no such layout."""
+        laid = laid_out(x_NCHW, self.run.precision)
+        if self.takes_layout is None:
+            self.takes_layout = laid is x_NCHW or runs(self.run.model, laid)
+        return laid if self.takes_layout else x_NCHW
 
     def _look_at_loss(self) -> None:
         """Read what the losses of the epoch add up to so far. Raises TrainingError if it is NaN."""
@@ -485,6 +495,7 @@ class Trainer:
                     "last": last_point,
                 },
                 "failure": self._failure(),
+                "crafted_on": " and ".join(progress.crafted_on) or None,
                 "cost": self._cost(),
                 "curve": (self.start["curve"] if self.start else []) + progress.curve,
                 "data_checksum": self.data_checksum,

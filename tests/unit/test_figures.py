@@ -485,6 +485,17 @@ def test_suspicious_networks_are_marked_in_plots(draw, tmp_path):
     assert len(found) == (lines if draw is finals.robust_accuracy else 2 * (2 + 2 * 2))
 
 
+def test_notes_name_what_was_attacked_without_its_view(tmp_path):
+    material = prepare(tmp_path)
+    [group] = tidy.groups(material.study)
+    said = "Attacked on the network itself, because its frozen view did not do"
+    results = material.tidy.results
+    results["attacked_on"] = "view"
+    assert said not in " ".join(notes.table_notes(material, group))
+    results.loc[results.method == "lwm", "attacked_on"] = "network"
+    assert f"{said}: LWM." in notes.table_notes(material, group)
+
+
 def test_notes_say_how_it_was_measured(material, group):
     text = " ".join(notes.table_notes(material, group))
     for fact in (

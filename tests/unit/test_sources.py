@@ -239,7 +239,9 @@ def test_in_a_study_foreign_code_is_attacked_as_it_is(from_everywhere, own_nets,
     for name in ("given", "made"):
         cell = cell_of(study, name)
         external.take_in(study, cell, layout)
-        evaluation.evaluate_cell(study, cell, "last", layout, device="cpu")
+        path = evaluation.evaluate_cell(study, cell, "last", layout, device="cpu")
+        used = {row.attacked_on for row in records.read_record(path).rows}
+        assert used == {"view" if name == "given" else "network"}
     assert folded == {0: True, 1: False}
 
 

@@ -710,3 +710,66 @@ def test_extra_images_of_another_shape_are_refused(study_data, one, tmp_path):
     study_data["training"]["rst_file"] = str(tmp_path / "extra.npz")
     with pytest.raises(UsageError, match=r"extra\.npz: expected images of 1x8x8 .* found 1x9x9"):
         Trainer(*one("dense", objectives=["rst"]), CPU)
+
+
+# ---------------------------------------------------------------- what images are crafted on
+
+
+class Tutorial(torch.nn.Module):
+    """Takes a tensor with channels first, as tutorials do; a hook is what no view follows."""
+
+    def __init__(self, hooked=False, channels=1):
+        super().__init__()
+        self.conv, self.end = torch.nn.Conv2d(channels, 4, 3), torch.nn.Linear(144, 10)
+        if hooked:
+            self.conv.register_forward_hook(lambda module, x, y: y + 1)
+
+    def forward(self, x):
+        out = torch.relu(self.conv(x))
+        return self.end(out.view(out.size(0), -1))
+
+
+@pytest.mark.parametrize(("hooked", "used"), [(False, "view"), (True, "network")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_networks_of_any_code_train_and_the_record_says_on_what(  # noqa: PLR0917
+    hooked, used, precision, study_data, one, monkeypatch, capsys
+):
+    monkeypatch.setattr(training.networks, "build", lambda *_: Tutorial(hooked))
+    study_data["training"]["precision"] = precision
+    study_data["training"]["crafting"]["precision"] = precision
+    study, cell, layout = one("dense")
+    with contextlib.suppress(Interrupted):
+        training.train_cell(study, cell, layout, device="cpu", max_steps=3)
+    training.train_cell(study, cell, layout, device="cpu")
+    assert json.loads((layout.training(cell)).read_text())["crafted_on"] == used
+    out = capsys.readouterr().out
+    # Once each process: the network is made anew when a run is taken up.
+    assert out.count("frozen view: none of this network, 'conv' has hooks") == 2 * hooked
+
+
+def test_network_that_takes_no_channels_last_gets_its_images_with_channels_first(
+    one, make_run, capsys
+):
+    study, cell, layout = one("dense")
+    trainer = Trainer(study, cell, layout, torch.device("cpu"))
+    x = torch.rand(9, 3, 8, 8)
+    for model, said in ((Tutorial(channels=3), 1), (torch.nn.Conv2d(3, 4, 3), 0)):
+        trainer.run, trainer.takes_layout = make_run(model.train(), 0.0), None
+        trainer.run.precision = "bf16"
+        before = torch.get_rng_state()
+        for _ in range(2):
+            laid = trainer._laid_out(x)
+            assert laid.is_contiguous() == bool(said)
+            model(laid)
+        assert capsys.readouterr().out.count("layout: channels first") == said
+        assert model.training
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_was_crafted_on_before_a_stop_is_remembered(study_data, one, monkeypatch):
+    study, cell, layout = one("dense")
+    with monkeypatch.context() as patch, contextlib.suppress(Interrupted):
+        patch.setattr(training.objectives.frozen, "view_of", lambda model, *_: model)
+        training.train_cell(study, cell, layout, device="cpu", max_steps=3)
+    training.train_cell(study, cell, layout, device="cpu")
+    assert json.loads((layout.training(cell)).read_text())["crafted_on"] == "network and view"
