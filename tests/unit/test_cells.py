@@ -102,3 +102,16 @@ def test_derived_seeds_differ_in_every_axis_and_in_their_order():
         ("init", "small_cnn", "", 0),
     ]
     assert len({derive_seed(*axes) for axes in calls}) == len(calls)
+
+
+def test_files_of_a_study_by_name():
+    layout, key = Layout(Path("r")), "digits/small_cnn/bcs/at/s0.9500/seed0"
+    assert layout.training(CELL) == Path(f"r/models/{key}/training.json")
+    assert layout.steps(CELL) == Path(f"r/models/{key}/steps.parquet")
+    assert layout.lifetimes(CELL) == Path(f"r/models/{key}/lifetimes.parquet")
+    assert layout.resume(CELL) == Path(f"r/resume/{key}")
+    assert layout.parts(CELL, "last") == Path(f"r/resume/evaluations/{key}/last")
+    assert layout.failed(CELL) == Path(f"r/failed/{key}.txt")
+    assert layout.evaluation(CELL, "last") == Path(f"r/evaluations/{key}/last.json")
+    assert layout.flags(CELL, "last") == Path(f"r/evaluations/{key}/last.flags.npz")
+    assert (layout.tables(False), layout.tables(True)) == (Path("r"), Path("r/partial"))

@@ -62,7 +62,9 @@ def slow_natural_training(study, cell, fit):
     velocity = [torch.zeros_like(p) for p in parameters]
     size = study.training.batch_size
     steps_per_epoch = len(splits.train) // size
+    curve = []
     for epoch in range(fit.epochs):
+        curve.append(0.0)
         order = torch.Generator().manual_seed(derive_seed("order", "digits", cell.seed, epoch))
         shuffled = torch.randperm(len(splits.train), generator=order)
         for i in range(steps_per_epoch):
@@ -74,6 +76,7 @@ def slow_natural_training(study, cell, fit):
             batch = shuffled[i * size : (i + 1) * size]
             loss = F.cross_entropy(model(splits.train.x_NCHW[batch]), splits.train.y_N[batch])
             gradients = torch.autograd.grad(loss, parameters)
+            curve[-1] += loss.item() / steps_per_epoch
             with torch.no_grad():
                 for p, v, g in zip(parameters, velocity, gradients, strict=True):
                     if fit.decay == "coupled":
@@ -83,7 +86,7 @@ def slow_natural_training(study, cell, fit):
                         step = g
                     v.mul_(fit.momentum).add_(step)
                     p.sub_(fit.lr * factor * v)
-    return model.state_dict()
+    return model.state_dict(), curve
 
 
 @pytest.mark.parametrize(
@@ -100,9 +103,15 @@ def test_dense_training_equals_a_slow_loop(decay, schedule, study_data, one):
     }
     study, cell, layout = one("dense", objectives=["natural"])
     training.train_cell(study, cell, layout, device="cpu")
-    expected = slow_natural_training(study, cell, study.methods["dense"].pretrain)
+    expected, losses = slow_natural_training(study, cell, study.methods["dense"].pretrain)
     model, _ = fresh(study, cell)
     weights.load_into(model, layout.model(cell, "last"))
+    curve = json.loads(layout.training(cell).read_text())["curve"]
+    assert [point["epoch"] for point in curve] == [1, 2]
+    assert [point["loss"] for point in curve] == pytest.approx(losses, rel=1e-3)
+    halfway = {"cosine": 0.5, "step": 0.1}[schedule]
+    assert [point["lr"] for point in curve] == pytest.approx([0.05, 0.05 * halfway])
+    assert {point["live_weights"] for point in curve} == {weight_count(model)}
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
