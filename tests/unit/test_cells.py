@@ -115,3 +115,11 @@ def test_files_of_a_study_by_name():
     assert layout.evaluation(CELL, "last") == Path(f"r/evaluations/{key}/last.json")
     assert layout.flags(CELL, "last") == Path(f"r/evaluations/{key}/last.flags.npz")
     assert (layout.tables(False), layout.tables(True)) == (Path("r"), Path("r/partial"))
+
+
+@pytest.mark.parametrize("name", ["bcs\n", "b cs", "b;cs", "..", "", "-b", "b/c", "b" * 65])
+def test_a_cell_has_no_part_that_could_not_stand_in_a_path(name):
+    with pytest.raises(UsageError, match="expected a name of at most 64 letters"):
+        Cell("digits", "small_cnn", name, "at", 0.9, 0)
+    with pytest.raises(UsageError, match="expected dataset/arch/method"):
+        Cell.parse(f"digits/small_cnn/{name}/at/s0.9000/seed0\n")
