@@ -298,6 +298,8 @@ def test_every_hook_is_watched(hooks_seen, prepared):
     assert [place[:3] for place in places] == [
         (step // case.batches, step, case.steps) for step in range(case.steps)
     ]
+    starts = [call["place"] for (_, name, *_), call in calls.items() if name == "before_epoch"]
+    assert starts == [places[0], places[case.batches]]
     drops = [0.1 ** ((2 * step >= case.steps) + (4 * step >= 3 * case.steps)) for step in range(10)]
     assert [place[4] for place in places] == pytest.approx(drops)
     assert [place[3] for place in places] == pytest.approx([0.1 * drop for drop in drops])

@@ -476,6 +476,17 @@ def test_harp_ends_at_the_global_target_with_unequal_layers(net, sparsity, rates
         assert (densities[0] > densities[1]) == (shares[0] > shares[1])
 
 
+@pytest.mark.parametrize(("excess", "settled"), [(0.0, True), (4e-5, True), (1e-3, False)])
+def test_harp_penalty_stays_once_the_excess_rounds_to_zero_at_four_decimals(
+    excess, settled, monkeypatch
+):
+    stage, run = pruning()
+    monkeypatch.setattr(stage, "excess", lambda run: torch.tensor(excess))
+    run.epoch = 1
+    stage.before_epoch(run)
+    assert stage.settled is settled
+
+
 def test_harp_finetunes_the_weights_that_it_chose():
     stage, run = pruning(0.8)
     stage.finalize(run)

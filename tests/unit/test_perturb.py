@@ -78,6 +78,17 @@ def test_result_and_inputs_carry_no_gradient_and_parameters_none_either():
     assert model[1].weight.grad is None
 
 
+def test_no_images_are_attacked_without_asking_the_network():
+    def refuse(x):
+        raise AssertionError
+
+    x = torch.rand(0, 1, 2, 2)
+    for norm in ("Linf", "L2"):
+        loss = perturb.cross_entropy_of(torch.zeros(0, dtype=torch.int64))
+        found = perturb.ascend(refuse, x, x, loss, eps=0.1, step_size=0.1, steps=2, norm=norm)
+        assert found.shape == x.shape
+
+
 def test_existing_gradients_of_parameters_are_not_touched():
     model = linear([1.0, -1.0])
     model[1].weight.grad = torch.full((2, 2), 7.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robsparse import datasets, models, perturb, training, weights
+from robsparse import datasets, models, perturb, training, validation, weights
 from robsparse.batches import mixed
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.checkpoints import Interrupted, StopRequest
@@ -330,6 +330,16 @@ def test_admm_pulls_the_weights_towards_their_projection(pruned, study_data):
     assert gap() < 0.2 * before
 
 
+def test_pruning_starts_from_the_last_weights_and_not_from_the_best(study_data, one, told):
+    study_data["methods"]["dense"]["pretrain"]["epochs"] = 2
+    study, cell, layout = one("lwm", objectives=["natural"])
+    networks = told([0.9, 0.1, 0.1])
+    training.train_cell(study, study.starting_cell(cell), layout, device="cpu")
+    start = Trainer(study, cell, layout, CPU).run.model.state_dict()
+    assert all(torch.equal(start[name], value) for name, value in networks[1].items())
+    assert not all(torch.equal(start[name], value) for name, value in networks[0].items())
+
+
 @pytest.mark.parametrize("method", ["lwm", "hydra", "admm"])
 def test_cost_counts_the_dense_start_too(method, pruned):
     study, cell, layout = pruned(method)
@@ -383,7 +393,14 @@ def test_missing_start_is_one_line_that_says_what_to_train(one):
         Trainer(study, cell, layout, CPU)
 
 
-def test_validation_equals_a_slow_one(one):
+def test_validation_equals_a_slow_one(one, monkeypatch):
+    seen, ordinary = [], validation.correct_count
+
+    def count(model, x, y):
+        seen.append(x)
+        return ordinary(model, x, y)
+
+    monkeypatch.setattr(validation, "correct_count", count)
     study, cell, _ = one("dense")
     model, splits = fresh(study, cell)
     part, threat = splits.validation, study.threat
@@ -405,6 +422,7 @@ def test_validation_equals_a_slow_one(one):
     for name, x in (("val_clean", part.x_NCHW), ("val_robust", images)):
         right = (model(x).argmax(1) == part.y_N).sum().item()
         assert found[name] == right / len(part)
+        torch.testing.assert_close(seen.pop(0), x)
 
 
 # ---------------------------------------------------------------- what is selected, what is held
