@@ -40,8 +40,8 @@ def attacker(eps, step_size=0.05, norm="Linf"):
         ("Linf", 0.1, 0.5),
         ("Linf", 0.2, 0.25),
         ("Linf", 0.3, 0.0),
-        ("L2", 0.1, 0.5),  # lengths are sqrt(2) times those above
-        ("L2", 0.25, 0.25),
+        ("L2", 0.18, 0.5),  # lengths are sqrt(2) times those above
+        ("L2", 0.3, 0.25),
     ],
 )
 def test_accuracies_by_hand(norm, eps, robust):
