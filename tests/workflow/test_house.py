@@ -206,3 +206,17 @@ def test_a_new_file_is_a_method_by_one_line_of_a_config(mirror, tiny, project):
     python("robsparse", "train", study, "--cell", f"digits/small_cnn/{mine}")
     assert (project.root / f"results/tiny/models/digits/small_cnn/{mine}/training.json").exists()
     assert mine in python("snakemake", "-n", "--configfile", study)
+
+
+def test_every_test_that_a_document_names_exists(repository):
+    """In docs, `file.py::test_word` stands for the tests of the file whose names begin so."""
+    named = re.compile(r"(test_\w+)\.py((?:(?:, )?::test_\w+)+)")
+    for document in sorted((repository / "docs").glob("*.md")):
+        text = " ".join(document.read_text(encoding="utf-8").split())
+        for file, names in named.findall(text):
+            [path] = (repository / "tests").glob(f"*/{file}.py")
+            there = re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            for name in re.findall(r"::(test_\w+)", names):
+                assert any(one.startswith(name) for one in there), (
+                    f"{document.name}: {file}::{name}"
+                )
