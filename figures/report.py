@@ -62,7 +62,8 @@ _FILES = """\
 | `results.csv`, `results.parquet` | one network under one attack component | the cell (dataset, \
 arch, method, objective, sparsity, seed), selection, attack, component (`all`: the whole attack); \
 `accuracy` as a fraction with its Wilson interval `ci_low`, `ci_high`; threat; sizes; cost; \
-provenance; `suspicious`: why the robustness of the network may not be real |
+provenance; `origin`: where the network comes from; `attacked_on`: the network or its frozen view; \
+`suspicious`: why the robustness of the network may not be real |
 | `layers.csv` | one layer of one saved network | `size` and `nonzero` weights, output `positions` |
 | `curves.csv` | one epoch of one training run, pretraining included | `stage`, `lr`, `loss`, \
 `live_weights`, held-out accuracies `val_clean`, `val_robust` |
