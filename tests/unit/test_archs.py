@@ -370,7 +370,7 @@ NORMALISATION_FAULTS = {
     "mean alone": ({"mean": [0.5]}, "archs.small_cnn.mean = [0.5]: expected std beside it"),
     "std alone": ({"std": [0.5]}, "archs.small_cnn.std = [0.5]: expected mean beside it"),
     "std of zero": ({"mean": [0.5], "std": [0.0]}, "archs.small_cnn.std.0 = 0.0: expected to be"),
-    "one number": ({"mean": 0.5, "std": 0.5}, "archs.small_cnn.mean = 0.5: expected to be"),
+    "one number": ({"mean": 0.5, "std": [0.5]}, "archs.small_cnn.mean = 0.5: expected to be"),
     "not a number": (
         {"mean": [float("nan")], "std": [1]},
         "archs.small_cnn.mean.0 = NaN: expected",

@@ -280,11 +280,11 @@ def test_nothing_to_collect_or_draw_is_one_line(command, project, robsparse):
     assert project.files() == {}
 
 
-def test_loss_that_is_not_finite_is_a_failure_that_leaves_a_note_alone(small, project, robsparse):
-    small["methods"]["dense"]["pretrain"] |= {"lr": 1e30}
+def test_training_that_overflows_is_a_failure_that_leaves_a_note_alone(small, project, robsparse):
+    small["methods"]["dense"]["pretrain"] |= {"lr": 1000.0, "momentum": 0.99}
     code, _, err = robsparse("train", project.write(small), "--cell", DENSE)
     assert code == 1
-    assert_one_line(err, DENSE, "loss", "smaller lr")
+    assert_one_line(err, DENSE, "stage pretrain", "smaller lr")
     [(name, note)] = project.files().items()
     assert name == f"results/tiny/failed/{DENSE}.txt"
     assert f"robsparse: error: {note.decode()}" == err
