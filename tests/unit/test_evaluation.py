@@ -590,6 +590,31 @@ def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_pat
     assert before == after
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_kept_parts_go_when_the_record_is_there_and_before_if_asked(
+    fresh, study_data, load_study, tmp_path, monkeypatch
+):
+    study_data["evaluation"] |= {"n_examples": 12, "batch_size": 5}
+    study_data["evaluation"]["attacks"]["pgd"] = {"steps": 2, "restarts": 1}
+    study = load_study(study_data)
+    cell, layout = study.cells()[0], Layout(tmp_path / "run")
+    weights.save(layout.model(cell, "last"), small_cnn().state_dict())
+    parts, seen = layout.parts(cell, "last"), []
+    parts.mkdir(parents=True)
+    (parts / "kept.npz").write_bytes(b"of a killed run")
+    examine = evaluation.doubts.examine
+
+    def looking(*words):
+        seen.extend(path.name for path in parts.iterdir())
+        return examine(*words)
+
+    monkeypatch.setattr(evaluation.doubts, "examine", looking)
+    evaluate_cell(study, cell, "last", layout, device="cpu", fresh=fresh)
+    assert ("kept.npz" in seen) != fresh
+    assert len(seen) == 2 + ("kept.npz" in seen)
+    assert not parts.exists()
+
+
 def test_magnitudes_are_counted_in_tenths_of_a_decade():
     model = nn.Sequential(nn.Linear(6, 1, bias=False))
     with torch.no_grad():

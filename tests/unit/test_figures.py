@@ -360,6 +360,51 @@ def test_outcomes_that_contradict_the_table_are_an_error(tmp_path):
         report.write(study, layout, layout.root)
 
 
+EDITS = {
+    "accuracy": ("results.csv", {"accuracy": 0.99}, r"results\.csv: row 2, .*: accuracy = 0\.99"),
+    "interval": ("results.csv", {"ci_low": 0.001}, r"results\.csv: row 2, .*: ci_low = 0\.001"),
+    "another column": ("results.csv", {"train_seconds": 1.0}, r"results\.csv: not as it was"),
+    "layers": ("layers.csv", {"nonzero": 1}, r"layers\.csv: not as it was collected"),
+    "curves": ("curves.csv", {"live_weights": 1}, r"curves\.csv: not as it was collected"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_table_is_refused_and_nothing_is_drawn(edit, tmp_path):
+    name, values, said = EDITS[edit]
+    study = load(tmp_path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    table = pd.read_csv(layout.root / name)
+    for column, value in values.items():
+        table[column] = table[column].astype(float)
+        table.loc[0, column] = value
+    table.to_csv(layout.root / name, index=False)
+    with pytest.raises(UsageError, match=said):
+        report.write(study, layout, layout.root)
+    assert not (layout.root / REPORT).exists()
+
+
+def test_edited_component_is_refused_though_it_is_no_whole_attack(tmp_path):
+    study = load(tmp_path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    table = pd.read_csv(layout.root / "results.csv")
+    [index, *_] = table.index[table.component == COMPONENTS[0]]
+    table.loc[index, "n_correct"] -= 1
+    count = int(table.n_correct[index])
+    table.loc[index, "accuracy"] = count / 20
+    table.loc[index, ["ci_low", "ci_high"]] = records.wilson_interval(count, 20)
+    table.to_csv(layout.root / "results.csv", index=False)
+    with pytest.raises(UsageError, match=rf"row {index + 2}, .* {COMPONENTS[0]}: n_correct = "):
+        report.write(study, layout, layout.root)
+
+
+def test_rows_of_other_code_are_told_under_the_table(material, group):
+    assert not any("other code" in note for note in notes.table_notes(material, group))
+    results = material.tidy.results.assign(other_code="training")
+    told = notes.other_code(results)
+    assert told.startswith(f"{len(results)} of {len(results)} rows were made by other code")
+
+
 def test_figures_load_neither_torch_nor_pyplot():
     modules = ("torch", "sklearn", "pyautoattack", "matplotlib.pyplot")
     code = (

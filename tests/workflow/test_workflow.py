@@ -230,6 +230,30 @@ def remove_a_method(study):
     study["grid"]["methods"].remove("hydra")
 
 
+def change_a_table(study):
+    study["tables"] = [
+        {
+            "name": "paper",
+            "title": "As printed",
+            "rows": ["method"],
+            "columns": ["sparsity"],
+            "attacks": ["pgd"],
+            "published": ["config/tiny.yaml"],
+        }
+    ]
+
+
+def count_the_code(study):
+    study["machine"] = {"rerun_on_code_change": True}
+
+
+def add_a_network_from_elsewhere(study):
+    weights = "results/tiny/models/digits/small_cnn/dense/at/s0.0000/seed0/last.safetensors"
+    study["models"] = {
+        "given": {"file": weights, "arch": "small_cnn", "dataset": "digits", "objective": "at"}
+    }
+
+
 REPORTS = {"collect": 1, "figures": 1}
 RERUNS = [
     (add_seed, {"train": 5, "evaluate": 10} | REPORTS),
@@ -243,12 +267,45 @@ RERUNS = [
     (say_a_default, {}),
     (change_the_title, {"figures": 1}),
     (remove_a_method, REPORTS),
+    (change_a_table, {"figures": 1}),
+    (count_the_code, {"train": 5, "evaluate": 10} | REPORTS),
+    (add_a_network_from_elsewhere, {"train": 1, "evaluate": 2} | REPORTS),
 ]
 
 
 @pytest.mark.parametrize(("change", "jobs"), RERUNS, ids=[c.__name__ for c, _ in RERUNS])
 def test_a_change_runs_the_jobs_that_it_concerns(change, jobs, again):
     assert again(change) == jobs
+
+
+def test_renamed_config_reruns_nothing(again, finished):
+    project, _ = finished
+    shutil.copy(project.root / STUDY, project.root / "renamed.yaml")
+    project.write(shrink(yaml.safe_load((project.root / STUDY).read_text())), "renamed.yaml")
+    assert again(lambda study: None, configfile="renamed.yaml") == {}
+
+
+def test_moved_folder_reruns_nothing(again, finished):
+    project, _ = finished
+    home, away = project.root, project.root.with_name("moved")
+    home.rename(away)
+    try:
+        moved = type(project)(away)
+        done = moved.run("snakemake", "-n", "--configfile", STUDY)
+    finally:
+        away.rename(home)
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+
+def test_changed_caption_redraws_the_figures(again, finished):
+    project, _ = finished
+    caption = project.root / "report" / "main_table.rst"
+    text = caption.read_text()
+    caption.write_text(f"{text}\nMore.\n")
+    try:
+        assert again(lambda study: None) == {"figures": 1}
+    finally:
+        caption.write_text(text)
 
 
 def test_one_lost_record_is_made_again_from_the_weights_that_are_there(again, finished):
