@@ -1,6 +1,7 @@
 """What goes wrong by a user's input or in a training run, and the sentence it is reported in."""
 
 import difflib
+import json
 from collections.abc import Iterable
 
 
@@ -29,3 +30,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """Return "; nearest match: 'x'" for the choice closest to `word`, or "" if none is close."""
     found = difflib.get_close_matches(str(word).lower(), [str(c) for c in choices], n=1, cutoff=0.5)
     return f"; nearest match: '{found[0]}'" if found else ""
+
+
+def cut(text: str) -> str:
+    """Text cut to a readable length, in one line."""
+    text = text if text.isprintable() else json.dumps(text)[1:-1]
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from robsparse.errors import nearest
+from robsparse.errors import cut, nearest
 
 DEEPEST = 32  # levels of a config
 MOST = 100_000  # values of a config
@@ -26,7 +26,7 @@ def _line(fault: Any, data: Any, prefix: str) -> str:
     location = _without_lone_index(data, [part for part in fault["loc"] if part != "[key]"])
     if "key" in context:
         location.append(context["key"])
-    key = ".".join(_cut(str(part)) for part in ([prefix] if prefix else []) + location)
+    key = ".".join(cut(str(part)) for part in ([prefix] if prefix else []) + location)
     if fault["type"] == "missing":
         return f"{key}: missing, expected a value"
     value = _look_up(data, location, fault["input"])
@@ -63,13 +63,7 @@ def show(value: Any) -> str:
         text = json.dumps(value, default=str)
     except (TypeError, ValueError):  # dates as keys, an anchor that contains itself
         text = repr(value)
-    return _cut(text)
-
-
-def _cut(text: str) -> str:
-    """Text cut to a readable length, in one line."""
-    text = text if text.isprintable() else json.dumps(text)[1:-1]
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return cut(text)
 
 
 def _look_up(data: Any, location: list, default: Any) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from robsparse.errors import UsageError, nearest
+from robsparse.errors import UsageError, cut, nearest
 
 ENTRY_POINTS = {"method": "robsparse.methods"}
 PACKAGES = {
@@ -87,7 +87,7 @@ def entry(kind: str, name: str, also: Iterable[str] = ()) -> Entry:
     if name not in found:
         known = sorted({*found, *also})
         raise UsageError(
-            f"unknown {kind} '{name}', expected one of: {', '.join(known)}{nearest(name, known)}"
+            f"unknown {kind} '{cut(name)}', expected one of: {', '.join(known)}{nearest(name, known)}"
         )
     item = found[name]
     if isinstance(item, UsageError):

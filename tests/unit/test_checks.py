@@ -183,6 +183,10 @@ NONSENSE = {
     "long name of a study": ({"study": LONG}, f'study = "{"n" * 76}...: expected a name of at '),
     "long name of a method": ({"grid": {"methods": [LONG]}}, 'grid.methods.0 = "nnn'),
     "long name of a variant": ({"methods": {LONG: BCS}}, f"methods.{'n' * 77}...: expected a name"),
+    "long name of a base": (
+        {"methods": {"mine": {"base": LONG}}},
+        f"methods.mine.base: unknown method '{'n' * 77}...', expected one of: ",
+    ),
     "long name of a table": ({"tables": [TABLE | {"name": LONG}]}, 'tables.0.name = "nnn'),
     "long unknown key": ({LONG: 1}, f"{'n' * 77}... = 1: unknown key, expected one of: study"),
     "long value": ({"threat": {"norm": LONG}}, 'threat.norm = "nnn'),
