@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 from shlex import quote
@@ -11,7 +12,7 @@ from robsparse.records import COLLECTED
 
 # The configfile of the command line, not the merged `config`: a study is one file, read whole.
 # It is no parameter of a rule: what is in it decides, not its name.
-STUDY_FILE = (workflow.configfiles or ["config/quick.yaml"])[0]
+STUDY_FILE = os.path.relpath((workflow.configfiles or ["config/quick.yaml"])[0])
 
 # Jobs use the `robsparse` of this Python, also when its environment is not activated.
 shell.prefix(f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH; ")

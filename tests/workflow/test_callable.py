@@ -94,12 +94,12 @@ def test_norm_of_the_attacks_can_be_chosen(nets):
     assert "L2 eps 0.5" in done.stdout
 
 
-def test_second_call_takes_over_what_the_first_has_found(nets):
-    first = evaluate(nets, "--callable", "nets:linear", attacks="autoattack")
-    second = evaluate(nets, "--callable", "nets:linear", attacks="autoattack")
-    assert first.returncode == second.returncode == 0, second.stderr
-    assert "taken from an earlier run" not in first.stdout
-    assert "taken from an earlier run" in second.stdout
+def test_nothing_is_kept_once_the_record_is_there(nets):
+    for _ in range(2):
+        done = evaluate(nets, "--callable", "nets:linear", attacks="autoattack")
+        assert done.returncode == 0, done.stderr
+        assert "taken from an earlier run" not in done.stdout
+        assert not list(nets.root.glob("results/**/resume/**/*.npz"))
 
 
 BAD = {

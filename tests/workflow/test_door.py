@@ -76,6 +76,9 @@ def package(tmp_path_factory, project_at):
         "robsparse_extra/breaks.py": good.split("def stages")[0] + BREAKS,
         "robsparse_extra/lacks.py": good.replace("import Fixed", "import NoSuch, Fixed"),
     }
+    for name in ("breaks", "lacks"):
+        file = f"robsparse_extra/{name}.py"
+        files[file] = files[file].replace('"Halves"', f'"{name.title()}"')
     for name, text in files.items():
         path = folder / "source" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +177,7 @@ def test_the_table_shows_failed_cells_as_failed(finished):
     path = project.root / "results" / "tiny" / "partial" / "tables" / "main.md"
     text = path.read_text()
     failed = [line for line in text.splitlines() if line.count("failed §") == 2]
-    assert [line.split("|")[1].strip() for line in failed] == ["Halves", "Halves", "bad"]
+    assert [line.split("|")[1].strip() for line in failed] == ["Breaks", "Lacks", "bad"]
     assert "ZeroDivisionError: by design" in text
     assert "Trained elsewhere" in text
     assert "main table: results/tiny/partial/tables/main.md" in done.stdout + done.stderr

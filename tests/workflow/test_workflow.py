@@ -364,17 +364,21 @@ def test_planning_the_workflow_loads_no_torch(project):
     assert not loaded & {"torch", "torchvision", "sklearn", "pyautoattack", "matplotlib"}
 
 
-def test_lint_reports_nothing_but_the_missing_conda_environment(project):
+def test_lint_reports_nothing_but_what_is_meant(project):
     done = project.run("snakemake", "--lint")
     text = done.stdout + done.stderr
     reported = {line.strip() for line in text.splitlines() if line.startswith("    * ")}
-    assert reported == {"* Specify a conda environment or container for each rule.:"}
+    assert reported == {
+        "* Specify a conda environment or container for each rule.:",
+        # As a parameter, another name of the same study would run everything again.
+        "* Shell command directly uses variable STUDY_FILE from outside of the rule:",
+    }
     assert not re.search(r"^Lints for (?!rule )", text, re.MULTILINE)
 
 
 def test_one_broken_cell_does_not_stop_the_others(study, project):
     study["grid"]["methods"] = ["dense", "bcs"]
-    study["methods"]["bcs"]["train"]["lr"] = 1e30
+    study["methods"]["bcs"]["train"] |= {"lr": 1000.0, "momentum": 0.99}
     project.write(study)
     done = project.run("snakemake", "--cores", "2", "trained", "--configfile", STUDY)
     assert done.returncode == 1
