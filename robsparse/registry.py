@@ -87,7 +87,8 @@ def entry(kind: str, name: str, also: Iterable[str] = ()) -> Entry:
     if name not in found:
         known = sorted({*found, *also})
         raise UsageError(
-            f"unknown {kind} '{cut(name)}', expected one of: {', '.join(known)}{nearest(name, known)}"
+            f"unknown {kind} '{cut(name)}', expected one of: {', '.join(known)}"
+            f"{nearest(name, known)}"
         )
     item = found[name]
     if isinstance(item, UsageError):
