@@ -63,7 +63,9 @@ _FILES = """\
 arch, method, objective, sparsity, seed), selection, attack, component (`all`: the whole attack); \
 `accuracy` as a fraction with its Wilson interval `ci_low`, `ci_high`; threat; sizes; cost; \
 provenance; `origin`: where the network comes from; `attacked_on`: the network or its frozen view; \
+`code_digest`, `other_code`: which code made it, and whether that is not the present; \
 `suspicious`: why the robustness of the network may not be real |
+| `collected.json` | one collected file | its checksum; edited files are refused |
 | `layers.csv` | one layer of one saved network | `size` and `nonzero` weights, output `positions` |
 | `curves.csv` | one epoch of one training run, pretraining included | `stage`, `lr`, `loss`, \
 `live_weights`, held-out accuracies `val_clean`, `val_robust` |
