@@ -278,15 +278,14 @@ def test_a_change_runs_the_jobs_that_it_concerns(change, jobs, again):
     assert again(change) == jobs
 
 
-def test_renamed_config_reruns_nothing(again, finished):
-    project, _ = finished
-    shutil.copy(project.root / STUDY, project.root / "renamed.yaml")
-    project.write(shrink(yaml.safe_load((project.root / STUDY).read_text())), "renamed.yaml")
+def test_renamed_config_reruns_nothing(again, finished, study):
+    finished[0].write(study, "renamed.yaml")
     assert again(lambda study: None, configfile="renamed.yaml") == {}
 
 
 def test_moved_folder_reruns_nothing(again, finished):
     project, _ = finished
+    again(lambda study: None)
     home, away = project.root, project.root.with_name("moved")
     home.rename(away)
     try:
