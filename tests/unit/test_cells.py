@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robsparse.cells import Cell, Layout, derive_seed
+from robsparse.cells import LONGEST_NAME, Cell, Layout, derive_seed, is_name
 from robsparse.errors import UsageError
 
 WORDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True)
@@ -123,3 +123,8 @@ def test_a_cell_has_no_part_that_could_not_stand_in_a_path(name):
         Cell("digits", "small_cnn", name, "at", 0.9, 0)
     with pytest.raises(UsageError, match="expected dataset/arch/method"):
         Cell.parse(f"digits/small_cnn/{name}/at/s0.9000/seed0\n")
+
+
+def test_the_longest_name_is_a_name():
+    assert is_name("a" * LONGEST_NAME)
+    assert not is_name("a" * (LONGEST_NAME + 1))

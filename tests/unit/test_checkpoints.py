@@ -17,10 +17,10 @@ from robsparse.errors import UsageError
 
 
 def test_second_holder_is_refused_in_one_line(tmp_path):
-    with locked(tmp_path / "job"):
+    with locked(tmp_path / "run" / "job"):
         with (
             pytest.raises(UsageError, match="another process is running this very job"),
-            locked(tmp_path / "job"),
+            locked(tmp_path / "run" / "job"),
         ):
             pass
         with locked(tmp_path / "other"):

@@ -263,6 +263,15 @@ DATA = {
         "evaluation.n_examples = 10001: expected at most the test images of 'cifar10'; nearest "
         "match: 10000",
     ),
+    "images of a data set behind one of unknown size": (
+        {
+            "grid": {"datasets": ["imagefolder", "digits"]},
+            "datasets": {"imagefolder": {"data_dir": "own"}},
+            "evaluation": {"n_examples": 801},
+        },
+        "evaluation.n_examples = 801: expected at most the test images of 'digits'; nearest match: "
+        "800",
+    ),
     "held out of 100 classes": (
         {"grid": {"datasets": ["cifar100"]}, "datasets": {"cifar100": {"validation_examples": 99}}},
         "datasets.cifar100.validation_examples = 99: expected 100 to 49900 of the 50000 images "
