@@ -101,7 +101,7 @@ def run(
     cuda = [threat.device] if threat.device.type == "cuda" else []
     with (
         _Warnings() as warnings,
-        perturb.frozen(model),
+        perturb.no_parameter_gradients(model),
         torch.random.fork_rng(devices=cuda),
     ):
         if len(y_N):

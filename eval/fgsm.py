@@ -33,6 +33,6 @@ def run(
             model, x, x, loss, eps=threat.eps, step_size=threat.eps, steps=1, norm=threat.norm
         )
 
-    with perturb.frozen(model):
+    with perturb.no_parameter_gradients(model):
         tally.attack(model, craft)
     return tally.outcome({"steps": 1, "restarts": 1})

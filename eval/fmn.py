@@ -54,7 +54,7 @@ def run(
         distances[where] = length(found - x, threat.norm).where(broken, torch.inf).cpu()
         progress.update(where.stop, int((distances > threat.eps).sum()))
 
-    with perturb.frozen(model):
+    with perturb.no_parameter_gradients(model):
         in_batches(len(y_N), threat.batch_size, work, threat.report)
     outcome = of_distances(distances, threat.eps, {"steps": params.steps, "restarts": 1})
     progress.close(int(outcome.components["all"].sum()), len(y_N))

@@ -93,7 +93,7 @@ def run(
         threat.saved.put(key, distances=distances.numpy(), done=np.array(stop))
         progress.update(stop, int((distances > threat.eps).sum()))
 
-    with perturb.frozen(model):
+    with perturb.no_parameter_gradients(model):
         pool, classes = _pool(model, x_NCHW if threat.images is None else threat.images, threat)
         in_batches(len(y_N) - done, threat.batch_size, work, threat.report)
     settings = {"steps": params.steps, "restarts": params.restarts}

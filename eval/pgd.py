@@ -66,7 +66,7 @@ def run(
                 norm=threat.norm,
             )
 
-        with perturb.frozen(model):
+        with perturb.no_parameter_gradients(model):
             tally.attack(model, craft, tally.robust.nonzero().squeeze(1))
         progress.update((restart + 1) * len(y_N), int(tally.robust.sum()))
     progress.close(int(tally.robust.sum()), len(y_N))

@@ -54,6 +54,6 @@ def run(
             norm=threat.norm,
         )
 
-    with perturb.frozen(surrogate):
+    with perturb.no_parameter_gradients(surrogate):
         tally.attack(model, craft)
     return tally.outcome({"steps": params.steps, "restarts": 1})

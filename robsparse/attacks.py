@@ -99,7 +99,7 @@ def _behaviour(model: nn.Module, part: Part, device: torch.device) -> list[Tenso
     before = randomness.state(device)
     randomness.seed(0)
     try:
-        with torch.enable_grad(), perturb.frozen(model):
+        with torch.enable_grad(), perturb.no_parameter_gradients(model):
             logits = model(x)
             if not logits.requires_grad:
                 return [logits]

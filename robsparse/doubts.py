@@ -57,7 +57,7 @@ def examine(
         return Findings()
     part = Part(examples.x_NCHW[:n], examples.y_N[:n])
     look = _Look(model, part, settings.batch_size, device)
-    with perturb.frozen(model):
+    with perturb.no_parameter_gradients(model):
         numbers = {"examined": float(n), **look.outputs()}
         numbers["zero_gradient"] = look.zero_gradients() / max(1, int(look.correct.sum()))
         numbers["huge_eps"] = float(look.survive_pgd(HUGE, HUGE_STEPS).float().mean())

@@ -85,7 +85,7 @@ def checked(network: nn.Module, images_NCHW: Tensor, classes: int) -> nn.Module:
     for n in (2, 1):  # the last batch of an attack may hold a single image
         x = images_NCHW[:n].clone().requires_grad_(True)
         try:
-            with torch.enable_grad(), perturb.frozen(network):
+            with torch.enable_grad(), perturb.no_parameter_gradients(network):
                 logits = network(x)
         except (Exception, SystemExit) as error:  # whatever a network's own code meets
             raise UsageError(

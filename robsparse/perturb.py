@@ -29,7 +29,7 @@ def batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def no_parameter_gradients(model: nn.Module) -> Iterator[None]:
     """Compute no parameter gradients inside the block, whatever the code there asks for."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:

@@ -196,11 +196,11 @@ def test_modes_of_all_modules_come_back(mode, fails):
     assert [module.training for module in model.modules()] == before
 
 
-def test_frozen_parameters_are_trainable_again_and_the_others_are_not():
+def test_parameters_are_trainable_again_and_the_others_are_not():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].bias.requires_grad_(False)
     before = [parameter.requires_grad for parameter in model.parameters()]
-    with perturb.frozen(model):
+    with perturb.no_parameter_gradients(model):
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert [parameter.requires_grad for parameter in model.parameters()] == before
 
