@@ -148,7 +148,7 @@ def survivors(weight: Tensor, sparsity: float, params: Params) -> Tensor:
     return top_k_mask(weight.abs(), layer_keep_count(weight.numel(), sparsity))
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """Penalised training, then retraining, from the dense network's weights."""
 
     def masks(run: Run) -> dict[str, Tensor]:

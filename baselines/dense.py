@@ -28,6 +28,6 @@ class PretrainStage(Stage):
     name = "pretrain"
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage; `sparsity` is 0."""
     return [PretrainStage(params.pretrain)]

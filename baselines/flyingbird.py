@@ -75,6 +75,6 @@ class FlyingBirdStage(DynamicStage):
         return torch.rand(gradient.shape, generator=run.generator, device=gradient.device)
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage from scratch."""
     return [FlyingBirdStage(params)]

@@ -26,6 +26,6 @@ def masks(run: Run):
     return global_masks(sizes, keep_count(weight_count(run.model), run.sparsity))
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage on the dense network's weights."""
     return [FixedMaskStage("finetune", params.finetune, masks)]

@@ -74,6 +74,6 @@ class GradualStage(MaskedStage):
         self.selectable = state["selectable"]
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage from scratch."""
     return [GradualStage(params)]

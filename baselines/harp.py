@@ -142,7 +142,7 @@ class PruneStage(Stage):
     def penalty(self, run: Run) -> Tensor:
         return self.gamma * self.excess(run)
 
-    def live_weights(self, run: Run) -> int:
+    def active_weights(self, run: Run) -> int:
         # Every weight has a score that gets a gradient: the dense network is still there.
         return weight_count(run.model)
 
@@ -170,7 +170,7 @@ def rated(model: nn.Module) -> list[tuple[nn.Module, RatedMask]]:
     return [(m, m.parametrizations.weight[0]) for m in prunable(model).values()]
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """Prune, then finetune, from the dense network's weights."""
     finetune = FixedMaskStage("finetune", params.finetune, remaining_weights)
     return [PruneStage(params), finetune]

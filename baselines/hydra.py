@@ -71,11 +71,11 @@ class PruneStage(Stage):
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         return all_but_weights(model)
 
-    def live_weights(self, run: Run) -> int:
+    def active_weights(self, run: Run) -> int:
         # Every weight has a score that gets a gradient: the dense network is still there.
         return weight_count(run.model)
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """Prune, then finetune, from the dense network's weights."""
     return [PruneStage(params.prune), FixedMaskStage("finetune", params.finetune)]

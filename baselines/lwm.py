@@ -18,6 +18,6 @@ class Params(Strict):
     finetune: Finetune = Finetune()
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage on the dense network's weights."""
     return [FixedMaskStage("finetune", params.finetune)]

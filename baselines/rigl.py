@@ -48,6 +48,6 @@ class RiglStage(DynamicStage):
         return gradient.abs()
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage from scratch."""
     return [RiglStage(params)]

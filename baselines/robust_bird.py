@@ -112,6 +112,6 @@ class BirdStage(MaskedStage):
         self.selectable = self.drawn_at >= 0
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage from scratch."""
     return [BirdStage(params)]

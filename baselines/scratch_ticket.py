@@ -86,11 +86,11 @@ class PopupStage(Stage):
             return all_but_weights(model)
         return [m.parametrizations.weight[0].score for m in prunable(model).values()]
 
-    def live_weights(self, run: Run) -> int:
+    def active_weights(self, run: Run) -> int:
         # Every weight has a score that gets a gradient: the dense network is still there.
         return weight_count(run.model)
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage from scratch."""
     return [PopupStage(params)]

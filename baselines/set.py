@@ -54,6 +54,6 @@ class SetStage(DynamicStage):
         return torch.rand(gradient.shape, generator=run.generator, device=gradient.device)
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage from scratch."""
     return [SetStage(params)]

@@ -42,6 +42,6 @@ class SnipStage(MaskedStage):
             set_masks(run, global_masks(scores, keep))
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage from scratch."""
     return [SnipStage(params.train)]

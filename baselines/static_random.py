@@ -22,6 +22,6 @@ def masks(run: Run):
     return random_masks(run.model, erk_keep_counts(run.model, run.sparsity), run.generator)
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage from scratch."""
     return [FixedMaskStage("train", params.train, masks)]

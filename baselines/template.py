@@ -50,6 +50,6 @@ class TemplateStage(Stage):
         """After the optimiser moved them: prune, regrow, project, ..."""
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """The phases, one after the other; each goes on with the network of the one before."""
     return [TemplateStage(params.finetune)]

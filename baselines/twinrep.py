@@ -86,7 +86,7 @@ class TwinStage(Stage):
             module.parametrizations.weight[0].mask.copy_(masks[name])
         self.selectable = True
 
-    def live_weights(self, run: Run) -> int:
+    def active_weights(self, run: Run) -> int:
         return sum(
             int(m.parametrizations.weight[0].mask.sum()) for m in prunable(run.model).values()
         )
@@ -98,6 +98,6 @@ class TwinStage(Stage):
         self.selectable = state["selectable"]
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage from scratch."""
     return [TwinStage(params)]

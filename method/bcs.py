@@ -311,6 +311,6 @@ def draw_layers(
     return drawn
 
 
-def stages(params: Params, sparsity: float) -> list[Stage]:
+def stages(params: Params) -> list[Stage]:
     """One stage from scratch."""
     return [SamplingStage(params)]

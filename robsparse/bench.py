@@ -388,7 +388,7 @@ def _attacker(precision: str, device: torch.device) -> objectives.Attacker:
 def _started(kind: Step, device: torch.device) -> tuple[Stage, Run]:
     """The first stage of a method, ready for its first step."""
     params = registry.entry("method", kind.method).params()
-    stage = registry.load("method", kind.method).stages(params, kind.sparsity)[0]
+    stage = registry.load("method", kind.method).stages(params)[0]
     generator = torch.Generator(device).manual_seed(0)
     run = Run(_build(kind.arch, device), kind.sparsity, generator, kind.arch, kind.precision)
     stage.before_fit(run)

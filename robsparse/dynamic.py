@@ -64,7 +64,7 @@ class MaskedStage(Stage):
             if weight.grad is not None:
                 weight.grad.mul_(layer.mask)
 
-    def live_weights(self, run: Run) -> int:
+    def active_weights(self, run: Run) -> int:
         return sum(int(layer.mask.sum()) for _, _, layer in masked_layers(run.model))
 
 

@@ -132,7 +132,7 @@ def training_seconds(clock: Clock, cell: Cell) -> float:
     if study.is_external(cell.method):
         return SECONDS_TO_START_A_JOB
     method = registry.load("method", study.base("method", cell.method))
-    fits = [s.fit for s in method.stages(study.planned[cell].params, cell.sparsity)]
+    fits = [s.fit for s in method.stages(study.planned[cell].params)]
     training = study.training_of(cell)
     size, examples = training.batch_size, clock.data(cell.dataset).train_examples
     labelled = size - int(size * training.rst_fraction) * (cell.objective == "rst")

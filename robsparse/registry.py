@@ -108,7 +108,7 @@ def load(kind: str, name: str) -> ModuleType:
         raise UsageError(found.blame(error)) from error
     if kind == "method" and not callable(getattr(module, "stages", None)):
         raise UsageError(
-            f"{found.path}: no function stages(params, sparsity), expected it to return the stages"
+            f"{found.path}: no function stages(params), expected it to return the stages"
         )
     return module
 

@@ -2,7 +2,7 @@
 
 A method file defines `Params` (a pydantic model), `LABEL` (its printed name) and
 
-    def stages(params: Params, sparsity: float) -> list[Stage]
+    def stages(params: Params) -> list[Stage]
 
 and, when it starts from another cell's weights, the literal `STARTS_FROM = "dense"`.
 """
@@ -92,7 +92,7 @@ class Stage:
         """Leave a plain network with exact zeros for the next stage and the export."""
         bake(run.model)
 
-    def live_weights(self, run: Run) -> int:
+    def active_weights(self, run: Run) -> int:
         """Prunable weights that training must hold now; more than the forward pass uses if the
         method scores or regularises weights that it masks."""
         return live_count(run.model)

@@ -205,7 +205,7 @@ class Trainer:
         except UsageError as error:  # its file cannot be used: no fault of this command's input
             raise TrainingError(f"{self.cell.key}: {error}") from error
         with _of_method(self.cell, self.method.path):
-            return module.stages(self.study.planned[self.cell].params, self.cell.sparsity)
+            return module.stages(self.study.planned[self.cell].params)
 
     def _extra_images(self, splits: Splits) -> Part | None:
         """Pseudo-labelled images for robust self-training."""
@@ -281,7 +281,7 @@ class Trainer:
         if saved:
             self._restore(stage, saved)
         else:
-            progress.peak_live = max(progress.peak_live, stage.live_weights(run))
+            progress.peak_live = max(progress.peak_live, stage.active_weights(run))
         epochs = range(progress.epoch, fit.epochs)
         for epoch in tqdm(epochs, desc=f"{self.cell.key} {stage.name}", unit="epoch", disable=None):
             progress.epoch = run.epoch = epoch
@@ -379,7 +379,7 @@ class Trainer:
         """Add a point to the curve; keep the exported weights if they are the best so far."""
         run, progress = self.run, self.progress
         self._look_at_network()
-        live = stage.live_weights(run)
+        live = stage.active_weights(run)
         progress.peak_live = max(progress.peak_live, live)
         point = {
             "epoch": self._epochs_before() + len(progress.curve) + 1,

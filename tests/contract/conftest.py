@@ -55,7 +55,7 @@ class Case:
     def steps(self) -> int:
         """Training steps in all, without those of the starting cell."""
         method = registry.load("method", self.cell.method)
-        stages = method.stages(self.study.methods[self.cell.method], self.cell.sparsity)
+        stages = method.stages(self.study.methods[self.cell.method])
         return self.batches * sum(stage.fit.epochs for stage in stages)
 
     def starts(self) -> list[Cell]:

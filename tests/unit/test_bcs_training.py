@@ -474,7 +474,7 @@ def test_baked_network_computes_the_same_with_exact_zeros():
 
 
 def test_one_stage_from_scratch():
-    (stage,) = stages(Params(), 0.9)
+    (stage,) = stages(Params())
     assert stage.name == "train"
     assert stage.selectable
 

@@ -153,7 +153,7 @@ def test_live_weights_of_each_layer_never_change_in_number(name, net):
             assert (weight[~layer.mask] == 0).all()
         assert (
             live_count(run.model)
-            == stage.live_weights(run)
+            == stage.active_weights(run)
             == keep_count(weight_count(run.model), 0.7)
         )
     assert moved > 0
@@ -306,13 +306,13 @@ def test_gradual_pruning_follows_the_cubic_and_ends_exact():
         step(stage, run, at)
         done = min(1, (at + 1 - 10) / 40)
         if at < 9:
-            assert stage.live_weights(run) == weight_count(run.model)
+            assert stage.active_weights(run) == weight_count(run.model)
         elif (at + 1) % 5 == 0:
             wanted = round(0.9 * (1 - (1 - done) ** 3), 10)
             live = {name: int(mask.sum()) for name, mask in masks(run).items()}
             assert live == {n: size - int(size * wanted + 1e-9) for n, size in sizes.items()}
         assert stage.selectable == (done == 1)
-    assert stage.live_weights(run) == sum(layer_keep_counts(run.model, 0.9).values())
+    assert stage.active_weights(run) == sum(layer_keep_counts(run.model, 0.9).values())
 
 
 def test_gradual_pruning_drops_the_smallest_and_never_brings_them_back():
@@ -336,7 +336,7 @@ def test_gradual_pruning_wants_its_ends_in_order():
 
 def test_snip_keeps_the_largest_products_of_weight_and_gradient():
     stage, run = started(snip.SnipStage(snip.Params().train), 0.8)
-    assert stage.live_weights(run) == weight_count(run.model)
+    assert stage.active_weights(run) == weight_count(run.model)
     before = {n: w.detach().clone() for n, w, _ in masked_layers(run.model)}
     gradients = {n: torch.randn_like(w) for n, w, _ in masked_layers(run.model)}
     step(stage, run, 0, lambda name, weight: gradients[name].clone())
@@ -383,7 +383,7 @@ def test_global_magnitude_has_one_threshold():
 def test_template_prunes_at_random():
     run = run_of(NETS[0](), 0.7)
     before = [module.weight.detach().clone() for module in prunable(run.model).values()]
-    (stage,) = template.stages(template.Params(), 0.7)
+    (stage,) = template.stages(template.Params())
     stage.before_fit(run)
     for module, weight in zip(prunable(run.model).values(), before, strict=True):
         live = module.weight != 0
@@ -491,7 +491,7 @@ def test_harp_finetunes_the_weights_that_it_chose():
     stage, run = pruning(0.8)
     stage.finalize(run)
     chosen = remaining_weights(run)
-    finetune = harp.stages(harp.Params(), 0.8)[1]
+    finetune = harp.stages(harp.Params())[1]
     finetune.before_fit(run)
     assert all(torch.equal(m.weight != 0, chosen[n]) for n, m in prunable(run.model).items())
 
@@ -544,7 +544,7 @@ def test_admm_projects_no_weights_that_are_not_finite(projection):
 @pytest.mark.parametrize("method", [hydra, harp])
 def test_masks_of_scores_that_are_not_finite_are_not_formed(method):
     run = run_of(NETS[0](), 0.5)
-    stage = method.stages(method.Params(), 0.5)[0]
+    stage = method.stages(method.Params())[0]
     stage.before_fit(run)
     module = next(iter(prunable(run.model).values()))
     module.parametrizations.weight[0].score.data.view(-1)[0] = math.nan

@@ -109,5 +109,5 @@ def test_finetuning_keeps_the_mask_that_the_scores_chose():
 def test_live_weights_while_pruning_are_all_weights():
     model = two_layers()
     stage, run = pruning(model)
-    assert stage.live_weights(run) == 6
+    assert stage.active_weights(run) == 6
     assert live_count(model) == 3

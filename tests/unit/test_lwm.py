@@ -12,7 +12,7 @@ def test_mask_equals_a_sort_of_the_magnitudes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 10))
     before = {name: m.weight.detach().clone() for name, m in prunable(model).items()}
-    (stage,) = lwm.stages(lwm.Params(), 0.9)
+    (stage,) = lwm.stages(lwm.Params())
     stage.before_fit(Run(model=model, sparsity=0.9, generator=torch.Generator()))
     for name, module in prunable(model).items():
         size = before[name].numel()

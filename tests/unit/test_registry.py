@@ -45,7 +45,7 @@ class Work(Stage):
     name = "work"
 
 
-def stages(params, sparsity):
+def stages(params):
     return [Work(params.finetune)]
 '''
 
@@ -296,7 +296,7 @@ def test_a_module_that_cannot_be_imported_is_one_line(package):
 
 def test_a_method_without_stages_is_one_line(package):
     package({"__init__.py": "", "mine.py": METHOD.partition("def stages")[0]})
-    with pytest.raises(UsageError, match=r"mine\.py: no function stages\(params, sparsity\)"):
+    with pytest.raises(UsageError, match=r"mine\.py: no function stages\(params\)"):
         registry.load("method", "mine")
 
 

@@ -45,7 +45,7 @@ def test_written_file_is_a_method_of_that_name(name, label, printed, folder):
     module = registry.load("method", name)
     assert module.__doc__.splitlines()[0] == f"{printed}: what it does, in one sentence."
     assert "Source:" in module.__doc__
-    (stage,) = module.stages(entry.params(), 0.9)
+    (stage,) = module.stages(entry.params())
     assert type(stage).__name__ == "".join(part.capitalize() for part in name.split("_")) + "Stage"
 
 

@@ -73,7 +73,7 @@ def test_defaults_train_everything_and_add_nothing(make_run):
         getattr(stage, hook)(run)
     assert [id(p) for p in stage.parameters(model)] == [id(p) for p in model.parameters()]
     assert stage.penalty(run) is None
-    assert stage.live_weights(run) == 6
+    assert stage.active_weights(run) == 6
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     stage.load_state(stage.state())
 
@@ -90,7 +90,7 @@ def test_fixed_mask_is_drawn_once_and_survives_large_changes(make_run):
     assert torch.equal(model[0].weight != 0, mask)
     stage.finalize(run)
     assert torch.equal(model[0].weight != 0, mask)
-    assert live_count(model) == stage.live_weights(run) == 10
+    assert live_count(model) == stage.active_weights(run) == 10
 
 
 def test_fixed_mask_of_a_pruned_network_is_its_own(make_run):

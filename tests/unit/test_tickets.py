@@ -75,12 +75,12 @@ def test_twinrep_keeps_the_largest_products_of_the_whole_network_from_its_epoch_
         stage.before_epoch(run)
         total = weight_count(run.model)
         if run.epoch < 2:
-            assert (stage.live_weights(run), stage.selectable) == (total, False)
+            assert (stage.active_weights(run), stage.selectable) == (total, False)
         if run.epoch == 2:
             expected = largest_of_all(products, keep_count(total, 0.5))
         if run.epoch >= 2:
             assert live_positions(run) == expected
-            assert (stage.live_weights(run), stage.selectable) == (len(expected), True)
+            assert (stage.active_weights(run), stage.selectable) == (len(expected), True)
         before = run.model[3].weight.detach().clone()
         step(stage, run)
         assert not torch.equal(before, run.model[3].weight)
@@ -118,7 +118,7 @@ def test_robust_bird_draws_the_ticket_once_five_masks_in_a_row_are_alike():
         stage.before_epoch(run)
         if stage.selectable:
             break
-        assert live_count(run.model) == stage.live_weights(run) == total
+        assert live_count(run.model) == stage.active_weights(run) == total
     # Before epoch 5 came the first of the masks that stay; the fifth of them is before epoch 9.
     assert 8 <= run.epoch <= 10
     assert stage.drawn_at == run.epoch
@@ -193,7 +193,7 @@ def test_scratch_ticket_learns_which_random_weights_are_used_and_changes_none():
     for name, module in prunable(run.model).items():
         assert torch.equal(module.parametrizations.weight.original, raw[name])
     assert torch.equal(run.model[1].weight, norm)
-    assert stage.live_weights(run) == weight_count(run.model)
+    assert stage.active_weights(run) == weight_count(run.model)
 
 
 def test_scratch_ticket_gradient_goes_straight_through_to_every_score():

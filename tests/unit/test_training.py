@@ -541,7 +541,7 @@ def test_peak_live_weights_are_those_of_any_stage_and_epoch(largest, one, monkey
     counts[largest] = 9
 
     class Counted(Stage):
-        def live_weights(self, run):
+        def active_weights(self, run):
             return counts.pop(0)
 
     stages = [Counted(Fit(epochs=2, lr=0.1)) for _ in range(2)]

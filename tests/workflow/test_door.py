@@ -51,7 +51,7 @@ def masks(run):
     return random_masks(run.model, layer_keep_counts(run.model, run.sparsity), run.generator)
 
 
-def stages(params, sparsity):
+def stages(params):
     return [FixedMaskStage("train", params.train, masks)]
 ''',
 }
@@ -62,7 +62,7 @@ class Breaking(FixedMaskStage):
             raise ZeroDivisionError("by design")
 
 
-def stages(params, sparsity):
+def stages(params):
     return [Breaking("train", params.train, masks)]
 """
 
