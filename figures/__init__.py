@@ -12,7 +12,7 @@ PLOTS = tuple(
     for name in (
         "robust_accuracy",
         "cost",
-        "live_weights",
+        "active_weights",
         "layer_density",
         "density_over_training",
         "rewiring",

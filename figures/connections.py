@@ -77,7 +77,7 @@ def _selected_at(material: Material, rows: pd.DataFrame) -> float:
 def _density_lines(panel: Axes, rows: pd.DataFrame, sizes: pd.Series, selected: float) -> None:
     names = [name for name in sizes.index if name in set(rows.layer)]
     shades = colormaps["cividis"](np.linspace(0, 0.9, max(len(names), 2)))
-    mean = rows.groupby(["layer", "step"], observed=True).live.mean()
+    mean = rows.groupby(["layer", "step"], observed=True).active.mean()
     for name, shade in zip(names, shades, strict=False):
         density = 100 * mean.loc[name] / sizes[name]
         density = density.where(density > 0)
@@ -102,10 +102,10 @@ def survival(material: Material) -> Figure:
             own = _of(group.of(table), name, sparsity)
             if own.empty:
                 continue
-            ages, alive = survival_curve(own.age, own.died, own.alive)
+            ages, active = survival_curve(own.age, own.pruned, own.active)
             marks = np.unique(np.geomspace(1, len(ages), 8).astype(int) - 1)
             options = look.line | {"markevery": marks.tolist()}
-            handles[name] = panel.plot(ages, 100 * alive, drawstyle="steps-post", **options)[0]
+            handles[name] = panel.plot(ages, 100 * active, drawstyle="steps-post", **options)[0]
         panel.set_xscale("log")
         panel.set_ylim(0, 100)
         panel.set_xlabel("age (training steps)")

@@ -17,17 +17,17 @@ from robsparse.figures.tidy import groups, sparsities
 _APART = 6.0  # points between markers that would coincide
 _AXES = {
     "passes": "training cost: passes over a batch",
-    "peak_live_weights": "peak live weights in training",
+    "peak_active_weights": "peak active weights in training",
 }
 
 
 def cost(material: Material) -> Figure:
-    """Accuracy under the strongest attack against passes and against peak live weights."""
+    """Accuracy under the strongest attack against passes and against peak active weights."""
     study = material.study
     label = study.label("attack", STRONGEST)
     caption = [
         f"{label} accuracy, mean over seeds; {interval_note(material)}. Passes: forward and "
-        "backward ones over batches, crafting and pretraining included. Peak live weights: the "
+        "backward ones over batches, crafting and pretraining included. Peak active weights: the "
         "most prunable weights that training had to hold. Markers of equal cost stand side by "
         "side; the cost table has the numbers. The dense network is the same in every column.",
         *doubt_note(material),

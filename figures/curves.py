@@ -17,11 +17,11 @@ from robsparse.figures.tidy import SEEDED
 
 _APART = 1.5  # points between lines that would coincide
 _WINDOWS = 60  # a curve of steps is smoothed to about this many independent points
-_REWIRED = ["regrown", "deaths"]
+_REWIRED = ["regrown", "pruned"]
 _FEW = 3  # with so many methods, legend and titles are kept short
 
 
-def live_weights(material: Material) -> Figure:
+def active_weights(material: Material) -> Figure:
     """Prunable weights that training holds, epoch by epoch, for each method and sparsity."""
     caption = [
         "Weights that training must hold: prunable weights that are not zero, and those that a "
@@ -41,7 +41,7 @@ def live_weights(material: Material) -> Figure:
             panel.set_ylabel("prunable weights held")
         panel.set_xlabel("epoch")
         # By hand: axes do not scale themselves to lines that are shifted by points.
-        last, held = curves.epoch.max(), curves.live_weights
+        last, held = curves.epoch.max(), curves.active_weights
         panel.set_xlim(-0.03 * last, 1.03 * last)
         style.log_axis(panel, held.min() / 1.7, held.max() * 1.7, "{x:,.0f}")
     return style.finish(figure, handles.values(), caption)
@@ -78,7 +78,7 @@ def held_weights(curves: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[int
     """
     if curves.empty:
         return np.zeros(0), np.zeros(0), []
-    mean = curves.groupby("epoch").agg(held=("live_weights", "mean"), stage=("stage", "first"))
+    mean = curves.groupby("epoch").agg(held=("active_weights", "mean"), stage=("stage", "first"))
     starts = np.flatnonzero(mean.stage != mean.stage.shift())
     held = mean.held.to_numpy(dtype=float)
     return np.r_[0, mean.index.to_numpy()], np.r_[held[:1], held], starts.tolist()
@@ -115,7 +115,7 @@ def rewiring(material: Material) -> Figure:
         if panel.get_subplotspec().is_first_col():
             panel.set_ylabel(f"connections per step\n(moving average of {window * every} steps)")
     caption = [
-        "Mean over seeds; thin line: regrown, wide line behind it: died. Renewed: regrown "
+        "Mean over seeds; thin line: regrown, wide line behind it: pruned. Renewed: regrown "
         f"connections of the whole training over the live weights. {' '.join(totals)}",
         general,
     ]
@@ -149,7 +149,7 @@ def _rewiring_panel(
         wide = {"color": look.color, "linewidth": 4.0, "alpha": 0.35}
         thin = {"color": look.color, "linewidth": 1.1, "linestyle": look.linestyle}
         lines = {
-            "deaths": panel.plot(smooth.deaths, **wide, label=f"{look.label}: died"),
+            "pruned": panel.plot(smooth.pruned, **wide, label=f"{look.label}: pruned"),
             "regrown": panel.plot(
                 smooth.regrown, **thin, label=look.label + ": regrown" * (len(shown) > 1)
             ),

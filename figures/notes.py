@@ -145,7 +145,7 @@ def table_notes(material: Material, group: Group) -> list[str]:
         + "; ".join(f"{name} = {SELECTION_RULES[name]}" for name in study.evaluation.selections)
         + ".",
         f"Threat: {threat(study, results)}.",
-        f"Live weights: prunable weights that are not zero, of {join(results.prunable)} "
+        f"Nonzero weights: prunable weights that are not zero, of {join(results.prunable)} "
         "(biases and batch norm are not prunable), mean over seeds. Peak: the most prunable "
         "weights that training had to hold in any epoch.",
         f"Device: {device(results)}. Code: {code(results)}. {other_code(results)}".strip(),

@@ -43,7 +43,7 @@ from robsparse.figures.tidy import Group, groups, seeds, sparsities
 _DRAW: dict[str, tuple[Callable[[Material], Figure], str]] = {
     "robust_accuracy": (finals.robust_accuracy, "Robust accuracy against sparsity"),
     "cost": (costs.cost, "Robust accuracy against the cost of training"),
-    "live_weights": (curves.live_weights, "Weights that training must hold"),
+    "active_weights": (curves.active_weights, "Weights that training must hold"),
     "layer_density": (finals.layer_density, "Where the live weights are"),
     "density_over_training": (connections.density_over_training, "Layers during training"),
     "rewiring": (curves.rewiring, "Rewiring during training"),
@@ -68,11 +68,12 @@ provenance; `origin`: where the network comes from; `attacked_on`: the network o
 | `collected.json` | one collected file | its checksum; edited files are refused |
 | `layers.csv` | one layer of one saved network | `size` and `nonzero` weights, output `positions` |
 | `curves.csv` | one epoch of one training run, pretraining included | `stage`, `lr`, `loss`, \
-`live_weights`, held-out accuracies `val_clean`, `val_robust` |
+`active_weights`, held-out accuracies `val_clean`, `val_robust` |
 | `steps.parquet` | one layer at one logged step of a method that rewires (step 0: the initial \
-network) | `deaths` and `regrown` since the row before, `live` weights, mean `age` in steps |
-| `lifetimes.parquet` | regrown connections by age in steps | how many `died` at it, how many were \
-`alive` at it in the end |
+network) | connections `pruned` and `regrown` since the row before, `active` ones, their mean \
+`age` in steps |
+| `lifetimes.parquet` | regrown connections by age in steps | how many were `pruned` at this age, \
+how many were `active` with this age at the end |
 | `weights.csv` | live weights of one saved network by magnitude | `count` in [`low`, `high`) |
 | `doubts.csv` | one saved network | what was looked for to find its robustness not real: shares \
 of the `examined` images, see `robsparse/doubts.py` |

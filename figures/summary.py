@@ -56,7 +56,7 @@ def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
     Columns, accuracies as fractions, nan where nothing was measured: `seeds` and `seeds_planned`;
     for each attack `<attack>_accuracy` (mean over seeds), `_spread` (sample standard deviation),
     `_low` and `_high` (95 % interval, see robsparse.figures.statistics); `nonzero`, `prunable`,
-    `peak_live_weights` and COSTS (means); `suspicious` (signs that the robustness is not real),
+    `peak_active_weights` and COSTS (means); `suspicious` (signs that the robustness is not real),
     `failure` (of training) and `budget` (a sparsity that was missed), with their seeds.
     """
     whole = tidy.results[tidy.results.component == "all"]
@@ -98,7 +98,7 @@ def _line(
         values = (mean, spread, *interval)
         names = ("accuracy", "spread", "low", "high")
         line |= {f"{attack}_{name}": v for name, v in zip(names, values, strict=True)}
-    for column in ("nonzero", "prunable", "peak_live_weights", *COSTS):
+    for column in ("nonzero", "prunable", "peak_active_weights", *COSTS):
         line[column] = models[column].mean() if len(models) else np.nan
     for column in ("suspicious", "failure", "budget"):
         said = models[models[column] != ""]

@@ -38,7 +38,7 @@ _COSTS = {
     "Forward passes": "forward_passes",
     "Backward passes": "backward_passes",
     "Seconds": "train_seconds",
-    "Peak live weights": "peak_live_weights",
+    "Peak active weights": "peak_active_weights",
     "Peak memory (MB)": "peak_memory_mb",
 }
 
@@ -58,8 +58,8 @@ def main(material: Material, group: Group) -> pd.DataFrame:
             ahead = winners.get(line.sparsity) == line.method
             bold = ahead and attack == STRONGEST and line.selection == material.primary
             row[f"{material.study.label('attack', attack)} (%)"] = _accuracy(line, attack, bold)
-        row["Live weights"] = _count(line.nonzero)
-        row["Peak live weights"] = _count(line.peak_live_weights)
+        row["Nonzero weights"] = _count(line.nonzero)
+        row["Peak active weights"] = _count(line.peak_active_weights)
         rows.append(row)
     return pd.DataFrame(rows)
 

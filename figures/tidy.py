@@ -26,7 +26,7 @@ SEEDED_CELL = [field.name for field in dataclasses.fields(Cell)]
 _COLUMNS = {
     "results.csv": [*Row.model_fields, "budget", "other_code"],
     "layers.csv": [*SEEDED, "selection", "layer", "size", "nonzero"],
-    "curves.csv": [*SEEDED, "epoch", "stage", "live_weights"],
+    "curves.csv": [*SEEDED, "epoch", "stage", "active_weights"],
     "steps.parquet": [*SEEDED, *STEP_COLUMNS],
     "lifetimes.parquet": [*SEEDED, *LIFETIME_COLUMNS],
     "weights.csv": [*SEEDED, "selection", "low", "high", "count"],

@@ -251,7 +251,7 @@ def live_sets(model: nn.Module) -> list[Tensor]:
 
 
 def initial_counts(run: Run, init: str) -> dict[str, int]:
-    """Live weights of each layer before the first step, by `Params.init`."""
+    """Nonzero weights of each layer before the first step, by `Params.init`."""
     if init == "erk":
         return erk_keep_counts(run.model, run.sparsity)
     sizes = {name: module.weight.numel() for name, module in prunable(run.model).items()}

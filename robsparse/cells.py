@@ -90,11 +90,11 @@ class Layout:
         return self.root / "models" / cell.key / "training.json"
 
     def steps(self, cell: Cell) -> Path:
-        """Deaths, regrowths, live weights and ages by step and layer (Parquet)."""
+        """Pruned, regrown and active connections and their ages by step and layer (Parquet)."""
         return self.root / "models" / cell.key / "steps.parquet"
 
     def lifetimes(self, cell: Cell) -> Path:
-        """How long regrown connections lived (Parquet)."""
+        """How long regrown connections stayed active (Parquet)."""
         return self.root / "models" / cell.key / "lifetimes.parquet"
 
     def resume(self, cell: Cell) -> Path:

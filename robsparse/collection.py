@@ -227,13 +227,15 @@ def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def mark_missed_budgets(results: pd.DataFrame) -> pd.DataFrame:
-    """Add the column `budget`: filled where a network has not the live weights that it should.
+    """Add the column `budget`: filled where a network has another number of weights than asked.
 
-    Uniform layers may miss the budget by one weight each; more than that is said in every table.
+    Uniform layers may miss the budget by one weight each; a larger difference is marked.
     """
     asked = [keep_count(n, s) for n, s in zip(results.prunable, results.sparsity, strict=True)]
     missed = (results.nonzero - asked).abs() > results.layers
-    said = [f"{n:,} live weights, {a:,} asked" for n, a in zip(results.nonzero, asked, strict=True)]
+    said = [
+        f"{n:,} nonzero weights, {a:,} asked" for n, a in zip(results.nonzero, asked, strict=True)
+    ]
     return results.assign(budget=pd.Series(said, index=results.index).where(missed, ""))
 
 

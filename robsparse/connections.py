@@ -17,7 +17,7 @@ class ConnectionLog:
     """Follows the live connections of every layer from step to step.
 
     Ages are in training steps; a connection of the initial network is born at step 0. A row of
-    the log sums up `every` steps (deaths, regrown) or holds their end (live, age).
+    the log sums up `every` steps (pruned, regrown) or holds their end (active, age).
 
     A position counts through the layers' weights, one layer after the other. The one after the
     last stands for nowhere and is never in a table: a method whose lists have a fixed length
@@ -113,21 +113,21 @@ class ConnectionLog:
         age = torch.where(live > 0, steps[:, None, None] - births / live.clamp(min=1), torch.nan)
         values = torch.cat([changes, live, age], dim=2)
         table = pd.DataFrame(values.flatten(0, 1).numpy(), columns=list(STEP_COLUMNS[2:]))
-        table = table.astype(dict.fromkeys(("deaths", "regrown", "live"), "int32"))
+        table = table.astype(dict.fromkeys(("pruned", "regrown", "active"), "int32"))
         table.insert(0, "layer", pd.Categorical(self.names * len(self.rows), self.names))
         table.insert(0, "step", steps.repeat_interleave(len(self.names)).numpy())
         return table
 
     def lifetimes(self) -> pd.DataFrame:
-        """How many regrown connections died at each age, and how many of each age live now."""
+        """Regrown connections by age: how many were pruned at it, how many are active with it."""
         self._take_in()
         born = self.born.cpu()
         ages = (self.step - born[born > 0]).long()
-        alive = torch.bincount(ages, minlength=len(self.died_at)).numpy()
-        died = np.zeros_like(alive)
-        died[: len(self.died_at)] = self.died_at.cpu()
-        table = pd.DataFrame({"age": np.arange(len(alive)), "died": died, "alive": alive})
-        return table[(table.died > 0) | (table.alive > 0)].reset_index(drop=True)
+        active = torch.bincount(ages, minlength=len(self.died_at)).numpy()
+        pruned = np.zeros_like(active)
+        pruned[: len(self.died_at)] = self.died_at.cpu()
+        table = pd.DataFrame({"age": np.arange(len(active)), "pruned": pruned, "active": active})
+        return table[(table.pruned > 0) | (table.active > 0)].reset_index(drop=True)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs."""

@@ -17,7 +17,7 @@ def keep_count(total: int, sparsity: float) -> int:
 
 
 def layer_keep_count(size: int, sparsity: float) -> int:
-    """Live weights of one layer when all layers have the same sparsity: n - int(sparsity * n).
+    """Nonzero weights of one layer when all layers have the same sparsity: n - int(sparsity * n).
 
     Source: inspire-group/hydra, behaviour of its top-k layers.
     """

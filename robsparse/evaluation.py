@@ -177,7 +177,7 @@ def in_words(record: Path) -> str:
     lines = [f"{row.attack:12s} {100 * row.accuracy:6.2f} %{_version(row)}" for row in rows]
     return "\n".join(
         [
-            f"{first.nonzero:,} of {first.prunable:,} prunable weights are live "
+            f"{first.nonzero:,} of {first.prunable:,} prunable weights are nonzero "
             f"(sparsity {first.sparsity_reached:.4f}); first {first.n_examples} test images, "
             f"{rows[-1].norm} eps {rows[-1].eps:.5g}",
             *lines,
@@ -463,7 +463,7 @@ def _training_columns(layout: Layout, cell: Cell, selection: Selection) -> dict[
         "forward_passes": cost["forward_passes"],
         "backward_passes": cost["backward_passes"],
         "train_seconds": cost["seconds"],
-        "peak_live_weights": cost["peak_live_weights"],
+        "peak_active_weights": cost["peak_active_weights"],
         "peak_memory_mb": cost["peak_memory_mb"],
         "train_device": cost["device"],
         "failure": record["failure"],

@@ -88,7 +88,7 @@ class Row(BaseModel):
     forward_passes: int | None = None
     backward_passes: int | None = None
     train_seconds: float | None = None
-    peak_live_weights: int | None = None
+    peak_active_weights: int | None = None
     peak_memory_mb: float | None = None
     train_device: str | None = None
     eval_device: str | None = None
@@ -124,8 +124,8 @@ CODE_PACKAGES = (
 )
 
 # Columns that a method's log has besides those of its cell; see robsparse.connections.
-STEP_COLUMNS = ("step", "layer", "deaths", "regrown", "live", "age")
-LIFETIME_COLUMNS = ("age", "died", "alive")
+STEP_COLUMNS = ("step", "layer", "pruned", "regrown", "active", "age")
+LIFETIME_COLUMNS = ("age", "pruned", "active")
 # What `robsparse collect` writes; MANIFEST has the checksums of the others.
 MANIFEST = "collected.json"
 COLLECTED = (
@@ -259,9 +259,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Record:
-    """One evaluation: result rows, live weights of each layer, and how large the weights are.
+    """One evaluation: result rows, nonzero weights of each layer, and how large the weights are.
 
-    layers: layer, size, nonzero, positions. histogram: counts of live prunable weights whose
+    layers: layer, size, nonzero, positions. histogram: counts of nonzero prunable weights whose
     magnitude is in [low, high). doubts: what robsparse.doubts measured. outcomes: checksum of the
     file of outcomes of the single images.
     """

@@ -36,7 +36,7 @@ def live_count(model: nn.Module) -> int:
 
 
 def layer_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
-    """Live weights of each layer when all have the same sparsity."""
+    """Nonzero weights of each layer when all have the same sparsity."""
     return {
         name: layer_keep_count(module.weight.numel(), sparsity)
         for name, module in prunable(model).items()
@@ -44,7 +44,7 @@ def layer_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
 
 
 def erk_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
-    """Live weights of each layer by Erdos-Renyi-Kernel shares; they sum to keep_count exactly.
+    """Nonzero weights of each layer by Erdos-Renyi-Kernel shares; they sum to keep_count exactly.
 
     A layer's density is proportional to (sum of its dimensions) / (product of its dimensions),
     capped at 1; what a capped layer cannot take goes to the others.
@@ -67,7 +67,7 @@ def erk_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
 
 
 def quota_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
-    """Live weights of each layer by ideal gas quotas; they sum to keep_count exactly.
+    """Nonzero weights of each layer by ideal gas quotas; they sum to keep_count exactly.
 
     A layer of n weights has density 1 / (1 + F n), with the one F that meets the budget: small
     layers stay denser than large ones.

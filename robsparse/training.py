@@ -386,7 +386,7 @@ class Trainer:
             "stage": stage.name,
             "lr": stage.fit.lr * stage.lr_factor(run.epoch * steps, steps),
             "loss": progress.loss_sum / steps,
-            "live_weights": live,
+            "active_weights": live,
         }
         validation = self.training.validation
         if run.epoch % validation.every == 0 or run.epoch + 1 == stage.fit.epochs:
@@ -422,7 +422,7 @@ class Trainer:
                 if name in point
             )
             print(
-                f"{stage.name} epoch {done}/{epochs}: {numbers} live {point['live_weights']}",
+                f"{stage.name} epoch {done}/{epochs}: {numbers} live {point['active_weights']}",
                 flush=True,
             )
 
@@ -534,7 +534,7 @@ class Trainer:
             "backward_passes": round(progress.backward_passes),
         }
         return {key: value + before.get(key, 0) for key, value in own.items()} | {
-            "peak_live_weights": max(progress.peak_live, before.get("peak_live_weights", 0)),
+            "peak_active_weights": max(progress.peak_live, before.get("peak_active_weights", 0)),
             "peak_memory_mb": max(peak_memory_mb(self.device), before.get("peak_memory_mb", 0.0)),
             "device": device_name(self.device)
             + precision_note(self.attacker.precision, self.run.precision),

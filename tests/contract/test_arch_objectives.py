@@ -67,4 +67,4 @@ def test_a_sampled_step_keeps_the_budget(arch):
         assert live_count(model) == budget
     log = run.connections.steps()
     assert set(log.layer) == set(prunable(model))
-    assert log[log.step == 2].live.sum() == budget
+    assert log[log.step == 2].active.sum() == budget

@@ -138,7 +138,7 @@ def test_best_val_is_the_first_of_the_best_epochs_at_the_target_sparsity(method,
     live = live_count(case.network(layout, "best_val"))
     best = record["selected"]["best_val"]
     own = record["curve"][-case.steps // case.batches :]
-    candidates = [point for point in own if point["live_weights"] == live]
+    candidates = [point for point in own if point["active_weights"] == live]
     if not registry.entry("method", method).literals.get("TRAINS_WEIGHTS", True):
         candidates = own  # it holds all weights throughout, and uses as many as asked
     first = max(candidates, key=lambda point: point["val_robust"])  # of equals the earliest
@@ -161,10 +161,10 @@ def test_curve_has_one_point_an_epoch_and_the_cost_counts_them(method, trained):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_peak_live_weights_tell_what_training_held(method, trained):
+def test_peak_active_weights_tell_what_training_held(method, trained):
     case, layout = trained(method)
     model = case.network(layout, "last")
-    peak, total = record_of(case, layout)["cost"]["peak_live_weights"], weight_count(model)
+    peak, total = record_of(case, layout)["cost"]["peak_active_weights"], weight_count(model)
     if case.study.starting_cell(case.cell) or is_dense(method):
         assert peak == total
     elif method in EXACT:

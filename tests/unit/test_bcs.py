@@ -37,7 +37,7 @@ def started(model, sparsity, *, seed=0, lr=0.1, sgd_momentum=0.9, **params):
 def last_step(run):
     """Deaths and regrowths of the step that was just taken, over all layers."""
     log = run.connections.steps()
-    return log[log.step == log.step.max()][["deaths", "regrown"]].sum().to_dict()
+    return log[log.step == log.step.max()][["pruned", "regrown"]].sum().to_dict()
 
 
 def step(stage, run, gradients):
@@ -80,7 +80,7 @@ def test_one_step_by_hand():
     assert regrown[0] in (1, 2, 3)
     if regrown[0] != 1:
         assert after[1] == pytest.approx(-0.05)
-    assert last_step(run) == {"deaths": 1, "regrown": 1}
+    assert last_step(run) == {"pruned": 1, "regrown": 1}
     assert live_count(model) == 2
 
 

@@ -70,7 +70,7 @@ def one_theta(values, *, sparsity, sgd=None, sign=None, **params):
 def last_step(run):
     """Deaths and regrowths of the step that was just taken, over all layers."""
     log = run.connections.steps()
-    return log[log.step == log.step.max()][["deaths", "regrown"]].sum().to_dict()
+    return log[log.step == log.step.max()][["pruned", "regrown"]].sum().to_dict()
 
 
 def fits(observed, expected=None):
@@ -114,7 +114,7 @@ def test_full_step_by_hand_with_signs_momentum_and_one_possible_regrowth():
     assert after[3] == pytest.approx(0.5)
     assert sorted(after[1:3]) == pytest.approx([0.0, 1e-12], abs=1e-15)
     assert max(after[1:3]) == pytest.approx(1e-12)
-    assert last_step(run) == {"deaths": 1, "regrown": 1}
+    assert last_step(run) == {"pruned": 1, "regrown": 1}
     assert model[0].weight.detach()[0, 0].item() == pytest.approx(-0.6)
     assert run.optimizer.state[theta]["momentum_buffer"][0].tolist() == [-1.0, 2.0, 0.0, -4.0]
 
@@ -169,7 +169,7 @@ def test_rewiring_is_silent_when_nothing_is_missing():
     state = run.generator.get_state()
     stage.before_step(run)
     stage.after_step(run)
-    assert last_step(run) == {"deaths": 0, "regrown": 0}
+    assert last_step(run) == {"pruned": 0, "regrown": 0}
     assert torch.equal(run.generator.get_state(), state)
 
 
@@ -286,7 +286,7 @@ def test_after_rewiring_the_live_set_is_fixed_and_its_weights_may_change_sign(re
     before = [module.weight.detach().clone() for module in prunable(model).values()]
     for _ in range(60):
         sgd_step(stage, run, 20 * (model(x) + x).square().mean())
-        assert last_step(run) == {"deaths": 0, "regrown": 0}
+        assert last_step(run) == {"pruned": 0, "regrown": 0}
     after = [module.weight.detach() for module in prunable(model).values()]
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old != 0, new != 0)
@@ -416,7 +416,7 @@ def test_budget_signs_and_zeros_hold_at_every_step_of_real_training(case):
         run.optimizer.step()
         stage.after_step(run)
         assert live_count(model) == budget
-        assert last_step(run)["regrown"] == last_step(run)["deaths"]
+        assert last_step(run)["regrown"] == last_step(run)["pruned"]
         state = plain_state(model)
         for name, sign, theta, was in zip(
             prunable(model), signs, thetas(model), before, strict=True
@@ -438,7 +438,7 @@ def test_authors_variant_is_topped_up_and_never_pruned(seed, sparsity):
     x = torch.rand(8, 6)
     for _ in range(6):
         sgd_step(stage, run, (model(x) - x).square().mean())
-        left = count - last_step(run)["deaths"]
+        left = count - last_step(run)["pruned"]
         assert live_count(model) >= max(left, budget)
         if last_step(run)["regrown"]:
             assert live_count(model) == budget
@@ -548,7 +548,7 @@ def test_step_gives_the_live_theta_of_every_layer_a_gradient(
         assert not theta.grad[~own].any()
 
 
-def test_peak_live_weights_tell_of_an_authors_start_above_the_budget(
+def test_peak_active_weights_tell_of_an_authors_start_above_the_budget(
     study_data, load_study, tmp_path
 ):
     study_data["grid"] |= {"methods": ["bcs"], "sparsities": [0.95], "objectives": ["natural"]}
@@ -561,5 +561,5 @@ def test_peak_live_weights_tell_of_an_authors_start_above_the_budget(
     assert started_with > keep_count(weight_count(run.model), 0.95)
     training.train_cell(study, cell, layout, device="cpu")
     record = json.loads(layout.training(cell).read_text())
-    assert record["curve"][-1]["live_weights"] < started_with  # else the test proves nothing
-    assert record["cost"]["peak_live_weights"] == started_with
+    assert record["curve"][-1]["active_weights"] < started_with  # else the test proves nothing
+    assert record["cost"]["peak_active_weights"] == started_with

@@ -253,8 +253,8 @@ def test_rewiring_in_the_benchmark_has_something_to_do(monkeypatch):
         side.work()
     [(_, run)] = made
     table = run.connections.steps()
-    assert table.deaths.sum() > 5
-    assert table.regrown.sum() >= table.deaths.sum()
+    assert table.pruned.sum() > 5
+    assert table.regrown.sum() >= table.pruned.sum()
 
 
 @pytest.mark.parametrize(

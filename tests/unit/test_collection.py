@@ -155,7 +155,7 @@ def test_missed_budget_is_marked_beyond_one_weight_a_layer(table):
     for nonzero, expected in ((95, True), (96, False), (104, False), (105, True)):
         marked = mark_missed_budgets(change(table, "pgd", nonzero=nonzero))
         index = where(table, "pgd")
-        assert marked.budget[index] == (f"{nonzero} live weights, 100 asked" if expected else "")
+        assert marked.budget[index] == (f"{nonzero} nonzero weights, 100 asked" if expected else "")
         assert (marked.budget.drop(index) == "").all()
 
 

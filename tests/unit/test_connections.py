@@ -69,16 +69,16 @@ def compare_with_slow_bookkeeping(seed, count, every):
     table = log.steps()
     assert len(table) == len(rows) * len(SIZES)
     for i, expected in enumerate(rows):
-        for name, (deaths, regrown, count_live, age) in expected.items():
+        for name, (pruned, regrown, active, age) in expected.items():
             found = table[(table.step == i * every) & (table.layer == name)].iloc[0]
-            assert (found.deaths, found.regrown, found.live) == (deaths, regrown, count_live)
+            assert (found.pruned, found.regrown, found.active) == (pruned, regrown, active)
             assert age is None or abs(found.age - age) < 1e-9
     ages = [step - birth for b in born.values() for birth in b.values() if birth]
     lifetimes = log.lifetimes()
-    assert lifetimes.died.sum() == len(died)
-    assert lifetimes.alive.sum() == len(ages)
+    assert lifetimes.pruned.sum() == len(died)
+    assert lifetimes.active.sum() == len(ages)
     for row in lifetimes.itertuples():
-        assert (row.died, row.alive) == (died.count(row.age), ages.count(row.age))
+        assert (row.pruned, row.active) == (died.count(row.age), ages.count(row.age))
 
 
 def test_tables_of_a_method_that_never_rewires_have_the_same_columns():

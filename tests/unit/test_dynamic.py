@@ -158,7 +158,7 @@ def test_live_weights_of_each_layer_never_change_in_number(name, net):
         )
     assert moved > 0
     log = run.connections.steps()
-    assert log.deaths.sum() == log.regrown.sum() == moved / 2
+    assert log.pruned.sum() == log.regrown.sum() == moved / 2
 
 
 @pytest.mark.parametrize("name", DYNAMIC)

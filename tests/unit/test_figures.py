@@ -107,7 +107,7 @@ class MadeUp:
         if steps:
             pd.concat(steps).to_parquet(self.layout.root / "steps.parquet")
             lived = pd.concat(steps).drop_duplicates([*tidy.SEEDED])
-            lived = lived.assign(age=3, died=2, alive=1)
+            lived = lived.assign(age=3, pruned=2, active=1)
             lived.to_parquet(self.layout.root / "lifetimes.parquet")
         self._overlap().to_csv(self.layout.root / "overlap.csv", index=False)
         self.vouch()
@@ -179,7 +179,7 @@ class MadeUp:
                 sparse_macs=1,
                 model_bytes=1,
                 epochs=self.epochs * (1 if cell.method == "dense" else 2),
-                peak_live_weights=nonzero if cell.method == "bcs" else size,
+                peak_active_weights=nonzero if cell.method == "bcs" else size,
                 train_device="cpu (1 thread)",
                 eval_device="cpu (1 thread)",
                 settings_digest="0" * 16,
@@ -217,7 +217,7 @@ class MadeUp:
             "lwm": [("pretrain", size, 1), ("finetune", live, 1)],
         }.get(cell.method, [("pretrain", size, 1), ("prune", size, 0.4), ("finetune", live, 0.6)])
         points = [
-            {"stage": stage, "live_weights": held}
+            {"stage": stage, "active_weights": held}
             for stage, held, share in stages
             for _ in range(round(share * self.epochs))
         ]
@@ -227,11 +227,11 @@ class MadeUp:
         """Two layers; step 0 is the initial network."""
         count = 2 * self.epochs * self.steps_per_epoch
         step = np.arange(count + 1)
-        deaths = np.random.default_rng(0).poisson(30 * 0.1 ** (3 * step // (count + 1)))
-        deaths[0] = 0
+        pruned = np.random.default_rng(0).poisson(30 * 0.1 ** (3 * step // (count + 1)))
+        pruned[0] = 0
         names = list(dict(self.layers))[:2]
-        one = pd.DataFrame({"step": step, "deaths": deaths, "regrown": deaths})
-        return pd.concat([one.assign(layer=name, live=10, age=step / 2.0) for name in names])
+        one = pd.DataFrame({"step": step, "pruned": pruned, "regrown": pruned})
+        return pd.concat([one.assign(layer=name, active=10, age=step / 2.0) for name in names])
 
 
 def correct(cell: Cell, selection: str, attack: str) -> int:
@@ -365,7 +365,7 @@ EDITS = {
     "interval": ("results.csv", {"ci_low": 0.001}, r"results\.csv: row 2, .*: ci_low = 0\.001"),
     "another column": ("results.csv", {"train_seconds": 1.0}, r"results\.csv: not as it was"),
     "layers": ("layers.csv", {"nonzero": 1}, r"layers\.csv: not as it was collected"),
-    "curves": ("curves.csv", {"live_weights": 1}, r"curves\.csv: not as it was collected"),
+    "curves": ("curves.csv", {"active_weights": 1}, r"curves\.csv: not as it was collected"),
 }
 
 
@@ -432,8 +432,8 @@ def test_means_and_spreads_are_those_of_hand_calculation(main):
     assert line["Clean (%)"] == "45.0 ± 7.1"
     assert line["PGD (%)"] == "35.0 ± 7.1"
     assert line["AutoAttack (%)"] == "30.0 ± 7.1"
-    assert line["Live weights"] == "40"
-    assert line["Peak live weights"] == "400"
+    assert line["Nonzero weights"] == "40"
+    assert line["Peak active weights"] == "400"
 
 
 def test_summary_holds_fractions_and_intervals(material):
@@ -588,7 +588,7 @@ def test_several_groups_get_a_table_and_a_row_of_panels_each(tmp_path):
     assert tables.main_markdown(material).count("\n| Dense") == 4
     assert tables.main_latex(material).count(r"\begin{tabular}") == 2
     assert len(finals.robust_accuracy(material).axes) == 2
-    assert len(curves.live_weights(material).axes) == 4
+    assert len(curves.active_weights(material).axes) == 4
 
 
 # ------------------------------------------------------------------ components and comparison
@@ -715,8 +715,8 @@ def test_without_outcome_files_there_are_means_but_no_intervals(tmp_path):
     assert set(table["Verdict"]) == {"n/a"}
 
 
-def test_live_weights_start_dense_for_all_but_bcs(material):
-    figure = curves.live_weights(material)
+def test_active_weights_start_dense_for_all_but_bcs(material):
+    figure = curves.active_weights(material)
     panel = figure.axes[0]
     lwm, bcs = drawn(panel, "LWM"), drawn(panel, "BCS")
     assert lwm.get_xdata().tolist() == list(range(9))
@@ -734,7 +734,7 @@ def test_layer_density_is_live_over_size(material):
     assert [text.get_text() for text in panel.get_xticklabels()] == ["1\n40", "2\n160", "3\n200"]
 
 
-def test_a_layer_without_live_weights_is_still_seen(tmp_path):
+def test_a_layer_without_nonzero_weights_is_still_seen(tmp_path):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     layers = pd.read_csv(layout.root / "layers.csv")
@@ -771,7 +771,7 @@ def test_empty_tables_give_figures_in_words(tmp_path, name):
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     (layout.root / name).write_text("\n")
     material = summary.gather(study, layout, tidy.read(layout.root))
-    draw = {"layers.csv": finals.layer_density, "curves.csv": curves.live_weights}[name]
+    draw = {"layers.csv": finals.layer_density, "curves.csv": curves.active_weights}[name]
     assert "have been collected" in words(draw(material))
 
 
@@ -825,7 +825,7 @@ def test_overlap_shows_overlap_and_chance_of_every_pair(material):
     assert figure.axes[0].images[0].get_array().shape == (2, 2)
 
 
-def test_magnitudes_are_shares_of_the_live_weights(material):
+def test_magnitudes_are_shares_of_the_nonzero_weights(material):
     figure = connections.weight_magnitudes(material)
     line = drawn(figure.axes[0], "BCS")
     assert line.get_ydata().max() == pytest.approx(100)  # all made-up weights are in one bin
@@ -867,8 +867,8 @@ def test_a_missed_budget_is_marked(tmp_path):
     material = prepare(tmp_path, layers=[("0", 40), ("3", 160), ("11", 201)])
     [group] = tidy.groups(material.study)
     assert not tables.main(material, group)["Clean (%)"].str.contains(notes.MISSED).any()
-    material.summary.loc[2, "budget"] = "seed 0: 50 live weights, 40 asked"
-    assert "50 live weights, 40 asked" in " ".join(notes.marks(material, group))
+    material.summary.loc[2, "budget"] = "seed 0: 50 nonzero weights, 40 asked"
+    assert "50 nonzero weights, 40 asked" in " ".join(notes.marks(material, group))
     assert tables.main(material, group)["Clean (%)"][2].endswith(notes.MISSED)
 
 
@@ -903,7 +903,7 @@ def test_blocks_with_other_sparsities_leave_panels_out(tmp_path):
     study = config.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     material = summary.gather(study, layout, tidy.read(layout.root))
-    visible = [panel.get_visible() for panel in curves.live_weights(material).axes]
+    visible = [panel.get_visible() for panel in curves.active_weights(material).axes]
     assert visible == [True, False, False, True]
     first, second = tidy.groups(study)
     assert tidy.sparsities(study, second) == [0.95]
@@ -1096,4 +1096,4 @@ def test_failed_networks_are_printed_as_failed(tmp_path):
 def test_cost_table_and_plot_show_every_line(material, group):
     table = tables.cost_table(material, group)
     assert len(table) == len(tidy.lines(material.study, group))
-    assert set(table["Peak live weights"][table.Method == "BCS"]) != {"n/a"}
+    assert set(table["Peak active weights"][table.Method == "BCS"]) != {"n/a"}

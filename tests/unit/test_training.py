@@ -111,7 +111,7 @@ def test_dense_training_equals_a_slow_loop(decay, schedule, study_data, one):
     assert [point["loss"] for point in curve] == pytest.approx(losses, rel=1e-3)
     halfway = {"cosine": 0.5, "step": 0.1}[schedule]
     assert [point["lr"] for point in curve] == pytest.approx([0.05, 0.05 * halfway])
-    assert {point["live_weights"] for point in curve} == {weight_count(model)}
+    assert {point["active_weights"] for point in curve} == {weight_count(model)}
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
@@ -354,7 +354,7 @@ def test_cost_counts_the_dense_start_too(method, pruned):
     batches = len(fresh(study, cell)[1].train) // study.training.batch_size
     passes = batches * (study.training.crafting.steps + 1)
     assert own["cost"]["forward_passes"] == passes * (1 + stages)
-    assert own["cost"]["peak_live_weights"] == weight_count(load(study, cell, layout))
+    assert own["cost"]["peak_active_weights"] == weight_count(load(study, cell, layout))
 
 
 # ---------------------------------------------------------------- validation
@@ -535,8 +535,8 @@ def test_networks_are_validated_every_so_many_epochs_and_at_the_end(told, study_
 
 
 @pytest.mark.parametrize("largest", range(6))
-def test_peak_live_weights_are_those_of_any_stage_and_epoch(largest, one, monkeypatch):
-    """Live weights are counted at the start of each of two stages and after their two epochs."""
+def test_peak_active_weights_are_those_of_any_stage_and_epoch(largest, one, monkeypatch):
+    """Nonzero weights are counted at the start of each of two stages and after their two epochs."""
     counts = [7] * 6
     counts[largest] = 9
 
@@ -549,7 +549,7 @@ def test_peak_live_weights_are_those_of_any_stage_and_epoch(largest, one, monkey
     study, cell, layout = one("dense", objectives=["natural"])
     training.train_cell(study, cell, layout, device="cpu")
     record = json.loads(layout.training(cell).read_text())
-    assert record["cost"]["peak_live_weights"] == 9
+    assert record["cost"]["peak_active_weights"] == 9
     assert not counts
 
 

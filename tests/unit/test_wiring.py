@@ -299,7 +299,7 @@ def test_a_step_never_makes_the_host_wait_for_the_gpu(switches):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     counted = sum(int((theta > 0).sum()) for theta in bcs.thetas(run.model))
-    assert run.connections.steps().groupby("step").live.sum().iloc[-1] == counted
+    assert run.connections.steps().groupby("step").active.sum().iloc[-1] == counted
     assert counted >= stage.wiring.budget - 2
 
 
@@ -313,13 +313,13 @@ def test_both_ways_keep_the_log_of_a_training_true(switches, monkeypatch):
             for _ in range(steps):
                 step()
         log = run.connections.steps()
-        live = log[log.step == steps + 1].set_index("layer").live
+        live = log[log.step == steps + 1].set_index("layer").active
         for name, theta in zip(live.index, bcs.thetas(run.model), strict=True):
             assert live[name] == int((theta > 0).sum())
         lifetimes = run.connections.lifetimes()
-        assert lifetimes.died.sum() + lifetimes.alive.sum() == log.regrown.sum()
+        assert lifetimes.pruned.sum() + lifetimes.active.sum() == log.regrown.sum()
         logs[exact] = log
-    one, two = (log.groupby("step")[["deaths", "regrown"]].sum().sum() for log in logs.values())
+    one, two = (log.groupby("step")[["pruned", "regrown"]].sum().sum() for log in logs.values())
     print(f"deaths and regrown: exact {one.tolist()}, blind {two.tolist()}")
-    assert two.deaths == pytest.approx(one.deaths, rel=0.1)
+    assert two.pruned == pytest.approx(one.pruned, rel=0.1)
     assert two.regrown == pytest.approx(one.regrown, rel=0.1)

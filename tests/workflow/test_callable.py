@@ -71,7 +71,7 @@ def evaluate(project, *words, **options):
 def test_a_function_gives_the_network(nets):
     done = evaluate(nets, "--callable", "nets:linear", attacks="clean,pgd,fgsm,fmn,square")
     assert done.returncode == 0, done.stderr
-    assert "640 of 640 prunable weights are live" in done.stdout
+    assert "640 of 640 prunable weights are nonzero" in done.stdout
     path = nets.root / "results/callable/nets.linear.evaluation.json"
     assert str(path.relative_to(nets.root)) in done.stdout
     record = json.loads(path.read_text())

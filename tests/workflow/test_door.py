@@ -245,7 +245,7 @@ def test_a_file_is_evaluated_without_a_study(narrow, project):
     done = evaluate(project, "--weights", path)
     assert done.returncode == 0, done.stderr
     total = sum(value.numel() for value in state.values() if value.ndim > 1)
-    assert f"{total:,} of {total:,} prunable weights are live" in done.stdout
+    assert f"{total:,} of {total:,} prunable weights are nonzero" in done.stdout
     assert "clean" in done.stdout
     record = json.loads(path.with_name("weights.pt.evaluation.json").read_text())
     assert {row["attack"] for row in record["rows"]} == {"clean", "pgd"}
