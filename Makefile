@@ -1,7 +1,9 @@
 # Two commands, each doing all its own set-up:
 #   make reproduce   train, attack and report the default study (config/quick.yaml)
 #   make test        run every test and check
-# Others: make install, make reference (keep a finished run for the README), make clean. PYTHON=python3.12 picks another interpreter (3.11 or newer).
+# Others: make style (the checks of style, imports and types), make types, make install,
+# make reference (keep a finished run for the README), make clean. PYTHON=python3.12 picks another
+# interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,13 +11,19 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: reproduce test install reference clean
+.PHONY: reproduce test style types install reference clean
 
 reproduce: $(INSTALLED)
 	snakemake --cores all
 
 test: $(INSTALLED)
 	python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+style: $(INSTALLED)
+	pre-commit run --all-files
+
+types: $(INSTALLED)
+	pre-commit run --all-files types
 
 install: $(INSTALLED)
 

@@ -24,12 +24,13 @@ Differs from the authors' code, and the switch that brings their behaviour back:
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from robsparse.config import Fit, Share, Strict
 from robsparse.counts import layer_keep_count
-from robsparse.sparsity import prunable, rankable, top_k_mask
+from robsparse.sparsity import Prunable, prunable, rankable, top_k_mask
 from robsparse.stages import FixedMaskStage, Run, Stage
 
 LABEL = "ADMM"
@@ -108,7 +109,8 @@ class AdmmStage(Stage):
             (self._differentiated(module.weight) - self.Z[name] + self.U[name]).square().sum()
             for name, module in pruned(run.model, self.params).items()
         )
-        return 0.5 * self.rho * sum(gaps)
+        zero = torch.zeros((), device=next(run.model.parameters()).device)
+        return 0.5 * self.rho * sum(gaps, zero)
 
     def _differentiated(self, weight: Tensor) -> Tensor:
         """The weights as the penalty sees them: as often in its gradient as U was built of them."""
@@ -131,7 +133,7 @@ class AdmmStage(Stage):
                 mine[name] = value.to(mine[name].device)
 
 
-def pruned(model: nn.Module, params: Params) -> dict[str, nn.Module]:
+def pruned(model: nn.Module, params: Params) -> dict[str, Prunable]:
     """The layers that are pruned, by name."""
     return {
         name: module

@@ -5,6 +5,8 @@ Frankle and Carbin, ICLR 2019, appendix I. LWM keeps the same share of every lay
 A layer may lose all of its weights; the density plot shows it.
 """
 
+from torch import Tensor
+
 from robsparse.config import Finetune, Strict
 from robsparse.counts import keep_count
 from robsparse.sparsity import global_masks, prunable, weight_count
@@ -20,7 +22,7 @@ class Params(Strict):
     finetune: Finetune = Finetune()
 
 
-def masks(run: Run):
+def masks(run: Run) -> dict[str, Tensor]:
     """The largest |w| of all layers together, to exactly the budget."""
     sizes = {name: module.weight.detach().abs() for name, module in prunable(run.model).items()}
     return global_masks(sizes, keep_count(weight_count(run.model), run.sparsity))

@@ -10,7 +10,9 @@ fall below it).
 
 from typing import Any
 
+import torch
 from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
 
 from robsparse.config import FromScratch, Share, Strict
 from robsparse.dynamic import MaskedStage, masked_layers, set_masks
@@ -44,10 +46,10 @@ class GradualStage(MaskedStage):
         super().__init__(params.train)
         self.params = params
 
-    def initial_masks(self, run: Run):
+    def initial_masks(self, run: Run) -> dict[str, Tensor]:
         """All weights."""
         return {
-            name: module.weight.new_ones(module.weight.shape, dtype=bool)
+            name: torch.ones_like(module.weight, dtype=torch.bool)
             for name, module in prunable(run.model).items()
         }
 

@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 from robsparse.config import Finetune, Fit, Share, Strict
 from robsparse.counts import density, keep_count, round_to_sum
 from robsparse.scores import all_but_weights, scaled_scores
-from robsparse.sparsity import prunable, top_k_mask, weight_count
+from robsparse.sparsity import Prunable, parametrisation, prunable, top_k_mask, weight_count
 from robsparse.stages import FixedMaskStage, Run, Stage, remaining_weights
 
 LABEL = "HARP"
@@ -70,12 +70,12 @@ class _TopShare(torch.autograd.Function):
     """Mask of the largest scores; its gradient goes to the scores, the sum of it to the share."""
 
     @staticmethod
-    def forward(ctx, magnitude: Tensor, share: Tensor) -> Tensor:
+    def forward(ctx: Any, magnitude: Tensor, share: Tensor) -> Tensor:
         count = magnitude.numel() - int((1 - share.item()) * magnitude.numel())
         return top_k_mask(magnitude, max(1, count)).to(magnitude.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, gradient.sum()
 
 
@@ -136,7 +136,8 @@ class PruneStage(Stage):
 
     def excess(self, run: Run) -> Tensor:
         """How far the kept share of all weights is above the target density, relative to it."""
-        kept = sum(m.weight.numel() * mask.share() for m, mask in rated(run.model))
+        shares = (m.weight.numel() * mask.share() for m, mask in rated(run.model))
+        kept = sum(shares, torch.zeros((), device=next(run.model.parameters()).device))
         return torch.relu(kept / weight_count(run.model) / density(run.sparsity) - 1)
 
     def penalty(self, run: Run) -> Tensor:
@@ -165,9 +166,9 @@ class PruneStage(Stage):
         self.gamma, self.settled = state["gamma"], state["settled"]
 
 
-def rated(model: nn.Module) -> list[tuple[nn.Module, RatedMask]]:
+def rated(model: nn.Module) -> list[tuple[Prunable, RatedMask]]:
     """Each prunable layer with its mask."""
-    return [(m, m.parametrizations.weight[0]) for m in prunable(model).values()]
+    return [(m, parametrisation(m, RatedMask)) for m in prunable(model).values()]
 
 
 def stages(params: Params) -> list[Stage]:

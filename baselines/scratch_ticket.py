@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from robsparse.config import FromScratch, Strict
 from robsparse.scores import all_but_weights, straight_through_mask
-from robsparse.sparsity import layer_keep_counts, prunable, weight_count
+from robsparse.sparsity import layer_keep_counts, parametrisation, prunable, weight_count
 from robsparse.stages import Run, Stage
 
 LABEL = "Robust scratch ticket"
@@ -84,7 +84,7 @@ class PopupStage(Stage):
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         if self.params.batch_norm == "trained":
             return all_but_weights(model)
-        return [m.parametrizations.weight[0].score for m in prunable(model).values()]
+        return [parametrisation(m, PopupMask).score for m in prunable(model).values()]
 
     def active_weights(self, run: Run) -> int:
         # Every weight has a score that gets a gradient: the dense network is still there.

@@ -4,6 +4,8 @@ Source: RigL (Evci et al., ICML 2020), its baseline "static" with the distributi
 What rewiring is worth is the difference to this.
 """
 
+from torch import Tensor
+
 from robsparse.config import FromScratch, Strict
 from robsparse.sparsity import erk_keep_counts, random_masks
 from robsparse.stages import FixedMaskStage, Run, Stage
@@ -17,7 +19,7 @@ class Params(Strict):
     train: FromScratch = FromScratch()
 
 
-def masks(run: Run):
+def masks(run: Run) -> dict[str, Tensor]:
     """Random positions, shares by layer size."""
     return random_masks(run.model, erk_keep_counts(run.model, run.sparsity), run.generator)
 

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from robsparse.config import FromScratch, Share, Strict
 from robsparse.counts import keep_count
-from robsparse.sparsity import global_masks, prunable, weight_count
+from robsparse.sparsity import global_masks, parametrisation, prunable, weight_count
 from robsparse.stages import Run, Stage
 
 LABEL = "TwinRep"
@@ -50,6 +50,8 @@ class Params(Strict):
 
 class TwinMask(nn.Module):
     """Parametrisation w -> w * a * mask with a trained factor `a`."""
+
+    mask: Tensor
 
     def __init__(self, weight: Tensor, generator: torch.Generator) -> None:
         super().__init__()
@@ -83,12 +85,12 @@ class TwinStage(Stage):
         sizes = {name: m.weight.detach().abs() for name, m in prunable(run.model).items()}
         masks = global_masks(sizes, keep_count(weight_count(run.model), run.sparsity))
         for name, module in prunable(run.model).items():
-            module.parametrizations.weight[0].mask.copy_(masks[name])
+            parametrisation(module, TwinMask).mask.copy_(masks[name])
         self.selectable = True
 
     def active_weights(self, run: Run) -> int:
         return sum(
-            int(m.parametrizations.weight[0].mask.sum()) for m in prunable(run.model).values()
+            int(parametrisation(m, TwinMask).mask.sum()) for m in prunable(run.model).values()
         )
 
     def state(self) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     _add_machine(command)
 
 
-def _add_selection(command: argparse.ArgumentParser) -> None:
+def _add_selection(command: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     command.add_argument(
         "--selection",
         default="best_val",
@@ -341,7 +341,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate_single(arguments: argparse.Namespace) -> None:
-    wanted = ("weights", "zoo", "callable", "arch", "arch_option", "match", "mean", "std")
+    wanted: tuple[str, ...] = (
+        "weights",
+        "zoo",
+        "callable",
+        "arch",
+        "arch_option",
+        "match",
+        "mean",
+        "std",
+    )
     wanted += ("dataset", "data_dir", "norm", "eps", "n_examples", "batch_size")
     options = {name: getattr(arguments, name) for name in wanted}
     attacks = [name.strip() for name in arguments.attacks.split(",")]

@@ -34,6 +34,8 @@ class OpenMask(nn.Module):
     The stage must take that gradient away before the optimiser sees it: `MaskedStage` does.
     """
 
+    mask: Tensor
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)

@@ -6,11 +6,11 @@ No torch in here.
 import ast
 import zipfile
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from robsparse.fields import Strict
+from robsparse.fields import PLACE, Strict
 
 
 class Augmentation(Strict):
@@ -62,6 +62,15 @@ class Images(Strict):
         """Of a data set of so many training images, of which some are held out, and test images."""
         held_out = self.validation_examples
         return Description(image_shape, classes, train - held_out, held_out, test)
+
+
+class Downloaded(Images):
+    """A data set that torchvision downloads. data_dir: where it is, or is downloaded to."""
+
+    classes: ClassVar[int]
+
+    data_dir: Annotated[str, PLACE] = "data"
+    validation_examples: int = Field(2000, ge=10, le=25000)
 
 
 def shapes_in_npz(path: str) -> dict[str, tuple[int, ...]]:

@@ -40,7 +40,9 @@ def pick_precision(wanted: str, device: torch.device) -> str:
 
 
 def _has_amx() -> bool:
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.10
+    known: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # not there before torch 2.10
     return bool(known.get("amx_bf16", False))
 
 

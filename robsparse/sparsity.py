@@ -5,6 +5,7 @@ last layer included; biases and batch norm are not.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,14 +15,37 @@ from torch.nn.utils import parametrize
 from robsparse.counts import keep_count, layer_keep_count, round_to_sum
 from robsparse.errors import TrainingError
 
+Prunable = nn.Conv2d | nn.Linear
+Kind = TypeVar("Kind", bound=nn.Module)
 
-def prunable(model: nn.Module) -> dict[str, nn.Module]:
+
+def prunable(model: nn.Module) -> dict[str, Prunable]:
     """The modules whose `.weight` is prunable, by name, in forward order of definition."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    }
+    return {name: module for name, module in model.named_modules() if isinstance(module, Prunable)}
+
+
+def trained_weight(module: Prunable) -> nn.Parameter:
+    """The parameter behind a parametrised weight: what the optimiser changes."""
+    return cast(nn.Parameter, _parametrisations(module).original)
+
+
+def gradient(weight: Tensor) -> Tensor:
+    """The gradient of a parameter that the loss depends on, once it has been differentiated."""
+    assert weight.grad is not None
+    return weight.grad
+
+
+def parametrisation(module: Prunable, kind: type[Kind]) -> Kind:
+    """The parametrisation of a layer's weight. Raises TypeError if it is of another kind."""
+    found = _parametrisations(module)[0]
+    if not isinstance(found, kind):
+        raise TypeError(f"expected a weight behind {kind.__name__}, found {type(found).__name__}")
+    return found
+
+
+def _parametrisations(module: Prunable) -> parametrize.ParametrizationList:
+    named = cast(nn.ModuleDict, module.parametrizations)
+    return cast(parametrize.ParametrizationList, named["weight"])
 
 
 def weight_count(model: nn.Module) -> int:
@@ -116,6 +140,7 @@ def top_k_mask(score: Tensor, k: int) -> Tensor:
     flat = rankable(score.detach().flatten())
     if k == 0:
         return torch.zeros_like(score, dtype=torch.bool)
+    smallest: Tensor | float
     if flat.is_cuda:
         smallest = flat.topk(k, sorted=False).values.min()
     else:  # NumPy selects ten times as fast as torch
@@ -128,6 +153,8 @@ def top_k_mask(score: Tensor, k: int) -> Tensor:
 
 class Masked(nn.Module):
     """Parametrisation w -> w * mask with a fixed mask: zeros stay zero, their gradient too."""
+
+    mask: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()

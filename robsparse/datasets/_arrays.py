@@ -29,7 +29,8 @@ def held_out(part: Part, params: Images, name: str) -> tuple[Part, Part]:
             f"datasets.{name}.validation_examples = {params.validation_examples}: cannot be held "
             f"out of {len(part)} training images ({error})"
         ) from None
-    return tuple(Part(part.x_NCHW[i], part.y_N[i]) for i in map(torch.tensor, (train, validation)))
+    kept, held = torch.tensor(train), torch.tensor(validation)
+    return Part(part.x_NCHW[kept], part.y_N[kept]), Part(part.x_NCHW[held], part.y_N[held])
 
 
 def as_part(images: np.ndarray, labels: np.ndarray, where: str, classes: int | None = None) -> Part:

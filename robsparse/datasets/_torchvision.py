@@ -10,11 +10,11 @@ from pydantic import BaseModel
 from robsparse.datasets import Splits
 from robsparse.datasets._arrays import as_part, held_out
 from robsparse.errors import UsageError
-from robsparse.imagesets import Images
+from robsparse.imagesets import Downloaded
 from robsparse.thirdparty.torchvision_repair import import_torchvision
 
 
-def load(name: str, class_name: str, params: Images, **which: Any) -> Splits:
+def load(name: str, class_name: str, params: Downloaded, **which: Any) -> Splits:
     """Official training and test images of a data set; validation images come out of the former.
 
     name: as in a study. class_name: torchvision's. which: for "train" and "test", the arguments
@@ -22,15 +22,15 @@ def load(name: str, class_name: str, params: Images, **which: Any) -> Splits:
 
     Raises UsageError that names the ways to supply the data when it is neither there nor to be had.
     """
-    classes = params.description().classes
     make = getattr(import_torchvision().datasets, class_name)
     folder = Path(params.data_dir)
     parts = {}
     for part in ("train", "test"):
         found = _present(make, name, folder, params, which[part])
         images, labels = np.asarray(found.data), _labels(found)
-        parts[part] = as_part(images, labels, f"{folder}: {name}, {part}", classes)
-    return Splits(*held_out(parts["train"], params, name), parts["test"], classes=classes)
+        where = f"{folder}: {name}, {part}"
+        parts[part] = as_part(images, labels, where, params.classes)
+    return Splits(*held_out(parts["train"], params, name), parts["test"], classes=params.classes)
 
 
 def _present(make: Any, name: str, folder: Path, params: BaseModel, which: dict[str, Any]) -> Any:

@@ -3,25 +3,21 @@
 Source: Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
 """
 
-from typing import Annotated
-
-from pydantic import Field
+from typing import ClassVar
 
 from robsparse.datasets import Splits, _torchvision
-from robsparse.fields import PLACE
-from robsparse.imagesets import Augmentation, Description, Images
+from robsparse.imagesets import Augmentation, Description, Downloaded
 
 
-class Params(Images):
+class Params(Downloaded):
     """data_dir: where cifar-100-python/ or its archive is, or is downloaded to."""
 
-    data_dir: Annotated[str, PLACE] = "data"
-    validation_examples: int = Field(2000, ge=10, le=25000)
+    classes: ClassVar[int] = 100
     augmentation: Augmentation = Augmentation(kind="shift", flip=True)
 
     def description(self) -> Description:
         """Known without the images."""
-        return self.described((3, 32, 32), 100, train=50_000, test=10_000)
+        return self.described((3, 32, 32), self.classes, train=50_000, test=10_000)
 
 
 def load(params: Params) -> Splits:

@@ -44,7 +44,8 @@ def load(params: Params) -> Splits:
     )
     x_NCHW = torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1)
     y_N = torch.tensor(digits.target, dtype=torch.int64)
-    parts = (
-        Part(x_NCHW[index], y_N[index]) for index in map(torch.tensor, (train, validation, test))
+    parts = {"train": train, "validation": validation, "test": test}
+    indices = {name: torch.tensor(index) for name, index in parts.items()}
+    return Splits(
+        **{name: Part(x_NCHW[index], y_N[index]) for name, index in indices.items()}, classes=10
     )
-    return Splits(*parts, classes=10)

@@ -6,13 +6,10 @@ Source: Xiao, Rasul, Vollgraf, arXiv 1708.07747.
 import gzip
 import shutil
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
+from typing import ClassVar
 
 from robsparse.datasets import Splits, _torchvision
-from robsparse.fields import PLACE
-from robsparse.imagesets import Augmentation, Description, Images
+from robsparse.imagesets import Augmentation, Description, Downloaded
 from robsparse.records import atomic
 
 # Where Debian's package dataset-fashion-mnist puts the four .gz files.
@@ -22,20 +19,19 @@ FILES = tuple(
 )
 
 
-class Params(Images):
+class Params(Downloaded):
     """data_dir: where FashionMNIST/raw/ is, or is put.
 
     The four .gz files of the data set may also lie in data_dir itself, or be those of Debian's
     package dataset-fashion-mnist.
     """
 
-    data_dir: Annotated[str, PLACE] = "data"
-    validation_examples: int = Field(2000, ge=10, le=25000)
+    classes: ClassVar[int] = 10
     augmentation: Augmentation = Augmentation(kind="shift", flip=True)
 
     def description(self) -> Description:
         """Known without the images."""
-        return self.described((1, 28, 28), 10, train=60_000, test=10_000)
+        return self.described((1, 28, 28), self.classes, train=60_000, test=10_000)
 
 
 def load(params: Params) -> Splits:

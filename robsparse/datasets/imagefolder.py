@@ -7,7 +7,7 @@ by the content of all images, so that a changed image is never missed.
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import filelock
 import numpy as np
@@ -99,7 +99,7 @@ def _decoded(
         raise UsageError(f"{cache_dir}: cannot keep decoded images here ({error})") from None
     with filelock.FileLock(cache.with_suffix(".lock")):  # one of several jobs decodes
         if not cache.exists():
-            arrays = _decode(files)
+            arrays: dict[str, Any] = dict(_decode(files))
             with atomic(cache) as temporary, temporary.open("wb") as handle:
                 np.savez(handle, **arrays)
     with np.load(cache, allow_pickle=False) as stored:

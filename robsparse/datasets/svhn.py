@@ -3,28 +3,24 @@
 Source: Netzer et al., "Reading digits in natural images with unsupervised feature learning", 2011.
 """
 
-from typing import Annotated
-
-from pydantic import Field
+from typing import ClassVar
 
 from robsparse.datasets import Splits, _torchvision
-from robsparse.fields import PLACE
-from robsparse.imagesets import Augmentation, Description, Images
+from robsparse.imagesets import Augmentation, Description, Downloaded
 
 
-class Params(Images):
+class Params(Downloaded):
     """data_dir: where train_32x32.mat and test_32x32.mat are, or are downloaded to.
 
     Digits are not mirrored; `augmentation: {kind: shift, flip: true}` does, as the BCS authors do.
     """
 
-    data_dir: Annotated[str, PLACE] = "data"
-    validation_examples: int = Field(2000, ge=10, le=25000)
+    classes: ClassVar[int] = 10
     augmentation: Augmentation = Augmentation(kind="shift", flip=False)
 
     def description(self) -> Description:
         """Known without the images."""
-        return self.described((3, 32, 32), 10, train=73_257, test=26_032)
+        return self.described((3, 32, 32), self.classes, train=73_257, test=26_032)
 
 
 def load(params: Params) -> Splits:

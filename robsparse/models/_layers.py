@@ -17,6 +17,9 @@ class Normalise(nn.Module):
     trained behind a normalisation are therefore refused by a network without one.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))

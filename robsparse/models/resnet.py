@@ -64,7 +64,7 @@ class Bottleneck(nn.Module):
 
 
 # The block and how many of them each of the four stages has.
-STAGES = {
+STAGES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),

@@ -2,14 +2,16 @@
 
 import os
 import re
-import shutil
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
+import one_tree
 from robsparse.cli import main
 
 BIN = Path(sys.executable).parent
@@ -46,32 +48,46 @@ def run(*words, cwd, **environment):
     )
 
 
-# ---------------------------------------------------------------- style
+# ---------------------------------------------------------------- style, imports, types
+
+PRE_COMMIT = yaml.safe_load((one_tree.ROOT / ".pre-commit-config.yaml").read_text())
+HOOKS = {hook["id"]: hook for repo in PRE_COMMIT["repos"] for hook in repo["hooks"]}
 
 
-@pytest.mark.parametrize("words", [("check", "--no-cache"), ("format", "--check", "--no-cache")])
-def test_ruff_is_content(words, repository):
-    done = run("ruff", *words, ".", cwd=repository)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_check_that_runs_before_a_commit_passes(hook, repository):
+    done = run(*shlex.split(HOOKS[hook]["entry"]), cwd=repository)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_snakefmt_is_content(repository):
-    done = run("snakefmt", "--check", "Snakefile", "rules", cwd=repository)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_checks_before_a_commit_are_local_and_of_the_whole_checkout():
+    assert set(HOOKS) == {"ruff-check", "ruff-format", "snakefmt", "imports", "types"}
+    assert {repo["repo"] for repo in PRE_COMMIT["repos"]} == {"local"}  # nothing is fetched
+    for hook in HOOKS.values():
+        assert (hook["language"], hook["pass_filenames"]) == ("system", False)
+
+
+def test_wrong_types_are_found(mirror, repository):
+    lines = {
+        "def untyped(x): return x": "no-untyped-def",
+        "number: int = 'one'": "assignment",
+        "def absent(x: int = None) -> int: return x": "assignment",
+        "import torch  # type: ignore": "unused-ignore",
+        "from robsparse.method import bcs; bcs.stages(1)": "arg-type",
+    }
+    plant(mirror, "baselines.lwm", "\n".join(lines))
+    places = {"PYTHONPATH": str(mirror), "MYPY_CACHE_DIR": str(repository / ".mypy_cache")}
+    done = run("mypy", "-m", "robsparse.baselines.lwm", cwd=mirror, **places)
+    assert re.findall(r"\[([a-z-]+)\]\n", done.stdout) == list(lines.values())
 
 
 # ---------------------------------------------------------------- imports
 
 
 @pytest.fixture
-def mirror(repository, tmp_path):
-    """The package as one tree: import-linter cannot follow the map of folders to sub-packages."""
-    ignored = shutil.ignore_patterns("__pycache__")
-    package = tmp_path / "robsparse"
-    shutil.copytree(repository / "robsparse", package, ignore=ignored)
-    for room in ROOMS:
-        shutil.copytree(repository / room, package / room, ignore=ignored)
-    shutil.copy(repository / "pyproject.toml", tmp_path)
+def mirror(tmp_path):
+    """The package as one tree, to be changed by a test."""
+    one_tree.build(tmp_path)
     return tmp_path
 
 
