@@ -9,7 +9,6 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from robsparse import records
 from robsparse.cells import Layout
 from robsparse.config import Study
 from robsparse.figures import (
@@ -39,6 +38,7 @@ from robsparse.figures.notes import (
 )
 from robsparse.figures.summary import STRONGEST, Material, gather
 from robsparse.figures.tidy import Group, groups, seeds, sparsities
+from robsparse.files import atomic
 
 _DRAW: dict[str, tuple[Callable[[Material], Figure], str]] = {
     "robust_accuracy": (finals.robust_accuracy, "Robust accuracy against sparsity"),
@@ -137,7 +137,7 @@ def _plot_names(study: Study) -> list[str]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with records.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

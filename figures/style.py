@@ -18,11 +18,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from robsparse import records
 from robsparse.config import Study
 from robsparse.figures.notes import SUSPICIOUS, percent
 from robsparse.figures.summary import Material
 from robsparse.figures.tidy import Group, groups, methods, sparsities
+from robsparse.files import atomic
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; yellow, the faintest, is last.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
@@ -185,5 +185,5 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG or PDF, whole or not at all, with the same bytes each time."""
     suffix = path.suffix.removeprefix(".")
     nameless = {"pdf": {"CreationDate": None}, "png": {"Software": None}}[suffix]
-    with records.atomic(path) as temporary:
+    with atomic(path) as temporary:
         figure.savefig(temporary, format=suffix, metadata=nameless)

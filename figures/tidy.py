@@ -12,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from robsparse import records
 from robsparse.cells import Cell, Layout
+from robsparse.columns import LIFETIME_COLUMNS, MANIFEST, OVERLAP_COLUMNS, STEP_COLUMNS
 from robsparse.config import Study
 from robsparse.errors import UsageError
-from robsparse.records import LIFETIME_COLUMNS, OVERLAP_COLUMNS, STEP_COLUMNS, Row
+from robsparse.evaluation_record import read_flags
+from robsparse.files import file_checksum, read_json
+from robsparse.rows import Row, contradiction
 
 GROUP = ["dataset", "arch", "objective"]
 LINE = [*GROUP, "method", "sparsity"]
@@ -101,16 +103,16 @@ def check(tidy: Tidy, layout: Layout, folder: Path) -> None:
     outcomes = functools.cache(functools.partial(_flags, layout))
     for row in tidy.results.itertuples():
         cell = Cell(*(getattr(row, name) for name in SEEDED_CELL))
-        if fault := records.contradiction(row, outcomes(cell, row.selection)):
+        if fault := contradiction(row, outcomes(cell, row.selection)):
             raise UsageError(
                 f"{folder / 'results.csv'}: row {row.Index + 2}, {cell.key} {row.selection} "
                 f"{row.attack} {row.component}: {fault}; run `robsparse collect CONFIG` again"
             )
-    manifest = records.read_json(folder / records.MANIFEST)
+    manifest = read_json(folder / MANIFEST)
     sums = {folder / name: checksum for name, checksum in manifest["tables"].items()}
     sums |= {layout.root / name: checksum for name, checksum in manifest["outcomes"].items()}
     for path, checksum in sums.items():
-        if not path.exists() or records.file_checksum(path) != checksum:
+        if not path.exists() or file_checksum(path) != checksum:
             raise UsageError(
                 f"{path}: not as it was collected; run `robsparse collect CONFIG` again"
             )
@@ -231,4 +233,4 @@ def _flags(layout: Layout, cell: Cell, selection: str) -> dict[str, np.ndarray]:
     path = layout.flags(cell, selection)
     if not path.exists():
         return {}
-    return records.read_flags(path)
+    return read_flags(path)

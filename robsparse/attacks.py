@@ -24,8 +24,9 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from robsparse import perturb, randomness, records, source_code, weights
+from robsparse import perturb, randomness, source_code, weights
 from robsparse.datasets import Part
+from robsparse.files import atomic
 from robsparse.machine import is_out_of_memory
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -62,7 +63,7 @@ class Saved:
         """Keep the arrays of a finished part."""
         if self.folder is None:
             return
-        with records.atomic(self._path(name)) as temporary, temporary.open("wb") as handle:
+        with atomic(self._path(name)) as temporary, temporary.open("wb") as handle:
             np.savez_compressed(handle, **arrays)
 
     def _path(self, name: str) -> Path:

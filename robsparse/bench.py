@@ -23,7 +23,7 @@ import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from robsparse import augment, frozen, models, objectives, records, registry
+from robsparse import augment, frozen, models, objectives, registry
 from robsparse.attacks import AttackThreat
 from robsparse.batches import Source, Stored
 from robsparse.config import Crafting, Training
@@ -31,6 +31,7 @@ from robsparse.cost import PASSES
 from robsparse.datasets import Part
 from robsparse.errors import UsageError
 from robsparse.evaluation import measure
+from robsparse.files import check_writable, write_json
 from robsparse.imagesets import Augmentation
 from robsparse.machine import computing, device_name, laid_out, pick_device, pick_precision, prepare
 from robsparse.sparsity import erk_keep_counts, prunable, random_masks
@@ -115,7 +116,7 @@ def run(case: str, settings: Settings, file: Path | None) -> str:
     if file is not None:
         if file.is_dir():
             raise UsageError(f"{file}: a folder, expected the name of a file")
-        records.check_writable(file.parent)
+        check_writable(file.parent)
     device = device_name(settings.device)
     times = "once each" if case == "evaluate" else f"medians of {settings.repeats}"
     print(f"{case} on {device}, {times}", flush=True)
@@ -127,7 +128,7 @@ def run(case: str, settings: Settings, file: Path | None) -> str:
         raise UsageError(f"--only {settings.only}: no case of '{case}' has that in its name")
     if file is not None:
         plain = [dataclasses.asdict(row) for row in rows]
-        records.write_json(file, {"device": device, "rows": plain})
+        write_json(file, {"device": device, "rows": plain})
     return "\n".join(["", *_table(rows), *([f"rows: {file}"] if file else [])])
 
 

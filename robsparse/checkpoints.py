@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from robsparse.errors import UsageError
-from robsparse.records import atomic
+from robsparse.files import atomic
 
 _SUM = hashlib.sha256().digest_size
 

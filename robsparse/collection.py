@@ -6,13 +6,17 @@ from typing import Any
 
 import pandas as pd
 
-from robsparse import fingerprints, overlap, records
+from robsparse import fingerprints, overlap
 from robsparse.cells import Cell, Layout
+from robsparse.columns import COLLECTED, LIFETIME_COLUMNS, MANIFEST, OVERLAP_COLUMNS, STEP_COLUMNS
 from robsparse.config import Selection, Study
 from robsparse.counts import keep_count
 from robsparse.errors import UsageError
+from robsparse.evaluation_record import Record, read_flags, read_record
+from robsparse.files import atomic, file_checksum, read_json, write_json
+from robsparse.rows import KEY, Row, contradiction
 
-_MODEL_KEY = records.KEY[:7]  # all but attack and component
+_MODEL_KEY = KEY[:7]  # all but attack and component
 _TOLERANCE = 1e-6
 
 
@@ -20,7 +24,7 @@ _TOLERANCE = 1e-6
 class Gathered:
     """Tidy tables of all finished jobs, what is known of those that failed, and what is missing."""
 
-    rows: list[records.Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     histogram: list[dict[str, Any]] = field(default_factory=list)
     doubts: list[dict[str, Any]] = field(default_factory=list)
@@ -59,11 +63,11 @@ def collect(study: Study, layout: Layout, folder: Path) -> str:
     _write(folder / "doubts.csv", pd.DataFrame(gathered.doubts))
     failures = pd.DataFrame(gathered.failures, columns=[*_MODEL_KEY[:-1], "reason"])
     _write(folder / "failures.csv", failures)
-    _write(folder / "steps.parquet", _joined(gathered.steps, records.STEP_COLUMNS))
-    _write(folder / "lifetimes.parquet", _joined(gathered.lifetimes, records.LIFETIME_COLUMNS))
+    _write(folder / "steps.parquet", _joined(gathered.steps, STEP_COLUMNS))
+    _write(folder / "lifetimes.parquet", _joined(gathered.lifetimes, LIFETIME_COLUMNS))
     pairs = overlap.overlaps(study, layout)
-    _write(folder / "overlap.csv", pd.DataFrame(pairs, columns=list(records.OVERLAP_COLUMNS)))
-    records.write_json(folder / records.MANIFEST, _manifest(study, layout, folder))
+    _write(folder / "overlap.csv", pd.DataFrame(pairs, columns=list(OVERLAP_COLUMNS)))
+    write_json(folder / MANIFEST, _manifest(study, layout, folder))
     text = f"collected {len(results)} rows: {folder / 'results.csv'}"
     others = sum(map(bool, gathered.other_code))
     if others:
@@ -84,13 +88,9 @@ def _manifest(study: Study, layout: Layout, folder: Path) -> dict[str, Any]:
     )
     return {
         "fingerprint": fingerprints.collected(study).plan,
-        "tables": {
-            name: records.file_checksum(folder / name)
-            for name in records.COLLECTED
-            if name != records.MANIFEST
-        },
+        "tables": {name: file_checksum(folder / name) for name in COLLECTED if name != MANIFEST},
         "outcomes": {
-            path.relative_to(layout.root).as_posix(): records.file_checksum(path)
+            path.relative_to(layout.root).as_posix(): file_checksum(path)
             for path in flags
             if path.exists()
         },
@@ -107,7 +107,7 @@ def gather(study: Study, layout: Layout) -> Gathered:
             if not path.exists():
                 found.missing.append(f"{cell.key} {selection}")
                 continue
-            record = records.read_record(path)
+            record = read_record(path)
             now = fingerprints.evaluation(study, cell, selection)
             if record.rows[0].settings_digest != now.digest:
                 raise UsageError(f"{path}: made with other settings; run snakemake first")
@@ -125,20 +125,18 @@ def gather(study: Study, layout: Layout) -> Gathered:
     return found
 
 
-def _check_weights(
-    cell: Cell, selection: Selection, record: records.Record, layout: Layout
-) -> None:
+def _check_weights(cell: Cell, selection: Selection, record: Record, layout: Layout) -> None:
     """Raise UsageError unless the weights that were saved, are there and were attacked are one."""
     path, training = layout.model(cell, selection), layout.training(cell)
     [attacked, *other] = {row.model_checksum for row in record.rows}
-    if other or (path.exists() and records.file_checksum(path) != attacked):
+    if other or (path.exists() and file_checksum(path) != attacked):
         raise UsageError(
             f"{path}: not the weights that were attacked, but others or damaged ones; "
             "delete the file and run snakemake again"
         )
     if not training.exists():
         return
-    trained = records.read_json(training)
+    trained = read_json(training)
     if trained.get("weights", {}).get(selection) != attacked:
         raise UsageError(
             f"{training}: training saved other weights ({selection}) than were attacked; "
@@ -148,35 +146,35 @@ def _check_weights(
         raise UsageError(f"{training}: trained on another data set than was attacked")
 
 
-def _check_outcomes(path: Path, flags: Path, record: records.Record) -> None:
+def _check_outcomes(path: Path, flags: Path, record: Record) -> None:
     """Raise UsageError unless the rows are what the outcomes of the single images say."""
-    if not flags.exists() or records.file_checksum(flags) != record.outcomes:
+    if not flags.exists() or file_checksum(flags) != record.outcomes:
         raise UsageError(
             f"{flags}: not the outcomes that the record was made from, or gone; "
             f"delete {path.name} beside it and run snakemake again"
         )
-    outcomes = records.read_flags(flags)
+    outcomes = read_flags(flags)
     for row in record.rows:
-        if fault := records.contradiction(row, outcomes):
+        if fault := contradiction(row, outcomes):
             raise UsageError(f"{path}: {row.attack} {row.component}: {fault}")
 
 
 def _other_code(
     study: Study,
     cell: Cell,
-    record: records.Record,
+    record: Record,
     now: fingerprints.Fingerprint,
     layout: Layout,
 ) -> str:
     """Which of training and evaluation were done by other code than the present, in words."""
     done = {"evaluation": record.rows[0].code_digest == now.code}
     if layout.training(cell).exists():
-        trained = records.read_json(layout.training(cell)).get("code_digest")
+        trained = read_json(layout.training(cell)).get("code_digest")
         done["training"] = trained == fingerprints.training(study, cell).code
     return " and ".join(sorted(name for name, same in done.items() if not same))
 
 
-def _doubts_of(record: records.Record) -> dict[str, Any]:
+def _doubts_of(record: Record) -> dict[str, Any]:
     """What was measured of one network's doubts, and what its attacks did.
 
     `largest_perturbation` is a multiple of the eps of the attack that made it.
@@ -191,7 +189,7 @@ def _doubts_of(record: records.Record) -> dict[str, Any]:
 def _gather_training(found: Gathered, cell: Cell, axes: dict[str, Any], layout: Layout) -> None:
     if not layout.training(cell).exists():
         return
-    curve = records.read_json(layout.training(cell))["curve"]
+    curve = read_json(layout.training(cell))["curve"]
     found.curves += [axes | point for point in curve]
     steps, lifetimes = (pd.read_parquet(f(cell)) for f in (layout.steps, layout.lifetimes))
     if len(steps):
@@ -242,7 +240,7 @@ def mark_missed_budgets(results: pd.DataFrame) -> pd.DataFrame:
 def find_faults(results: pd.DataFrame) -> list[str]:
     """Everything in the collected rows that cannot be true, one line each."""
     faults = []
-    for _, row in results[results.duplicated(records.KEY)].iterrows():
+    for _, row in results[results.duplicated(KEY)].iterrows():
         faults.append(f"{_name(row)}: this key stands twice")
     clean = results[results.attack == "clean"].set_index(_MODEL_KEY).n_correct.to_dict()
     for _, row in results.iterrows():
@@ -275,11 +273,11 @@ def _row_faults(row: pd.Series, clean: dict[tuple, int]) -> list[str]:
 
 
 def _name(row: pd.Series) -> str:
-    return "/".join(str(row[name]) for name in records.KEY)
+    return "/".join(str(row[name]) for name in KEY)
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:
-    with records.atomic(path) as temporary:
+    with atomic(path) as temporary:
         if path.suffix == ".parquet":
             table.to_parquet(temporary, index=False)
         else:

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from robsparse.records import LIFETIME_COLUMNS, STEP_COLUMNS
+from robsparse.columns import LIFETIME_COLUMNS, STEP_COLUMNS
 
 # Steps are taken in so many at a time, or when their lists together are this long.
 STEPS_AT_ONCE, POSITIONS_AT_ONCE = 256, 1 << 20

@@ -23,7 +23,7 @@ from robsparse import (
     frozen,
     networks,
     proof,
-    records,
+    provenance,
     registry,
     weights,
 )
@@ -32,7 +32,10 @@ from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.config import Evaluation, Reach, Selection, Study, Threat
 from robsparse.datasets import Part
 from robsparse.errors import RunError, UsageError, in_a_line
+from robsparse.evaluation_record import Record, read_record, write_record
+from robsparse.files import atomic, check_writable, file_checksum, read_json
 from robsparse.machine import device_name, pick_device, prepare
+from robsparse.rows import KEY, Row, wilson_interval
 from robsparse.sources import Target
 from robsparse.sparsity import prunable
 
@@ -81,7 +84,7 @@ def evaluate_cell(
     where = pick_device(device or study.machine.device)
     own = target is None
     target = target or Target.of_study(layout, cell, selection)
-    records.check_writable(target.record.parent)
+    check_writable(target.record.parent)
     parts = layout.parts(cell, selection)
     if fresh:
         shutil.rmtree(parts, ignore_errors=True)
@@ -110,7 +113,7 @@ def evaluate_cell(
     with _failing("doubts"):
         found = doubts.examine(model, examples, study.evaluation, study.threat, where)
     common = {
-        **{name: getattr(cell, name) for name in records.KEY if hasattr(cell, name)},
+        **{name: getattr(cell, name) for name in KEY if hasattr(cell, name)},
         "selection": selection,
         "origin": origin,
         "suspicious": found.suspicious([r.outcome for r in results]),
@@ -123,22 +126,22 @@ def evaluate_cell(
         "data_checksum": splits.checksum(),
         **guessing(splits.test, splits.classes),
         "model_checksum": _checksum(model, target.weights),
-        **records.provenance(),
+        **provenance.current(),
     }
-    with records.atomic(target.flags) as temporary, temporary.open("wb") as handle:
+    with atomic(target.flags) as temporary, temporary.open("wb") as handle:
         outcomes: dict[str, np.ndarray] = {}
         for result in results:
             outcomes |= result.arrays(examples)
         np.savez_compressed(handle, labels=examples.y_N.numpy(), **outcomes)
     rows = [row for result in results for row in result.rows(common)]
-    kept = records.Record(
+    kept = Record(
         rows,
         measured.layers,
         measured.histogram,
         found.numbers,
-        records.file_checksum(target.flags),
+        file_checksum(target.flags),
     )
-    records.write_record(target.record, kept)
+    write_record(target.record, kept)
     shutil.rmtree(parts, ignore_errors=True)
     return target.record
 
@@ -152,7 +155,7 @@ def _bytes(model: nn.Module, file: Path | None) -> int:
 
 def _checksum(model: nn.Module, file: Path | None) -> str:
     """What tells the weights from others: of their file, or of all tensors."""
-    return weights.checksum(model.state_dict()) if file is None else records.file_checksum(file)
+    return weights.checksum(model.state_dict()) if file is None else file_checksum(file)
 
 
 def surrogates(
@@ -172,7 +175,7 @@ def surrogates(
 
 def in_words(record: Path) -> str:
     """The accuracies of a record, one a line, and where it is."""
-    rows = [row for row in records.read_record(record).rows if row.component == "all"]
+    rows = [row for row in read_record(record).rows if row.component == "all"]
     first = rows[0]
     lines = [f"{row.attack:12s} {100 * row.accuracy:6.2f} %{_version(row)}" for row in rows]
     return "\n".join(
@@ -187,7 +190,7 @@ def in_words(record: Path) -> str:
     )
 
 
-def _version(row: records.Row) -> str:
+def _version(row: Row) -> str:
     """What an attack ran, unless it is what its name stands for."""
     return "" if row.version in (None, "standard") else f" (version {row.version})"
 
@@ -229,15 +232,15 @@ class AttackResult:
     where: Tensor
     attacked_on: str = "network"
 
-    def rows(self, common: dict[str, Any]) -> list[records.Row]:
+    def rows(self, common: dict[str, Any]) -> list[Row]:
         """A row for each component of a composite attack, and one for the whole ("all")."""
         return [self._row(name, flags, common) for name, flags in self.robust.items()]
 
-    def _row(self, component: str, flags: Tensor, common: dict[str, Any]) -> records.Row:
+    def _row(self, component: str, flags: Tensor, common: dict[str, Any]) -> Row:
         n, correct = len(flags), int(flags.sum())
-        low, high = records.wilson_interval(correct, n)
+        low, high = wilson_interval(correct, n)
         whole = component == "all"
-        return records.Row(
+        return Row(
             **common,
             attack=self.attack,
             component=component,
@@ -453,7 +456,7 @@ def _training_columns(layout: Layout, cell: Cell, selection: Selection) -> dict[
     """Cost of training, if this suite trained the weights."""
     if not layout.training(cell).exists():
         return {}
-    record = records.read_json(layout.training(cell))
+    record = read_json(layout.training(cell))
     cost = record["cost"]
     if cost is None:  # trained elsewhere
         return {}

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import safetensors.numpy
 
-from robsparse import compact, records
+from robsparse import compact
 from robsparse.cells import Cell, Layout
 from robsparse.config import Selection, Study
 from robsparse.counts import keep_count
 from robsparse.errors import UsageError
+from robsparse.evaluation_record import read_record
+from robsparse.files import atomic, write_json
 
 
 def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -> Path:
@@ -18,7 +20,7 @@ def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -
 
     Raises UsageError when the network was not attacked with the whole standard AutoAttack.
     """
-    record = records.read_record(layout.evaluation(cell, selection))
+    record = read_record(layout.evaluation(cell, selection))
     whole = {row.attack: row for row in record.rows if row.component == "all"}
     if "autoattack" not in whole:
         raise UsageError(
@@ -32,7 +34,7 @@ def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -
         )
     label = study.label("method", cell.method)
     path = layout.root / "export" / cell.key / f"{selection}.model_info.json"
-    records.write_json(
+    write_json(
         path,
         {
             "link": None,
@@ -64,7 +66,7 @@ def dense_weights(cell: Cell, selection: Selection, layout: Layout) -> Path:
     """
     arrays = compact.load(layout.model(cell, selection))
     path = layout.root / "export" / cell.key / f"{selection}.safetensors"
-    with records.atomic(path) as temporary:
+    with atomic(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary)
     return path
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robsparse import datasets, fingerprints, networks, records, weights
+from robsparse import datasets, fingerprints, networks, provenance, weights
 from robsparse.cells import Cell, Layout
 from robsparse.connections import no_lifetimes, no_steps
 from robsparse.datasets import Splits
 from robsparse.errors import UsageError, in_a_line
+from robsparse.files import atomic, file_checksum, read_json, write_json
 from robsparse.study import Study
 
 IMAGES = 4  # training images on which the outputs are compared
@@ -37,7 +38,7 @@ def take_in(study: Study, cell: Cell, layout: Layout) -> None:
         weights.save(layout.model(cell, selection), state)
     tables = {layout.steps(cell): no_steps(), layout.lifetimes(cell): no_lifetimes()}
     for path, table in tables.items():
-        with records.atomic(path) as temporary:
+        with atomic(path) as temporary:
             table.to_parquet(temporary)
     record = {
         "cell": cell.key,
@@ -47,11 +48,11 @@ def take_in(study: Study, cell: Cell, layout: Layout) -> None:
         "curve": [],
         "taken_in": _print_of(network, splits) if source.foreign else None,
         "data_checksum": splits.checksum(),
-        **records.provenance(),
+        **provenance.current(),
         **fingerprint.kept(),
-        "weights": {s: records.file_checksum(layout.model(cell, s)) for s in ("best_val", "last")},
+        "weights": {s: file_checksum(layout.model(cell, s)) for s in ("best_val", "last")},
     }
-    records.write_json(layout.training(cell), record)
+    write_json(layout.training(cell), record)
     print(f"taken in {cell.key}: {layout.model(cell, 'last').parent}")
 
 
@@ -67,7 +68,7 @@ def opened(
     if not source.foreign:
         return networks.with_weights(study, cell, splits, path), str(source)
     again = f"train --cell {cell.key} takes it in"
-    before = records.read_json(layout.training(cell)).get("taken_in")
+    before = read_json(layout.training(cell)).get("taken_in")
     if before is None:
         raise UsageError(f"{path}: not the weights of {source}; {again}")
     network = networks.with_weights(study, cell, splits, None)

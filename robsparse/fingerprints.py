@@ -16,9 +16,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from robsparse import records, source_code
+from robsparse import provenance, source_code
 from robsparse.cells import Cell
 from robsparse.fields import Decides
+from robsparse.files import file_checksum
 from robsparse.sections import Selection
 from robsparse.study import Study
 
@@ -66,7 +67,7 @@ class Fingerprint:
 
     def whole(self, *further: Any) -> str:
         """Digest of everything, and of what else decides where it is made, such as the device."""
-        return digest([self.settings, self.code, records.libraries(), *further])
+        return digest([self.settings, self.code, provenance.libraries(), *further])
 
     def kept(self) -> dict[str, Any]:
         """What records say of it."""
@@ -74,7 +75,7 @@ class Fingerprint:
             "settings": self.settings,
             "settings_digest": self.digest,
             "code_digest": self.code,
-            "libraries": records.libraries(),
+            "libraries": provenance.libraries(),
         }
 
 
@@ -149,7 +150,7 @@ def part(network: str, attack: str, **decided: Any) -> str:
     module. decided: all else, such as norm, eps, seed, batch size and device.
     """
     code = source_code.digest(f"{source_code.PACKAGE}.evaluation", attack)
-    return digest([network, code, records.libraries(), decided])
+    return digest([network, code, provenance.libraries(), decided])
 
 
 def digest(value: Any) -> str:
@@ -171,7 +172,7 @@ def content(name: str) -> str:
 
 @functools.cache
 def _content(path: Path, size: int, mtime_ns: int) -> str:
-    return records.file_checksum(path)
+    return file_checksum(path)
 
 
 def _of(

@@ -8,8 +8,8 @@ import numpy as np
 
 from robsparse import compact
 from robsparse.cells import Cell, Layout
+from robsparse.columns import OVERLAP_COLUMNS
 from robsparse.config import Study
-from robsparse.records import OVERLAP_COLUMNS
 
 Saved = tuple[Cell, str]  # a cell and a selection
 

@@ -3,8 +3,9 @@
 import ast
 import re
 
-from robsparse import records, registry
+from robsparse import registry
 from robsparse.errors import UsageError
+from robsparse.files import atomic
 
 
 def new_method(name: str, label: str | None = None) -> str:
@@ -21,7 +22,7 @@ def new_method(name: str, label: str | None = None) -> str:
     if name in registry.names("method") or path.exists():
         raise UsageError(f"'{name}': this method exists already; expected another name")
     printed = label or name.replace("_", " ").capitalize()
-    with records.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(_filled_in(template.path.read_text(), name, printed))
     return (
         f"written: {path}\n"

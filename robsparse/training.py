@@ -22,8 +22,8 @@ from robsparse import (
     fingerprints,
     networks,
     objectives,
+    provenance,
     randomness,
-    records,
     registry,
     weights,
 )
@@ -35,6 +35,7 @@ from robsparse.cost import PASSES
 from robsparse.datasets import Part, Splits
 from robsparse.datasets._arrays import pseudo_labelled
 from robsparse.errors import TrainingError, UsageError
+from robsparse.files import atomic, file_checksum, read_json, write_json
 from robsparse.machine import (
     computing,
     device_name,
@@ -90,7 +91,7 @@ def _noted(path: Path, failure: type[Exception]) -> Iterator[None]:
     try:
         yield
     except failure as error:
-        with records.atomic(path) as temporary:
+        with atomic(path) as temporary:
             temporary.write_text(f"{error}\n")
         raise
 
@@ -225,7 +226,7 @@ class Trainer:
                 f"{path}: the weights that '{self.cell.method}' starts from are missing; "
                 f"train --cell {start.key} first"
             )
-        return records.read_json(self.layout.training(start)) | {"path": path}
+        return read_json(self.layout.training(start)) | {"path": path}
 
     def _initial_model(self, splits: Splits) -> nn.Module:
         """The same initial weights for every method: seeded by arch and seed alone."""
@@ -486,7 +487,7 @@ class Trainer:
             weights.save(layout.model(cell, selection), state)
         self._write_log()
         last_point = {key: progress.curve[-1][key] for key in ("epoch", "val_robust")}
-        records.write_json(
+        write_json(
             layout.training(cell),
             {
                 "cell": cell.key,
@@ -499,10 +500,10 @@ class Trainer:
                 "cost": self._cost(),
                 "curve": (self.start["curve"] if self.start else []) + progress.curve,
                 "data_checksum": self.data_checksum,
-                "start_checksum": records.file_checksum(self.start["path"]) if self.start else None,
-                **records.provenance(),
+                "start_checksum": file_checksum(self.start["path"]) if self.start else None,
+                **provenance.current(),
                 **self.fingerprint.kept(),
-                "weights": {s: records.file_checksum(layout.model(cell, s)) for s in states},
+                "weights": {s: file_checksum(layout.model(cell, s)) for s in states},
             },
         )
         self.checkpoint.clear()
@@ -516,7 +517,7 @@ class Trainer:
             self.layout.lifetimes(self.cell): log.lifetimes() if log else no_lifetimes(),
         }
         for path, table in tables.items():
-            with records.atomic(path) as temporary:
+            with atomic(path) as temporary:
                 table.to_parquet(temporary, compression="zstd")
 
     def _failure(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robsparse import compact
 from robsparse.errors import UsageError
-from robsparse.records import atomic
+from robsparse.files import atomic
 
 _COUNTER = "num_batches_tracked"
 

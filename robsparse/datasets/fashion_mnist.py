@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from robsparse.datasets import Splits, _torchvision
+from robsparse.files import atomic
 from robsparse.imagesets import Augmentation, Description, Downloaded
-from robsparse.records import atomic
 
 # Where Debian's package dataset-fashion-mnist puts the four .gz files.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -19,8 +19,8 @@ from robsparse.datasets import Part, Splits
 from robsparse.datasets._arrays import as_part, held_out
 from robsparse.errors import UsageError
 from robsparse.fields import CONTENT, PLACE
+from robsparse.files import atomic
 from robsparse.imagesets import Augmentation, Images
-from robsparse.records import atomic
 
 NEEDED = ("data_dir",)  # parameters that name what has to be there
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp"}

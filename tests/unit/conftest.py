@@ -37,6 +37,43 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def row_values():
+    """A valid result row as plain values."""
+    return {
+        "dataset": "digits",
+        "arch": "small_cnn",
+        "method": "bcs",
+        "objective": "at",
+        "sparsity": 0.9,
+        "seed": 0,
+        "selection": "last",
+        "attack": "pgd",
+        "component": "all",
+        "accuracy": 0.75,
+        "n_correct": 15,
+        "n_examples": 20,
+        "ci_low": 0.531,
+        "ci_high": 0.888,
+        "norm": "Linf",
+        "eps": 8 / 255,
+        "sparsity_reached": 0.9,
+        "nonzero": 100,
+        "prunable": 1000,
+        "layers": 4,
+        "dense_macs": 5000,
+        "sparse_macs": 500,
+        "model_bytes": 4096,
+        "settings_digest": "d",
+        "code_version": "0.1.0",
+        "code_digest": "k",
+        "code_dirty": False,
+        "libraries": "torch=2",
+        "data_checksum": "c",
+        "model_checksum": "m",
+    }
+
+
+@pytest.fixture
 def study_data(tiny: dict[str, Any]) -> dict[str, Any]:
     """A study of one dense and one sparse cell a method that trains in a fraction of a second."""
     tiny["grid"] |= {"methods": ["bcs", "lwm"], "seeds": [0], "sparsities": [0.9]}

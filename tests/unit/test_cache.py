@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse import evaluation, records, registry, source_code
+from robsparse import evaluation, provenance, registry, source_code
 from robsparse.config import Evaluation, Threat
 from robsparse.datasets import Part
 from robsparse.evaluation import attack_model
@@ -129,9 +129,9 @@ def test_kept_parts_answer_the_same_question_alone(change, tmp_path, runs):
 @pytest.mark.parametrize("library", ["torch", "pyautoattack", "foolbox", "numpy", "python"])
 def test_another_version_of_a_library_answers_anew(library, tmp_path, runs, monkeypatch):
     Asked(tmp_path).run()
-    now = records.libraries()
+    now = provenance.libraries()
     assert f"{library}=" in now
-    monkeypatch.setattr(records, "libraries", lambda: now.replace(f"{library}=", f"{library}=9"))
+    monkeypatch.setattr(provenance, "libraries", lambda: now.replace(f"{library}=", f"{library}=9"))
     Asked(tmp_path).run()
     assert runs == ["clean", "pgd"] * 2
 

@@ -6,11 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from robsparse import collection, fingerprints, records
+from robsparse import collection, fingerprints
 from robsparse.cells import Layout
 from robsparse.collection import find_faults, mark_missed_budgets, mark_weak_attacks
+from robsparse.columns import COLLECTED, LIFETIME_COLUMNS, MANIFEST, OVERLAP_COLUMNS, STEP_COLUMNS
 from robsparse.errors import UsageError
-from robsparse.records import Row
+from robsparse.evaluation_record import Record, write_record
+from robsparse.files import file_checksum, read_json, write_json
+from robsparse.rows import Row, wilson_interval
 
 MODELS = [("bcs", 0.9, 0, 90), ("bcs", 0.9, 1, 80), ("dense", 0.0, 0, 95)]
 # attack, component: how many fewer of 100 are correct than without attack
@@ -25,7 +28,7 @@ ATTACKS = {
 
 def row(model, n_correct, attack="clean", component="all", **changes):
     method, sparsity, seed = model
-    low, high = records.wilson_interval(n_correct, 100)
+    low, high = wilson_interval(n_correct, 100)
     values = {
         "dataset": "digits",
         "arch": "small_cnn",
@@ -278,8 +281,8 @@ def write(study, layout, **changes):
         outcomes = {f"{r.attack}.{r.component}": np.arange(100) < r.n_correct for r in own}
         np.savez(flags, labels=np.zeros(100), **outcomes)
         doubts = {"examined": 50.0, "zero_gradient": 0.02}
-        record = records.Record(own, layers, bins, doubts, records.file_checksum(flags))
-        records.write_record(layout.evaluation(cell, "last"), record)
+        record = Record(own, layers, bins, doubts, file_checksum(flags))
+        write_record(layout.evaluation(cell, "last"), record)
 
 
 def test_collected_tables_hold_every_row_and_missing_ones_are_named(study, tmp_path):
@@ -303,10 +306,10 @@ def test_collected_tables_hold_every_row_and_missing_ones_are_named(study, tmp_p
     assert doubts.zero_gradient.tolist() == [0.02] * 3
     assert doubts.largest_perturbation.tolist() == [1.0] * 3
     assert doubts.nan_count.tolist() == [0] * 3
-    assert list(pd.read_csv(layout.root / "overlap.csv")) == list(records.OVERLAP_COLUMNS)
+    assert list(pd.read_csv(layout.root / "overlap.csv")) == list(OVERLAP_COLUMNS)
     for name, columns in (
-        ("steps", records.STEP_COLUMNS),
-        ("lifetimes", records.LIFETIME_COLUMNS),
+        ("steps", STEP_COLUMNS),
+        ("lifetimes", LIFETIME_COLUMNS),
     ):
         found = pd.read_parquet(layout.root / f"{name}.parquet")
         assert list(found)[-len(columns) :] == list(columns)
@@ -366,7 +369,7 @@ def finished(study, tmp_path):
             "weights": {"last": checksum},
             "data_checksum": "c",
         }
-        records.write_json(layout.training(cell), training)
+        write_json(layout.training(cell), training)
         for table in (layout.steps(cell), layout.lifetimes(cell)):
             pd.DataFrame().to_parquet(table)
     return layout
@@ -399,13 +402,13 @@ def test_one_flipped_byte_of_the_weights_is_refused(study, finished, dense_only)
 
 def test_weights_that_training_did_not_save_are_refused(study, finished, dense_only):
     path = finished.training(study.cells()[0])
-    records.write_json(path, records.read_json(path) | {"weights": {"last": "another"}})
+    write_json(path, read_json(path) | {"weights": {"last": "another"}})
     refused(study, finished, str(path), "training saved other weights")
 
 
 def test_network_that_was_trained_on_other_data_is_refused(study, finished, dense_only):
     path = finished.training(study.cells()[0])
-    records.write_json(path, records.read_json(path) | {"data_checksum": "d"})
+    write_json(path, read_json(path) | {"data_checksum": "d"})
     refused(study, finished, str(path), "another data set")
 
 
@@ -424,13 +427,13 @@ def test_outcomes_that_the_record_was_not_made_from_are_refused(
 @pytest.mark.parametrize(("attack", "component"), [("pgd", "all"), ("autoattack", "square")])
 def test_row_that_contradicts_its_images_is_refused(attack, component, study, finished, dense_only):
     path = finished.evaluation(study.cells()[0], "last")
-    content = records.read_json(path)
+    content = read_json(path)
     for row in content["rows"]:
         if (row["attack"], row["component"]) == (attack, component):
             row["n_correct"] -= 1
             row["accuracy"] = row["n_correct"] / 100
-            row["ci_low"], row["ci_high"] = records.wilson_interval(row["n_correct"], 100)
-    records.write_json(path, content)
+            row["ci_low"], row["ci_high"] = wilson_interval(row["n_correct"], 100)
+    write_json(path, content)
     refused(study, finished, str(path), f"{attack} {component}: n_correct = ")
 
 
@@ -438,10 +441,10 @@ def test_row_that_contradicts_its_images_is_refused(attack, component, study, fi
 def test_rows_of_other_code_are_collected_and_say_so(what, study, finished, dense_only):
     cell = study.cells()[0]
     path = finished.training(cell) if what == "training" else finished.evaluation(cell, "last")
-    content = records.read_json(path)
+    content = read_json(path)
     for part in [content] if what == "training" else content["rows"]:
         part["code_digest"] = "old"
-    records.write_json(path, content)
+    write_json(path, content)
     said = collection.collect(study, finished, finished.root)
     assert "5 rows were made by other code than the present: column other_code" in said
     rows = pd.read_csv(finished.root / "results.csv")
@@ -450,7 +453,7 @@ def test_rows_of_other_code_are_collected_and_say_so(what, study, finished, dens
 
 def test_manifest_names_every_file_with_its_checksum(study, finished, dense_only):
     collection.collect(study, finished, finished.root)
-    manifest = records.read_json(finished.root / records.MANIFEST)
-    assert set(manifest["tables"]) == {*records.COLLECTED} - {records.MANIFEST}
+    manifest = read_json(finished.root / MANIFEST)
+    assert set(manifest["tables"]) == {*COLLECTED} - {MANIFEST}
     assert len(manifest["outcomes"]) == len(MODELS)
     assert manifest["fingerprint"] == fingerprints.collected(study).plan

@@ -9,7 +9,7 @@ import torch
 from pyautoattack import AutoAttack
 from torch import nn
 
-from robsparse import evaluation, models, records, registry, weights
+from robsparse import evaluation, models, registry, weights
 from robsparse.attacks import AttackThreat, correct_flags
 from robsparse.cells import Layout, derive_seed
 from robsparse.config import Evaluation, Threat
@@ -23,6 +23,9 @@ from robsparse.evaluation import (
     guessing,
     measure,
 )
+from robsparse.evaluation_record import read_record
+from robsparse.files import file_checksum
+from robsparse.rows import Row, wilson_interval
 from robsparse.sparsity import prunable
 
 CPU = torch.device("cpu")
@@ -322,7 +325,7 @@ def test_rows_of_an_attack_by_hand():
     )
     common = {
         name: 1 if field.annotation in (int, float) else "x"
-        for name, field in records.Row.model_fields.items()
+        for name, field in Row.model_fields.items()
         if field.is_required()
         and name
         not in {
@@ -335,7 +338,7 @@ def test_rows_of_an_attack_by_hand():
     assert [row.component for row in (one, two, whole)] == ["one", "two", "all"]
     assert [row.n_correct for row in (one, two, whole)] == [2, 1, 1]
     assert [row.accuracy for row in (one, two, whole)] == [0.5, 0.25, 0.25]
-    assert (whole.ci_low, whole.ci_high) == records.wilson_interval(1, 4)
+    assert (whole.ci_low, whole.ci_high) == wilson_interval(1, 4)
     assert [row.warnings for row in (one, whole)] == ["", "first doubt; second doubt"]
     assert [row.max_perturbation for row in (one, whole)] == [None, 0.1]
     assert [row.attack_seconds for row in (one, whole)] == [None, 1.235]
@@ -562,7 +565,7 @@ def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_pat
             module.weight.mul_(torch.rand_like(module.weight) < 0.5)
     weights.save(layout.model(cell, "last"), model.state_dict())
     path = evaluate_cell(study, cell, "last", layout, device="cpu")
-    record = records.read_record(path)
+    record = read_record(path)
     rows, layers = record.rows, record.layers
     with np.load(layout.flags(cell, "last")) as stored:
         flags = dict(stored)
@@ -576,7 +579,7 @@ def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_pat
         assert row.n_correct == int(flags[f"{row.attack}.all"].sum())
         assert row.n_examples == len(flags["labels"]) == 12
         assert row.nonzero == sum(layer["nonzero"] for layer in layers)
-        assert row.model_checksum == records.file_checksum(layout.model(cell, "last"))
+        assert row.model_checksum == file_checksum(layout.model(cell, "last"))
         assert (row.method, row.seed, row.selection) == (cell.method, cell.seed, "last")
         assert row.epochs is None  # nobody says how these weights were trained
     assert sum(part["count"] for part in record.histogram) == rows[0].nonzero

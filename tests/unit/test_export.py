@@ -2,10 +2,13 @@
 
 import pytest
 
-from robsparse import evaluation, export, records
+from robsparse import evaluation, export
 from robsparse.cells import Layout
 from robsparse.errors import UsageError
 from robsparse.eval.autoattack import Params
+from robsparse.evaluation_record import Record, write_record
+from robsparse.files import read_json
+from robsparse.rows import Row
 
 SUBSET = ["apgd-ce", "apgd-t"]
 
@@ -54,7 +57,7 @@ def test_a_label_says_what_was_left_out_whatever_it_is_called(study_data, load_s
 
 
 def row(cell, attack, version=None):
-    return records.Row(
+    return Row(
         **vars(cell),
         selection="last",
         attack=attack,
@@ -94,7 +97,7 @@ def recorded(study_data, load_study, tmp_path):
         rows = [row(cell, "clean"), row(cell, "autoattack", version)]
         path = layout.evaluation(cell, "last")
         path.parent.mkdir(parents=True, exist_ok=True)
-        records.write_record(path, records.Record(rows, [], [], {}, "f"))
+        write_record(path, Record(rows, [], [], {}, "f"))
         return study, cell, layout
 
     return write
@@ -110,7 +113,7 @@ def test_only_the_standard_version_is_exported_as_autoattack(recorded, version):
 
 def test_the_standard_version_is_exported(recorded):
     study, cell, layout = recorded("standard")
-    info = records.read_json(export.model_info(study, cell, "last", layout))
+    info = read_json(export.model_info(study, cell, "last", layout))
     assert info["autoattack_acc"] == "50.00"
 
 

@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from robsparse import collection, config, records
+from robsparse import collection, config
 from robsparse.cells import Cell, Layout
+from robsparse.columns import COLLECTED, MANIFEST, OVERLAP_COLUMNS
 from robsparse.config import Study
 from robsparse.errors import UsageError
 from robsparse.figures import (
@@ -38,6 +39,8 @@ from robsparse.figures import (
     tables,
     tidy,
 )
+from robsparse.files import file_checksum, write_json
+from robsparse.rows import Row, wilson_interval
 
 IMAGES = 20
 LAYERS = {"0": 40, "3": 160, "11": 200}
@@ -115,10 +118,10 @@ class MadeUp:
 
     def vouch(self) -> None:
         """Checksums of the tables that are there, as `robsparse collect` leaves them."""
-        found = [name for name in records.COLLECTED if (self.layout.root / name).exists()]
-        sums = {n: records.file_checksum(self.layout.root / n) for n in found}
+        found = [name for name in COLLECTED if (self.layout.root / name).exists()]
+        sums = {n: file_checksum(self.layout.root / n) for n in found}
         content = {"tables": sums, "outcomes": {}}
-        records.write_json(self.layout.root / records.MANIFEST, content)
+        write_json(self.layout.root / MANIFEST, content)
 
     def _overlap(self) -> pd.DataFrame:
         sparse = [c for c in self.study.cells() if c.sparsity]
@@ -130,7 +133,7 @@ class MadeUp:
             for a, b in itertools.combinations(sparse, 2)
             if (a.sparsity, a.objective) == (b.sparsity, b.objective)
         ]
-        return pd.DataFrame(rows, columns=list(records.OVERLAP_COLUMNS))
+        return pd.DataFrame(rows, columns=list(OVERLAP_COLUMNS))
 
     def flags(self, cell: Cell, selection: str) -> dict[str, np.ndarray]:
         """The first images stay correct, so stronger attacks break subsets of weaker ones."""
@@ -152,8 +155,8 @@ class MadeUp:
         rows = []
         for name, robust in flags.items():
             attack, component = name.split(".")
-            low, high = records.wilson_interval(int(robust.sum()), self.images)
-            row = records.Row(
+            low, high = wilson_interval(int(robust.sum()), self.images)
+            row = Row(
                 **vars(cell),
                 selection=selection,
                 attack=attack,
@@ -392,7 +395,7 @@ def test_edited_component_is_refused_though_it_is_no_whole_attack(tmp_path):
     table.loc[index, "n_correct"] -= 1
     count = int(table.n_correct[index])
     table.loc[index, "accuracy"] = count / 20
-    table.loc[index, ["ci_low", "ci_high"]] = records.wilson_interval(count, 20)
+    table.loc[index, ["ci_low", "ci_high"]] = wilson_interval(count, 20)
     table.to_csv(layout.root / "results.csv", index=False)
     with pytest.raises(UsageError, match=rf"row {index + 2}, .* {COMPONENTS[0]}: n_correct = "):
         report.write(study, layout, layout.root)

@@ -410,12 +410,12 @@ FILES = {
     "training": """
         baselines/__init__ baselines/dense baselines/lwm method/__init__ method/bcs
         robsparse/__init__ robsparse/augment robsparse/backends robsparse/batches robsparse/cells
-        robsparse/checkpoints robsparse/checks robsparse/compact robsparse/config
+        robsparse/checkpoints robsparse/checks robsparse/columns robsparse/compact robsparse/config
         robsparse/connections robsparse/cost robsparse/counts robsparse/errors robsparse/external
-        robsparse/faults robsparse/fields robsparse/fingerprints robsparse/frozen
+        robsparse/faults robsparse/fields robsparse/files robsparse/fingerprints robsparse/frozen
         robsparse/frozen_layers robsparse/imagesets robsparse/machine robsparse/networks
         robsparse/objectives robsparse/perturb robsparse/proof robsparse/randomness
-        robsparse/records robsparse/registry robsparse/sections robsparse/small_maps
+        robsparse/provenance robsparse/registry robsparse/sections robsparse/small_maps
         robsparse/source_code robsparse/sources robsparse/sparsity robsparse/stages
         robsparse/structure robsparse/study robsparse/training robsparse/validation
         robsparse/weights robsparse/wiring
@@ -425,7 +425,7 @@ FILES = {
     """,
     "evaluation": """
         eval/__init__ eval/autoattack eval/clean eval/pgd eval/transfer robsparse/attacks
-        robsparse/doubts robsparse/evaluation
+        robsparse/doubts robsparse/evaluation robsparse/evaluation_record robsparse/rows
     """,
     "collect": "robsparse/collection robsparse/overlap",
     "figures": "figures/*",
@@ -512,7 +512,7 @@ def test_another_library_reruns_all_if_the_study_says_so(tmp_path, monkeypatch):
         study = config.of_data(data, "table")
         before = plans(study)
         with monkeypatch.context() as patch:
-            patch.setattr(fingerprints.records, "libraries", lambda: "torch=9")
+            patch.setattr(fingerprints.provenance, "libraries", lambda: "torch=9")
             expected = "training" if counted else "collect"
             assert first_changed(before, plans(study)) == expected
 

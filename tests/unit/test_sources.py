@@ -8,11 +8,13 @@ import torch
 import yaml
 from torch import nn
 
-from robsparse import evaluation, external, models, overlap, records, registry, weights
+from robsparse import evaluation, external, models, overlap, registry, weights
 from robsparse.cells import Layout
 from robsparse.cli import main
 from robsparse.config import load
 from robsparse.errors import UsageError
+from robsparse.evaluation_record import read_record
+from robsparse.files import file_checksum
 from robsparse.sources import Source, Target
 
 COMMON = {"dataset": "digits", "objective": "at"}
@@ -240,7 +242,7 @@ def test_in_a_study_foreign_code_is_attacked_as_it_is(from_everywhere, own_nets,
         cell = cell_of(study, name)
         external.take_in(study, cell, layout)
         path = evaluation.evaluate_cell(study, cell, "last", layout, device="cpu")
-        used = {row.attacked_on for row in records.read_record(path).rows}
+        used = {row.attacked_on for row in read_record(path).rows}
         assert used == {"view" if name == "given" else "network"}
     assert folded == {0: True, 1: False}
 
@@ -253,7 +255,7 @@ def test_record_of_a_network_without_a_file_names_its_weights_all_the_same(
     cell = cell_of(study, "made")
     target = Target.as_built(tmp_path, study.source("made"))
     path = evaluation.evaluate_cell(study, cell, "last", layout, target=target, device="cpu")
-    row = records.read_record(path).rows[0]
+    row = read_record(path).rows[0]
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     assert row.model_checksum == weights.checksum(network.state_dict())
@@ -317,7 +319,7 @@ def by_hand(own_nets, study_data, tmp_path, monkeypatch, capsys):
 
 def rows_of(tmp_path):
     [path] = (tmp_path / "results").rglob("best_val.json")
-    return records.read_record(path).rows
+    return read_record(path).rows
 
 
 WHOLE = ["linear", "Net", "Bfloat", "Wrapped", "Normed", "Masked", "Matrix", "Noisy"]
@@ -333,7 +335,7 @@ def test_a_network_of_a_function_goes_from_take_in_to_the_record(name, by_hand, 
     assert {row.origin for row in rows} == {f"callable own_nets:{name}"}
     assert rows[0].prunable == (0 if name == "Matrix" else 640)
     [file] = tmp_path.rglob("best_val.safetensors")
-    assert rows[0].model_checksum == records.file_checksum(file)
+    assert rows[0].model_checksum == file_checksum(file)
     assert by_hand("collect", name)[0] == 0
     assert by_hand("figures", name)[:2] == (0, [])
     table = (tmp_path / "results" / "tiny" / "tables" / "main.md").read_text()

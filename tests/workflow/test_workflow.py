@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from robsparse import records
 from robsparse.cells import Cell, Layout
 from robsparse.cli import main
 from robsparse.config import load
 from robsparse.figures import PLOTS, REPORT, TABLES
+from robsparse.rows import KEY, Row
 
 STUDY = "config/tiny.yaml"
 METHODS = 5
@@ -107,8 +107,8 @@ def test_every_row_of_the_results_is_valid_and_every_key_stands_once(finished):
     rows = rows_of(project)
     for row in rows:
         known = {key: value for key, value in row.items() if value != ""}
-        records.Row.model_validate(known)
-    keys = [tuple(row[name] for name in records.KEY) for row in rows]
+        Row.model_validate(known)
+    keys = [tuple(row[name] for name in KEY) for row in rows]
     assert len(set(keys)) == len(keys)
     whole = {
         (row["method"], row["selection"], row["attack"])
@@ -130,7 +130,7 @@ def test_csv_and_parquet_hold_the_same_rows(finished):
     folder = finished[0].root / "results" / "tiny"
     one, other = pd.read_csv(folder / "results.csv"), pd.read_parquet(folder / "results.parquet")
     assert list(one.columns) == list(other.columns)
-    assert one[[*records.KEY, "accuracy"]].equals(other[[*records.KEY, "accuracy"]])
+    assert one[[*KEY, "accuracy"]].equals(other[[*KEY, "accuracy"]])
 
 
 def test_every_row_counts_the_outcomes_of_the_single_images(finished):

@@ -1,0 +1,74 @@
+"""Which code and which libraries made a number."""
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import robsparse
+
+# The packages whose code decides a number; each has a folder of its own.
+CODE_PACKAGES = (
+    "robsparse",
+    "robsparse.method",
+    "robsparse.baselines",
+    "robsparse.eval",
+    "robsparse.figures",
+)
+
+
+@functools.cache
+def current() -> dict[str, Any]:
+    """code_version, code_dirty and libraries of this process, as columns of a Row."""
+    commit, dirty = _git_state(_code_folders())
+    return {
+        "code_version": f"{robsparse.__version__}+{commit}" if commit else robsparse.__version__,
+        "code_dirty": dirty,
+        "libraries": libraries(),
+    }
+
+
+@functools.cache
+def libraries() -> str:
+    """Versions of the libraries that decide a result."""
+    found = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "pyautoattack", "foolbox", "numpy", "scikit-learn")
+    }
+    found["python"] = platform.python_version()
+    return " ".join(f"{name}={version}" for name, version in found.items())
+
+
+def _code_folders() -> list[Path]:
+    """Where the package's code lies: its own folder, and those of methods, attacks and figures."""
+    found = [importlib.util.find_spec(name) for name in CODE_PACKAGES]
+    return [Path(place) for spec in found if spec for place in spec.submodule_search_locations]
+
+
+def _git_state(folders: list[Path]) -> tuple[str, bool]:
+    """Short commit of the code in the folders, and whether it differs from that commit.
+
+    Tracked files that were changed differ, and so do Python files in the folders that git does not
+    know. ("", False) where git does not track the code, as where a project that is not this one
+    holds the environment that this package is installed in.
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=folders[0], env=clean, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "-uno")
+        places = [str(folder) for folder in folders]
+        unknown = git("ls-files", "--others", "--", *places).splitlines()
+        return commit, bool(changed) or any(name.endswith(".py") for name in unknown)
+    except (OSError, subprocess.CalledProcessError):
+        return "", False
