@@ -20,7 +20,7 @@ from pyautoattack import AutoAttack
 from torch import nn
 
 from robsparse import config, datasets, frozen, models, networks, registry, weights
-from robsparse.attacks import AttackThreat, correct_flags
+from robsparse.attacks import AttackContext, correct_flags
 from robsparse.cells import Cell, Layout, derive_seed
 from robsparse.datasets import Part
 from robsparse.evaluation import first_examples
@@ -46,7 +46,7 @@ def main() -> None:
     right = correct_flags(model, part, batch_size, device)
     part = Part(part.x_NCHW[right], part.y_N[right])
     print(f"{len(right)} images, {len(part)} classified correctly, eps {eps:.5g}, AutoAttack")
-    threat = AttackThreat("Linf", eps, seed, batch_size, device, report=lambda text: None)
+    threat = AttackContext("Linf", eps, seed, batch_size, device, report=lambda text: None)
     module = registry.load("attack", "autoattack")
     view = frozen.view_of(model, part.x_NCHW[:1].to(device))
     ours, our_seconds = _timed(
@@ -67,7 +67,7 @@ def _timed(work):
     return found, time.perf_counter() - began
 
 
-def _stock(model: nn.Module, part: Part, threat: AttackThreat) -> torch.Tensor:
+def _stock(model: nn.Module, part: Part, threat: AttackContext) -> torch.Tensor:
     attack = AutoAttack(
         model, norm=threat.norm, eps=threat.eps, seed=threat.seed, device=threat.device
     )

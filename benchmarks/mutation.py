@@ -78,7 +78,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "structure": ("unit/test_frozen_fallback.py",),
     "evaluation": (),
     "attacks": ATTACKS,
-    "doubts": (),
+    "sanity_checks": (),
     "eval.autoattack": ATTACKS,
     "eval.clean": ATTACKS,
     "eval.fgsm": ATTACKS,

@@ -19,8 +19,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from robsparse import perturb
-from robsparse.attacks import AttackThreat, Outcome, Progress, Tally, in_batches
-from robsparse.config import Reach
+from robsparse.attacks import AttackContext, AttackProgress, Outcome, Tally, in_batches
+from robsparse.config import AttackParams
 
 LABEL = "AutoAttack"
 
@@ -29,7 +29,7 @@ LABEL = "AutoAttack"
 SQUARE_MARGIN = 0.002
 
 
-class Params(Reach):
+class Params(AttackParams):
     """version: the package's preset of components and their budgets."""
 
     VERSIONS: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -92,21 +92,21 @@ def passes(params: Params) -> tuple[int, int]:
 
 
 def run(
-    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
     """Which images survive each component, and what the package warned of."""
-    tally = Tally(x_NCHW, y_N, threat)
+    tally = Tally(x_NCHW, y_N, context)
     components: dict[str, Tensor] = {}
     # The package seeds torch's global generator and asks for gradients of all weights.
-    cuda = [threat.device] if threat.device.type == "cuda" else []
+    cuda = [context.device] if context.device.type == "cuda" else []
     with (
         _Warnings() as warnings,
         perturb.no_parameter_gradients(model),
         torch.random.fork_rng(devices=cuda),
     ):
         if len(y_N):
-            package = _package(model, x_NCHW, params, threat)
-            _check(package, x_NCHW, y_N, params, threat)
+            package = _package(model, x_NCHW, params, context)
+            _check(package, x_NCHW, y_N, params, context)
         for position, name in enumerate(params.parts()):
             before = tally.robust.clone()
             if before.any():
@@ -130,23 +130,23 @@ def _run_component(
     `said` is the version and all components so far: the name under which the outcome is kept.
     """
     name = said[-1]
-    threat, key = tally.threat, json.dumps(said)
+    context, key = tally.context, json.dumps(said)
     alive = tally.robust.nonzero().squeeze(1)
     done = 0
-    if found := threat.saved.get(key):
+    if found := context.cache.get(key):
         done = int(found.pop("done"))
         warnings.take(json.loads(str(found.pop("warnings"))))
         tally.take(found)
-        threat.report(f"{name}: {done} of {len(alive)} images taken from an earlier run")
-    progress = Progress(name, len(alive), threat.report)
+        context.report(f"{name}: {done} of {len(alive)} images taken from an earlier run")
+    progress = AttackProgress(name, len(alive), context.report)
 
     def work(where: slice) -> None:
         index = alive[done:][where]
-        x, y = tally.x_NCHW[index].to(threat.device), tally.y_N[index].to(threat.device)
+        x, y = tally.x_NCHW[index].to(context.device), tally.y_N[index].to(context.device)
         with torch.no_grad():
             adversarial = search(x.clone(), y.clone())
         tally.judge(model, index, adversarial)
-        threat.saved.put(
+        context.cache.put(
             key,
             done=np.array(done + where.stop),
             warnings=np.array(json.dumps(warnings.found)),
@@ -154,21 +154,23 @@ def _run_component(
         )
         progress.update(done + where.stop, int(tally.robust.sum()))
 
-    in_batches(len(alive) - done, threat.batch_size, work, threat.report)
+    in_batches(len(alive) - done, context.batch_size, work, context.report)
     progress.close(int(tally.robust.sum()), len(alive))
 
 
-def _package(model: nn.Module, x_NCHW: Tensor, params: Params, threat: AttackThreat) -> AutoAttack:
+def _package(
+    model: nn.Module, x_NCHW: Tensor, params: Params, context: AttackContext
+) -> AutoAttack:
     package = AutoAttack(
         model,
-        norm=threat.norm,
-        eps=threat.eps,
+        norm=context.norm,
+        eps=context.eps,
         version=params.version,
-        seed=threat.seed,
-        device=threat.device,
+        seed=context.seed,
+        device=context.device,
     )
     with torch.no_grad():
-        classes = model(x_NCHW[:1].to(threat.device)).shape[1]
+        classes = model(x_NCHW[:1].to(context.device)).shape[1]
     # The package fixes nine targets; with fewer classes it would look for labels beyond them.
     for part in (package.apgd_targeted, package.fab):
         part.n_target_classes = min(part.n_target_classes, classes - 1)
@@ -176,10 +178,10 @@ def _package(model: nn.Module, x_NCHW: Tensor, params: Params, threat: AttackThr
 
 
 def _check(
-    package: AutoAttack, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+    package: AutoAttack, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> None:
     """The package's own checks of the network, on the first batch, once."""
-    x, y = (v[: threat.batch_size].to(threat.device) for v in (x_NCHW, y_N))
+    x, y = (v[: context.batch_size].to(context.device) for v in (x_NCHW, y_N))
     logger = package.logger
     if params.version != "rand":
         checks.check_randomized(package.get_logits, x, y, bs=len(x), logger=logger)

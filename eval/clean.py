@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from robsparse.attacks import AttackThreat, Outcome, correct_flags
+from robsparse.attacks import AttackContext, Outcome, correct_flags
 from robsparse.config import Strict
 from robsparse.datasets import Part
 
@@ -19,8 +19,10 @@ def passes(params: Params) -> tuple[int, int]:
 
 
 def run(
-    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
     """Which images are classified correctly."""
-    flags = correct_flags(model, Part(x_NCHW, y_N), threat.batch_size, threat.device, threat.report)
+    flags = correct_flags(
+        model, Part(x_NCHW, y_N), context.batch_size, context.device, context.report
+    )
     return Outcome({"all": flags}, max_perturbation=0.0)

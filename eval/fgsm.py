@@ -6,13 +6,13 @@ Source: Goodfellow et al., ICLR 2015. In L2 the step follows the gradient's dire
 from torch import Tensor, nn
 
 from robsparse import perturb
-from robsparse.attacks import AttackThreat, Outcome, Tally
-from robsparse.config import Reach
+from robsparse.attacks import AttackContext, Outcome, Tally
+from robsparse.config import AttackParams
 
 LABEL = "FGSM"
 
 
-class Params(Reach):
+class Params(AttackParams):
     """Nothing else to set."""
 
 
@@ -22,15 +22,15 @@ def passes(params: Params) -> tuple[int, int]:
 
 
 def run(
-    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
     """Which images survive the step."""
-    tally = Tally(x_NCHW, y_N, threat)
+    tally = Tally(x_NCHW, y_N, context)
 
     def craft(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
         loss = perturb.cross_entropy_of(y)
         return perturb.ascend(
-            model, x, x, loss, eps=threat.eps, step_size=threat.eps, steps=1, norm=threat.norm
+            model, x, x, loss, eps=context.eps, step_size=context.eps, steps=1, norm=context.norm
         )
 
     with perturb.no_parameter_gradients(model):

@@ -9,14 +9,21 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from robsparse import fast_minimum_norm, perturb
-from robsparse.attacks import AttackThreat, Outcome, Progress, in_batches, length, of_distances
-from robsparse.config import Reach
+from robsparse.attacks import (
+    AttackContext,
+    AttackProgress,
+    Outcome,
+    in_batches,
+    length,
+    outcome_from_distances,
+)
+from robsparse.config import AttackParams
 
 LABEL = "FMN"
 GIVES_DISTANCES = True
 
 
-class Params(Reach):
+class Params(AttackParams):
     """steps: gradient steps; max_stepsize: L2 length of the first; gamma: share by which the
     allowed perturbation changes at first. The defaults are the package's.
     """
@@ -32,30 +39,30 @@ def passes(params: Params) -> tuple[int, int]:
 
 
 def run(
-    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
     """How far each image has to be moved; it is robust if that is further than eps."""
     distances = torch.full((len(y_N),), torch.inf)
-    progress = Progress("FMN", len(y_N), threat.report)
+    progress = AttackProgress("FMN", len(y_N), context.report)
 
     def work(where: slice) -> None:
-        x, y = x_NCHW[where].to(threat.device), y_N[where].to(threat.device)
+        x, y = x_NCHW[where].to(context.device), y_N[where].to(context.device)
         found = fast_minimum_norm.perturbed(
             model,
             x,
             y,
-            norm=threat.norm,
+            norm=context.norm,
             steps=params.steps,
             max_stepsize=params.max_stepsize,
             gamma=params.gamma,
         )
         with torch.no_grad():
             broken = model(found).argmax(1) != y
-        distances[where] = length(found - x, threat.norm).where(broken, torch.inf).cpu()
-        progress.update(where.stop, int((distances > threat.eps).sum()))
+        distances[where] = length(found - x, context.norm).where(broken, torch.inf).cpu()
+        progress.update(where.stop, int((distances > context.eps).sum()))
 
     with perturb.no_parameter_gradients(model):
-        in_batches(len(y_N), threat.batch_size, work, threat.report)
-    outcome = of_distances(distances, threat.eps, {"steps": params.steps, "restarts": 1})
+        in_batches(len(y_N), context.batch_size, work, context.report)
+    outcome = outcome_from_distances(distances, context.eps, {"steps": params.steps, "restarts": 1})
     progress.close(int(outcome.components["all"].sum()), len(y_N))
     return outcome

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from robsparse import fast_minimum_norm, perturb
 from robsparse.attacks import (
-    AttackThreat,
+    AttackContext,
+    AttackProgress,
     Outcome,
-    Progress,
     in_batches,
     length,
-    of_distances,
+    outcome_from_distances,
     random_search,
 )
-from robsparse.config import Reach
+from robsparse.config import AttackParams
 
 LABEL = "Minimum norm"
 GIVES_DISTANCES = True
@@ -37,7 +37,7 @@ _POOL = 1000  # images among which those of other classes are looked for
 _HALVINGS = 10  # of what one search leaves open
 
 
-class Params(Reach):
+class Params(AttackParams):
     """What each search may spend on an image."""
 
     fmn_steps: PositiveInt = Field(50, description="gradient steps of FMN, each of two times")
@@ -72,7 +72,7 @@ def ladder(eps: float, longest: float, count: int) -> list[float]:
 
 
 def run(
-    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
     """How far each image has to be moved; it is robust if that is further than eps.
 
@@ -80,38 +80,38 @@ def run(
     """
     key = json.dumps(["batches", params.model_dump(mode="json")], sort_keys=True)
     distances, done = torch.full((len(y_N),), torch.inf), 0
-    if found := threat.saved.get(key):
+    if found := context.cache.get(key):
         distances, done = torch.from_numpy(found["distances"]), int(found["done"])
-        threat.report(f"{done} of {len(y_N)} images taken from an earlier run")
-    progress = Progress(LABEL, len(y_N), threat.report)
+        context.report(f"{done} of {len(y_N)} images taken from an earlier run")
+    progress = AttackProgress(LABEL, len(y_N), context.report)
 
     def work(where: slice) -> None:
         stop = done + where.stop
         index = slice(done + where.start, stop)
-        search = _Search(model, x_NCHW[index], y_N[index], params, threat)
+        search = _Search(model, x_NCHW[index], y_N[index], params, context)
         distances[index] = search.distances(pool, classes).cpu()
-        threat.saved.put(key, distances=distances.numpy(), done=np.array(stop))
-        progress.update(stop, int((distances > threat.eps).sum()))
+        context.cache.put(key, distances=distances.numpy(), done=np.array(stop))
+        progress.update(stop, int((distances > context.eps).sum()))
 
     with perturb.no_parameter_gradients(model):
-        pool, classes = _pool(model, x_NCHW if threat.images is None else threat.images, threat)
-        in_batches(len(y_N) - done, threat.batch_size, work, threat.report)
+        pool, classes = _pool(model, x_NCHW if context.images is None else context.images, context)
+        in_batches(len(y_N) - done, context.batch_size, work, context.report)
     settings = {"steps": params.steps, "restarts": params.restarts}
-    outcome = of_distances(distances, threat.eps, settings)
+    outcome = outcome_from_distances(distances, context.eps, settings)
     progress.close(int(outcome.components["all"].sum()), len(y_N))
     return outcome
 
 
-def _pool(model: nn.Module, x_NCHW: Tensor, threat: AttackThreat) -> tuple[Tensor, Tensor]:
+def _pool(model: nn.Module, x_NCHW: Tensor, context: AttackContext) -> tuple[Tensor, Tensor]:
     """Some images and the classes that the network takes them for."""
-    pool = x_NCHW[:_POOL].to(threat.device)
-    classes = torch.zeros(len(pool), dtype=torch.int64, device=threat.device)
+    pool = x_NCHW[:_POOL].to(context.device)
+    classes = torch.zeros(len(pool), dtype=torch.int64, device=context.device)
 
     def look(where: slice) -> None:
         with torch.no_grad():
             classes[where] = model(pool[where]).argmax(1)
 
-    in_batches(len(pool), threat.batch_size, look, threat.report)
+    in_batches(len(pool), context.batch_size, look, context.report)
     return pool, classes
 
 
@@ -122,20 +122,20 @@ class _Search:
     """
 
     def __init__(
-        self, model: nn.Module, x: Tensor, y: Tensor, params: Params, threat: AttackThreat
+        self, model: nn.Module, x: Tensor, y: Tensor, params: Params, context: AttackContext
     ) -> None:
-        self.model, self.params, self.threat = model, params, threat
-        self.x, self.y = x.to(threat.device), y.to(threat.device)
-        self.best = torch.full((len(y),), torch.inf, device=threat.device)
+        self.model, self.params, self.context = model, params, context
+        self.x, self.y = x.to(context.device), y.to(context.device)
+        self.best = torch.full((len(y),), torch.inf, device=context.device)
         self.nearest = self.x.clone()
 
     def distances(self, pool: Tensor, classes: Tensor) -> Tensor:
         """Search in every way."""
         self.towards(pool, classes)
         self.adapt(self.beyond(0.0))
-        generator = torch.Generator().manual_seed(self.threat.seed)
-        longest = 1.0 if self.threat.norm == "Linf" else math.sqrt(self.x[0].numel())
-        for radius in ladder(self.threat.eps, longest, self.params.radii):
+        generator = torch.Generator().manual_seed(self.context.seed)
+        longest = 1.0 if self.context.norm == "Linf" else math.sqrt(self.x[0].numel())
+        for radius in ladder(self.context.eps, longest, self.params.radii):
             for _ in range(self.params.restarts):
                 self.ascend(radius, generator)
             self.query(radius)
@@ -149,7 +149,7 @@ class _Search:
 
     def towards(self, pool: Tensor, classes: Tensor) -> None:
         """Move each image towards the nearest ones that are taken for another class."""
-        p = torch.inf if self.threat.norm == "Linf" else 2.0
+        p = torch.inf if self.context.norm == "Linf" else 2.0
         apart = torch.cdist(self.x.flatten(1), pool.flatten(1), p=p)
         apart[classes == self.y[:, None]] = torch.inf
         nearest = apart.topk(min(self.params.neighbours, len(pool)), largest=False)
@@ -165,7 +165,7 @@ class _Search:
             self.model,
             self.x[index],
             self.y[index],
-            norm=self.threat.norm,
+            norm=self.context.norm,
             steps=self.params.fmn_steps,
             start=start,
         )
@@ -173,7 +173,7 @@ class _Search:
 
     def ascend(self, radius: float, generator: torch.Generator) -> None:
         """PGD from a random start."""
-        start = perturb.uniform_start(self.x.cpu(), radius, generator, self.threat.norm)
+        start = perturb.uniform_start(self.x.cpu(), radius, generator, self.context.norm)
         index = self.beyond(radius)
         if not len(index):
             return
@@ -185,7 +185,7 @@ class _Search:
             eps=radius,
             step_size=perturb.RELATIVE_STEP * radius / self.params.steps,
             steps=self.params.steps,
-            norm=self.threat.norm,
+            norm=self.context.norm,
         )
         self.offer(index, found, radius)
 
@@ -198,11 +198,11 @@ class _Search:
             self.model,
             self.x[index],
             self.y[index],
-            norm=self.threat.norm,
+            norm=self.context.norm,
             eps=radius,
             queries=self.params.queries,
             restarts=1,
-            seed=self.threat.seed,
+            seed=self.context.seed,
         )
         self.offer(index, found, radius)
 
@@ -214,15 +214,15 @@ class _Search:
         index, found = index[wrong], found[wrong]
         x = self.x[index]
         # A length exceeds the radius by rounding alone.
-        high = length(found - x, self.threat.norm).clamp(max=radius)
+        high = length(found - x, self.context.norm).clamp(max=radius)
         low = torch.zeros_like(high)
         self.take(index, found, high)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            between = within(x, found, middle, self.threat.norm)
+            between = within(x, found, middle, self.context.norm)
             wrong = self.is_wrong(index, between)
             low, high = low.where(wrong, middle), middle.where(wrong, high)
-            lengths = torch.minimum(length(between - x, self.threat.norm), middle)
+            lengths = torch.minimum(length(between - x, self.context.norm), middle)
             self.take(index[wrong], between[wrong], lengths[wrong])
 
     def take(self, index: Tensor, found: Tensor, lengths: Tensor) -> None:

@@ -13,13 +13,13 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from robsparse import perturb
-from robsparse.attacks import AttackThreat, Outcome, Progress, Tally
-from robsparse.config import Reach
+from robsparse.attacks import AttackContext, AttackProgress, Outcome, Tally
+from robsparse.config import AttackParams
 
 LABEL = "PGD"
 
 
-class Params(Reach):
+class Params(AttackParams):
     """The first step is relative_step * eps / steps long.
 
     rule: later steps are as long, or shrink to 0 along a cosine.
@@ -39,31 +39,31 @@ def passes(params: Params) -> tuple[int, int]:
 
 
 def run(
-    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
     """Which images survive all restarts. A restart sees only the images that survived so far.
 
     The random starts are drawn for all images at once on the CPU, so that the batch size does not
     change them.
     """
-    tally = Tally(x_NCHW, y_N, threat)
-    generator = torch.Generator().manual_seed(threat.seed)
-    progress = Progress("PGD", len(y_N) * params.restarts, threat.report)
+    tally = Tally(x_NCHW, y_N, context)
+    generator = torch.Generator().manual_seed(context.seed)
+    progress = AttackProgress("PGD", len(y_N) * params.restarts, context.report)
     for restart in range(params.restarts):
         start = x_NCHW
         if params.start == "uniform":
-            start = perturb.uniform_start(x_NCHW, threat.eps, generator, threat.norm)
+            start = perturb.uniform_start(x_NCHW, context.eps, generator, context.norm)
 
         def craft(x: Tensor, y: Tensor, index: Tensor, start: Tensor = start) -> Tensor:
             return perturb.ascend(
                 model,
                 x,
-                start[index].to(threat.device),
+                start[index].to(context.device),
                 perturb.cross_entropy_of(y),
-                eps=threat.eps,
-                step_size=_step_sizes(params, threat.eps),
+                eps=context.eps,
+                step_size=_step_sizes(params, context.eps),
                 steps=params.steps,
-                norm=threat.norm,
+                norm=context.norm,
             )
 
         with perturb.no_parameter_gradients(model):

@@ -7,13 +7,20 @@ AutoAttack has for it.
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from robsparse.attacks import AttackThreat, Outcome, Progress, Tally, in_batches, random_search
-from robsparse.config import Reach
+from robsparse.attacks import (
+    AttackContext,
+    AttackProgress,
+    Outcome,
+    Tally,
+    in_batches,
+    random_search,
+)
+from robsparse.config import AttackParams
 
 LABEL = "Square"
 
 
-class Params(Reach):
+class Params(AttackParams):
     """queries: passes for each image and restart."""
 
     queries: PositiveInt = 5000
@@ -26,27 +33,27 @@ def passes(params: Params) -> tuple[int, int]:
 
 
 def run(
-    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
     """Which images survive the search."""
-    tally = Tally(x_NCHW, y_N, threat)
-    progress = Progress("Square", len(y_N), threat.report)
+    tally = Tally(x_NCHW, y_N, context)
+    progress = AttackProgress("Square", len(y_N), context.report)
 
     def work(where: slice) -> None:
-        x, y = x_NCHW[where].to(threat.device), y_N[where].to(threat.device)
+        x, y = x_NCHW[where].to(context.device), y_N[where].to(context.device)
         found = random_search(
             model,
             x,
             y,
-            norm=threat.norm,
-            eps=threat.eps,
+            norm=context.norm,
+            eps=context.eps,
             queries=params.queries,
             restarts=params.restarts,
-            seed=threat.seed,
+            seed=context.seed,
         )
         tally.judge(model, where, found)
         progress.update(where.stop, int(tally.robust.sum()))
 
-    in_batches(len(y_N), threat.batch_size, work, threat.report)
+    in_batches(len(y_N), context.batch_size, work, context.report)
     progress.close(int(tally.robust.sum()), len(y_N))
     return tally.outcome({"steps": params.queries, "restarts": params.restarts})

@@ -1,4 +1,6 @@
-"""Transfer: PGD on another network of the study, a surrogate; the attacked one is only asked once.
+"""Black-box transfer attack: PGD on another network of the study, the surrogate.
+
+The attacked network classifies the resulting images once.
 
 Source: Papernot et al., "Practical black-box attacks against machine learning", 2017. Where it
 breaks more images than the white-box attacks do, those were misled.
@@ -9,14 +11,14 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from robsparse import perturb
-from robsparse.attacks import AttackThreat, Outcome, Tally
-from robsparse.config import Reach
+from robsparse.attacks import AttackContext, Outcome, Tally
+from robsparse.config import AttackParams
 from robsparse.fields import Name
 
-LABEL = "Transfer"
+LABEL = "Black-box transfer attack"
 
 
-class Params(Reach):
+class Params(AttackParams):
     """Each step is relative_step * eps / steps long, from a uniform random start."""
 
     surrogate: Name = Field(
@@ -34,24 +36,24 @@ def passes(params: Params) -> tuple[int, int]:
 
 
 def run(
-    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, threat: AttackThreat
+    model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
     """Which images survive what the surrogate was broken by."""
-    tally = Tally(x_NCHW, y_N, threat)
-    surrogate = threat.network(params.surrogate)
-    generator = torch.Generator().manual_seed(threat.seed)
-    start = perturb.uniform_start(x_NCHW, threat.eps, generator, threat.norm)
+    tally = Tally(x_NCHW, y_N, context)
+    surrogate = context.surrogate(params.surrogate)
+    generator = torch.Generator().manual_seed(context.seed)
+    start = perturb.uniform_start(x_NCHW, context.eps, generator, context.norm)
 
     def craft(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         return perturb.ascend(
             surrogate,
             x,
-            start[index].to(threat.device),
+            start[index].to(context.device),
             perturb.cross_entropy_of(y),
-            eps=threat.eps,
-            step_size=params.relative_step * threat.eps / params.steps,
+            eps=context.eps,
+            step_size=params.relative_step * context.eps / params.steps,
             steps=params.steps,
-            norm=threat.norm,
+            norm=context.norm,
         )
 
     with perturb.no_parameter_gradients(surrogate):

@@ -29,11 +29,12 @@ def compare(material: Material, group: Group) -> pd.DataFrame:
     """One row a (sparsity, our method, baseline), in the primary selection.
 
     Columns, fractions, nan where either side is missing: `ours_accuracy`, `ours_low`, `ours_high`,
-    `ours_suspicious` (why, in words) and the same of `theirs`; `seeds` that both have; `difference`
-    of the means, its interval `low` and `high`, paired by seed and image (nan unless both have the
-    same seeds); `detectable`, the true difference that so many seeds and images would show with
-    probability 0.8; `p` of "no difference" and `p_holm`, corrected for the number of rows, both nan
-    with one seed; `verdict`: AHEAD, BEHIND, OPEN, ONE_SEED, or "" where the difference is unknown.
+    `ours_potentially_unreliable` (why, in words) and the same of `theirs`; `seeds` that both have;
+    `difference` of the means, its interval `low` and `high`, paired by seed and image (nan unless
+    both have the same seeds); `detectable`, the true difference that so many seeds and images would
+    show with probability 0.8; `p` of "no difference" and `p_holm`, corrected for the number of
+    rows, both nan with one seed; `verdict`: AHEAD, BEHIND, OPEN, ONE_SEED, or "" where the
+    difference is unknown.
     A dense baseline is compared with at every sparsity.
     """
     study, found = material.study, []
@@ -149,7 +150,7 @@ def _pair(
             f"{side}_{name}": line[f"{STRONGEST}_{name}"] if line is not None else np.nan
             for name in ("accuracy", "low", "high")
         }
-        pair[f"{side}_suspicious"] = line.suspicious if line is not None else ""
+        pair[f"{side}_potentially_unreliable"] = "" if line is None else line.potentially_unreliable
     pair["difference"] = pair["ours_accuracy"] - pair["theirs_accuracy"]
     apart = _paired(material, group, *sides.values())
     if apart is None:

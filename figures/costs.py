@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from robsparse.figures import style
-from robsparse.figures.notes import doubt_note, interval_note, percent, plot_caption
+from robsparse.figures.notes import interval_note, percent, plot_caption, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import groups, sparsities
 
@@ -30,7 +30,7 @@ def cost(material: Material) -> Figure:
         "backward ones over batches, crafting and pretraining included. Peak active weights: the "
         "most prunable weights that training had to hold. Markers of equal cost stand side by "
         "side; the cost table has the numbers. The dense network is the same in every column.",
-        *doubt_note(material),
+        *unreliable_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]
     column = f"{STRONGEST}_accuracy"
@@ -74,8 +74,8 @@ def _panel(
         panel.vlines(own[x], low, high, color=look.color, linewidth=0.9, transform=moved)
         drawn = look.line | {"linestyle": "none"}
         handles[name] = panel.plot(own[x], mean, **drawn, transform=moved)[0]
-        for place, level, said in zip(own[x], mean, own.suspicious, strict=True):
-            style.doubt(panel, place, level, said, xycoords=moved)
+        for place, level, said in zip(own[x], mean, own.potentially_unreliable, strict=True):
+            style.mark_unreliable(panel, place, level, said, xycoords=moved)
     return handles
 
 

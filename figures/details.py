@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from robsparse.cells import Cell
-from robsparse.config import Reach
+from robsparse.config import AttackParams
 from robsparse.figures import measures_distances, style
-from robsparse.figures.notes import SUSPICIOUS, doubt_note, percent, plot_caption, radius
+from robsparse.figures.notes import UNRELIABLE, percent, plot_caption, radius, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, cells, groups, methods, sparsities
 
@@ -34,16 +34,16 @@ def accuracy_against_eps(material: Material) -> Figure:
         f"seeds: the shortest one that {names} found. An upper bound of robust accuracy at every "
         f"eps. Dotted: the study's eps, {radius(study.threat.eps)}, and chance. Markers: "
         f"{study.label('attack', STRONGEST)} alone. The dense network is the same in every panel.",
-        *doubt_note(material),
+        *unreliable_note(material),
         general,
     ]
     figure, panels = style.grid(material, sharey=True, sharex=True)
     handles: dict[str, Line2D] = {}
     farthest = 0.0
     for group, sparsity, panel in panels:
-        found, reach = _eps_panel(panel, material, group, sparsity, norm)
+        found, largest = _eps_panel(panel, material, group, sparsity, norm)
         handles |= found
-        farthest = max(farthest, reach)
+        farthest = max(farthest, largest)
         if panel.get_subplotspec().is_first_col():
             panel.set_ylabel("robust accuracy (%), upper bound")
         panel.set_xlabel(f"eps ({norm}, pixels in [0,1])")
@@ -59,7 +59,7 @@ def _eps_panel(
     """Draw one panel; also returns an eps at which 98 % of the images of every network have fallen
     that fall at all.
     """
-    handles, reach = {}, 0.0
+    handles, largest = {}, 0.0
     grey = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
     for place, (name, look) in enumerate(style.looks(material.study).items()):
         found = [
@@ -74,7 +74,7 @@ def _eps_panel(
         # A network that nothing breaks further keeps its accuracy up to the edge of the panel.
         eps, share = np.r_[eps, _BEYOND], np.r_[share, share[-1]]
         handles[name] = panel.plot(eps, 100 * share, **shown, drawstyle="steps-post")[0]
-        reach = max(reach, float(np.quantile(eps[:-1], 0.98, method="lower")))
+        largest = max(largest, float(np.quantile(eps[:-1], 0.98, method="lower")))
         line = _summary_line(material, group, name, sparsity)
         if norm == material.study.threat.norm and line is not None:
             level = 100 * line.get(f"{STRONGEST}_accuracy", np.nan)
@@ -82,13 +82,15 @@ def _eps_panel(
             panel.plot(material.study.threat.eps, level, **marker)
             # Markers stand on one line: their daggers side by side.
             beside = {"xytext": (4 + 5 * place, -3)}
-            style.doubt(panel, material.study.threat.eps, level, line.suspicious, **beside)
+            style.mark_unreliable(
+                panel, material.study.threat.eps, level, line.potentially_unreliable, **beside
+            )
     if norm == material.study.threat.norm:
         panel.axvline(material.study.threat.eps, **grey)
     chance = material.chance(group)
     if chance is not None:
         handles["chance"] = panel.axhline(100 * chance, **grey, label="chance")
-    return handles, reach
+    return handles, largest
 
 
 def _attacks_of(material: Material, norm: str) -> list[str]:
@@ -97,7 +99,7 @@ def _attacks_of(material: Material, norm: str) -> list[str]:
     return [
         name
         for name in study.evaluation.selections[material.primary]
-        if isinstance(study.evaluation.attacks[name], Reach)
+        if isinstance(study.evaluation.attacks[name], AttackParams)
         and study.attack_threat(name).norm == norm
     ]
 
@@ -176,7 +178,7 @@ def per_class(material: Material) -> Figure:
     caption = [
         f"{label} accuracy in % of the attacked test images of each class, mean over seeds. A "
         f"class has {table.images.min()} to {table.images.max()} of them.",
-        *doubt_note(material),
+        *unreliable_note(material),
         general,
     ]
     found, columns = groups(study), sparsities(study)
@@ -202,7 +204,7 @@ def per_class(material: Material) -> Figure:
 def class_accuracies(material: Material) -> pd.DataFrame:
     """One row a (group, method, sparsity, class): accuracy under the strongest attack (fraction,
     mean over seeds), how many images of the class were attacked, and why the network is
-    `suspicious`, in the primary selection.
+    `potentially_unreliable`, in the primary selection.
     """
     rows: dict[tuple, list[np.ndarray]] = {}
     for cell in material.study.cells():
@@ -221,7 +223,7 @@ def class_accuracies(material: Material) -> pd.DataFrame:
     ]
     table = pd.DataFrame(found, columns=[*names, "accuracy", "images"])
     lines = material.summary[material.summary.selection == material.primary]
-    return table.merge(lines[[*names[:-1], "suspicious"]], how="left", on=names[:-1])
+    return table.merge(lines[[*names[:-1], "potentially_unreliable"]], how="left", on=names[:-1])
 
 
 def _class_panel(panel: Axes, material: Material, table: pd.DataFrame) -> object:
@@ -229,8 +231,8 @@ def _class_panel(panel: Axes, material: Material, table: pd.DataFrame) -> object
     wide = 100 * table.pivot_table(index="method", columns="label", values="accuracy")
     wide = wide.reindex([name for name in methods(study) if name in wide.index])
     picture = panel.imshow(wide, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    doubted = set(table.method[table.suspicious != ""])
-    labels = [study.label("method", n) + f" {SUSPICIOUS}" * (n in doubted) for n in wide.index]
+    unreliable = set(table.method[table.potentially_unreliable != ""])
+    labels = [study.label("method", n) + f" {UNRELIABLE}" * (n in unreliable) for n in wide.index]
     panel.set_yticks(range(len(wide)), labels)
     panel.grid(visible=False)
     panel.set_xlabel("class")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from robsparse.figures import style
-from robsparse.figures.notes import doubt_note, interval_note, percent, plot_caption
+from robsparse.figures.notes import interval_note, percent, plot_caption, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, groups, methods, sparsities
 
@@ -24,7 +24,7 @@ def robust_accuracy(material: Material) -> Figure:
         f"{label} accuracy: worst case per image over its components, mean over seeds. "
         f"{interval_note(material)}. Dashed line and band: the dense network. Methods stand side "
         "by side so that their intervals can be told apart. A cross marks a training that failed.",
-        *doubt_note(material),
+        *unreliable_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]
     column = f"{STRONGEST}_accuracy"
@@ -75,7 +75,9 @@ def dodge(index: int, count: int) -> float:
 def _dense_band(panel: Axes, look: style.Look, line: pd.Series) -> Line2D:
     level = 100 * line[f"{STRONGEST}_accuracy"]
     low, high = 100 * line[f"{STRONGEST}_low"], 100 * line[f"{STRONGEST}_high"]
-    style.doubt(panel, 0.99, level, line.suspicious, xycoords=("axes fraction", "data"))
+    style.mark_unreliable(
+        panel, 0.99, level, line.potentially_unreliable, xycoords=("axes fraction", "data")
+    )
     if not np.isnan(low):
         panel.axhspan(low, high, color=look.color, alpha=0.09, linewidth=0)
     return panel.axhline(level, color=look.color, linestyle=look.linestyle, label=look.label)
@@ -93,8 +95,8 @@ def _method_line(panel: Axes, look: style.Look, rows: pd.DataFrame, shift: float
     line = panel.plot(x, mean, **look.line)[0]
     failed = (rows.failure.fillna("") != "").to_numpy()
     panel.plot(x[failed], mean[failed], "x", color="black", markersize=9, zorder=5)
-    for place, level, said in zip(x, mean, rows.suspicious.fillna(""), strict=True):
-        style.doubt(panel, place, level, said)
+    for place, level, said in zip(x, mean, rows.potentially_unreliable.fillna(""), strict=True):
+        style.mark_unreliable(panel, place, level, said)
     return line
 
 

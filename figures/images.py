@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from robsparse.cells import Cell
 from robsparse.figures import style
-from robsparse.figures.notes import SUSPICIOUS, doubt_note, join, percent, plot_caption, radius
+from robsparse.figures.notes import UNRELIABLE, join, percent, plot_caption, radius, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Broken, Group, cells, groups, methods, seeds, sparsities
 
@@ -86,7 +86,7 @@ def pictures(material: Material) -> Figure:
         "sparsity: those on which the methods are most divided. Left: as it is; middle: perturbed "
         f"for the method named above it; right: the change, grey for none, black and white for "
         f"-/+ {radius(study.threat.eps)}. All outcomes: tables/disagreements.csv.",
-        *doubt_note(material),
+        *unreliable_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]
     shown = _chosen(material)
@@ -126,14 +126,14 @@ def _picture(material: Material, group: Group, place: pd.Series) -> tuple[str, B
 
 
 def _labels_of(material: Material, place: pd.Series) -> dict[str, str]:
-    """Printed names of the methods at a place, with a dagger if suspicious."""
+    """Printed names of the methods at a place, with a dagger if potentially unreliable."""
     lines = material.summary[material.summary.selection == material.primary]
     keys = ["dataset", "arch", "objective"]
     lines = lines[np.logical_and.reduce([lines[k] == place[k] for k in keys])]
     lines = lines[lines.sparsity.isin([0.0, place.sparsity])]
     return {
         line.method: material.study.label("method", line.method)
-        + f"\N{NO-BREAK SPACE}{SUSPICIOUS}" * bool(line.suspicious)
+        + f"\N{NO-BREAK SPACE}{UNRELIABLE}" * bool(line.potentially_unreliable)
         for line in lines.itertuples()
     }
 

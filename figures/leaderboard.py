@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from robsparse.config import Study
 from robsparse.figures import published as files
 from robsparse.figures import style
-from robsparse.figures.notes import doubt_note, interval_note, percent, plot_caption, radius
+from robsparse.figures.notes import interval_note, percent, plot_caption, radius, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
 
 _PLACE = ["dataset", "arch", "sparsity"]
@@ -35,7 +35,7 @@ def published(material: Material) -> Figure:
         "tables name; they were measured at the eps that their file says, ours at "
         f"{radius(study.threat.eps)}. "
         "Dotted: published networks of other architectures, for orientation.",
-        *doubt_note(material),
+        *unreliable_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]
     places = rows[rows.known].drop_duplicates(_PLACE)[_PLACE]
@@ -73,7 +73,7 @@ def entries(material: Material) -> pd.DataFrame:
                 "accuracy": getattr(line, column, np.nan),
                 "low": getattr(line, f"{STRONGEST}_low", np.nan),
                 "high": getattr(line, f"{STRONGEST}_high", np.nan),
-                "suspicious": line.suspicious,
+                "potentially_unreliable": line.potentially_unreliable,
             }
             found.append(place | values | {"ours": True, "known": True})
     places = {tuple(row[key] for key in _PLACE) for row in found}
@@ -84,14 +84,27 @@ def entries(material: Material) -> pd.DataFrame:
             continue
         extra = f", {row.extra_data}" if row.extra_data else ""
         place = {key: getattr(row, key) for key in _PLACE}
-        values = {"label": f"{row.printed_as}{extra}", "accuracy": row.accuracy, "suspicious": ""}
+        values = {
+            "label": f"{row.printed_as}{extra}",
+            "accuracy": row.accuracy,
+            "potentially_unreliable": "",
+        }
         known = tuple(place.values()) in places
         if not known and row.source != "robustbench":
             continue  # of a place that this study does not visit
         found.append(
             place | values | {"low": np.nan, "high": np.nan, "ours": False, "known": known}
         )
-    columns = [*_PLACE, "label", "accuracy", "low", "high", "ours", "known", "suspicious"]
+    columns = [
+        *_PLACE,
+        "label",
+        "accuracy",
+        "low",
+        "high",
+        "ours",
+        "known",
+        "potentially_unreliable",
+    ]
     return pd.DataFrame(found, columns=columns).astype({"ours": bool, "known": bool})
 
 
@@ -104,7 +117,7 @@ def _panel(panel: Axes, study: Study, rows: pd.DataFrame, others: pd.DataFrame) 
             if not np.isnan(row.low):
                 panel.hlines(y, 100 * row.low, 100 * row.high, color=_OURS, linewidth=1.2)
             panel.plot(100 * row.accuracy, y, "o", color=_OURS, markersize=6)
-            style.doubt(panel, 100 * row.accuracy, y, row.suspicious)
+            style.mark_unreliable(panel, 100 * row.accuracy, y, row.potentially_unreliable)
         elif measured:
             panel.plot(100 * row.accuracy, y, "o", color=_THEIRS, markerfacecolor="none")
         labels.append(f"{row.label}, ours{'' if measured else ': n/a'}" if row.ours else row.label)

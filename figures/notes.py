@@ -16,7 +16,7 @@ from robsparse.figures.tidy import Group, cells, methods, seeds, sparsities
 NONE = "n/a"
 FEW_SEEDS = 5  # fewer than this can hardly tell methods apart; see docs/statistics.md
 SMALL = "Small study: not comparable with published numbers."
-SUSPICIOUS, FAILED, MISSED = "†", "§", "¶"
+UNRELIABLE, FAILED, MISSED = "†", "§", "¶"
 SELECTION_RULES = {
     "best_val": "the epoch with the best PGD accuracy on held-out training images, "
     "among those in which the network is at its sparsity",
@@ -91,9 +91,9 @@ def threat(study: Study, results: pd.DataFrame) -> str:
             words.append(f"x {join(rows.restarts)} restarts")
         if (rows.version != "").any() and not study.qualifier(str(attack)):
             words.append(f"version {join(rows.version)}")
-        reach = (join(rows.norm), rows.eps.iloc[0])
-        if reach != (study.threat.norm, study.threat.eps):
-            words.append(f"({reach[0]}, eps {radius(reach[1])})")
+        attacked = (join(rows.norm), rows.eps.iloc[0])
+        if attacked != (study.threat.norm, study.threat.eps):
+            words.append(f"({attacked[0]}, eps {radius(attacked[1])})")
         parts.append(" ".join(words))
     return "; ".join(parts)
 
@@ -253,7 +253,8 @@ def marks(material: Material, group: Group) -> list[str]:
     """What the marks in a group's table mean, and the text of each."""
     lines = group.of(material.summary)
     meanings = {
-        "suspicious": f"{SUSPICIOUS} suspicious: its accuracy under attack may be too high",
+        "potentially_unreliable": f"{UNRELIABLE} potentially unreliable: its accuracy under "
+        "attack may be too high",
         "failure": f"{FAILED} training failed, so this is no result of the method",
         "budget": f"{MISSED} not at the sparsity that was asked for",
     }
@@ -299,11 +300,13 @@ def seeds_note(material: Material, group: Group) -> str:
     return f"{few if count < FEW_SEEDS else ''}Methods that are not separated need not be equal."
 
 
-def doubt_note(material: Material) -> list[str]:
+def unreliable_note(material: Material) -> list[str]:
     """What a dagger in a plot means, if there is one."""
-    if not (material.summary.suspicious != "").any():
+    if not (material.summary.potentially_unreliable != "").any():
         return []
-    return [f"{SUSPICIOUS}: suspicious, may be too high; the reasons stand under the main table."]
+    return [
+        f"{UNRELIABLE}: potentially unreliable, may be too high; the reasons: below the main table."
+    ]
 
 
 def plot_caption(material: Material, *, attacked: bool, selected: bool) -> str:

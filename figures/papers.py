@@ -11,11 +11,11 @@ import pandas as pd
 
 from robsparse.config import Study, Table
 from robsparse.figures import published
-from robsparse.figures.notes import NONE, SMALL, SUSPICIOUS, join, percent
+from robsparse.figures.notes import NONE, SMALL, UNRELIABLE, join, percent
 from robsparse.figures.summary import Material
 from robsparse.figures.tables import bullets, escape_latex, markdown
 
-COLUMNS = [*published.KEYS, "ours", "published", "difference", "source", "suspicious"]
+COLUMNS = [*published.KEYS, "ours", "published", "difference", "source", "potentially_unreliable"]
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -45,8 +45,9 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
     """One row a network and attack, and a row more for each further source of its number.
 
     Columns: the keys of a published number; `ours` (fraction, mean over seeds), `published`,
-    `difference` (ours - published), `source`, `suspicious`; nan and "" where there is none. An
-    attack that is not what its name stands for (a part of AutoAttack, say) is compared with none.
+    `difference` (ours - published), `source`, `potentially_unreliable`; nan and "" where there is
+    none. An attack that is not what its name stands for (a part of AutoAttack, say) is compared
+    with none.
     """
     sources = [published.read(Path(name)) for name in spec.published]
     theirs = pd.concat(sources) if sources else pd.DataFrame(columns=[*published.COLUMNS, "source"])
@@ -55,7 +56,7 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
         for attack in spec.attacks:
             key = {k: getattr(cell, k) for k in published.KEYS if k != "attack"}
             key |= {"attack": attack}
-            ours, suspicious = _ours(material, spec, key)
+            ours, reasons = _ours(material, spec, key)
             compared = not material.study.qualifier(attack)
             found = _matching(theirs, key, material.study) if compared else []
             for number, source in found or [(np.nan, "")]:
@@ -66,20 +67,20 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
                         "published": number,
                         "difference": ours - number,
                         "source": source,
-                        "suspicious": suspicious,
+                        "potentially_unreliable": reasons,
                     }
                 )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _ours(material: Material, spec: Table, key: dict) -> tuple[float, str]:
-    """Our accuracy, and what is suspicious about it."""
+    """Our accuracy, and why the network is potentially unreliable."""
     rows = material.summary[material.summary.selection == spec.selection]
     same = np.logical_and.reduce([rows[k] == v for k, v in key.items() if k != "attack"])
     column = f"{key['attack']}_accuracy"
     if column not in rows or not same.any():
         return np.nan, ""
-    return float(rows[same][column].iloc[0]), rows[same].suspicious.iloc[0]
+    return float(rows[same][column].iloc[0]), rows[same].potentially_unreliable.iloc[0]
 
 
 def _matching(theirs: pd.DataFrame, key: dict, study: Study) -> list[tuple[float, str]]:
@@ -120,8 +121,8 @@ def _printed(study: Study, spec: Table, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _three(rows: pd.DataFrame, letters: dict[str, str]) -> str:
-    doubted = bool(rows.suspicious.iloc[0]) and not np.isnan(rows.ours.iloc[0])
-    ours = _number(rows.ours.iloc[0]) + f" {SUSPICIOUS}" * doubted
+    unreliable = bool(rows.potentially_unreliable.iloc[0]) and not np.isnan(rows.ours.iloc[0])
+    ours = _number(rows.ours.iloc[0]) + f" {UNRELIABLE}" * unreliable
     known = rows[rows.source != ""]
     if known.empty:
         return f"{ours} / {NONE} / {NONE}"
@@ -152,8 +153,8 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
         f"{NONE} is not known or not measured. Ours: first {study.evaluation.n_examples} test "
         f"images, mean over seeds, selection {spec.selection}, eps {study.threat.eps:.5g}.",
     ]
-    if (table.suspicious != "").any():
-        notes.append(f"{SUSPICIOUS} suspicious, for the reasons that stand under the main table.")
+    if (table.potentially_unreliable != "").any():
+        notes.append(f"{UNRELIABLE} potentially unreliable; the reasons are below the main table.")
     apart = [study.label("attack", name) for name in spec.attacks if study.qualifier(name)]
     if apart:
         notes.append(f"Not compared with published numbers: {', '.join(apart)}.")

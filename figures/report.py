@@ -64,7 +64,7 @@ arch, method, objective, sparsity, seed), selection, attack, component (`all`: t
 `accuracy` as a fraction with its Wilson interval `ci_low`, `ci_high`; threat; sizes; cost; \
 provenance; `origin`: where the network comes from; `attacked_on`: the network or its frozen view; \
 `code_digest`, `other_code`: which code made it, and whether that is not the present; \
-`suspicious`: why the robustness of the network may not be real |
+`potentially_unreliable`: why the network is potentially unreliable |
 | `collected.json` | one collected file | its checksum; edited files are refused |
 | `layers.csv` | one layer of one saved network | `size` and `nonzero` weights, output `positions` |
 | `curves.csv` | one epoch of one training run, pretraining included | `stage`, `lr`, `loss`, \
@@ -75,8 +75,8 @@ network) | connections `pruned` and `regrown` since the row before, `active` one
 | `lifetimes.parquet` | regrown connections by age in steps | how many were `pruned` at this age, \
 how many were `active` with this age at the end |
 | `weights.csv` | live weights of one saved network by magnitude | `count` in [`low`, `high`) |
-| `doubts.csv` | one saved network | what was looked for to find its robustness not real: shares \
-of the `examined` images, see `robsparse/doubts.py` |
+| `sanity_checks.csv` | one saved network | its sanity checks: shares \
+of the `examined` images, see `robsparse/sanity_checks.py` |
 | `failures.csv` | one network that could not be trained | the cell, `reason` |
 | `overlap.csv` | two saved networks of the same size and sparsity | `overlap`: Jaccard index of \
 their live sets; `chance`: the same expected of random sets with as many weights in each layer |
@@ -187,15 +187,15 @@ def _group_tables(material: Material, group: Group) -> list[str]:
             "Mean over seeds.",
             tables.markdown(broken_down),
         ]
-    doubts = tables.doubts_table(material, group)
-    if doubts is not None:
+    sanity_checks = tables.sanity_checks_table(material, group)
+    if sanity_checks is not None:
         parts += [
-            f"### Doubts: {group}",
+            f"### Sanity checks: {group}",
             f"Selection {material.primary}, the first images of the evaluation, the worst of the "
             "seeds; PGD with so many steps and one restart. Robustness that is real falls to "
             "chance at eps 1, has gradients, and is broken by gradients rather than by random "
             "search; the reasons for a mark stand under the main table.",
-            tables.markdown(doubts),
+            tables.markdown(sanity_checks),
         ]
     parts += [
         f"### Cost of training: {group}",

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from robsparse.config import Study
-from robsparse.figures.notes import SUSPICIOUS, percent
+from robsparse.figures.notes import UNRELIABLE, percent
 from robsparse.figures.summary import Material
 from robsparse.figures.tidy import Group, groups, methods, sparsities
 from robsparse.files import atomic
@@ -118,11 +118,11 @@ def log_axis(panel: Axes, low: float, high: float, form: str) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def doubt(panel: Axes, x: float, y: float, suspicious: str, **where: Any) -> None:
-    """A dagger beside a number if something is suspicious about it."""
-    if suspicious and not math.isnan(y):
+def mark_unreliable(panel: Axes, x: float, y: float, reasons: str, **where: Any) -> None:
+    """A dagger beside a number of a potentially unreliable network; `reasons` is "" for others."""
+    if reasons and not math.isnan(y):
         offset = {"xytext": (4, 3), "textcoords": "offset points"}
-        panel.annotate(SUSPICIOUS, (x, y), **offset | where, fontsize=8, zorder=6)
+        panel.annotate(UNRELIABLE, (x, y), **offset | where, fontsize=8, zorder=6)
 
 
 def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) -> Figure:

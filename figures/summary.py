@@ -56,8 +56,8 @@ def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
     Columns, accuracies as fractions, nan where nothing was measured: `seeds` and `seeds_planned`;
     for each attack `<attack>_accuracy` (mean over seeds), `_spread` (sample standard deviation),
     `_low` and `_high` (95 % interval, see robsparse.figures.statistics); `nonzero`, `prunable`,
-    `peak_active_weights` and COSTS (means); `suspicious` (signs that the robustness is not real),
-    `failure` (of training) and `budget` (a sparsity that was missed), with their seeds.
+    `peak_active_weights` and COSTS (means); `potentially_unreliable` (why the network is, in
+    words), `failure` (of training) and `budget` (a sparsity that was missed), with their seeds.
     """
     whole = tidy.results[tidy.results.component == "all"]
     found = []
@@ -100,7 +100,7 @@ def _line(
         line |= {f"{attack}_{name}": v for name, v in zip(names, values, strict=True)}
     for column in ("nonzero", "prunable", "peak_active_weights", *COSTS):
         line[column] = models[column].mean() if len(models) else np.nan
-    for column in ("suspicious", "failure", "budget"):
+    for column in ("potentially_unreliable", "failure", "budget"):
         said = models[models[column] != ""]
         line[column] = "; ".join(f"seed {row.seed}: {row[column]}" for _, row in said.iterrows())
     return line
@@ -146,8 +146,9 @@ def stack(key: dict[str, Any], rows: pd.DataFrame, outcomes: Outcomes) -> np.nda
 def components(material: Material, group: Group) -> pd.DataFrame:
     """Accuracy (fraction, mean over seeds) after each component of the strongest attack.
 
-    One row a (method, sparsity, selection) that the study asks it for, with `suspicious`; columns
-    in the order in which the components ran, none of those if none was run.
+    One row a (method, sparsity, selection) that the study asks it for, with
+    `potentially_unreliable`; columns in the order in which the components ran, none of those if
+    none was run.
     """
     rows = group.of(material.tidy.results)
     rows = rows[(rows.attack == STRONGEST) & (rows.component != "all")]
@@ -156,5 +157,5 @@ def components(material: Material, group: Group) -> pd.DataFrame:
     means = rows.groupby([*keys, "component"]).accuracy.mean().unstack("component")
     asked = [s for s, names in material.study.evaluation.selections.items() if STRONGEST in names]
     lines = group.of(material.summary)
-    lines = lines.loc[lines.selection.isin(asked), [*keys, "suspicious"]]
+    lines = lines.loc[lines.selection.isin(asked), [*keys, "potentially_unreliable"]]
     return lines.join(means.reindex(columns=order), on=keys)

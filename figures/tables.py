@@ -11,7 +11,7 @@ import pandas as pd
 
 from robsparse.config import Study
 from robsparse.figures import compare
-from robsparse.figures.notes import FAILED, MISSED, NONE, SUSPICIOUS, join, percent, table_notes
+from robsparse.figures.notes import FAILED, MISSED, NONE, UNRELIABLE, join, percent, table_notes
 from robsparse.figures.summary import STRONGEST, Material, components
 from robsparse.figures.tidy import Group, attacks, groups, sparsities
 
@@ -26,7 +26,7 @@ _LATEX = str.maketrans(
         ">": r"\textgreater{}",
         "±": r"$\pm$",
         "−": r"$-$",
-        SUSPICIOUS: r"$^{\dagger}$",
+        UNRELIABLE: r"$^{\dagger}$",
         FAILED: r"\S{}",
         MISSED: r"\P{}",
     }
@@ -77,7 +77,7 @@ def _accuracy(line: pd.Series, attack: str, bold: bool = False) -> str:
     text = f"**{text}**" if bold else text
     marks = {FAILED: line.failure, MISSED: line.budget}
     if attack != "clean":
-        marks[SUSPICIOUS] = line.suspicious
+        marks[UNRELIABLE] = line.potentially_unreliable
     return " ".join([text, *(mark for mark, said in marks.items() if said)])
 
 
@@ -88,7 +88,9 @@ def _count(value: float) -> str:
 def component_table(material: Material, group: Group) -> pd.DataFrame | None:
     """Accuracy in % after each component of the strongest attack, or None if it was not run."""
     table = components(material, group)
-    names = [n for n in table if n not in ("method", "sparsity", "selection", "suspicious")]
+    names = [
+        n for n in table if n not in ("method", "sparsity", "selection", "potentially_unreliable")
+    ]
     if not names:
         return None
     shown = pd.DataFrame(
@@ -100,8 +102,8 @@ def component_table(material: Material, group: Group) -> pd.DataFrame | None:
     )
     for name in names:
         shown[f"after {name} (%)"] = [
-            _percentage(share) + f" {SUSPICIOUS}" * bool(said and not np.isnan(share))
-            for share, said in zip(table[name], table.suspicious, strict=True)
+            _percentage(share) + f" {UNRELIABLE}" * bool(said and not np.isnan(share))
+            for share, said in zip(table[name], table.potentially_unreliable, strict=True)
         ]
     return shown
 
@@ -126,12 +128,12 @@ def _pairs_as_text(
             "Sparsity": percent(pair.sparsity),
             ours: study.label("method", pair.ours),
             "Accuracy (%)": _with_interval(pair.ours_accuracy, pair.ours_low, pair.ours_high)
-            + f" {SUSPICIOUS}" * bool(pair.ours_suspicious),
+            + f" {UNRELIABLE}" * bool(pair.ours_potentially_unreliable),
             theirs: study.label("method", pair.theirs),
             f"{theirs} accuracy (%)": _with_interval(
                 pair.theirs_accuracy, pair.theirs_low, pair.theirs_high
             )
-            + f" {SUSPICIOUS}" * bool(pair.theirs_suspicious),
+            + f" {UNRELIABLE}" * bool(pair.theirs_potentially_unreliable),
             "Difference (points)": _with_interval(pair.difference, pair.low, pair.high, "+"),
             "Detectable (points)": _percentage(pair.detectable),
             "p": _p_value(pair.p, pair.seeds),
@@ -166,28 +168,28 @@ def cost_table(material: Material, group: Group) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def doubts_table(material: Material, group: Group) -> pd.DataFrame | None:
+def sanity_checks_table(material: Material, group: Group) -> pd.DataFrame | None:
     """Signs that robustness is not real, as text; the worst of the seeds. None if not looked for.
 
-    See robsparse.doubts for what each number is.
+    See robsparse.sanity_checks for what each number is.
     """
-    study, doubts = material.study, group.of(material.tidy.doubts)
-    if "examined" not in doubts or doubts.examined.isna().all():
+    study, checks = material.study, group.of(material.tidy.sanity_checks)
+    if "examined" not in checks or checks.examined.isna().all():
         return None
     rows = []
     lines = group.of(material.summary)
     for _, line in lines[lines.selection == material.primary].iterrows():
-        own = doubts[(doubts.method == line.method) & (doubts.sparsity == line.sparsity)]
+        own = checks[(checks.method == line.method) & (checks.sparsity == line.sparsity)]
         own = own[own.selection == line.selection]
         row = {
             "Method": study.label("method", line.method),
             "Sparsity": percent(line.sparsity),
             "Images": join(own.examined),
         }
-        for column, (title, form) in _DOUBTS.items():
+        for column, (title, form) in _SANITY_CHECKS.items():
             value = own[column].min() if column.startswith("pgd") else own[column].max()
             row[title] = NONE if np.isnan(value) else form(value)
-        row["Suspicious"] = f"{SUSPICIOUS} yes" if line.suspicious else "no"
+        row["Potentially unreliable"] = f"{UNRELIABLE} yes" if line.potentially_unreliable else "no"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -230,7 +232,7 @@ def markdown(table: pd.DataFrame) -> str:
         "Plain",
         "Selection",
         "Verdict",
-        "Suspicious",
+        "Potentially unreliable",
     )
     align = ["left" if name in words else "right" for name in table]
     # Without disable_numparse tabulate would read "0.10" as a number and print 0.1.
@@ -247,7 +249,7 @@ def title(material: Material, group: Group) -> str:
     return f"{material.study.title} ({group})"
 
 
-_DOUBTS = {
+_SANITY_CHECKS = {
     "zero_gradient": ("No gradient (%)", _percentage),
     "huge_eps": ("Correct at eps 1 (%)", _percentage),
     "pgd_10": ("PGD-10 (%)", _percentage),

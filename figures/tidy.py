@@ -34,11 +34,11 @@ _COLUMNS = {
     "weights.csv": [*SEEDED, "selection", "low", "high", "count"],
     "overlap.csv": [*OVERLAP_COLUMNS],
     "failures.csv": [*SEEDED, "reason"],
-    "doubts.csv": [*SEEDED, "selection"],
+    "sanity_checks.csv": [*SEEDED, "selection"],
 }
 _WORDS = [
     "warnings",
-    "suspicious",
+    "potentially_unreliable",
     "failure",
     "budget",
     "origin",
@@ -80,7 +80,7 @@ class Tidy:
     weights: pd.DataFrame
     overlap: pd.DataFrame
     failures: pd.DataFrame
-    doubts: pd.DataFrame
+    sanity_checks: pd.DataFrame
 
 
 def read(folder: Path) -> Tidy:

@@ -1,8 +1,8 @@
 """The contract of an attack, and what attacks share.
 
-An attack is a file in eval/ with `Params` (a `Reach` if it perturbs images) and
+An attack is a file in eval/ with `Params` (a `AttackParams` if it perturbs images) and
 
-    def run(model, x_NCHW, y_N, params, threat: AttackThreat) -> Outcome
+    def run(model, x_NCHW, y_N, params, threat: AttackContext) -> Outcome
     def passes(params) -> tuple[int, int]
 
 `run` gets the images which the model classifies correctly (`clean` gets them all); `passes` says
@@ -34,7 +34,7 @@ LOOKED_AT = 4  # images that a network is told apart by
 PICTURES = 32  # adversarial images that are kept for people to look at
 
 
-class Saved:
+class Cache:
     """Outcomes of parts of an evaluation, kept so that a killed one goes on where it was.
 
     Each part is a file of arrays, written whole or not at all, under a name that stands for all
@@ -45,9 +45,9 @@ class Saved:
         """Keep parts in `folder`, or nowhere."""
         self.folder, self.basis = folder, basis
 
-    def of(self, *what: Any) -> "Saved":
+    def of(self, *what: Any) -> "Cache":
         """The parts of one attack, named by its settings."""
-        return Saved(self.folder, json.dumps([self.basis, *what], sort_keys=True, default=str))
+        return Cache(self.folder, json.dumps([self.basis, *what], sort_keys=True, default=str))
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
         """The arrays of a part, or None if it has not been finished."""
@@ -109,17 +109,17 @@ def _behaviour(model: nn.Module, part: Part, device: torch.device) -> list[Tenso
         randomness.restore(before, device)
 
 
-def no_network(name: str) -> nn.Module:
+def no_surrogate(name: str) -> nn.Module:
     """What an attack gets that asks for another network where there is none."""
     raise LookupError(f"no network '{name}' here")
 
 
 @dataclass(frozen=True)
-class AttackThreat:
+class AttackContext:
     """The adversary of one attack run. `seed` decides all its random draws.
 
-    `report(text)` may be called between parts of a long attack. `saved` keeps finished parts.
-    `network(name)` is another network of the study, in eval mode, for attacks that transfer.
+    `report(text)` may be called between parts of a long attack. `cache` keeps finished parts.
+    `surrogate(name)` is another network of the study, in eval mode, for attacks that transfer.
     `images` are all test images of the evaluation, those that the model gets wrong too.
     """
 
@@ -129,8 +129,8 @@ class AttackThreat:
     batch_size: int
     device: torch.device
     report: Callable[[str], None] = print
-    saved: Saved = Saved(None)  # noqa: RUF009 (it has no state)
-    network: Callable[[str], nn.Module] = no_network
+    cache: Cache = Cache(None)  # noqa: RUF009 (it has no state)
+    surrogate: Callable[[str], nn.Module] = no_surrogate
     images: Tensor | None = None
 
 
@@ -148,7 +148,7 @@ class Outcome:
     components: for each part, in the order run, which images are robust to it and to all parts
         before it (bool N); the last is the attack's result.
     settings: the fields steps, restarts and version of a result row, where they apply.
-    warnings: the attack's own doubts, in words.
+    warnings: why the attack itself may be unreliable, in words.
     max_perturbation: largest distance of an adversarial image in the norm of the threat, or None.
     distances: for an attack that looks for the smallest perturbation, its length for each image
         (float N, inf where none was found).
@@ -195,7 +195,7 @@ class Outcome:
         )
 
 
-def of_distances(distances: Tensor, eps: float, settings: dict[str, Any]) -> Outcome:
+def outcome_from_distances(distances: Tensor, eps: float, settings: dict[str, Any]) -> Outcome:
     """The outcome of an attack that found the smallest perturbations (float N, inf: none)."""
     robust = distances > eps
     return Outcome(
@@ -224,8 +224,8 @@ def _pictures_of(arrays: dict[str, np.ndarray]) -> dict[int, Picture]:
 class Tally:
     """Which images are still robust while attacks go over them, and what they did to them."""
 
-    def __init__(self, x_NCHW: Tensor, y_N: Tensor, threat: AttackThreat) -> None:
-        self.x_NCHW, self.y_N, self.threat = x_NCHW, y_N, threat
+    def __init__(self, x_NCHW: Tensor, y_N: Tensor, context: AttackContext) -> None:
+        self.x_NCHW, self.y_N, self.context = x_NCHW, y_N, context
         self.robust = torch.ones(len(y_N), dtype=torch.bool)
         self.largest, self.nans = 0.0, 0
         self.began, self.earlier = time.monotonic(), 0.0
@@ -238,15 +238,15 @@ class Tally:
         among: Tensor | None = None,
     ) -> None:
         """Judge craft(x, y, index) of batch after batch, of all images or those `among` (int)."""
-        threat = self.threat
+        context = self.context
         among = torch.arange(len(self.y_N)) if among is None else among
 
         def work(where: slice) -> None:
             index = among[where]
-            x, y = self.x_NCHW[index].to(threat.device), self.y_N[index].to(threat.device)
+            x, y = self.x_NCHW[index].to(context.device), self.y_N[index].to(context.device)
             self.judge(model, index, craft(x, y, index))
 
-        in_batches(len(among), threat.batch_size, work, threat.report)
+        in_batches(len(among), context.batch_size, work, context.report)
 
     def judge(self, model: nn.Module, where: slice | Tensor, adversarial: Tensor) -> None:
         """Look whether the model is wrong on adversarial versions of the images at `where`."""
@@ -255,7 +255,7 @@ class Tally:
             predicted = model(adversarial).argmax(1).cpu()
         broken = (predicted != self.y_N[index]).nonzero().squeeze(1)
         found = adversarial.detach().cpu()
-        change = length(found - self.x_NCHW[index], self.threat.norm)
+        change = length(found - self.x_NCHW[index], self.context.norm)
         self.nans += int(found.isnan().sum())
         self.largest = max([self.largest, *change.nan_to_num(0.0).tolist()])
         for i in broken.tolist():
@@ -337,7 +337,7 @@ def length(change_NCHW: Tensor, norm: str) -> Tensor:
     return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1)
 
 
-class Progress:
+class AttackProgress:
     """Images done, still robust, seconds and an estimate of the rest.
 
     A bar on a terminal; in a log a plain line every few seconds and one at the end.

@@ -24,7 +24,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from robsparse import augment, frozen, models, objectives, registry
-from robsparse.attacks import AttackThreat
+from robsparse.attacks import AttackContext
 from robsparse.batches import Source, Stored
 from robsparse.config import Crafting, Training
 from robsparse.cost import PASSES
@@ -210,7 +210,7 @@ def evaluate(settings: Settings) -> Iterator[Row]:
         model = _build(arch, settings.device, sparsity).eval()
         with torch.no_grad():
             x, y = x.cpu(), model(x).argmax(1).cpu()
-        threat = AttackThreat("Linf", SURVIVE, 0, len(x), settings.device, report=lambda _: None)
+        threat = AttackContext("Linf", SURVIVE, 0, len(x), settings.device, report=lambda _: None)
         stock = AutoAttack(model, eps=SURVIVE, seed=0, device=settings.device)
 
         def ours(model: nn.Module = model, given: tuple = (x, y), threat: Any = threat) -> None:

@@ -116,7 +116,7 @@ class Layout:
         """Result rows of one attacked model (JSON)."""
         return self.root / "evaluations" / cell.key / f"{selection}.json"
 
-    def parts(self, cell: Cell, selection: str) -> Path:
+    def cache(self, cell: Cell, selection: str) -> Path:
         """Folder of finished parts of an evaluation, which a killed one goes on from."""
         return self.root / "resume" / "evaluations" / cell.key / selection
 

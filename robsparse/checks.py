@@ -12,7 +12,7 @@ from robsparse.errors import UsageError, nearest
 from robsparse.faults import show
 from robsparse.fields import radius_fault
 from robsparse.imagesets import Description
-from robsparse.sections import Grid, Reach, Training
+from robsparse.sections import AttackParams, Grid, Training
 from robsparse.study import Study
 
 
@@ -71,7 +71,7 @@ def _trainings(study: Study) -> Iterator[tuple[str, Training, list[Grid]]]:
 def _attack_radii(study: Study) -> Iterator[str]:
     """Attacks whose eps is none in their norm."""
     for name, params in study.evaluation.attacks.items():
-        if not isinstance(params, Reach):
+        if not isinstance(params, AttackParams):
             continue
         key, norm = f"evaluation.attacks.{name}.eps", params.norm or study.threat.norm
         if params.eps is None and norm != study.threat.norm:

@@ -27,7 +27,7 @@ class Gathered:
     rows: list[Row] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     histogram: list[dict[str, Any]] = field(default_factory=list)
-    doubts: list[dict[str, Any]] = field(default_factory=list)
+    sanity_checks: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     steps: list[pd.DataFrame] = field(default_factory=list)
     lifetimes: list[pd.DataFrame] = field(default_factory=list)
@@ -60,7 +60,7 @@ def collect(study: Study, layout: Layout, folder: Path) -> str:
     _write(folder / "layers.csv", pd.DataFrame(gathered.layers))
     _write(folder / "curves.csv", pd.DataFrame(gathered.curves))
     _write(folder / "weights.csv", pd.DataFrame(gathered.histogram))
-    _write(folder / "doubts.csv", pd.DataFrame(gathered.doubts))
+    _write(folder / "sanity_checks.csv", pd.DataFrame(gathered.sanity_checks))
     failures = pd.DataFrame(gathered.failures, columns=[*_MODEL_KEY[:-1], "reason"])
     _write(folder / "failures.csv", failures)
     _write(folder / "steps.parquet", _joined(gathered.steps, STEP_COLUMNS))
@@ -117,7 +117,7 @@ def gather(study: Study, layout: Layout) -> Gathered:
             found.other_code += [_other_code(study, cell, record, now, layout)] * len(record.rows)
             found.layers += [axes | {"selection": selection} | layer for layer in record.layers]
             found.histogram += [axes | {"selection": selection} | b for b in record.histogram]
-            found.doubts.append(axes | {"selection": selection} | _doubts_of(record))
+            found.sanity_checks.append(axes | {"selection": selection} | _sanity_checks_of(record))
         _gather_training(found, cell, axes, layout)
         if layout.failed(cell).exists():
             reason = " ".join(layout.failed(cell).read_text(encoding="utf-8").split())
@@ -174,13 +174,13 @@ def _other_code(
     return " and ".join(sorted(name for name, same in done.items() if not same))
 
 
-def _doubts_of(record: Record) -> dict[str, Any]:
-    """What was measured of one network's doubts, and what its attacks did.
+def _sanity_checks_of(record: Record) -> dict[str, Any]:
+    """The sanity checks of one network, and what its attacks did.
 
     `largest_perturbation` is a multiple of the eps of the attack that made it.
     """
     reached = [r.max_perturbation / r.eps for r in record.rows if r.max_perturbation and r.eps]
-    return record.doubts | {
+    return record.sanity_checks | {
         "largest_perturbation": max(reached, default=None),
         "nan_count": sum(row.nan_count for row in record.rows),
     }
@@ -203,7 +203,7 @@ def _joined(tables: list[pd.DataFrame], columns: tuple[str, ...]) -> pd.DataFram
 
 
 def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
-    """Add to the column `suspicious` where AutoAttack left more images correct than another attack.
+    """Flag AutoAttack where another attack breaks more images, in `potentially_unreliable`.
 
     AutoAttack should be the strongest under its threat; where it is not, its number is too high,
     and all rows of that network say so.
@@ -220,8 +220,9 @@ def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
             said[key[:-2]] = f"{strongest} breaks {excess} more images than {name}"
     keys = zip(*(results[name] for name in _MODEL_KEY), strict=True)
     added = pd.Series([said.get(key, "") for key in keys], index=results.index, dtype=object)
-    joined = results.suspicious.fillna("") + "; " + added
-    return results.assign(suspicious=joined.where(added != "", results.suspicious).str.strip("; "))
+    before = results.potentially_unreliable
+    joined = (before.fillna("") + "; " + added).where(added != "", before).str.strip("; ")
+    return results.assign(potentially_unreliable=joined)
 
 
 def mark_missed_budgets(results: pd.DataFrame) -> pd.DataFrame:

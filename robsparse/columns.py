@@ -14,7 +14,7 @@ COLLECTED = (
     "lifetimes.parquet",
     "weights.csv",
     "overlap.csv",
-    "doubts.csv",
+    "sanity_checks.csv",
     "failures.csv",
     MANIFEST,
 )

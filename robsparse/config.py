@@ -15,6 +15,7 @@ from robsparse import checks, faults, registry
 from robsparse.errors import UsageError, nearest
 from robsparse.fields import Name, Radius, Share, Sparsity, Strict
 from robsparse.sections import (
+    AttackParams,
     Crafting,
     Evaluation,
     Finetune,
@@ -23,7 +24,6 @@ from robsparse.sections import (
     Grid,
     Machine,
     Objective,
-    Reach,
     Selection,
     Table,
     Threat,
@@ -32,6 +32,7 @@ from robsparse.sections import (
 from robsparse.study import Study
 
 __all__ = [
+    "AttackParams",
     "Crafting",
     "Evaluation",
     "Finetune",
@@ -41,7 +42,6 @@ __all__ = [
     "Machine",
     "Objective",
     "Radius",
-    "Reach",
     "Selection",
     "Share",
     "Sparsity",

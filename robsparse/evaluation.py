@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from robsparse import (
     datasets,
-    doubts,
     external,
     fingerprints,
     frozen,
@@ -25,11 +24,12 @@ from robsparse import (
     proof,
     provenance,
     registry,
+    sanity_checks,
     weights,
 )
-from robsparse.attacks import AttackThreat, Outcome, Saved, identity, no_network
+from robsparse.attacks import AttackContext, Cache, Outcome, identity, no_surrogate
 from robsparse.cells import Cell, Layout, derive_seed
-from robsparse.config import Evaluation, Reach, Selection, Study, Threat
+from robsparse.config import AttackParams, Evaluation, Selection, Study, Threat
 from robsparse.datasets import Part
 from robsparse.errors import RunError, UsageError, in_a_line
 from robsparse.evaluation_record import Record, read_record, write_record
@@ -85,7 +85,7 @@ def evaluate_cell(
     own = target is None
     target = target or Target.of_study(layout, cell, selection)
     check_writable(target.record.parent)
-    parts = layout.parts(cell, selection)
+    parts = layout.cache(cell, selection)
     if fresh:
         shutil.rmtree(parts, ignore_errors=True)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
@@ -106,17 +106,17 @@ def evaluate_cell(
         settings=study.evaluation,
         threat=study.threat,
         device=where,
-        saved=parts,
-        network=surrogates(study, cell, selection, layout, where),
+        cache=parts,
+        surrogate=surrogates(study, cell, selection, layout, where),
         folded=not study.source(cell.method).foreign,
     )
-    with _failing("doubts"):
-        found = doubts.examine(model, examples, study.evaluation, study.threat, where)
+    with _failing("sanity checks"):
+        found = sanity_checks.examine(model, examples, study.evaluation, study.threat, where)
     common = {
         **{name: getattr(cell, name) for name in KEY if hasattr(cell, name)},
         "selection": selection,
         "origin": origin,
-        "suspicious": found.suspicious([r.outcome for r in results]),
+        "potentially_unreliable": found.potentially_unreliable([r.outcome for r in results]),
         **measured.columns,
         **(_training_columns(layout, cell, selection) if own else {}),
         "model_bytes": _bytes(model, target.weights),
@@ -177,6 +177,7 @@ def in_words(record: Path) -> str:
     """The accuracies of a record, one a line, and where it is."""
     rows = [row for row in read_record(record).rows if row.component == "all"]
     first = rows[0]
+    reasons = first.potentially_unreliable
     lines = [f"{row.attack:12s} {100 * row.accuracy:6.2f} %{_version(row)}" for row in rows]
     return "\n".join(
         [
@@ -184,7 +185,7 @@ def in_words(record: Path) -> str:
             f"(sparsity {first.sparsity_reached:.4f}); first {first.n_examples} test images, "
             f"{rows[-1].norm} eps {rows[-1].eps:.5g}",
             *lines,
-            *([f"suspicious: {first.suspicious}"] if first.suspicious else []),
+            *([f"potentially unreliable: {reasons}"] if reasons else []),
             f"record: {record}",
         ]
     )
@@ -227,7 +228,7 @@ class AttackResult:
     attack: str
     robust: dict[str, Tensor]
     outcome: Outcome
-    threat: AttackThreat
+    threat: AttackContext
     seconds: float
     where: Tensor
     attacked_on: str = "network"
@@ -285,13 +286,13 @@ def attack_model(
     settings: Evaluation,
     threat: Threat,
     device: torch.device,
-    saved: Path | None = None,
-    network: Callable[[str], nn.Module] = no_network,
+    cache: Path | None = None,
+    surrogate: Callable[[str], nn.Module] = no_surrogate,
     folded: bool = False,
 ) -> list[AttackResult]:
     """Run the named attacks, `clean` first, on the images that are classified correctly.
 
-    Finished parts are kept in the folder `saved` and taken from there by a later call with the
+    Finished parts are kept in the folder `cache` and taken from there by a later call with the
     same network, images and settings. With `folded`, the network's frozen view is attacked: the
     same outputs to rounding, sooner; where that fails, the network itself. A network of foreign
     code is attacked as it is.
@@ -304,26 +305,26 @@ def attack_model(
     correct = torch.ones(len(examples), dtype=torch.bool)
     first = examples.x_NCHW[: proof.IMAGES].to(device)
     attacked = frozen.view_of(model, first) if folded else model
-    asked = identity(model, examples, device) if saved else ""
+    asked = identity(model, examples, device) if cache else ""
     for name in names:
         params = settings.attacks[name]
         reach = threat.adjusted(params)
-        faced = AttackThreat(
+        faced = AttackContext(
             reach.norm,
-            reach.eps if isinstance(params, Reach) else 0.0,
+            reach.eps if isinstance(params, AttackParams) else 0.0,
             derive_seed("attack", name, settings.seed) % 2**31,
             settings.batch_size,
             device,
             report=lambda text, name=name: print(f"{name}: {text}", flush=True),
-            network=network,
+            surrogate=surrogate,
             images=examples.x_NCHW,
         )
         base = getattr(params, "base", name)
-        if saved:
+        if cache:
             name_of_other = getattr(params, "surrogate", None)
-            other = name_of_other and identity(network(name_of_other), examples, device)
+            other = name_of_other and identity(surrogate(name_of_other), examples, device)
             basis = _basis(asked, base, faced, attacked_on=frozen.used(attacked), surrogate=other)
-            faced = replace(faced, saved=Saved(saved, basis))
+            faced = replace(faced, cache=Cache(cache, basis))
         attack = registry.load("attack", base)
         x_NCHW, y_N = examples.x_NCHW[correct], examples.y_N[correct]
         with _failing(name):
@@ -340,7 +341,7 @@ def attack_model(
     return results
 
 
-def _basis(asked: str, attack: str, threat: AttackThreat, **further: Any) -> str:
+def _basis(asked: str, attack: str, threat: AttackContext, **further: Any) -> str:
     """The name of what is kept of an attack; `asked` is the network's, with the images."""
     on_cpu = threat.device.type == "cpu"
     return fingerprints.part(
@@ -360,18 +361,18 @@ def _run(
     model: nn.Module,
     images: tuple[Tensor, Tensor],
     params: Any,
-    threat: AttackThreat,
+    threat: AttackContext,
 ) -> tuple[Outcome, float]:
     """The outcome of one attack and what it took in seconds; one that was kept is not run again."""
     name = params.model_dump_json()
-    if arrays := threat.saved.get(name):
+    if arrays := threat.cache.get(name):
         outcome = Outcome.of_arrays(arrays)
         threat.report("taken from an earlier run")
         return outcome, outcome.earlier_seconds
     began = time.perf_counter()
     outcome = attack.run(model, *images, params, threat)
     seconds = outcome.earlier_seconds + time.perf_counter() - began
-    threat.saved.put(name, **outcome.arrays(seconds))
+    threat.cache.put(name, **outcome.arrays(seconds))
     return outcome, seconds
 
 

@@ -18,14 +18,14 @@ class Record:
     """One evaluation: result rows, nonzero weights of each layer, and how large the weights are.
 
     layers: layer, size, nonzero, positions. histogram: counts of nonzero prunable weights whose
-    magnitude is in [low, high). doubts: what robsparse.doubts measured. outcomes: checksum of the
-    file of outcomes of the single images.
+    magnitude is in [low, high). sanity_checks: numbers of
+    robsparse.sanity_checks. outcomes: checksum of the file of outcomes of the single images.
     """
 
     rows: list[Row]
     layers: list[dict[str, Any]]
     histogram: list[dict[str, float]]
-    doubts: dict[str, float]
+    sanity_checks: dict[str, float]
     outcomes: str
 
 

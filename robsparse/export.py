@@ -49,7 +49,7 @@ def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -
             "clean_acc": _percent(whole["clean"].accuracy),
             "reported": _percent(row.accuracy),
             "autoattack_acc": _percent(row.accuracy),
-            "unreliable": bool(row.suspicious),
+            "unreliable": bool(row.potentially_unreliable),
             "footnote": f"{label}, sparsity {row.sparsity_reached:.4f} ({row.nonzero} of "
             f"{row.prunable} weights, {keep_count(row.prunable, cell.sparsity)} asked), "
             f"objective {cell.objective}, seed {cell.seed}, selection {selection}, first "

@@ -97,7 +97,7 @@ def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
         ),
         "threat": _settings(study.threat),
         "attacks": {name: _attack_settings(study, name) for name in attacks},
-        "doubts": _settings(study.evaluation.doubts),
+        "sanity_checks": _settings(study.evaluation.sanity_checks),
         "surrogates": [training(study, other).settings for other in others],
     }
     code = {f"{source_code.PACKAGE}.evaluation"}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robsparse import datasets, doubts, frozen, networks, objectives, registry
+from robsparse import datasets, frozen, networks, objectives, registry, sanity_checks
 from robsparse.cells import Cell, Layout
 from robsparse.config import Study
 from robsparse.cost import PASSES
@@ -152,8 +152,8 @@ def evaluation_seconds(clock: Clock, cell: Cell, selection: str) -> float:
         gradients, forwards = attack.passes(params)
         each = gradients * clock.gradient(cell) + forwards * clock.forward(cell)
         seconds += settings.n_examples * ROBUST_SHARE * each
-    looked = min(settings.doubts.n_examples, settings.n_examples)
-    gradients, forwards = doubts.passes(settings)
+    looked = min(settings.sanity_checks.n_examples, settings.n_examples)
+    gradients, forwards = sanity_checks.passes(settings)
     each = gradients * clock.gradient(cell) + forwards * clock.forward(cell)
     return seconds + looked * ROBUST_SHARE * each
 

@@ -87,7 +87,9 @@ class Row(BaseModel):
     source: Literal["measured"] | str = "measured"
     origin: str = Field("", description="where the network comes from, in words")
     failure: str = Field("", description="what went wrong in training; such a row is marked")
-    suspicious: str = Field("", description="why the network's robustness is in doubt, in words")
+    potentially_unreliable: str = Field(
+        "", description='why the network is, in words; "" if it is not'
+    )
 
     @model_validator(mode="after")
     def _radius_is_one(self) -> "Row":

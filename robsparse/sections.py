@@ -130,7 +130,7 @@ class Threat(Strict):
     def adjusted(self, settings: Strict) -> "Threat":
         """This threat with the norm and eps of `settings` where they have their own.
 
-        settings: of an attack (a `Reach`), or of training, which has an eps alone. Raises
+        settings: of an attack (a `AttackParams`), or of training, which has an eps alone. Raises
         ValidationError where the two together are no threat: Linf with an eps above 1.
         """
         own = {key: getattr(settings, key, None) for key in ("norm", "eps")}
@@ -334,8 +334,8 @@ class External(Strict):
         return Source(kind, name, self.match)
 
 
-class Reach(Strict):
-    """Base of an attack's parameters: how far it goes, if not as far as the study's threat.
+class AttackParams(Strict):
+    """Parameters of an attack that perturbs images: norm and eps where not those of the threat.
 
     eps in the norm: for L2 the length of the whole perturbation, pixels in [0,1]. An attack of
     another norm than the threat's has an eps of its own.
@@ -354,11 +354,11 @@ class Reach(Strict):
         return ""
 
 
-class Doubts(Strict):
-    """Looks for signs that a network's robustness is not real; see robsparse.doubts."""
+class SanityChecks(Strict):
+    """Tests of every evaluated network for obfuscated gradients; see robsparse.sanity_checks."""
 
     n_examples: NonNegativeInt = Field(
-        100, description="the first n images of the evaluation; 0: do not look"
+        100, description="the first n images of the evaluation; 0: no sanity checks"
     )
     queries: PositiveInt = Field(500, description="of the black-box attack, for each image")
 
@@ -373,7 +373,7 @@ class Evaluation(Strict):
         min_length=1, description="attacks to run on the weights of each selection"
     )
     attacks: dict[Name, Any] = Field(default_factory=dict)
-    doubts: Doubts = Doubts()
+    sanity_checks: SanityChecks = SanityChecks()
 
     @field_validator("selections")
     @classmethod

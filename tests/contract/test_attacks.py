@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robsparse import models, objectives, registry
-from robsparse.attacks import AttackThreat, Outcome, correct_flags
+from robsparse.attacks import AttackContext, Outcome, correct_flags
 from robsparse.config import Crafting, Evaluation, Threat
 from robsparse.datasets import Part
 from robsparse.evaluation import attack_model
@@ -67,14 +67,14 @@ def _trained():
 def attack(name, model, x_NCHW, y_N, *, seed=5, batch_size=3, eps=EPS) -> Outcome:
     eps = 0.0 if name == "clean" else eps
     surrogate = copy.deepcopy(model)
-    threat = AttackThreat(
+    threat = AttackContext(
         "Linf",
         eps,
         seed,
         batch_size,
         CPU,
         report=lambda text: None,
-        network=lambda wanted: surrogate,
+        surrogate=lambda wanted: surrogate,
     )
     params = registry.entry("attack", name).params()
     return registry.load("attack", name).run(model, x_NCHW, y_N, params, threat)
@@ -211,7 +211,7 @@ def evaluate(known, labels, name):
         settings=settings,
         threat=Threat(eps=EPS),
         device=CPU,
-        network=lambda wanted: copy.deepcopy(model),
+        surrogate=lambda wanted: copy.deepcopy(model),
     )
 
 

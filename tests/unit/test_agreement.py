@@ -13,7 +13,7 @@ from pyautoattack import AutoAttack
 from torch import nn
 
 from robsparse import models, perturb, registry, weights
-from robsparse.attacks import AttackThreat, Saved, length
+from robsparse.attacks import AttackContext, Cache, length
 from robsparse.eval import autoattack, fgsm, fmn, pgd, square, transfer
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ JPEG = "ROBSPARSE_CIFAR10_JPEG"  # folder of real images to use instead of seede
 
 def threat(norm="Linf", eps=EPS, batch_size=40, **changes):
     changes = {"report": lambda text: None} | changes
-    return AttackThreat(norm, eps, 3, batch_size, CPU, **changes)
+    return AttackContext(norm, eps, 3, batch_size, CPU, **changes)
 
 
 class Quick(AutoAttack):
@@ -43,13 +43,15 @@ def quick(monkeypatch):
     monkeypatch.setattr(autoattack, "AutoAttack", Quick)
 
 
-def stock(kind, model, images, reach, names):
+def stock(kind, model, images, context, names):
     """Survivors of one call of the package."""
-    attack = kind(model, norm=reach.norm, eps=reach.eps, version="standard", seed=3, device="cpu")
+    attack = kind(
+        model, norm=context.norm, eps=context.eps, version="standard", seed=3, device="cpu"
+    )
     attack.attacks_to_run = list(names)
     x, y = images
     with torch.random.fork_rng():
-        _, y_adv = attack.run_standard_evaluation(x, y, batch_size=reach.batch_size)
+        _, y_adv = attack.run_standard_evaluation(x, y, batch_size=context.batch_size)
     model.zero_grad(set_to_none=True)
     return y_adv == y
 
@@ -61,9 +63,9 @@ def stock(kind, model, images, reach, names):
 @pytest.mark.parametrize("batch_size", [50, 200])
 def test_cascade_equals_one_stock_call(norm, eps, batch_size, quick, known_network):
     model, part = known_network
-    reach = threat(norm, eps, batch_size)
-    found = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), reach)
-    expected = stock(Quick, model, (part.x_NCHW, part.y_N), reach, found.components)
+    context = threat(norm, eps, batch_size)
+    found = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), context)
+    expected = stock(Quick, model, (part.x_NCHW, part.y_N), context, found.components)
     flags = list(found.components.values())
     assert torch.equal(flags[-1], expected)
     assert len(part) > int(flags[0].sum()) > int(flags[-1].sum()) > 0  # else little is shown
@@ -110,9 +112,9 @@ def test_shipped_resnet_survivors_equal_the_stock_packages(quick):
     with torch.no_grad():
         right = model(x).argmax(1) == y
     x, y = x[right], y[right]
-    reach = threat(eps=0.5 / 255, batch_size=5)
-    ours = autoattack.run(model, x, y, autoattack.Params(), reach).components
-    assert torch.equal(ours["square"], stock(Quick, model, (x, y), reach, ours))
+    context = threat(eps=0.5 / 255, batch_size=5)
+    ours = autoattack.run(model, x, y, autoattack.Params(), context).components
+    assert torch.equal(ours["square"], stock(Quick, model, (x, y), context, ours))
     assert 0 < int(ours["square"].sum()) < len(y)
 
 
@@ -175,7 +177,7 @@ def test_killed_and_resumed_evaluation_equals_an_uninterrupted_one(
 ):
     model, part = known_network
     whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), threat())
-    saved = Saved(tmp_path, "network").of("autoattack")
+    saved = Cache(tmp_path, "network").of("autoattack")
     calls, killed = [], []
     searcher = autoattack._searcher
 
@@ -192,10 +194,10 @@ def test_killed_and_resumed_evaluation_equals_an_uninterrupted_one(
         return once
 
     monkeypatch.setattr(autoattack, "_searcher", counted)
-    reach = threat(saved=saved)
+    context = threat(cache=saved)
     with pytest.raises(Killed):
-        autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), reach)
-    found = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), reach)
+        autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), context)
+    found = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), context)
     assert outcome_of(found) == outcome_of(whole)
     calls_of_both = len(calls)
     calls.clear()
@@ -207,9 +209,9 @@ def test_longer_evaluation_takes_over_what_a_shorter_one_found(
     quick, known_network, tmp_path, monkeypatch
 ):
     model, part = known_network
-    saved = Saved(tmp_path, "network").of("autoattack")
+    saved = Cache(tmp_path, "network").of("autoattack")
     short = autoattack.Params(components=("apgd-ce", "apgd-t"))
-    autoattack.run(model, part.x_NCHW, part.y_N, short, threat(saved=saved))
+    autoattack.run(model, part.x_NCHW, part.y_N, short, threat(cache=saved))
     ran = []
     searcher = autoattack._searcher
 
@@ -222,8 +224,8 @@ def test_longer_evaluation_takes_over_what_a_shorter_one_found(
 
     monkeypatch.setattr(autoattack, "_searcher", counted)
     told = []
-    reach = threat(saved=saved, report=told.append)
-    found = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), reach)
+    context = threat(cache=saved, report=told.append)
+    found = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), context)
     assert any("taken from an earlier run" in text for text in told)
     monkeypatch.undo()
     monkeypatch.setattr(autoattack, "AutoAttack", Quick)
@@ -233,10 +235,10 @@ def test_longer_evaluation_takes_over_what_a_shorter_one_found(
 
 def test_outcome_of_other_components_before_is_not_taken(quick, known_network, tmp_path):
     model, part = known_network
-    saved = Saved(tmp_path, "network").of("autoattack")
+    saved = Cache(tmp_path, "network").of("autoattack")
     alone = autoattack.Params(components=("square",))
-    first = autoattack.run(model, part.x_NCHW, part.y_N, alone, threat(saved=saved))
-    whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), threat(saved=saved))
+    first = autoattack.run(model, part.x_NCHW, part.y_N, alone, threat(cache=saved))
+    whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), threat(cache=saved))
     assert int(whole.components["square"].sum()) < int(first.components["square"].sum())
     assert len({json.dumps(f.tolist()) for f in whole.components.values()}) > 1
 
@@ -326,7 +328,7 @@ def test_start_at_the_image_itself_is_the_same_for_every_seed(known_network):
     model, part = known_network
     params = pgd.Params(steps=3, restarts=1, start="image")
     one = pgd.run(model, part.x_NCHW, part.y_N, params, threat())
-    other = pgd.run(model, part.x_NCHW, part.y_N, params, AttackThreat("Linf", EPS, 99, 40, CPU))
+    other = pgd.run(model, part.x_NCHW, part.y_N, params, AttackContext("Linf", EPS, 99, 40, CPU))
     assert torch.equal(one.components["all"], other.components["all"])
 
 
@@ -390,12 +392,12 @@ def test_transfer_sees_the_attacked_network_once_an_image(known_network):
 
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
     params = transfer.Params(surrogate="mine", steps=5)
-    outcome = transfer.run(other, part.x_NCHW, part.y_N, params, threat(network=network))
+    outcome = transfer.run(other, part.x_NCHW, part.y_N, params, threat(surrogate=network))
     hook.remove()
     assert asked == ["mine"]
     assert sum(seen) == 5 * len(part)  # crafted on the surrogate alone
     assert outcome.max_perturbation <= EPS + 1e-6
-    same = transfer.run(model, part.x_NCHW, part.y_N, params, threat(network=network))
+    same = transfer.run(model, part.x_NCHW, part.y_N, params, threat(surrogate=network))
     white = pgd.run(model, part.x_NCHW, part.y_N, pgd.Params(steps=5, restarts=1), threat())
     assert torch.equal(same.components["all"], white.components["all"])
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from robsparse import attacks, perturb
-from robsparse.attacks import AttackThreat, Tally, of_distances
+from robsparse.attacks import AttackContext, Tally, outcome_from_distances
 from robsparse.eval import clean, fgsm, pgd, square
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ class Slope(nn.Module):
 
 def threat(norm="Linf", eps=0.1, batch_size=2, seed=3, **changes):
     changes = {"report": lambda text: None} | changes
-    return AttackThreat(norm, eps, seed, batch_size, CPU, **changes)
+    return AttackContext(norm, eps, seed, batch_size, CPU, **changes)
 
 
 @pytest.fixture
@@ -244,18 +244,18 @@ def test_tally_comes_back_from_its_arrays_with_its_seconds(monkeypatch):
     assert outcome.components["all"].tolist() == [False, True, True]
     assert outcome.pictures[0].taken_for == 0
     parts = {"one": torch.ones(3, dtype=torch.bool)}
-    told = again.outcome({}, parts, ["a doubt"])
-    assert (told.components, told.warnings) == (parts, ["a doubt"])
+    told = again.outcome({}, parts, ["a warning"])
+    assert (told.components, told.warnings) == (parts, ["a warning"])
 
 
 def test_smallest_perturbations_decide_by_eps():
     lengths = torch.tensor([0.05, 0.1, 0.2, math.inf])
-    outcome = of_distances(lengths, 0.1, {"steps": 4})
+    outcome = outcome_from_distances(lengths, 0.1, {"steps": 4})
     assert outcome.components["all"].tolist() == [False, False, True, True]
     assert outcome.max_perturbation == pytest.approx(0.1)
     assert torch.equal(outcome.distances, lengths)
     assert outcome.settings == {"steps": 4}
-    assert of_distances(torch.tensor([math.inf]), 0.1, {}).max_perturbation == 0.0
+    assert outcome_from_distances(torch.tensor([math.inf]), 0.1, {}).max_perturbation == 0.0
 
 
 def test_lengths_by_hand():

@@ -6,7 +6,15 @@ import torch
 from torch import nn
 
 from robsparse import attacks
-from robsparse.attacks import AttackThreat, Outcome, Picture, Progress, Saved, Tally, in_batches
+from robsparse.attacks import (
+    AttackContext,
+    AttackProgress,
+    Cache,
+    Outcome,
+    Picture,
+    Tally,
+    in_batches,
+)
 from robsparse.datasets import Part
 from robsparse.errors import UsageError
 
@@ -17,19 +25,19 @@ CPU = torch.device("cpu")
 
 
 def test_parts_come_back_under_the_settings_they_were_made_with(tmp_path):
-    kept = Saved(tmp_path / "parts", "network").of("pgd", 0.1)
+    kept = Cache(tmp_path / "parts", "network").of("pgd", 0.1)
     assert kept.get("one") is None
     kept.put("one", flags=np.array([True, False]), done=np.array(3))
     found = kept.get("one")
     assert found["flags"].tolist() == [True, False]
     assert int(found["done"]) == 3
     assert kept.get("other") is None
-    assert Saved(tmp_path / "parts", "network").of("pgd", 0.2).get("one") is None
-    assert Saved(tmp_path / "parts", "another").of("pgd", 0.1).get("one") is None
+    assert Cache(tmp_path / "parts", "network").of("pgd", 0.2).get("one") is None
+    assert Cache(tmp_path / "parts", "another").of("pgd", 0.1).get("one") is None
 
 
 def test_damaged_part_is_made_again(tmp_path):
-    kept = Saved(tmp_path, "network")
+    kept = Cache(tmp_path, "network")
     kept.put("one", flags=np.ones(100))
     [path] = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:50])
@@ -37,7 +45,7 @@ def test_damaged_part_is_made_again(tmp_path):
 
 
 def test_part_that_wants_to_run_code_is_not_opened(tmp_path):
-    kept = Saved(tmp_path, "network")
+    kept = Cache(tmp_path, "network")
     kept.put("one", flags=np.ones(1))
     [path] = tmp_path.iterdir()
     with path.open("wb") as handle:
@@ -46,7 +54,7 @@ def test_part_that_wants_to_run_code_is_not_opened(tmp_path):
 
 
 def test_full_disk_leaves_the_part_before_it_whole(tmp_path, monkeypatch):
-    kept = Saved(tmp_path, "network")
+    kept = Cache(tmp_path, "network")
     kept.put("one", flags=np.ones(3))
 
     def full(handle, **arrays):
@@ -61,7 +69,7 @@ def test_full_disk_leaves_the_part_before_it_whole(tmp_path, monkeypatch):
 
 
 def test_nothing_is_kept_nowhere():
-    kept = Saved(None)
+    kept = Cache(None)
     kept.put("one", flags=np.ones(1))
     assert kept.get("one") is None
 
@@ -146,7 +154,7 @@ class Sum(nn.Module):
 def test_tally_of_three_images_by_hand(norm, expected):
     x = torch.tensor([[0.4, 0.4], [0.9, 0.9], [0.0, 0.0]]).view(3, 1, 1, 2)
     y = torch.tensor([0, 1, 0])
-    tally = Tally(x, y, AttackThreat(norm, 0.5, 0, 3, CPU))
+    tally = Tally(x, y, AttackContext(norm, 0.5, 0, 3, CPU))
     change = torch.tensor([[0.3, 0.4], [0.0, 0.0], [0.0, 0.1]]).view(3, 1, 1, 2)
     tally.judge(Sum(), slice(0, 3), x + change)
     assert tally.robust.tolist() == [False, True, True]
@@ -156,7 +164,7 @@ def test_tally_of_three_images_by_hand(norm, expected):
     assert tally.pictures[0].taken_for == 1
     tally.judge(Sum(), torch.tensor([2]), x[2:] + torch.nan)
     assert tally.nans == 2
-    other = Tally(x, y, tally.threat)
+    other = Tally(x, y, tally.context)
     other.take(tally.arrays())
     assert other.robust.tolist() == tally.robust.tolist()
     assert (other.largest, other.nans) == (tally.largest, 2)
@@ -174,7 +182,7 @@ def test_outcome_comes_back_from_its_arrays(tmp_path):
         distances=torch.tensor([torch.inf, 0.5]),
         pictures={1: Picture(torch.full((1, 2, 2), 0.5), 7)},
     )
-    kept = Saved(tmp_path, "network")
+    kept = Cache(tmp_path, "network")
     kept.put("whole", **outcome.arrays(12.5))
     found = Outcome.of_arrays(kept.get("whole"))
     assert list(found.components) == ["one", "two"]
@@ -194,7 +202,7 @@ def test_outcome_comes_back_from_its_arrays(tmp_path):
 def test_plain_log_tells_images_robust_ones_seconds_and_the_rest(monkeypatch):
     now, told = [100.0], []
     monkeypatch.setattr(attacks.time, "monotonic", lambda: now[0])
-    progress = Progress("apgd-ce", 40, told.append)
+    progress = AttackProgress("apgd-ce", 40, told.append)
     progress.bar.disable = True
     progress.update(10, 9)
     assert told == []  # a line for every batch would be too many
@@ -207,7 +215,7 @@ def test_plain_log_tells_images_robust_ones_seconds_and_the_rest(monkeypatch):
     assert told[1:] == ["apgd-ce: 30 of 40 still robust, 40.0 s"]
 
 
-def test_no_network_to_transfer_from_is_told():
+def test_no_surrogate_to_transfer_from_is_told():
     with pytest.raises(LookupError, match="dense"):
-        attacks.no_network("dense")
+        attacks.no_surrogate("dense")
     assert not issubclass(LookupError, UsageError)

@@ -1,4 +1,4 @@
-"""What is kept of an evaluation is taken over for the very same question alone."""
+"""Cached results of an evaluation are used for exactly the same attack alone."""
 
 import dataclasses
 
@@ -71,8 +71,8 @@ class Asked:
             settings=settings,
             threat=Threat(eps=self.eps, norm=self.norm),
             device=CPU,
-            saved=self.folder,
-            network=lambda _: self.surrogate,
+            cache=self.folder,
+            surrogate=lambda _: self.surrogate,
             folded=self.folded,
         )
 
@@ -117,7 +117,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_kept_parts_answer_the_same_question_alone(change, tmp_path, runs):
+def test_cache_is_used_for_the_same_question_alone(change, tmp_path, runs):
     Asked(tmp_path).run()
     assert runs == ["clean", "pgd"]
     Asked(tmp_path).run()

@@ -110,7 +110,7 @@ def test_files_of_a_study_by_name():
     assert layout.steps(CELL) == Path(f"r/models/{key}/steps.parquet")
     assert layout.lifetimes(CELL) == Path(f"r/models/{key}/lifetimes.parquet")
     assert layout.resume(CELL) == Path(f"r/resume/{key}")
-    assert layout.parts(CELL, "last") == Path(f"r/resume/evaluations/{key}/last")
+    assert layout.cache(CELL, "last") == Path(f"r/resume/evaluations/{key}/last")
     assert layout.failed(CELL) == Path(f"r/failed/{key}.txt")
     assert layout.evaluation(CELL, "last") == Path(f"r/evaluations/{key}/last.json")
     assert layout.flags(CELL, "last") == Path(f"r/evaluations/{key}/last.flags.npz")

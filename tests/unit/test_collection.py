@@ -206,46 +206,48 @@ def test_several_faults_are_all_told(table):
 # ---------------------------------------------------------------- weak attacks
 
 
-def test_autoattack_that_another_attack_beats_makes_the_network_suspicious(table):
+def test_autoattack_that_another_attack_beats_makes_the_network_potentially_unreliable(table):
     change(table, "pgd", n_correct=50, accuracy=0.5)
-    change(table, "clean", suspicious="no gradient")
+    change(table, "clean", potentially_unreliable="no gradient")
     marked = mark_weak_attacks(table)
     reason = "pgd breaks 5 more images than AutoAttack"
     own = (table.method == "bcs") & (table.seed == 0)
-    assert set(marked.suspicious[own & (table.attack != "clean")]) == {reason}
-    assert marked.suspicious[where(table, "clean")] == f"no gradient; {reason}"
-    assert (marked.suspicious[~own] == "").all()
-    rest = table.drop(columns="suspicious")
-    pd.testing.assert_frame_equal(marked.drop(columns="suspicious"), rest)
+    assert set(marked.potentially_unreliable[own & (table.attack != "clean")]) == {reason}
+    assert marked.potentially_unreliable[where(table, "clean")] == f"no gradient; {reason}"
+    assert (marked.potentially_unreliable[~own] == "").all()
+    rest = table.drop(columns="potentially_unreliable")
+    pd.testing.assert_frame_equal(marked.drop(columns="potentially_unreliable"), rest)
     part = table.assign(version=table.version.replace("standard", "standard, apgd-ce only"))
     reason = "pgd breaks 5 more images than AutoAttack (standard, apgd-ce only)"
-    assert mark_weak_attacks(part).suspicious[where(table, "pgd")] == reason
+    assert mark_weak_attacks(part).potentially_unreliable[where(table, "pgd")] == reason
 
 
-def test_autoattack_that_is_strongest_or_equal_is_not_suspicious(table):
-    assert (mark_weak_attacks(table).suspicious == "").all()
+def test_autoattack_that_is_strongest_or_equal_is_not_potentially_unreliable(table):
+    assert (mark_weak_attacks(table).potentially_unreliable == "").all()
     change(table, "pgd", n_correct=55, accuracy=0.55)
-    assert (mark_weak_attacks(table).suspicious == "").all()
+    assert (mark_weak_attacks(table).potentially_unreliable == "").all()
 
 
-@pytest.mark.parametrize("reach", [{"eps": 0.2}, {"norm": "L2"}])
-def test_attacks_of_another_reach_are_not_compared(reach, table):
-    change(table, "pgd", n_correct=10, accuracy=0.1, **reach)
-    assert (mark_weak_attacks(table).suspicious == "").all()
+@pytest.mark.parametrize("threat", [{"eps": 0.2}, {"norm": "L2"}])
+def test_attacks_of_another_threat_are_not_compared(threat, table):
+    change(table, "pgd", n_correct=10, accuracy=0.1, **threat)
+    assert (mark_weak_attacks(table).potentially_unreliable == "").all()
 
 
 def test_attacks_are_compared_on_the_same_model_alone(table):
     index = where(table, "pgd", seed=1)
     table.loc[index, "n_correct"] = 10  # 45 is what AutoAttack leaves of that model
     marked = mark_weak_attacks(table)
-    assert marked.suspicious[where(table, "autoattack", seed=1)].startswith("pgd breaks 35 more")
-    assert marked.suspicious[where(table, "autoattack")] == ""
-    assert marked.suspicious[where(table, "autoattack", method="dense")] == ""
+    assert marked.potentially_unreliable[where(table, "autoattack", seed=1)].startswith(
+        "pgd breaks 35 more"
+    )
+    assert marked.potentially_unreliable[where(table, "autoattack")] == ""
+    assert marked.potentially_unreliable[where(table, "autoattack", method="dense")] == ""
 
 
-def test_table_without_autoattack_is_not_suspicious(table):
+def test_table_without_autoattack_is_not_potentially_unreliable(table):
     marked = mark_weak_attacks(table[table.attack != "autoattack"])
-    assert (marked.suspicious == "").all()
+    assert (marked.potentially_unreliable == "").all()
 
 
 # ---------------------------------------------------------------- reading and writing
@@ -280,8 +282,8 @@ def write(study, layout, **changes):
         flags.parent.mkdir(parents=True, exist_ok=True)
         outcomes = {f"{r.attack}.{r.component}": np.arange(100) < r.n_correct for r in own}
         np.savez(flags, labels=np.zeros(100), **outcomes)
-        doubts = {"examined": 50.0, "zero_gradient": 0.02}
-        record = Record(own, layers, bins, doubts, file_checksum(flags))
+        sanity_checks = {"examined": 50.0, "zero_gradient": 0.02}
+        record = Record(own, layers, bins, sanity_checks, file_checksum(flags))
         write_record(layout.evaluation(cell, "last"), record)
 
 
@@ -302,10 +304,10 @@ def test_collected_tables_hold_every_row_and_missing_ones_are_named(study, tmp_p
     assert layers.nonzero.tolist() == [1000, 100, 100]
     bins = pd.read_csv(layout.root / "weights.csv")
     assert bins["count"].tolist() == [1000, 100, 100]
-    doubts = pd.read_csv(layout.root / "doubts.csv")
-    assert doubts.zero_gradient.tolist() == [0.02] * 3
-    assert doubts.largest_perturbation.tolist() == [1.0] * 3
-    assert doubts.nan_count.tolist() == [0] * 3
+    sanity_checks = pd.read_csv(layout.root / "sanity_checks.csv")
+    assert sanity_checks.zero_gradient.tolist() == [0.02] * 3
+    assert sanity_checks.largest_perturbation.tolist() == [1.0] * 3
+    assert sanity_checks.nan_count.tolist() == [0] * 3
     assert list(pd.read_csv(layout.root / "overlap.csv")) == list(OVERLAP_COLUMNS)
     for name, columns in (
         ("steps", STEP_COLUMNS),

@@ -76,7 +76,7 @@ class Made:
         self.summary = pd.DataFrame(
             keys
             | {"method": m, "sparsity": s, "autoattack_accuracy": a}
-            | {"selection": "best_val", "suspicious": ""}
+            | {"selection": "best_val", "potentially_unreliable": ""}
             for m, s, a in lines
         )
 

@@ -10,7 +10,7 @@ from pyautoattack import AutoAttack
 from torch import nn
 
 from robsparse import evaluation, models, registry, weights
-from robsparse.attacks import AttackThreat, correct_flags
+from robsparse.attacks import AttackContext, correct_flags
 from robsparse.cells import Layout, derive_seed
 from robsparse.config import Evaluation, Threat
 from robsparse.datasets import Part
@@ -33,7 +33,7 @@ EPS = 0.1
 
 
 def threat(eps=EPS, seed=3, batch_size=4):
-    return AttackThreat("Linf", eps, seed, batch_size, CPU, report=lambda text: None)
+    return AttackContext("Linf", eps, seed, batch_size, CPU, report=lambda text: None)
 
 
 def small_cnn(width=4, seed=0):
@@ -314,7 +314,7 @@ def test_rows_of_an_attack_by_hand():
     outcome = evaluation.Outcome(
         {"one": torch.tensor([True, True]), "two": torch.tensor([True, False])},
         {"version": "v"},
-        ["first doubt", "second doubt"],
+        ["first warning", "second warning"],
         max_perturbation=0.1,
         nan_count=0,
     )
@@ -339,7 +339,7 @@ def test_rows_of_an_attack_by_hand():
     assert [row.n_correct for row in (one, two, whole)] == [2, 1, 1]
     assert [row.accuracy for row in (one, two, whole)] == [0.5, 0.25, 0.25]
     assert (whole.ci_low, whole.ci_high) == wilson_interval(1, 4)
-    assert [row.warnings for row in (one, whole)] == ["", "first doubt; second doubt"]
+    assert [row.warnings for row in (one, whole)] == ["", "first warning; second warning"]
     assert [row.max_perturbation for row in (one, whole)] == [None, 0.1]
     assert [row.attack_seconds for row in (one, whole)] == [None, 1.235]
     assert {row.version for row in (one, two, whole)} == {"v"}
@@ -602,16 +602,16 @@ def test_kept_parts_go_when_the_record_is_there_and_before_if_asked(
     study = load_study(study_data)
     cell, layout = study.cells()[0], Layout(tmp_path / "run")
     weights.save(layout.model(cell, "last"), small_cnn().state_dict())
-    parts, seen = layout.parts(cell, "last"), []
+    parts, seen = layout.cache(cell, "last"), []
     parts.mkdir(parents=True)
     (parts / "kept.npz").write_bytes(b"of a killed run")
-    examine = evaluation.doubts.examine
+    examine = evaluation.sanity_checks.examine
 
     def looking(*words):
         seen.extend(path.name for path in parts.iterdir())
         return examine(*words)
 
-    monkeypatch.setattr(evaluation.doubts, "examine", looking)
+    monkeypatch.setattr(evaluation.sanity_checks, "examine", looking)
     evaluate_cell(study, cell, "last", layout, device="cpu", fresh=fresh)
     assert ("kept.npz" in seen) != fresh
     assert len(seen) == 2 + ("kept.npz" in seen)

@@ -83,7 +83,7 @@ class MadeUp:
     layers: Sequence[tuple[str, int]] = tuple(LAYERS.items())
     epochs: int = 4
     steps_per_epoch: int = 5
-    suspicious: str = ""
+    potentially_unreliable: str = ""
     skip: Callable[[Cell], bool] = lambda cell: False
 
     def write(self) -> Layout:
@@ -171,7 +171,7 @@ class MadeUp:
                 steps=50 if attack == "pgd" else None,
                 restarts=5 if attack == "pgd" else None,
                 version="standard" if attack == "autoattack" else None,
-                suspicious=self.suspicious,
+                potentially_unreliable=self.potentially_unreliable,
                 classes=10,
                 chance=0.125,
                 sparsity_reached=1 - nonzero / size,
@@ -486,25 +486,27 @@ def test_an_attack_that_one_selection_lacks_is_not_available(tmp_path):
 
 def test_number_of_a_weak_autoattack_is_marked_and_explained(tmp_path):
     def weak(cell: Cell, selection: str, attack: str) -> int:
-        doubtful = (cell.method, cell.seed, selection, attack) == ("lwm", 1, "last", "pgd")
-        return correct(cell, selection, attack) - 4 * doubtful
+        fewer = (cell.method, cell.seed, selection, attack) == ("lwm", 1, "last", "pgd")
+        return correct(cell, selection, attack) - 4 * fewer
 
     material = prepare(tmp_path, correct=weak)
     [group] = tidy.groups(material.study)
     main = tables.main(material, group)
-    marked = main[main["AutoAttack (%)"].str.contains(notes.SUSPICIOUS)]
+    marked = main[main["AutoAttack (%)"].str.contains(notes.UNRELIABLE)]
     assert set(zip(marked.Method, marked.Selection, strict=True)) == {("LWM", "last")}
     [note] = notes.marks(material, group)
     assert "LWM 95 % last, seed 1: pgd breaks 3 more images than AutoAttack" in note
 
 
-def test_every_attacked_number_of_a_suspicious_network_is_marked_in_every_table(tmp_path):
-    material = prepare(tmp_path, suspicious="no gradient on 12% of the images")
+def test_attacked_numbers_of_potentially_unreliable_networks_are_marked_in_tables(
+    tmp_path,
+):
+    material = prepare(tmp_path, potentially_unreliable="no gradient on 12% of the images")
     [group] = tidy.groups(material.study)
     main = tables.main(material, group)
     for column in ("AutoAttack (%)", "PGD (%)"):
-        assert main[column].str.endswith(notes.SUSPICIOUS).all()
-    assert not main["Clean (%)"].str.contains(notes.SUSPICIOUS).any()
+        assert main[column].str.endswith(notes.UNRELIABLE).all()
+    assert not main["Clean (%)"].str.contains(notes.UNRELIABLE).any()
     others = (
         tables.component_table(material, group)["after apgd-ce (%)"],
         tables.cost_table(material, group)["AutoAttack (%)"],
@@ -512,23 +514,23 @@ def test_every_attacked_number_of_a_suspicious_network_is_marked_in_every_table(
         tables.comparison_table(material, group)["Baseline accuracy (%)"],
     )
     for column in others:
-        assert column.str.endswith(notes.SUSPICIOUS).all()
+        assert column.str.endswith(notes.UNRELIABLE).all()
     [note] = notes.marks(material, group)
-    assert note.startswith(notes.SUSPICIOUS)
+    assert note.startswith(notes.UNRELIABLE)
     reason = "no gradient on 12% of the images"
     assert f"Dense last, seed 0: {reason}; seed 1: {reason}." in note
 
 
 @pytest.mark.parametrize("draw", [finals.robust_accuracy, costs.cost])
-def test_suspicious_networks_are_marked_in_plots(draw, tmp_path):
+def test_potentially_unreliable_networks_are_marked_in_plots(draw, tmp_path):
     def daggers(material):
         passes = {"forward_passes": 10.0, "backward_passes": 10.0}
         material = dataclasses.replace(material, summary=material.summary.assign(**passes))
         texts = [text for panel in draw(material).axes for text in panel.texts]
-        return [text for text in texts if text.get_text() == notes.SUSPICIOUS]
+        return [text for text in texts if text.get_text() == notes.UNRELIABLE]
 
-    assert daggers(prepare(tmp_path, suspicious="")) == []
-    found = daggers(prepare(tmp_path, suspicious="no gradient"))
+    assert daggers(prepare(tmp_path, potentially_unreliable="")) == []
+    found = daggers(prepare(tmp_path, potentially_unreliable="no gradient"))
     lines = 1 + 2 * 2  # dense, and two methods at two sparsities
     assert len(found) == (lines if draw is finals.robust_accuracy else 2 * (2 + 2 * 2))
 

@@ -425,7 +425,7 @@ FILES = {
     """,
     "evaluation": """
         eval/__init__ eval/autoattack eval/clean eval/pgd eval/transfer robsparse/attacks
-        robsparse/doubts robsparse/evaluation robsparse/evaluation_record robsparse/rows
+        robsparse/sanity_checks robsparse/evaluation robsparse/evaluation_record robsparse/rows
     """,
     "collect": "robsparse/collection robsparse/overlap",
     "figures": "figures/*",
@@ -603,7 +603,7 @@ longest name that fits counts.
 MIDDLE = """
 `machine.rerun_on_code_change: true` lets code and library versions start jobs too. Otherwise
 records keep what made them, and `collect` says which rows are of other code (columns `code_digest`
-and `other_code` of results.csv). Tables and figures are always made again. Kept parts of an
+and `other_code` of results.csv). Tables and figures are always made again. The cache of an
 evaluation and resume states never survive another code. A method, attack, data set or arch counts
 where it is used; the example below uses dense, lwm, bcs; digits, npz; small_cnn; clean, pgd,
 autoattack, transfer.

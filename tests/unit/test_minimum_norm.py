@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse.attacks import AttackThreat, Saved
+from robsparse.attacks import AttackContext, Cache
 from robsparse.config import Evaluation, Threat
 from robsparse.datasets import Part
 from robsparse.eval import fmn, minimum_norm
@@ -18,9 +18,9 @@ EPS = 0.1
 QUICK = {"fmn_steps": 10, "steps": 8, "queries": 20}
 
 
-def threat(norm="Linf", eps=EPS, **options) -> AttackThreat:
+def threat(norm="Linf", eps=EPS, **options) -> AttackContext:
     options = {"seed": 3, "batch_size": 40, "report": lambda text: None} | options
-    return AttackThreat(norm=norm, eps=eps, device=CPU, **options)
+    return AttackContext(norm=norm, eps=eps, device=CPU, **options)
 
 
 def distances(model, x, y, params=None, **options) -> torch.Tensor:
@@ -257,7 +257,7 @@ def test_a_killed_run_goes_on_to_the_same_distances(known_network, tmp_path, mon
         return searched(self, *images)
 
     monkeypatch.setattr(minimum_norm._Search, "distances", killed)
-    kept = {"saved": Saved(tmp_path, "one network"), "batch_size": 20}
+    kept = {"cache": Cache(tmp_path, "one network"), "batch_size": 20}
     with pytest.raises(Killed):
         minimum_norm.run(model, x, y, params, threat(**kept))
     told = []
@@ -315,7 +315,7 @@ def test_part_is_given_by_the_evaluator(known_network, monkeypatch):
         seed=0,
         selections={"last": ["clean", "minimum_norm"]},
         attacks={
-            "clean": minimum_norm.Reach(),
+            "clean": minimum_norm.AttackParams(),
             "minimum_norm": minimum_norm.Params(**QUICK, eps=0.01),
         },
     )

@@ -37,7 +37,7 @@ def material(study_data, load_study, tmp_path):
     study = load_study(study_data)
     keys = ["dataset", "arch", "objective", "method", "sparsity", "selection"]
     line = ["digits", "small_cnn", "at", "bcs", 0.9, "best_val", "", 0.7]
-    summary = pd.DataFrame([line], columns=[*keys, "suspicious", "clean_accuracy"])
+    summary = pd.DataFrame([line], columns=[*keys, "potentially_unreliable", "clean_accuracy"])
     nothing = pd.DataFrame()
     return Material(study, Tidy(*[nothing] * 9), Outcomes(tmp_path), summary)
 
@@ -199,7 +199,7 @@ def test_a_part_of_autoattack_is_compared_with_no_published_number(
             [["digits", "small_cnn", "at", "bcs", 0.9, "last", "", 0.7]],
             columns=[
                 *("dataset", "arch", "objective", "method", "sparsity", "selection"),
-                *("suspicious", "autoattack_accuracy"),
+                *("potentially_unreliable", "autoattack_accuracy"),
             ],
         )
         material = Material(study, Tidy(*[pd.DataFrame()] * 9), Outcomes(tmp_path), table)

@@ -300,7 +300,7 @@ def by_hand(own_nets, study_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     del study_data["grid"], study_data["methods"], study_data["archs"]
     study_data["evaluation"] |= {"n_examples": 12, "batch_size": 5}
-    study_data["evaluation"]["doubts"] = {"n_examples": 5, "queries": 5}
+    study_data["evaluation"]["sanity_checks"] = {"n_examples": 5, "queries": 5}
     study_data["evaluation"]["attacks"] = {"pgd": {"steps": 2, "restarts": 1}}
 
     def run(command, name, **more):

@@ -73,7 +73,7 @@ def test_training_eps_is_what_training_and_validation_use(
 
 def test_training_eps_changes_nothing_of_the_attacks(study_data, load_study, tmp_path, crafted):
     study_data["training"]["eps"] = 0.1
-    study_data["evaluation"]["doubts"] = {"n_examples": 5, "queries": 2}
+    study_data["evaluation"]["sanity_checks"] = {"n_examples": 5, "queries": 2}
     study = load_study(study_data)
     trained(study, tmp_path)
     crafted.clear()

@@ -76,16 +76,16 @@ def test_a_function_gives_the_network(nets):
     assert str(path.relative_to(nets.root)) in done.stdout
     record = json.loads(path.read_text())
     assert [row["attack"] for row in record["rows"]] == ["clean", "pgd", "fgsm", "fmn", "square"]
-    assert record["rows"][0]["suspicious"] == ""
-    assert record["doubts"]["examined"] == 30
+    assert record["rows"][0]["potentially_unreliable"] == ""
+    assert record["sanity_checks"]["examined"] == 30
     with np.load(nets.root / "results/callable/nets.linear.flags.npz") as flags:
         assert flags["fmn.distance"].shape == (30,)
 
 
-def test_suspicious_network_is_told(nets):
+def test_potentially_unreliable_network_is_told(nets):
     done = evaluate(nets, "--callable", "nets:rounded")
     assert done.returncode == 0, done.stderr
-    assert "suspicious: no gradient on 100% of the images" in done.stdout
+    assert "potentially unreliable: no gradient on 100% of the images" in done.stdout
 
 
 def test_norm_of_the_attacks_can_be_chosen(nets):

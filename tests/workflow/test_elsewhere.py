@@ -77,7 +77,7 @@ def finished(project_at, tmp_path_factory):
                 "batch_size": 20,
                 "attacks": {"pgd": {"steps": 3, "restarts": 1}},
                 "selections": {"last": ["clean", "pgd"]},
-                "doubts": {"n_examples": 0},
+                "sanity_checks": {"n_examples": 0},
             },
         },
         "config/elsewhere.yaml",

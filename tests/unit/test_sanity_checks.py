@@ -1,4 +1,4 @@
-"""Networks that only look robust raise doubts; an honest one raises none."""
+"""The sanity checks flag networks that only look robust, and no honest one."""
 
 import copy
 import math
@@ -7,25 +7,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robsparse import doubts, perturb
+from robsparse import perturb, sanity_checks
 from robsparse.attacks import Outcome
 from robsparse.config import Evaluation, Threat
 from robsparse.datasets import Part
-from robsparse.sections import Doubts
+from robsparse.sections import SanityChecks
 
 CPU = torch.device("cpu")
 EPS = 0.1
 IMAGES = 100
 
 
-def examine(model: nn.Module, part: Part, **changes) -> doubts.Findings:
+def examine(model: nn.Module, part: Part, **changes) -> sanity_checks.Findings:
     settings = Evaluation(
         n_examples=len(part),
         batch_size=64,
         selections={"last": ["clean"]},
-        doubts=Doubts(**{"n_examples": IMAGES, "queries": 300} | changes),
+        sanity_checks=SanityChecks(**{"n_examples": IMAGES, "queries": 300} | changes),
     )
-    return doubts.examine(model.eval(), part, settings, Threat(eps=EPS), CPU)
+    return sanity_checks.examine(model.eval(), part, settings, Threat(eps=EPS), CPU)
 
 
 class Wrapped(nn.Module):
@@ -64,7 +64,7 @@ def noisy(x):
     return x + 0.05 * torch.randn_like(x)
 
 
-SUSPICIOUS = {
+UNRELIABLE = {
     "quantised input": ({"before": quantised}, ["no gradient on"]),
     "softmax with temperature": (
         {"after": sharp_softmax},
@@ -82,24 +82,24 @@ SUSPICIOUS = {
 }
 
 
-@pytest.mark.parametrize("name", SUSPICIOUS)
+@pytest.mark.parametrize("name", UNRELIABLE)
 def test_network_made_to_look_robust_is_told(name, known_network):
     model, part = known_network
-    how, reasons = SUSPICIOUS[name]
+    how, reasons = UNRELIABLE[name]
     found = examine(Wrapped(model, **how), part)
     for reason in reasons:
         assert any(reason in text for text in found.reasons), found
-    assert found.suspicious([])
+    assert found.potentially_unreliable([])
     assert all(math.isfinite(value) for value in found.numbers.values())
     if name == "NaN":
         assert found.numbers["randomness"] == 0  # the same images, twice
 
 
-def test_honest_network_raises_no_doubt(known_network):
+def test_honest_network_is_not_flagged(known_network):
     model, part = known_network
     found = examine(model, part)
     assert found.reasons == ()
-    assert found.suspicious([Outcome({})]) == ""
+    assert found.potentially_unreliable([Outcome({})]) == ""
     numbers = found.numbers
     assert numbers["examined"] == IMAGES
     assert numbers["randomness"] == numbers["nan_logits"] == numbers["zero_gradient"] == 0
@@ -132,34 +132,32 @@ def unbalanced(share: float) -> Part:
     return Part(torch.rand(IMAGES, 1, 8, 8), y)
 
 
-def test_more_than_the_largest_class_correct_at_eps_1_is_suspicious():
+def test_more_than_the_largest_class_correct_at_eps_1_is_flagged():
     """Of an unbalanced set too: guessing leaves 60 %, and two images more are beyond it."""
 
     numbers = examine(Says(), unbalanced(0.6)).numbers
-    for excess, suspicious in ((1, False), (2, True)):
-        reasons = doubts._reasons(numbers | {"huge_eps": 0.6 + excess / IMAGES})
-        assert (
-            any("still correct at eps 1, where chance is 60%" in r for r in reasons) == suspicious
-        )
+    for excess, flagged in ((1, False), (2, True)):
+        reasons = sanity_checks._reasons(numbers | {"huge_eps": 0.6 + excess / IMAGES})
+        assert any("still correct at eps 1, where chance is 60%" in r for r in reasons) == flagged
 
 
-@pytest.mark.parametrize(("flat", "suspicious"), [(1, False), (2, True)])
-def test_one_image_without_a_gradient_is_no_reason_yet_where_few_are_correct(flat, suspicious):
+@pytest.mark.parametrize(("flat", "flagged"), [(1, False), (2, True)])
+def test_one_image_without_a_gradient_is_no_reason_yet_where_few_are_correct(flat, flagged):
     """Of 10 correct images one is 10 %, which is more than the limit of 5 %."""
     numbers = examine(Says(), unbalanced(0.34)).numbers | {"correct": 0.1}
-    reasons = doubts._reasons(numbers | {"zero_gradient": flat / 10, "huge_eps": 0.0})
-    assert any("no gradient" in reason for reason in reasons) == suspicious
+    reasons = sanity_checks._reasons(numbers | {"zero_gradient": flat / 10, "huge_eps": 0.0})
+    assert any("no gradient" in reason for reason in reasons) == flagged
 
 
 def test_warnings_of_attacks_join_the_reasons_once():
-    findings = doubts.Findings({}, ("one",))
+    findings = sanity_checks.Findings({}, ("one",))
     outcomes = [Outcome({}, warnings=["two", "one"]), Outcome({}, warnings=["two"])]
-    assert findings.suspicious(outcomes) == "one; two"
+    assert findings.potentially_unreliable(outcomes) == "one; two"
 
 
 def test_looking_can_be_turned_off_and_is_bounded(known_network):
     model, part = known_network
-    assert examine(model, part, n_examples=0) == doubts.Findings()
+    assert examine(model, part, n_examples=0) == sanity_checks.Findings()
     few = Part(part.x_NCHW[:7], part.y_N[:7])
     assert examine(model, few).numbers["examined"] == 7
 
@@ -174,7 +172,7 @@ def test_looking_leaves_network_and_random_numbers_as_they_were(known_network):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_network_that_is_always_wrong_is_not_suspicious(known_network):
+def test_network_that_is_always_wrong_is_not_flagged(known_network):
     model, part = known_network
     wrong = Part(part.x_NCHW, (part.y_N + 1) % 10)
     found = examine(model, wrong)
@@ -217,16 +215,16 @@ LIMITS = {
 @pytest.mark.parametrize("name", LIMITS)
 def test_limit_of_each_number(name):
     below, above, said = LIMITS[name]
-    assert doubts._reasons(HONEST | {name: below}) == []
-    assert doubts._reasons(HONEST | {name: above}) == [said]
+    assert sanity_checks._reasons(HONEST | {name: below}) == []
+    assert sanity_checks._reasons(HONEST | {name: above}) == [said]
 
 
 @pytest.mark.parametrize("name", ["pgd_50", "black_box_only"])
 def test_one_image_of_few_is_no_reason(name):
     few = HONEST | {"examined": 10.0}
     shift = 0.5 if name == "pgd_50" else 0.0
-    assert doubts._reasons(few | {name: shift + 0.1}) == []
-    assert doubts._reasons(few | {name: shift + 0.2})
+    assert sanity_checks._reasons(few | {name: shift + 0.1}) == []
+    assert sanity_checks._reasons(few | {name: shift + 0.2})
 
 
 class Slope(nn.Module):
@@ -249,9 +247,9 @@ def test_numbers_of_a_known_network():
         n_examples=4,
         batch_size=3,
         selections={"last": ["clean"]},
-        doubts=Doubts(n_examples=4, queries=9),
+        sanity_checks=SanityChecks(n_examples=4, queries=9),
     )
-    numbers = doubts.examine(Slope(), SLOPED, settings, Threat(eps=0.2), CPU).numbers
+    numbers = sanity_checks.examine(Slope(), SLOPED, settings, Threat(eps=0.2), CPU).numbers
     assert numbers["examined"] == 4
     assert numbers["correct"] == 0.75
     assert numbers["chance"] == 1.0
@@ -262,10 +260,12 @@ def test_numbers_of_a_known_network():
 
 def test_norm_of_the_threat_is_that_of_the_long_attacks_alone(monkeypatch):
     """In L2 the distances are longer; at eps 1 every image may become every other one."""
-    monkeypatch.setattr(doubts, "random_search", lambda model, x, y, **options: x)
-    settings = Evaluation(n_examples=4, selections={"last": ["clean"]}, doubts=Doubts(queries=9))
+    monkeypatch.setattr(sanity_checks, "random_search", lambda model, x, y, **options: x)
+    settings = Evaluation(
+        n_examples=4, selections={"last": ["clean"]}, sanity_checks=SanityChecks(queries=9)
+    )
     threat = Threat(norm="L2", eps=0.2)
-    numbers = doubts.examine(Slope(), SLOPED, settings, threat, CPU).numbers
+    numbers = sanity_checks.examine(Slope(), SLOPED, settings, threat, CPU).numbers
     assert numbers["pgd_200"] == 0.5
     assert numbers["huge_eps"] == 0
 
@@ -275,12 +275,12 @@ def test_images_without_a_gradient_are_counted_among_the_correct_ones():
         def forward(self, x):
             return super().forward(x.where(x > 0.45, x.detach()))
 
-    look = doubts._Look(Steps(), SLOPED, 3, CPU)
+    look = sanity_checks._Look(Steps(), SLOPED, 3, CPU)
     look.outputs()
     assert look.correct.tolist() == [False, True, True, True]
     assert look.zero_gradients() == 0
     flat = Part(SLOPED.x_NCHW * 0.8, SLOPED.y_N)  # of the first three nothing exceeds 0.45
-    look = doubts._Look(Steps(), flat, 3, CPU)
+    look = sanity_checks._Look(Steps(), flat, 3, CPU)
     look.outputs()
     assert look.zero_gradients() == 2
 
@@ -293,7 +293,7 @@ def test_pgd_steps_are_two_and_a_half_times_eps_together(monkeypatch):
         return plain(model, x, start, loss, **options)
 
     monkeypatch.setattr(perturb, "ascend", ascend)
-    look = doubts._Look(Slope(), SLOPED, 4, CPU)
+    look = sanity_checks._Look(Slope(), SLOPED, 4, CPU)
     look.outputs()
     look.survive_pgd(0.2, 10, "L2")
     assert seen == [{"eps": 0.2, "step_size": 2.5 * 0.2 / 10, "steps": 10, "norm": "L2"}]
@@ -306,8 +306,8 @@ def test_random_search_is_counted_among_the_survivors_alone(monkeypatch):
         seen.append((len(x), y.tolist(), options))
         return x.flip(3)  # the other class
 
-    monkeypatch.setattr(doubts, "random_search", search)
-    look = doubts._Look(Slope(), SLOPED, 2, CPU)
+    monkeypatch.setattr(sanity_checks, "random_search", search)
+    look = sanity_checks._Look(Slope(), SLOPED, 2, CPU)
     among = torch.tensor([False, True, True, True])
     assert look.broken_by_search(among, Threat(norm="L2", eps=0.3), 7, 5) == 3
     options = {"norm": "L2", "eps": 0.3, "queries": 7, "restarts": 1, "seed": 5}
@@ -315,13 +315,15 @@ def test_random_search_is_counted_among_the_survivors_alone(monkeypatch):
 
 
 def test_passes_of_the_examination():
-    settings = Evaluation(n_examples=4, selections={"last": ["clean"]}, doubts=Doubts(queries=9))
-    assert doubts.passes(settings) == (20 + 10 + 50 + 200, 9)
+    settings = Evaluation(
+        n_examples=4, selections={"last": ["clean"]}, sanity_checks=SanityChecks(queries=9)
+    )
+    assert sanity_checks.passes(settings) == (20 + 10 + 50 + 200, 9)
 
 
 def test_probabilities_are_told_by_range_and_sum():
     def of(model):
-        look = doubts._Look(model, SLOPED, 3, CPU)
+        look = sanity_checks._Look(model, SLOPED, 3, CPU)
         return look.outputs()["probabilities"]
 
     assert of(Wrapped(Slope(), after=lambda z: torch.softmax(z, 1))) == 1
@@ -337,5 +339,5 @@ def test_largest_difference_of_two_passes():
         calls.append(0)
         return z + len(calls) ** 2 * 0.25
 
-    look = doubts._Look(Wrapped(Slope(), after=drift), SLOPED, 2, CPU)
+    look = sanity_checks._Look(Wrapped(Slope(), after=drift), SLOPED, 2, CPU)
     assert look.outputs()["randomness"] == pytest.approx(1.75)  # 16 - 9 quarters, not 4 - 1

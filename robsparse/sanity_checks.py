@@ -25,7 +25,9 @@ GAP = 0.02  # share of images that a stronger search may still find
 
 @dataclass(frozen=True)
 class Findings:
-    """What was measured, shares of the images examined, and what is suspicious about it.
+    """Results of the sanity checks, and why the network is potentially unreliable.
+
+    Numbers are shares of the examined images unless said otherwise.
 
     numbers: `examined` images; `randomness` (largest difference of two passes' logits);
         `probabilities` (1 if the outputs are); `nan_logits`; `correct`; `zero_gradient` (of the
@@ -37,22 +39,22 @@ class Findings:
     numbers: dict[str, float] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
 
-    def suspicious(self, outcomes: list[Outcome]) -> str:
-        """All reasons in words: those found here, and those that the attacks themselves gave."""
+    def potentially_unreliable(self, outcomes: list[Outcome]) -> str:
+        """All reasons: those of the sanity checks, and the warnings of the attacks themselves."""
         said = [*self.reasons, *(text for outcome in outcomes for text in outcome.warnings)]
         return "; ".join(dict.fromkeys(said))
 
 
 def passes(settings: Evaluation) -> tuple[int, int]:
     """Forward-and-backward passes and forward-only passes over an image that survives."""
-    return HUGE_STEPS + sum(STEPS), settings.doubts.queries
+    return HUGE_STEPS + sum(STEPS), settings.sanity_checks.queries
 
 
 def examine(
     model: nn.Module, examples: Part, settings: Evaluation, threat: Threat, device: torch.device
 ) -> Findings:
-    """Look for doubts on the first images. The network is left as it was, in eval mode."""
-    n = min(settings.doubts.n_examples, len(examples))
+    """Run the sanity checks on the first images. The network stays as it was, in eval mode."""
+    n = min(settings.sanity_checks.n_examples, len(examples))
     if not n:
         return Findings()
     part = Part(examples.x_NCHW[:n], examples.y_N[:n])
@@ -64,7 +66,9 @@ def examine(
         for steps in STEPS:
             survive = look.survive_pgd(threat.eps, steps, threat.norm)
             numbers[f"pgd_{steps}"] = float(survive.float().mean())
-        broken = look.broken_by_search(survive, threat, settings.doubts.queries, settings.seed)
+        broken = look.broken_by_search(
+            survive, threat, settings.sanity_checks.queries, settings.seed
+        )
         numbers["black_box_only"] = float(broken) / n
     return Findings(numbers, tuple(_reasons(numbers)))
 
