@@ -13,6 +13,7 @@ from torch import nn
 from robsparse import config, models, objectives, registry
 from robsparse.config import Crafting, Study
 from robsparse.datasets import Part
+from robsparse.errors import UsageError
 from robsparse.stages import Run
 
 settings.register_profile(
@@ -96,6 +97,25 @@ def load_study(tmp_path: Path) -> Callable[[dict[str, Any]], Study]:
         path = tmp_path / "study.yaml"
         path.write_text(yaml.safe_dump(data))
         return config.load(path)
+
+    return load
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[[dict[str, Any] | str], str]:
+    """refused(data or text) -> the message about a wrong study, without the file's name.
+
+    A message with several lines has the name in each of them.
+    """
+
+    def load(content: dict[str, Any] | str) -> str:
+        path = tmp_path / "bad.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        with pytest.raises(UsageError) as caught:
+            config.load(path)
+        lines = str(caught.value).split("\n")
+        assert all(line.startswith(f"{path}: ") for line in lines), lines
+        return "\n".join(line.removeprefix(f"{path}: ") for line in lines)
 
     return load
 

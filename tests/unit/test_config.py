@@ -14,22 +14,6 @@ from robsparse.errors import UsageError, nearest
 STUDIES = Path(__file__).parents[2] / "config"
 
 
-@pytest.fixture
-def refusal(tmp_path):
-    """refusal(data or text) -> the message of a config that is refused, without its path."""
-
-    def load(content):
-        path = tmp_path / "bad.yaml"
-        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-        with pytest.raises(UsageError) as caught:
-            config.load(path)
-        message = str(caught.value)
-        assert message.startswith(f"{path}: ")
-        return message.removeprefix(f"{path}: ")
-
-    return load
-
-
 def put(data, path, value):
     *parents, last = path.split(".")
     for name in parents:
@@ -161,10 +145,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_fault_is_one_line_with_key_value_expectation_and_nearest_match(fault, refusal, study_data):
+def test_fault_is_one_line_with_key_value_expectation_and_nearest_match(fault, refused, study_data):
     path, value, parts, match = BAD[fault]
     put(study_data, path, value)
-    message = refusal(study_data)
+    message = refused(study_data)
     assert "\n" not in message
     assert len(message) < 700
     for part in parts:
@@ -174,36 +158,36 @@ def test_fault_is_one_line_with_key_value_expectation_and_nearest_match(fault, r
     assert message.endswith(f"nearest match: {match}") or not match or match in message
 
 
-def test_each_of_several_faults_gets_its_line(refusal, study_data):
+def test_each_of_several_faults_gets_its_line(refused, study_data):
     study_data["threat"]["eps"] = 8
     study_data["grid"]["seeds"] = [-1]
-    lines = refusal(study_data).splitlines()
+    lines = refused(study_data).splitlines()
     assert len(lines) == 2
     assert any("threat.eps = 8" in line for line in lines)
     assert any("grid.seeds.0 = -1" in line for line in lines)
 
 
 @pytest.mark.parametrize("key", ["study", "title", "threat", "training", "evaluation"])
-def test_missing_section_is_named(key, refusal, study_data):
+def test_missing_section_is_named(key, refused, study_data):
     del study_data[key]
-    assert refusal(study_data) == f"{key}: missing, expected a value"
+    assert refused(study_data) == f"{key}: missing, expected a value"
 
 
-def test_a_study_has_a_grid_or_models(refusal, study_data):
+def test_a_study_has_a_grid_or_models(refused, study_data):
     del study_data["grid"]
-    assert refusal(study_data) == "grid: expected a block, or models"
+    assert refused(study_data) == "grid: expected a block, or models"
 
 
 @pytest.mark.parametrize(
     "path", ["threat.eps", "training.crafting", "training.crafting.step_size", "grid.seeds"]
 )
-def test_missing_key_is_named_with_its_section(path, refusal, study_data):
+def test_missing_key_is_named_with_its_section(path, refused, study_data):
     section, *rest = path.split(".")
     found = study_data[section]
     for name in rest[:-1]:
         found = found[name]
     del found[rest[-1]]
-    assert refusal(study_data) == f"{path}: missing, expected a value"
+    assert refused(study_data) == f"{path}: missing, expected a value"
 
 
 TEXTS = {
@@ -223,15 +207,15 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_that_is_no_study_is_one_line(text, refusal):
+def test_text_that_is_no_study_is_one_line(text, refused):
     content, expected = TEXTS[text]
-    message = refusal(content)
+    message = refused(content)
     assert expected in message
     assert "\n" not in message
 
 
-def test_duplicate_key_tells_its_line(refusal):
-    assert "line 3" in refusal("study: a\ntitle: b\nstudy: c\n")
+def test_duplicate_key_tells_its_line(refused):
+    assert "line 3" in refused("study: a\ntitle: b\nstudy: c\n")
 
 
 def test_missing_file_and_folder_are_one_line(tmp_path):
@@ -381,10 +365,10 @@ def test_hyperparameters_of_a_block_are_merged_over_those_of_the_study(study_dat
     assert len(digests) == len(study.cells())
 
 
-def test_a_cell_cannot_have_two_sets_of_hyperparameters(study_data, refusal):
+def test_a_cell_cannot_have_two_sets_of_hyperparameters(study_data, refused):
     blocks = two_blocks(study_data)
     blocks[1] |= {"sparsities": [0.9], "params": {"bcs": {"noise_scale": 0.5}}}
-    assert "stands in two blocks" in refusal(study_data)
+    assert "stands in two blocks" in refused(study_data)
 
 
 @pytest.mark.parametrize(
@@ -396,13 +380,13 @@ def test_a_cell_cannot_have_two_sets_of_hyperparameters(study_data, refusal):
         ({"bcs": 3}, ["grid.1.params.bcs = 3", "mapping"]),
     ],
 )
-def test_faults_in_the_hyperparameters_of_a_block(params, expected, study_data, refusal):
+def test_faults_in_the_hyperparameters_of_a_block(params, expected, study_data, refused):
     two_blocks(study_data)[1]["params"] = params
-    message = refusal(study_data)
+    message = refused(study_data)
     assert all(part in message for part in expected), message
 
 
-def test_a_block_is_left_out_where_its_file_is_missing(study_data, load_study, refusal, tmp_path):
+def test_a_block_is_left_out_where_its_file_is_missing(study_data, load_study, refused, tmp_path):
     blocks = two_blocks(study_data)
     blocks[1]["where_exists"] = str(tmp_path / "there")
     study = load_study(study_data)
@@ -413,12 +397,12 @@ def test_a_block_is_left_out_where_its_file_is_missing(study_data, load_study, r
     (tmp_path / "there").touch()
     assert {c.sparsity for c in load_study(study_data).cells()} == {0.0, 0.9, 0.99}
     study_data["grid"] = [blocks[0] | {"where_exists": str(tmp_path / "not")}]
-    assert "every block is left out" in refusal(study_data)
+    assert "every block is left out" in refused(study_data)
 
 
-def test_faults_in_a_block_name_its_place(study_data, refusal):
+def test_faults_in_a_block_name_its_place(study_data, refused):
     two_blocks(study_data)[1]["sparsities"] = [90]
-    assert "grid.1.sparsities.0 = 90" in refusal(study_data)
+    assert "grid.1.sparsities.0 = 90" in refused(study_data)
 
 
 def test_a_variant_has_the_base_method_and_its_own_hyperparameters(study_data, load_study):
@@ -464,16 +448,16 @@ def test_data_sets_archs_and_attacks_have_variants_too(study_data, load_study):
         ("mine", {"noise_scale": 1}, ["methods: unknown method 'mine'"]),
     ],
 )
-def test_faults_of_variants(name, values, expected, study_data, refusal):
+def test_faults_of_variants(name, values, expected, study_data, refused):
     study_data["methods"][name] = values
-    message = refusal(study_data)
+    message = refused(study_data)
     assert all(part in message for part in expected), message
 
 
-def test_a_misspelt_variant_is_told_the_nearest_one(study_data, refusal):
+def test_a_misspelt_variant_is_told_the_nearest_one(study_data, refused):
     study_data["methods"]["bcs_quiet"] = {"base": "bcs"}
     study_data["grid"]["methods"] = ["bcs_quite"]
-    assert "nearest match: 'bcs_quiet'" in refusal(study_data)
+    assert "nearest match: 'bcs_quiet'" in refused(study_data)
 
 
 # ---------------------------------------------------------------- tables
@@ -506,26 +490,26 @@ def test_a_table_is_of_the_best_validation_weights(study_data, load_study):
         ("colums", [], ["tables.0.colums = []", "'columns'"]),
     ],
 )
-def test_faults_of_tables(key, value, expected, study_data, refusal):
+def test_faults_of_tables(key, value, expected, study_data, refused):
     study_data["tables"] = [TABLE | {key: value}]
-    message = refusal(study_data)
+    message = refused(study_data)
     assert all(part in message for part in expected), message
 
 
 # ---------------------------------------------------------------- objectives
 
 
-def test_self_training_without_its_images_says_what_they_are(study_data, refusal, tmp_path):
+def test_self_training_without_its_images_says_what_they_are(study_data, refused, tmp_path):
     study_data["grid"]["objectives"] = ["rst"]
     for value in (None, str(tmp_path / "missing.npz")):
         study_data["training"]["rst_file"] = value
-        message = refusal(study_data)
+        message = refused(study_data)
         assert message.startswith("training.rst_file = ")
         assert all(w in message for w in ("npz", "'images'", "'labels'", "TinyImages", "withdrawn"))
 
 
 def test_self_training_of_a_block_takes_the_images_of_the_block(
-    study_data, refusal, load_study, tmp_path
+    study_data, refused, load_study, tmp_path
 ):
     (tmp_path / "extra.npz").touch()
     blocks = two_blocks(study_data)
@@ -535,15 +519,15 @@ def test_self_training_of_a_block_takes_the_images_of_the_block(
     assert rst == str(tmp_path / "extra.npz")
     study_data["training"]["rst_file"] = str(tmp_path / "extra.npz")
     blocks[1]["training"] = {"rst_file": "none.npz"}
-    assert refusal(study_data).startswith('grid.1.training.rst_file = "none.npz": the objective')
+    assert refused(study_data).startswith('grid.1.training.rst_file = "none.npz": the objective')
     blocks[1] |= {"objectives": ["at"], "where_exists": None}
     assert load_study(study_data)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5])
-def test_share_of_pseudo_labelled_images_is_below_one(share, study_data, refusal):
+def test_share_of_pseudo_labelled_images_is_below_one(share, study_data, refused):
     study_data["training"]["rst_fraction"] = share
-    assert f"training.rst_fraction = {share}" in refusal(study_data)
+    assert f"training.rst_fraction = {share}" in refused(study_data)
 
 
 @pytest.mark.parametrize(
@@ -556,9 +540,9 @@ def test_share_of_pseudo_labelled_images_is_below_one(share, study_data, refusal
         ({"init": "strickt"}, "nearest match: 'strict'"),
     ],
 )
-def test_settings_of_bcs_that_contradict_each_other(params, expected, study_data, refusal):
+def test_settings_of_bcs_that_contradict_each_other(params, expected, study_data, refused):
     study_data["methods"]["bcs"] = params
-    message = refusal(study_data)
+    message = refused(study_data)
     assert message.startswith("methods.bcs")
     assert expected in message
 
@@ -707,16 +691,16 @@ def test_a_budget_scales_the_stages_to_the_same_cost(budget, objective, study_da
     assert epochs_of(study, "hydra") == {"prune": 2, "finetune": 7}
 
 
-def test_a_budget_that_is_too_small_says_how_much_is_needed(study_data, refusal):
+def test_a_budget_that_is_too_small_says_how_much_is_needed(study_data, refused):
     study_data["grid"]["methods"] = ["hydra"]
     study_data["methods"]["dense"] = {"pretrain": {"epochs": 3}}
     study_data["grid"]["budget"] = {"unit": "epochs", "total": 4}
-    assert refusal(study_data) == (
+    assert refused(study_data) == (
         "grid.budget.total = 4: allows 4 epochs, expected at least 5 for 'hydra'"
     )
 
 
-def test_a_budget_keeps_the_rules_of_the_stages(study_data, refusal, load_study):
+def test_a_budget_keeps_the_rules_of_the_stages(study_data, refused, load_study):
     """Stages are validated anew with their new lengths: a warm-up has to end within them."""
     study_data["grid"]["methods"] = ["bcs"]
     study_data["methods"]["bcs"] = {"train": {"epochs": 10, "warmup": 5}, "temperature": 1e-8}
@@ -728,10 +712,10 @@ def test_a_budget_keeps_the_rules_of_the_stages(study_data, refusal, load_study)
         "budget.total = 3: does not suit 'bcs': train.warmup = 5: expected fewer epochs of warm-up "
         "than the 3 of the stage"
     )
-    assert refusal(study_data) == f"grid.{said}"
+    assert refused(study_data) == f"grid.{said}"
     other = study_data["grid"] | {"methods": ["lwm"], "budget": None}
     study_data["grid"] = [other, study_data["grid"]]
-    assert refusal(study_data) == f"grid.1.{said}"
+    assert refused(study_data) == f"grid.1.{said}"
 
 
 @pytest.mark.parametrize("name", registry.names("method"))
@@ -773,12 +757,12 @@ def test_training_of_a_block_is_merged_over_that_of_the_study(study_data, load_s
         ([1], "grid.1.training = [1]: expected a mapping of settings"),
     ],
 )
-def test_faults_in_the_training_of_a_block_are_named(training, said, study_data, refusal):
+def test_faults_in_the_training_of_a_block_are_named(training, said, study_data, refused):
     two_blocks(study_data)[1]["training"] = training
-    assert refusal(study_data).startswith(said)
+    assert refused(study_data).startswith(said)
 
 
-def test_a_variant_may_start_from_a_variant(study_data, load_study, refusal):
+def test_a_variant_may_start_from_a_variant(study_data, load_study, refused):
     study_data["grid"]["methods"] = ["short", "lwm_short"]
     study_data["methods"] |= {
         "short": {"base": "dense", "pretrain": {"epochs": 1}},
@@ -789,9 +773,9 @@ def test_a_variant_may_start_from_a_variant(study_data, load_study, refusal):
     assert study.starting_cell(cell).method == "short"
     assert {c.method for c in study.cells()} == {"short", "lwm_short"}
     study_data["methods"]["lwm_short"]["starts_from"] = "shrot"
-    assert refusal(study_data).startswith('methods.lwm_short.starts_from = "shrot": expected short')
+    assert refused(study_data).startswith('methods.lwm_short.starts_from = "shrot": expected short')
     study_data["methods"]["lwm_short"] = {"base": "bcs", "starts_from": "short"}
-    assert refusal(study_data) == ('methods.lwm_short.starts_from = "short": expected nothing')
+    assert refused(study_data) == ('methods.lwm_short.starts_from = "short": expected nothing')
 
 
 # ---------------------------------------------------------------- networks from elsewhere
@@ -840,13 +824,13 @@ MODEL_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", MODEL_FAULTS)
-def test_faults_of_a_network_from_elsewhere_are_named(fault, study_data, given, refusal):
+def test_faults_of_a_network_from_elsewhere_are_named(fault, study_data, given, refused):
     change, said = MODEL_FAULTS[fault]
     given |= change
-    assert said in refusal(study_data)
+    assert said in refused(study_data)
 
 
 @pytest.mark.parametrize("name", ["bcs", "lwm", "a/b", "rigl"])
-def test_a_network_from_elsewhere_needs_a_name_of_its_own(name, study_data, given, refusal):
+def test_a_network_from_elsewhere_needs_a_name_of_its_own(name, study_data, given, refused):
     study_data["models"] = {name: given}
-    assert refusal(study_data).startswith(f"models.{name}: expected a name")
+    assert refused(study_data).startswith(f"models.{name}: expected a name")
