@@ -10,13 +10,11 @@ fall below it).
 
 from typing import Any
 
-import torch
 from pydantic import Field, PositiveInt, model_validator
-from torch import Tensor
 
 from robsparse.config import FromScratch, Share, Strict
 from robsparse.dynamic import MaskedStage, masked_layers, set_masks
-from robsparse.sparsity import layer_keep_counts, prunable, top_k_mask
+from robsparse.sparsity import layer_keep_counts, top_k_mask
 from robsparse.stages import Run, Stage
 
 LABEL = "Gradual magnitude"
@@ -45,13 +43,6 @@ class GradualStage(MaskedStage):
     def __init__(self, params: Params) -> None:
         super().__init__(params.train)
         self.params = params
-
-    def initial_masks(self, run: Run) -> dict[str, Tensor]:
-        """All weights."""
-        return {
-            name: torch.ones_like(module.weight, dtype=torch.bool)
-            for name, module in prunable(run.model).items()
-        }
 
     def after_step(self, run: Run) -> None:
         begin, end = self.params.begin * run.steps, self.params.end * run.steps

@@ -28,9 +28,9 @@ from torch.nn.utils import parametrize
 
 from robsparse.config import Finetune, Fit, Share, Strict
 from robsparse.counts import density, keep_count, round_to_sum
-from robsparse.scores import all_but_weights, scaled_scores
+from robsparse.scores import scaled_scores
 from robsparse.sparsity import Prunable, parametrisation, prunable, top_k_mask, weight_count
-from robsparse.stages import FixedMaskStage, Run, Stage, remaining_weights
+from robsparse.stages import FixedMaskStage, Run, ScoreStage, Stage, remaining_weights
 
 LABEL = "HARP"
 STARTS_FROM = "dense"
@@ -102,7 +102,7 @@ class RatedMask(nn.Module):
         return weight * _TopShare.apply(self.score.abs(), self.share())
 
 
-class PruneStage(Stage):
+class PruneStage(ScoreStage):
     """Train scores and shares. Weights and biases are frozen, batch norm is not."""
 
     name = "prune"
@@ -126,9 +126,6 @@ class PruneStage(Stage):
             mask = RatedMask(weight, score, least, first)
             parametrize.register_parametrization(module, "weight", mask)
 
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        return all_but_weights(model)
-
     def before_epoch(self, run: Run) -> None:
         if run.epoch and not self.settled:
             self.settled = round(self.excess(run).item(), 4) == 0
@@ -142,10 +139,6 @@ class PruneStage(Stage):
 
     def penalty(self, run: Run) -> Tensor:
         return self.gamma * self.excess(run)
-
-    def active_weights(self, run: Run) -> int:
-        # Every weight has a score that gets a gradient: the dense network is still there.
-        return weight_count(run.model)
 
     def finalize(self, run: Run) -> None:
         layers = rated(run.model)

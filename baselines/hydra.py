@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.config import Finetune, Fit, Strict
-from robsparse.scores import all_but_weights, scaled_scores, straight_through_mask
-from robsparse.sparsity import layer_keep_counts, prunable, weight_count
-from robsparse.stages import FixedMaskStage, Run, Stage
+from robsparse.scores import scaled_scores, straight_through_mask
+from robsparse.sparsity import layer_keep_counts, prunable
+from robsparse.stages import FixedMaskStage, Run, ScoreStage, Stage
 
 LABEL = "HYDRA"
 STARTS_FROM = "dense"
@@ -55,7 +55,7 @@ class ScoredMask(nn.Module):
         return weight * straight_through_mask(self.score, self.k)
 
 
-class PruneStage(Stage):
+class PruneStage(ScoreStage):
     """Train the scores. Weights and biases are frozen, batch norm is not."""
 
     name = "prune"
@@ -67,13 +67,6 @@ class PruneStage(Stage):
         for name, module in prunable(run.model).items():
             scored = ScoredMask(module.weight, keep[name])
             parametrize.register_parametrization(module, "weight", scored)
-
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        return all_but_weights(model)
-
-    def active_weights(self, run: Run) -> int:
-        # Every weight has a score that gets a gradient: the dense network is still there.
-        return weight_count(run.model)
 
 
 def stages(params: Params) -> list[Stage]:

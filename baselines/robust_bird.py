@@ -59,13 +59,6 @@ class BirdStage(MaskedStage):
         self.drawn_at = -1  # the epoch that the second phase starts with
         self.masks: list[Tensor] = []
 
-    def initial_masks(self, run: Run) -> dict[str, Tensor]:
-        """All weights."""
-        return {
-            name: torch.ones_like(module.weight, dtype=torch.bool)
-            for name, module in prunable(run.model).items()
-        }
-
     def before_epoch(self, run: Run) -> None:
         if self.selectable or run.epoch == 0:
             return

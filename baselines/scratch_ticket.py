@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.config import FromScratch, Strict
-from robsparse.scores import all_but_weights, straight_through_mask
-from robsparse.sparsity import layer_keep_counts, parametrisation, prunable, weight_count
-from robsparse.stages import Run, Stage
+from robsparse.scores import straight_through_mask
+from robsparse.sparsity import layer_keep_counts, parametrisation, prunable
+from robsparse.stages import Run, ScoreStage, Stage
 
 LABEL = "Robust scratch ticket"
 OWN_START = True  # signed constants
@@ -65,7 +65,7 @@ class PopupMask(nn.Module):
         return weight * straight_through_mask(self.score, self.k)
 
 
-class PopupStage(Stage):
+class PopupStage(ScoreStage):
     """Train the scores; any epoch's network is at its sparsity."""
 
     def __init__(self, params: Params) -> None:
@@ -83,12 +83,8 @@ class PopupStage(Stage):
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         if self.params.batch_norm == "trained":
-            return all_but_weights(model)
+            return super().parameters(model)
         return [parametrisation(m, PopupMask).score for m in prunable(model).values()]
-
-    def active_weights(self, run: Run) -> int:
-        # Every weight has a score that gets a gradient: the dense network is still there.
-        return weight_count(run.model)
 
 
 def stages(params: Params) -> list[Stage]:

@@ -7,13 +7,10 @@ the study.
 Differs from the paper: the batch that scores also takes the first step, one more is not drawn.
 """
 
-import torch
-from torch import Tensor
-
 from robsparse.config import FromScratch, Strict
 from robsparse.counts import keep_count
 from robsparse.dynamic import MaskedStage, masked_layers, set_masks
-from robsparse.sparsity import global_masks, gradient, prunable, weight_count
+from robsparse.sparsity import global_masks, gradient, weight_count
 from robsparse.stages import Run, Stage
 
 LABEL = "SNIP"
@@ -27,13 +24,6 @@ class Params(Strict):
 
 class SnipStage(MaskedStage):
     """Dense until the first gradient is known: that is the peak of live weights."""
-
-    def initial_masks(self, run: Run) -> dict[str, Tensor]:
-        """All weights."""
-        return {
-            name: torch.ones_like(module.weight, dtype=torch.bool)
-            for name, module in prunable(run.model).items()
-        }
 
     def before_masking(self, run: Run) -> None:
         if run.step == 0:

@@ -48,8 +48,11 @@ class MaskedStage(Stage):
     """Train under masks that the stage may change: `initial_masks` and `before_masking`."""
 
     def initial_masks(self, run: Run) -> dict[str, Tensor]:
-        """Bool masks of all prunable layers."""
-        raise NotImplementedError
+        """Bool masks of all prunable layers; all weights unless a method says otherwise."""
+        return {
+            name: torch.ones_like(module.weight, dtype=torch.bool)
+            for name, module in prunable(run.model).items()
+        }
 
     def before_masking(self, run: Run) -> None:
         """Called at each step with the gradients of all weights, masked ones included."""

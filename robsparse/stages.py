@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from robsparse.config import Fit
 from robsparse.connections import ConnectionLog
-from robsparse.sparsity import apply_masks, bake, live_count, magnitude_masks, prunable
+from robsparse.scores import all_but_weights
+from robsparse.sparsity import (
+    apply_masks,
+    bake,
+    live_count,
+    magnitude_masks,
+    prunable,
+    weight_count,
+)
 
 
 @dataclass
@@ -134,6 +142,17 @@ class FixedMaskStage(Stage):
 
     def before_fit(self, run: Run) -> None:
         apply_masks(run.model, self.masks(run))
+
+
+class ScoreStage(Stage):
+    """Train scores that decide which weights are kept. Weights and biases keep their values."""
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        return all_but_weights(model)
+
+    def active_weights(self, run: Run) -> int:
+        # Every weight has a score that gets a gradient: training holds the dense network.
+        return weight_count(run.model)
 
 
 def schedule_factor(fit: Fit, step: int, steps_per_epoch: int) -> float:
