@@ -9,6 +9,7 @@ from robsparse.cells import Cell, Layout
 from robsparse.config import load
 from robsparse.errors import UsageError
 from robsparse.figures import REPORT, plots_of, tables_of
+
 # The configfile of the command line, not the merged `config`: a study is one file, read whole.
 # It is no parameter of a rule: what is in it decides, not its name.
 STUDY_FILE = os.path.relpath((workflow.configfiles or ["config/quick.yaml"])[0])

@@ -166,7 +166,7 @@ def test_two_networks_in_one_place_are_an_error(material, source):
 def test_the_tables_of_the_paper_can_be_drawn_before_anything_is_measured(repository, tmp_path):
     from robsparse import config  # noqa: PLC0415
     from robsparse.figures.summary import summarise  # noqa: PLC0415
-    from robsparse.records import Row  # noqa: PLC0415
+    from robsparse.rows import Row  # noqa: PLC0415
 
     study = config.load(repository / "config" / "paper.yaml")
     empty = pd.DataFrame(columns=[*Row.model_fields, "budget"])
