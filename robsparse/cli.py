@@ -381,7 +381,7 @@ def _export(arguments: argparse.Namespace) -> None:
     export = importlib.import_module("robsparse.export")
     path = export.model_info(study, cell, arguments.selection, layout)
     print(f"{path}: fill in link, name, authors and venue")
-    print(f"{export.dense_weights(cell, arguments.selection, layout)}: the weights, zeros included")
+    print(f"{export.copy_weights(cell, arguments.selection, layout)}: the weights")
 
 
 def _new_method(arguments: argparse.Namespace) -> None:
@@ -468,7 +468,7 @@ _COMMANDS = {
     "export": (
         _export,
         "write a result as an entry for RobustBench",
-        "Writes SELECTION.model_info.json and SELECTION.safetensors (ordinary dense weights) to "
+        "Writes SELECTION.model_info.json and SELECTION.safetensors (the weights) to "
         "DIR/STUDY/export/KEY.",
     ),
     "new-method": (

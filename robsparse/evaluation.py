@@ -119,7 +119,7 @@ def evaluate_cell(
         "potentially_unreliable": found.potentially_unreliable([r.outcome for r in results]),
         **measured.columns,
         **(_training_columns(layout, cell, selection) if own else {}),
-        "model_bytes": _bytes(model, target.weights),
+        "model_bytes": weights.bytes_without_zeros(model.state_dict()),
         "eval_device": device_name(where),
         "settings_digest": fingerprint.digest,
         "code_digest": fingerprint.code,
@@ -144,13 +144,6 @@ def evaluate_cell(
     write_record(target.record, kept)
     shutil.rmtree(parts, ignore_errors=True)
     return target.record
-
-
-def _bytes(model: nn.Module, file: Path | None) -> int:
-    """Bytes of the weights: of their file, or of all tensors where there is none."""
-    if file is not None:
-        return file.stat().st_size
-    return sum(value.nbytes for value in model.state_dict().values())
 
 
 def _checksum(model: nn.Module, file: Path | None) -> str:

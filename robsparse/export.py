@@ -1,16 +1,14 @@
 """Writes a result in the form in which RobustBench takes entries, and weights for anyone."""
 
+import shutil
 from pathlib import Path
 
-import safetensors.numpy
-
-from robsparse import compact
 from robsparse.cells import Cell, Layout
 from robsparse.config import Selection, Study
 from robsparse.counts import keep_count
 from robsparse.errors import UsageError
 from robsparse.evaluation_record import read_record
-from robsparse.files import atomic, write_json
+from robsparse.files import atomic, read_tensors, write_json
 
 
 def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -> Path:
@@ -59,15 +57,16 @@ def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -
     return path
 
 
-def dense_weights(cell: Cell, selection: Selection, layout: Layout) -> Path:
-    """Write a network's weights as ordinary safetensors, zeros included; returns the path.
+def copy_weights(cell: Cell, selection: Selection, layout: Layout) -> Path:
+    """Copy a network's weights (safetensors) to the folder of its model_info; returns the path.
 
-    For other programs: files of a study hold live weights alone.
+    Raises UsageError when an older version wrote the weights.
     """
-    arrays = compact.load(layout.model(cell, selection))
+    weights = layout.model(cell, selection)
+    read_tensors(weights)
     path = layout.root / "export" / cell.key / f"{selection}.safetensors"
     with atomic(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary)
+        shutil.copyfile(weights, temporary)
     return path
 
 

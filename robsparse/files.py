@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON, and checksums."""
+"""Files that are written whole or not at all, JSON, safetensors and checksums. No torch in here."""
 
 import hashlib
 import json
@@ -7,7 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from safetensors import safe_open
 
 from robsparse.errors import UsageError
 
@@ -62,6 +64,26 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot read ({error.strerror})") from None
     except ValueError as error:
         raise UsageError(f"{path}: damaged, not valid JSON ({error})") from None
+
+
+def read_tensors(path: Path, framework: Literal["np", "pt"] = "np") -> dict[str, Any]:
+    """Tensors of a safetensors file by name.
+
+    Args:
+        path: the file.
+        framework: "np" for NumPy arrays, "pt" for tensors of torch.
+
+    Raises:
+        UsageError: if an older version wrote the file, which packed sparse tensors.
+        OSError, SafetensorError: if the file is missing or damaged.
+    """
+    with safe_open(path, framework=framework) as stored:
+        if "robsparse.packed" in (stored.metadata() or {}):
+            raise UsageError(
+                f"{path}: packed weights of an older version, expected plain safetensors; "
+                "train this network again"
+            )
+        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
 def file_checksum(path: Path) -> str:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from robsparse import compact
 from robsparse.cells import Cell, Layout
 from robsparse.columns import OVERLAP_COLUMNS
 from robsparse.config import Study
+from robsparse.files import read_tensors
 
 Saved = tuple[Cell, str]  # a cell and a selection
 
@@ -54,7 +54,7 @@ def live_sets(path: Path) -> list[np.ndarray]:
 
     Packed bits, one array a layer, in the order of their names.
     """
-    state = compact.load(path)
+    state = read_tensors(path)
     return [np.packbits(state[name] != 0) for name in sorted(state) if state[name].ndim > 1]
 
 

@@ -65,7 +65,10 @@ class Row(BaseModel):
     layers: NonNegativeInt
     dense_macs: NonNegativeInt
     sparse_macs: NonNegativeInt
-    model_bytes: NonNegativeInt
+    model_bytes: int = Field(
+        ge=0,
+        description="of all tensors: nonzero values and their positions, or all values",
+    )
 
     selected_epoch: int | None = None
     epochs: int | None = None

@@ -1,28 +1,26 @@
-"""Plain weights on disk: safetensors out; safetensors, or tensors saved by torch, in.
-
-Ours hold live weights alone (robsparse.compact); those of others are dense.
-"""
+"""Weights on disk: writes safetensors; reads safetensors and state dicts saved by torch."""
 
 import hashlib
 import pickle
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from robsparse import compact
 from robsparse.errors import UsageError
-from robsparse.files import atomic
+from robsparse.files import atomic, read_tensors
 
 _COUNTER = "num_batches_tracked"
 
 
 def save(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a plain state dict atomically, weights that are mostly zero in their compact form."""
+    """Write a state dict (tensors on the CPU) as safetensors, atomically."""
+    arrays = {name: np.array(value.numpy(), order="C") for name, value in state.items()}
     with atomic(path) as temporary:
-        compact.save(temporary, {name: value.numpy() for name, value in state.items()})
+        safetensors.numpy.save_file(arrays, temporary)
 
 
 def checksum(state: dict[str, Tensor]) -> str:
@@ -32,6 +30,17 @@ def checksum(state: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(as_bytes(value))
     return digest.hexdigest()[:16]
+
+
+def bytes_without_zeros(state: dict[str, Tensor]) -> int:
+    """Bytes that tensors take in the smaller of two forms, each tensor in its own.
+
+    The forms are all values, or the nonzero values and a position of 4 bytes for each of them.
+    """
+    return sum(
+        min(value.nbytes, int(value.count_nonzero()) * (value.element_size() + 4))
+        for value in state.values()
+    )
 
 
 def as_bytes(value: Tensor) -> np.ndarray:
@@ -94,8 +103,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name. Nothing in it is executed."""
     try:
         if path.suffix == ".safetensors":
-            found = compact.load(path, "pt")
-            return {name: torch.as_tensor(value) for name, value in found.items()}
+            return read_tensors(path, "pt")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such model file") from None

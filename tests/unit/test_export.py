@@ -1,8 +1,9 @@
 """What is AutoAttack, what is called so, and what leaves the project under that name."""
 
 import pytest
+import torch
 
-from robsparse import evaluation, export
+from robsparse import evaluation, export, weights
 from robsparse.cells import Layout
 from robsparse.errors import UsageError
 from robsparse.eval.autoattack import Params
@@ -123,3 +124,11 @@ def test_the_accuracies_of_a_record_say_what_ran(recorded):
     assert "autoattack    50.00 % (version standard, apgd-ce only)" in text
     _, cell, layout = recorded("standard")
     assert "version" not in evaluation.in_words(layout.evaluation(cell, "last"))
+
+
+def test_weights_are_copied_beside_the_model_info(recorded):
+    _, cell, layout = recorded("standard")
+    weights.save(layout.model(cell, "last"), {"w": torch.eye(3)})
+    path = export.copy_weights(cell, "last", layout)
+    assert path.parent == layout.root / "export" / cell.key
+    assert path.read_bytes() == layout.model(cell, "last").read_bytes()

@@ -410,7 +410,7 @@ FILES = {
     "training": """
         baselines/__init__ baselines/dense baselines/lwm method/__init__ method/bcs
         robsparse/__init__ robsparse/augment robsparse/backends robsparse/batches robsparse/cells
-        robsparse/checkpoints robsparse/checks robsparse/columns robsparse/compact robsparse/config
+        robsparse/checkpoints robsparse/checks robsparse/columns robsparse/config
         robsparse/connections robsparse/cost robsparse/counts robsparse/errors robsparse/external
         robsparse/faults robsparse/fields robsparse/files robsparse/fingerprints robsparse/frozen
         robsparse/frozen_layers robsparse/imagesets robsparse/machine robsparse/networks

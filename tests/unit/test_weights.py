@@ -8,8 +8,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from robsparse import weights
+from robsparse import models, registry, weights
 from robsparse.errors import UsageError
+from robsparse.files import read_tensors
+from robsparse.sparsity import prunable
 
 
 def network():
@@ -46,6 +48,45 @@ def test_weights_that_are_a_view_can_be_saved(tmp_path, good):
     model = network()
     weights.load_into(model, tmp_path / "m.safetensors")
     assert torch.equal(model[0].weight, good["0.weight"])
+
+
+def test_files_are_plain_safetensors_and_the_same_bits_come_back(tmp_path):
+    model = models.build("resnet18", registry.entry("arch", "resnet18").params(), (3, 32, 32), 10)
+    with torch.no_grad():
+        for layer in prunable(model).values():
+            layer.weight.mul_(torch.rand_like(layer.weight) < 0.01)
+    state = model.state_dict()
+    path = tmp_path / "model.safetensors"
+    weights.save(path, state)
+    assert same(safetensors.torch.load_file(path), state)
+    assert {name: value.tolist() for name, value in read_tensors(path).items()} == {
+        name: value.tolist() for name, value in state.items()
+    }
+    assert weights.bytes_without_zeros(state) < 1e6 < path.stat().st_size
+
+
+def test_bytes_without_zeros_by_hand():
+    sparse, dense = torch.zeros(5, 4), torch.ones(3)
+    sparse[0, 0] = sparse[4, 3] = -1.0
+    # 2 values of 4 bytes with 2 positions of 4, and 3 values of 4 bytes: positions would double it
+    assert weights.bytes_without_zeros({"sparse": sparse, "dense": dense}) == 2 * (4 + 4) + 3 * 4
+    assert weights.bytes_without_zeros({"half": sparse.half(), "int": torch.tensor(7)}) == 12 + 8
+
+
+def test_packed_weights_of_an_older_version_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "model.safetensors"
+    packed = {"0.weight.values": torch.ones(1), "0.weight.gaps": torch.zeros(1).byte()}
+    safetensors.torch.save_file(packed, path, {"robsparse.packed": '{"0.weight": [3, 2]}'})
+    model = network()
+    before = snapshot(model)
+    for read in (lambda: weights.load_into(model, path), lambda: read_tensors(path)):
+        with pytest.raises(UsageError) as caught:
+            read()
+        assert str(caught.value) == (
+            f"{path}: packed weights of an older version, expected plain safetensors; "
+            "train this network again"
+        )
+    assert same(model.state_dict(), before)
 
 
 def without(name):
