@@ -240,3 +240,17 @@ def test_every_test_that_a_document_names_exists(repository):
                 assert any(one.startswith(name) for one in there), (
                     f"{document.name}: {file}::{name}"
                 )
+
+
+def test_continuous_integration_runs_the_test_command_alone(repository):
+    settings = yaml.safe_load((repository / ".github/workflows/test.yml").read_text())
+    [job] = settings["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make test"]
+
+
+def test_files_that_the_guide_for_contributors_names_exist(repository):
+    text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]*|[\w.]+\.(?:md|py|toml|txt|yaml))`", text)
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert len(named) > 15
+    assert [name for name in (*named, *linked) if not (repository / name).exists()] == []
