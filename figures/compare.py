@@ -118,7 +118,7 @@ def ranks(material: Material) -> pd.DataFrame:
             for index, (method, rank) in enumerate(zip(cell.method, placed, strict=True)):
                 behind, ahead = int(leads[:, index].sum()), int(leads[index].sum())
                 found.setdefault(method, []).append((rank, 1 + behind, len(cell) - ahead))
-    table = [
+    table: list[dict[str, Any]] = [
         {"method": method, "cells": len(places)}
         | dict(zip(("rank", "low", "high"), np.mean(places, axis=0).tolist(), strict=True))
         for method, places in found.items()
@@ -133,7 +133,7 @@ def _leads(material: Material, group: Group, sparsity: float, names: list[str]) 
     p_values = statistics.holm([np.nan if apart is None else apart.p for apart in found])
     leads = np.zeros((len(names), len(names)), dtype=bool)
     for (i, j), apart, p in zip(pairs, found, p_values, strict=True):
-        if p < ALPHA:
+        if apart is not None and p < ALPHA:
             leads[(i, j) if apart.mean > 0 else (j, i)] = True
     return leads
 
@@ -185,6 +185,7 @@ def _paired(
         key = vars(group) | {"method": method, "sparsity": sparsity, "selection": material.primary}
         stacked.append(stack(key, rows, material.outcomes))
         seeds.append(rows.seed.tolist())
-    if seeds[0] != seeds[1] or any(side is None for side in stacked):
+    first, second = stacked
+    if seeds[0] != seeds[1] or first is None or second is None:
         return None
-    return statistics.difference(*stacked)
+    return statistics.difference(first, second)

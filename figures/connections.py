@@ -50,7 +50,7 @@ def density_over_training(material: Material) -> Figure:
         several = f"{group}\n" * (len(groups(material.study)) > 1)
         panel.set_title(f"{several}{label}, {percent(sparsity)}", fontsize=8)
         panel.set_xlabel("share of training done")
-        if panel.get_subplotspec().is_first_col():
+        if style.is_leftmost(panel):
             panel.set_ylabel("density of the layer (%)")
         panel.set_yscale("log")
     return style.finish(figure, [], caption)
@@ -109,7 +109,7 @@ def survival(material: Material) -> Figure:
         panel.set_xscale("log")
         panel.set_ylim(0, 100)
         panel.set_xlabel("age (training steps)")
-        if panel.get_subplotspec().is_first_col():
+        if style.is_leftmost(panel):
             panel.set_ylabel("regrown connections alive (%)")
     caption = [
         "Kaplan-Meier estimate over all regrown connections of all seeds; those that were alive "
@@ -147,7 +147,7 @@ def weight_magnitudes(material: Material) -> Figure:
         panel.set_xscale("log")
         panel.set_ylim(bottom=0)
         panel.set_xlabel("|w| of live weights")
-        if panel.get_subplotspec().is_first_col():
+        if style.is_leftmost(panel):
             panel.set_ylabel("share of live weights (%)")
     caption = [
         "Shares in bins of 0.3 decades, all layers and seeds together. Weights around 1e-12 are "

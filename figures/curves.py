@@ -3,6 +3,8 @@
 Import path: robsparse.figures.curves
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -37,7 +39,7 @@ def active_weights(material: Material) -> Figure:
     handles: dict[str, Line2D] = {}
     for group, sparsity, panel in panels:
         handles |= _live_panel(figure, panel, material, group.of(curves), sparsity)
-        if panel.get_subplotspec().is_first_col():
+        if style.is_leftmost(panel):
             panel.set_ylabel("prunable weights held")
         panel.set_xlabel("epoch")
         # By hand: axes do not scale themselves to lines that are shifted by points.
@@ -112,7 +114,7 @@ def rewiring(material: Material) -> Figure:
         if len(renewed) < _FEW:
             panel.set_title("\n".join([panel.get_title(), *renewed]))
         panel.set_xlabel("training step")
-        if panel.get_subplotspec().is_first_col():
+        if style.is_leftmost(panel):
             panel.set_ylabel(f"connections per step\n(moving average of {window * every} steps)")
     caption = [
         "Mean over seeds; thin line: regrown, wide line behind it: pruned. Renewed: regrown "
@@ -137,7 +139,8 @@ def _rewiring_panel(
     every: int,
 ) -> tuple[dict[str, Line2D], list[str]]:
     """Draw one panel; also returns a few words on each method."""
-    handles, totals = {}, []
+    handles: dict[str, Line2D] = {}
+    totals = []
     for name, look in style.looks(material.study).items():
         own = steps[steps.method == name]
         if own.empty:
@@ -146,8 +149,8 @@ def _rewiring_panel(
         smooth = mean.rolling(window, center=True, min_periods=1).mean()
         shown = ["regrown"] if steps.method.nunique() >= _FEW else _REWIRED
         # Equal where the count of live weights is constant: the thin line lies on the wide one.
-        wide = {"color": look.color, "linewidth": 4.0, "alpha": 0.35}
-        thin = {"color": look.color, "linewidth": 1.1, "linestyle": look.linestyle}
+        wide: dict[str, Any] = {"color": look.color, "linewidth": 4.0, "alpha": 0.35}
+        thin: dict[str, Any] = {"color": look.color, "linewidth": 1.1, "linestyle": look.linestyle}
         lines = {
             "pruned": panel.plot(smooth.pruned, **wide, label=f"{look.label}: pruned"),
             "regrown": panel.plot(

@@ -3,10 +3,13 @@
 Import path: robsparse.figures.details
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
 from robsparse.cells import Cell
@@ -44,7 +47,7 @@ def accuracy_against_eps(material: Material) -> Figure:
         found, largest = _eps_panel(panel, material, group, sparsity, norm)
         handles |= found
         farthest = max(farthest, largest)
-        if panel.get_subplotspec().is_first_col():
+        if style.is_leftmost(panel):
             panel.set_ylabel("robust accuracy (%), upper bound")
         panel.set_xlabel(f"eps ({norm}, pixels in [0,1])")
         panel.set_ylim(0, 100)
@@ -60,7 +63,7 @@ def _eps_panel(
     that fall at all.
     """
     handles, largest = {}, 0.0
-    grey = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+    grey: dict[str, Any] = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
     for place, (name, look) in enumerate(style.looks(material.study).items()):
         found = [
             lengths
@@ -142,8 +145,9 @@ def curve(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Values of eps, ascending from 0, and the share of images that need a longer perturbation.
     """
     ends = np.sort(lengths[np.isfinite(lengths)])
-    eps = np.r_[0.0, ends]
-    return eps, 1 - np.searchsorted(np.sort(lengths.ravel()), eps, side="right") / lengths.size
+    eps = np.concatenate([[0.0], ends])
+    broken = np.searchsorted(np.sort(lengths.ravel()), eps, side="right")
+    return eps, 1 - broken / lengths.size
 
 
 def _cells_at(material: Material, group: Group, method: str, sparsity: float) -> list[Cell]:
@@ -226,7 +230,7 @@ def class_accuracies(material: Material) -> pd.DataFrame:
     return table.merge(lines[[*names[:-1], "potentially_unreliable"]], how="left", on=names[:-1])
 
 
-def _class_panel(panel: Axes, material: Material, table: pd.DataFrame) -> object:
+def _class_panel(panel: Axes, material: Material, table: pd.DataFrame) -> AxesImage:
     study = material.study
     wide = 100 * table.pivot_table(index="method", columns="label", values="accuracy")
     wide = wide.reindex([name for name in methods(study) if name in wide.index])

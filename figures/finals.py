@@ -3,6 +3,8 @@
 Import path: robsparse.figures.finals
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -57,7 +59,7 @@ def _accuracy_panel(
             handles[name] = _method_line(panel, look, own.reindex(asked), shift)
     chance = material.chance(group)
     if chance is not None:
-        grey = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+        grey: dict[str, Any] = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
         handles["chance"] = panel.axhline(100 * chance, **grey, label="chance")
     panel.set_title(str(group))
     panel.set_xticks(range(len(asked)), [percent(value) for value in asked])
@@ -162,7 +164,7 @@ def _name_layers(panel: Axes, sizes: list[int]) -> None:
 def _label_density_axes(figure: Figure) -> None:
     for panel in figure.axes:
         panel.label_outer(remove_inner_ticks=False)
-        if panel.get_subplotspec().is_first_col():
+        if style.is_leftmost(panel):
             panel.set_ylabel("density of the layer (%)")
-        if panel.get_subplotspec().is_last_row():
+        if style.is_lowest(panel):
             panel.set_xlabel("layer, and its size")

@@ -4,6 +4,7 @@ Import path: robsparse.figures.leaderboard
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,12 +139,12 @@ def _panel(panel: Axes, study: Study, rows: pd.DataFrame, others: pd.DataFrame) 
 
 
 def _legend(dotted: bool) -> list[Line2D]:
-    plain = {"linestyle": "none", "marker": "o"}
+    plain: dict[str, Any] = {"linestyle": "none", "marker": "o"}
     handles = [
         Line2D([], [], color=_OURS, label="measured here", **plain),
         Line2D([], [], color=_THEIRS, markerfacecolor="none", label="published", **plain),
     ]
     if dotted:
-        look = {"color": "0.45", "linestyle": (0, (1, 2))}
+        look: dict[str, Any] = {"color": "0.45", "linestyle": (0, (1, 2))}
         handles.append(Line2D([], [], label="published, other architecture", **look))
     return handles

@@ -12,6 +12,7 @@ from robsparse.config import Grid, Study
 from robsparse.figures import compare, statistics
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, cells, methods, seeds, sparsities
+from robsparse.sections import Budget
 
 NONE = "n/a"
 FEW_SEEDS = 5  # fewer than this can hardly tell methods apart; see docs/statistics.md
@@ -160,7 +161,8 @@ def table_notes(material: Material, group: Group) -> list[str]:
 
 def trained_otherwise(study: Study, group: Group) -> list[str]:
     """A sentence for each budget of training, and for each deviation from the study."""
-    notes = [_budget(study, block) for block in study.blocks() if block.budget]
+    blocks = study.blocks()
+    notes = [_budget(study, block, block.budget) for block in blocks if block.budget is not None]
     usual = _flat(study.training.model_dump(mode="json"))
     found: dict[str, dict[str, None]] = {}
     for cell in cells(study, group):
@@ -172,11 +174,11 @@ def trained_otherwise(study: Study, group: Group) -> list[str]:
     return notes
 
 
-def _budget(study: Study, block: Grid) -> str:
-    unit = {"epochs": "epochs", "passes": "passes over each training image"}[block.budget.unit]
+def _budget(study: Study, block: Grid, budget: Budget) -> str:
+    unit = {"epochs": "epochs", "passes": "passes over each training image"}[budget.unit]
     names = [study.label("method", n) for n in block.methods if not study.is_dense(n)]
     return (
-        f"Budget: {block.budget.total} {unit} of training for each network of {', '.join(names)}, "
+        f"Budget: {budget.total} {unit} of training for each network of {', '.join(names)}, "
         "the dense network that it starts from included."
     )
 

@@ -108,6 +108,18 @@ def grid(material: Material, **options: Any) -> tuple[Figure, Iterator[tuple[Gro
     return figure, each()
 
 
+def is_leftmost(panel: Axes) -> bool:
+    """Whether a panel stands in the first column of its figure, where axes have their labels."""
+    place = panel.get_subplotspec()
+    return place is not None and place.is_first_col()
+
+
+def is_lowest(panel: Axes) -> bool:
+    """Whether a panel stands in the last row of its figure."""
+    place = panel.get_subplotspec()
+    return place is not None and place.is_last_row()
+
+
 def log_axis(panel: Axes, low: float, high: float, form: str) -> None:
     """Make y logarithmic from low to high; a range of few decades is labelled at 2 and 5 too."""
     panel.set_yscale("log")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from robsparse.cells import Cell, Layout
-from robsparse.config import Study
+from robsparse.config import Selection, Study
 from robsparse.errors import UsageError
 from robsparse.figures import statistics
 from robsparse.figures.tidy import LINE, Group, Outcomes, Tidy, attacks, groups, lines, seeds
@@ -31,7 +31,7 @@ class Material:
     summary: pd.DataFrame
 
     @property
-    def primary(self) -> str:
+    def primary(self) -> Selection:
         """The selection that plots and comparisons use."""
         return next(iter(self.study.evaluation.selections))
 

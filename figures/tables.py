@@ -4,7 +4,7 @@ Import path: robsparse.figures.tables
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -249,7 +249,7 @@ def title(material: Material, group: Group) -> str:
     return f"{material.study.title} ({group})"
 
 
-_SANITY_CHECKS = {
+_SANITY_CHECKS: dict[str, tuple[str, Callable[[float], str]]] = {
     "zero_gradient": ("No gradient (%)", _percentage),
     "huge_eps": ("Correct at eps 1 (%)", _percentage),
     "pgd_10": ("PGD-10 (%)", _percentage),
