@@ -28,10 +28,10 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from robsparse.config import Fit, Share, Strict
-from robsparse.counts import layer_keep_count
-from robsparse.sparsity import Prunable, prunable, rankable, top_k_mask
-from robsparse.stages import FixedMaskStage, Run, Stage
+from robsparse.base.counts import layer_keep_count
+from robsparse.schema import Fit, Share, Strict
+from robsparse.sparsity.masks import Prunable, prunable, rankable, top_k_mask
+from robsparse.training.stages import FixedMaskStage, Run, Stage
 
 LABEL = "ADMM"
 STARTS_FROM = "dense"

@@ -2,8 +2,8 @@
 
 from pydantic import PositiveFloat, PositiveInt
 
-from robsparse.config import Fit, Strict
-from robsparse.stages import Stage
+from robsparse.schema import Fit, Strict
+from robsparse.training.stages import Stage
 
 LABEL = "Dense"
 DENSE = True

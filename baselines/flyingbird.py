@@ -21,10 +21,10 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from robsparse.config import FromScratch, Strict
-from robsparse.dynamic import DynamicStage
-from robsparse.sparsity import erk_keep_counts, quota_keep_counts, random_masks
-from robsparse.stages import Run, Stage
+from robsparse.schema import FromScratch, Strict
+from robsparse.sparsity.masks import erk_keep_counts, quota_keep_counts, random_masks
+from robsparse.training.dynamic import DynamicStage
+from robsparse.training.stages import Run, Stage
 
 LABEL = "Flying Bird"
 LOWEST_RATE = 0.005

@@ -7,10 +7,10 @@ A layer may lose all of its weights; the density plot shows it.
 
 from torch import Tensor
 
-from robsparse.config import Finetune, Strict
-from robsparse.counts import keep_count
-from robsparse.sparsity import global_masks, prunable, weight_count
-from robsparse.stages import FixedMaskStage, Run, Stage
+from robsparse.base.counts import keep_count
+from robsparse.schema import Finetune, Strict
+from robsparse.sparsity.masks import global_masks, prunable, weight_count
+from robsparse.training.stages import FixedMaskStage, Run, Stage
 
 LABEL = "Global magnitude"
 STARTS_FROM = "dense"

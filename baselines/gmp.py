@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import Field, PositiveInt, model_validator
 
-from robsparse.config import FromScratch, Share, Strict
-from robsparse.dynamic import MaskedStage, masked_layers, set_masks
-from robsparse.sparsity import layer_keep_counts, top_k_mask
-from robsparse.stages import Run, Stage
+from robsparse.schema import FromScratch, Share, Strict
+from robsparse.sparsity.masks import layer_keep_counts, top_k_mask
+from robsparse.training.dynamic import MaskedStage, masked_layers, set_masks
+from robsparse.training.stages import Run, Stage
 
 LABEL = "Gradual magnitude"
 

@@ -26,11 +26,11 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robsparse.config import Finetune, Fit, Share, Strict
-from robsparse.counts import density, keep_count, round_to_sum
-from robsparse.scores import scaled_scores
-from robsparse.sparsity import Prunable, parametrisation, prunable, top_k_mask, weight_count
-from robsparse.stages import FixedMaskStage, Run, ScoreStage, Stage, remaining_weights
+from robsparse.base.counts import density, keep_count, round_to_sum
+from robsparse.schema import Finetune, Fit, Share, Strict
+from robsparse.sparsity.masks import Prunable, parametrisation, prunable, top_k_mask, weight_count
+from robsparse.sparsity.scores import scaled_scores
+from robsparse.training.stages import FixedMaskStage, Run, ScoreStage, Stage, remaining_weights
 
 LABEL = "HARP"
 STARTS_FROM = "dense"

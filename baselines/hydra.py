@@ -17,10 +17,10 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robsparse.config import Finetune, Fit, Strict
-from robsparse.scores import scaled_scores, straight_through_mask
-from robsparse.sparsity import layer_keep_counts, prunable
-from robsparse.stages import FixedMaskStage, Run, ScoreStage, Stage
+from robsparse.schema import Finetune, Fit, Strict
+from robsparse.sparsity.masks import layer_keep_counts, prunable
+from robsparse.sparsity.scores import scaled_scores, straight_through_mask
+from robsparse.training.stages import FixedMaskStage, Run, ScoreStage, Stage
 
 LABEL = "HYDRA"
 STARTS_FROM = "dense"

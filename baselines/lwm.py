@@ -5,8 +5,8 @@ BCS is compared with: per-layer top-k of the pretrained weights, one shot, 100 e
 at lr 0.01 with the robust objective and a fixed mask.
 """
 
-from robsparse.config import Finetune, Strict
-from robsparse.stages import FixedMaskStage, Stage
+from robsparse.schema import Finetune, Strict
+from robsparse.training.stages import FixedMaskStage, Stage
 
 LABEL = "LWM"
 STARTS_FROM = "dense"

@@ -11,9 +11,9 @@ import math
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from robsparse.config import FromScratch, Strict
-from robsparse.dynamic import DynamicStage
-from robsparse.stages import Run, Stage
+from robsparse.schema import FromScratch, Strict
+from robsparse.training.dynamic import DynamicStage
+from robsparse.training.stages import Run, Stage
 
 LABEL = "RigL"
 

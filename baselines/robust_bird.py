@@ -23,11 +23,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from robsparse.config import FromScratch, Share, Strict
-from robsparse.counts import keep_count
-from robsparse.dynamic import MaskedStage, masked_layers, set_masks
-from robsparse.sparsity import global_masks, prunable
-from robsparse.stages import Run, Stage, schedule_factor
+from robsparse.base.counts import keep_count
+from robsparse.schema import FromScratch, Share, Strict
+from robsparse.sparsity.masks import global_masks, prunable
+from robsparse.training.dynamic import MaskedStage, masked_layers, set_masks
+from robsparse.training.stages import Run, Stage, schedule_factor
 
 LABEL = "Robust Bird"
 COMPARED = 5  # masks of as many epochs, the last one included

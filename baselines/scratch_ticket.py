@@ -20,10 +20,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robsparse.config import FromScratch, Strict
-from robsparse.scores import straight_through_mask
-from robsparse.sparsity import layer_keep_counts, parametrisation, prunable
-from robsparse.stages import Run, ScoreStage, Stage
+from robsparse.schema import FromScratch, Strict
+from robsparse.sparsity.masks import layer_keep_counts, parametrisation, prunable
+from robsparse.sparsity.scores import straight_through_mask
+from robsparse.training.stages import Run, ScoreStage, Stage
 
 LABEL = "Robust scratch ticket"
 OWN_START = True  # signed constants

@@ -7,11 +7,11 @@ the study.
 Differs from the paper: the batch that scores also takes the first step, one more is not drawn.
 """
 
-from robsparse.config import FromScratch, Strict
-from robsparse.counts import keep_count
-from robsparse.dynamic import MaskedStage, masked_layers, set_masks
-from robsparse.sparsity import global_masks, gradient, weight_count
-from robsparse.stages import Run, Stage
+from robsparse.base.counts import keep_count
+from robsparse.schema import FromScratch, Strict
+from robsparse.sparsity.masks import global_masks, gradient, weight_count
+from robsparse.training.dynamic import MaskedStage, masked_layers, set_masks
+from robsparse.training.stages import Run, Stage
 
 LABEL = "SNIP"
 

@@ -6,9 +6,9 @@ What rewiring is worth is the difference to this.
 
 from torch import Tensor
 
-from robsparse.config import FromScratch, Strict
-from robsparse.sparsity import erk_keep_counts, random_masks
-from robsparse.stages import FixedMaskStage, Run, Stage
+from robsparse.schema import FromScratch, Strict
+from robsparse.sparsity.masks import erk_keep_counts, random_masks
+from robsparse.training.stages import FixedMaskStage, Run, Stage
 
 LABEL = "Static random"
 

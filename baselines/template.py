@@ -8,9 +8,9 @@ Source: none; replace this line by the paper (authors, venue, equation) that you
 
 from torch import Tensor
 
-from robsparse.config import Finetune, Strict
-from robsparse.sparsity import apply_masks, layer_keep_counts, random_masks
-from robsparse.stages import Run, Stage
+from robsparse.schema import Finetune, Strict
+from robsparse.sparsity.masks import apply_masks, layer_keep_counts, random_masks
+from robsparse.training.stages import Run, Stage
 
 # What tables and plots print.
 LABEL = "Random pruning"

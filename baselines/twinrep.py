@@ -20,10 +20,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robsparse.config import FromScratch, Share, Strict
-from robsparse.counts import keep_count
-from robsparse.sparsity import global_masks, parametrisation, prunable, weight_count
-from robsparse.stages import Run, Stage
+from robsparse.base.counts import keep_count
+from robsparse.schema import FromScratch, Share, Strict
+from robsparse.sparsity.masks import global_masks, parametrisation, prunable, weight_count
+from robsparse.training.stages import Run, Stage
 
 LABEL = "TwinRep"
 OWN_START = True  # products of the initial weights and their factors

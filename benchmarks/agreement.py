@@ -19,13 +19,17 @@ import torch
 from pyautoattack import AutoAttack
 from torch import nn
 
-from robsparse import config, datasets, frozen, models, networks, registry, weights
-from robsparse.attacks import AttackContext, correct_flags
-from robsparse.cells import Cell, Layout, derive_seed
+from robsparse import datasets, models
+from robsparse.base import registry
+from robsparse.compute.machine import device_name, pick_device, prepare
 from robsparse.datasets import Part
-from robsparse.evaluation import first_examples
-from robsparse.fields import radius
-from robsparse.machine import device_name, pick_device, prepare
+from robsparse.evaluation.attacks import AttackContext, correct_flags
+from robsparse.evaluation.evaluate import first_examples
+from robsparse.fast import frozen
+from robsparse.networks import construct, weights
+from robsparse.schema.fields import radius
+from robsparse.study import loading
+from robsparse.study.cells import Cell, Layout, derive_seed
 
 SHIPPED = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
 
@@ -38,7 +42,7 @@ def main() -> None:
         model, part = _shipped(arguments)
         eps, seed, batch_size = radius(arguments.eps), 0, 250
     else:
-        study = config.load(arguments.source)
+        study = loading.load(arguments.source)
         model, part = _of_study(study, Cell.parse(arguments.cell), arguments)
         eps, batch_size = study.threat.eps, study.evaluation.batch_size
         seed = derive_seed("attack", "autoattack", study.evaluation.seed) % 2**31
@@ -85,11 +89,11 @@ def _shipped(arguments: argparse.Namespace) -> tuple[nn.Module, Part]:
 
 
 def _of_study(
-    study: config.Study, cell: Cell, arguments: argparse.Namespace
+    study: loading.Study, cell: Cell, arguments: argparse.Namespace
 ) -> tuple[nn.Module, Part]:
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
     layout = Layout(arguments.results / study.study)
-    model = networks.with_weights(study, cell, splits, layout.model(cell, "best_val"))
+    model = construct.with_weights(study, cell, splits, layout.model(cell, "best_val"))
     n = arguments.n or study.evaluation.n_examples
     if n <= len(splits.test):
         return model, first_examples(splits.test, n, splits.classes)

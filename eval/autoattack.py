@@ -18,9 +18,9 @@ from pyautoattack import AutoAttack, checks
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from robsparse import perturb
-from robsparse.attacks import AttackContext, AttackProgress, Outcome, Tally, in_batches
-from robsparse.config import AttackParams
+from robsparse.compute import perturb
+from robsparse.evaluation.attacks import AttackContext, AttackProgress, Outcome, Tally, in_batches
+from robsparse.schema import AttackParams
 
 LABEL = "AutoAttack"
 

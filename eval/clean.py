@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from robsparse.attacks import AttackContext, Outcome, correct_flags
-from robsparse.config import Strict
 from robsparse.datasets import Part
+from robsparse.evaluation.attacks import AttackContext, Outcome, correct_flags
+from robsparse.schema import Strict
 
 LABEL = "Clean"
 

@@ -5,9 +5,9 @@ Source: Goodfellow et al., ICLR 2015. In L2 the step follows the gradient's dire
 
 from torch import Tensor, nn
 
-from robsparse import perturb
-from robsparse.attacks import AttackContext, Outcome, Tally
-from robsparse.config import AttackParams
+from robsparse.compute import perturb
+from robsparse.evaluation.attacks import AttackContext, Outcome, Tally
+from robsparse.schema import AttackParams
 
 LABEL = "FGSM"
 

@@ -8,8 +8,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from robsparse import fast_minimum_norm, perturb
-from robsparse.attacks import (
+from robsparse.compute import perturb
+from robsparse.evaluation import fast_minimum_norm
+from robsparse.evaluation.attacks import (
     AttackContext,
     AttackProgress,
     Outcome,
@@ -17,7 +18,7 @@ from robsparse.attacks import (
     length,
     outcome_from_distances,
 )
-from robsparse.config import AttackParams
+from robsparse.schema import AttackParams
 
 LABEL = "FMN"
 GIVES_DISTANCES = True

@@ -18,8 +18,9 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from robsparse import fast_minimum_norm, perturb
-from robsparse.attacks import (
+from robsparse.compute import perturb
+from robsparse.evaluation import fast_minimum_norm
+from robsparse.evaluation.attacks import (
     AttackContext,
     AttackProgress,
     Outcome,
@@ -28,7 +29,7 @@ from robsparse.attacks import (
     outcome_from_distances,
     random_search,
 )
-from robsparse.config import AttackParams
+from robsparse.schema import AttackParams
 
 LABEL = "Minimum norm"
 GIVES_DISTANCES = True

@@ -12,9 +12,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from robsparse import perturb
-from robsparse.attacks import AttackContext, AttackProgress, Outcome, Tally
-from robsparse.config import AttackParams
+from robsparse.compute import perturb
+from robsparse.evaluation.attacks import AttackContext, AttackProgress, Outcome, Tally
+from robsparse.schema import AttackParams
 
 LABEL = "PGD"
 

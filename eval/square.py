@@ -7,7 +7,7 @@ AutoAttack has for it.
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from robsparse.attacks import (
+from robsparse.evaluation.attacks import (
     AttackContext,
     AttackProgress,
     Outcome,
@@ -15,7 +15,7 @@ from robsparse.attacks import (
     in_batches,
     random_search,
 )
-from robsparse.config import AttackParams
+from robsparse.schema import AttackParams
 
 LABEL = "Square"
 

@@ -10,10 +10,10 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from robsparse import perturb
-from robsparse.attacks import AttackContext, Outcome, Tally
-from robsparse.config import AttackParams
-from robsparse.fields import Name
+from robsparse.compute import perturb
+from robsparse.evaluation.attacks import AttackContext, Outcome, Tally
+from robsparse.schema import AttackParams
+from robsparse.schema.fields import Name
 
 LABEL = "Black-box transfer attack"
 

@@ -1,6 +1,6 @@
 """Tables and plots, drawn from the collected tidy files alone; nothing here loads torch."""
 
-from robsparse.config import Study
+from robsparse.study.study import Study
 
 # What `robsparse figures` writes under results/<study>, for the workflow to declare.
 TABLES = tuple(

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from robsparse.config import Study
 from robsparse.figures import statistics
 from robsparse.figures.summary import STRONGEST, Material, stack
 from robsparse.figures.tidy import GROUP, Group, lines, methods, sparsities
+from robsparse.study.study import Study
 
 ALPHA = 1 - statistics.LEVEL
 AHEAD, BEHIND, OPEN, ONE_SEED = "ahead", "behind", "not separated", "one seed"

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
-from robsparse.cells import Cell
-from robsparse.config import AttackParams
 from robsparse.figures import measures_distances, style
 from robsparse.figures.notes import UNRELIABLE, percent, plot_caption, radius, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, cells, groups, methods, sparsities
+from robsparse.schema import AttackParams
+from robsparse.study.cells import Cell
 
 _FEW_CLASSES = 10
 _BEYOND = 1e3  # an eps beyond every panel

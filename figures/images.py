@@ -8,11 +8,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robsparse.cells import Cell
 from robsparse.figures import style
 from robsparse.figures.notes import UNRELIABLE, join, percent, plot_caption, radius, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Broken, Group, cells, groups, methods, seeds, sparsities
+from robsparse.study.cells import Cell
 
 _KEYS = ["dataset", "arch", "objective", "sparsity", "seed", "image", "label"]
 _COLUMNS = [*_KEYS, "robust", "broken", "misclassified"]

@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from robsparse.config import Study
 from robsparse.figures import published as files
 from robsparse.figures import style
 from robsparse.figures.notes import interval_note, percent, plot_caption, radius, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
+from robsparse.study.study import Study
 
 _PLACE = ["dataset", "arch", "sparsity"]
 _OURS, _THEIRS = "#D55E00", "0.35"

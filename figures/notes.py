@@ -8,11 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from robsparse.config import Grid, Study
 from robsparse.figures import compare, statistics
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, cells, methods, seeds, sparsities
-from robsparse.sections import Budget
+from robsparse.schema import Grid
+from robsparse.schema.sections import Budget
+from robsparse.study.study import Study
 
 NONE = "n/a"
 FEW_SEEDS = 5  # fewer than this can hardly tell methods apart; see docs/statistics.md

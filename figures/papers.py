@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from robsparse.config import Study, Table
 from robsparse.figures import published
 from robsparse.figures.notes import NONE, SMALL, UNRELIABLE, join, percent
 from robsparse.figures.summary import Material
 from robsparse.figures.tables import bullets, escape_latex, markdown
+from robsparse.schema import Table
+from robsparse.study.study import Study
 
 COLUMNS = [*published.KEYS, "ours", "published", "difference", "source", "potentially_unreliable"]
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"

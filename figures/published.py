@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from robsparse.errors import UsageError, nearest
+from robsparse.base.errors import UsageError, nearest
 
 KEYS = ["dataset", "arch", "method", "objective", "sparsity", "attack"]
 COLUMNS = [

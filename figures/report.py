@@ -9,8 +9,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from robsparse.cells import Layout
-from robsparse.config import Study
+from robsparse.base.files import atomic
 from robsparse.figures import (
     REPORT,
     TABLES,
@@ -38,7 +37,8 @@ from robsparse.figures.notes import (
 )
 from robsparse.figures.summary import STRONGEST, Material, gather
 from robsparse.figures.tidy import Group, groups, seeds, sparsities
-from robsparse.files import atomic
+from robsparse.study.cells import Layout
+from robsparse.study.study import Study
 
 _DRAW: dict[str, tuple[Callable[[Material], Figure], str]] = {
     "robust_accuracy": (finals.robust_accuracy, "Robust accuracy against sparsity"),
@@ -76,7 +76,7 @@ network) | connections `pruned` and `regrown` since the row before, `active` one
 how many were `active` with this age at the end |
 | `weights.csv` | live weights of one saved network by magnitude | `count` in [`low`, `high`) |
 | `sanity_checks.csv` | one saved network | its sanity checks: shares \
-of the `examined` images, see `robsparse/sanity_checks.py` |
+of the `examined` images, see `robsparse/evaluation/sanity_checks.py` |
 | `failures.csv` | one network that could not be trained | the cell, `reason` |
 | `overlap.csv` | two saved networks of the same size and sparsity | `overlap`: Jaccard index of \
 their live sets; `chance`: the same expected of random sets with as many weights in each layer |

@@ -18,11 +18,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from robsparse.config import Study
+from robsparse.base.files import atomic
 from robsparse.figures.notes import UNRELIABLE, percent
 from robsparse.figures.summary import Material
 from robsparse.figures.tidy import Group, groups, methods, sparsities
-from robsparse.files import atomic
+from robsparse.study.study import Study
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; yellow, the faintest, is last.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")

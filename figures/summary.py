@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from robsparse.cells import Cell, Layout
-from robsparse.config import Selection, Study
-from robsparse.errors import UsageError
+from robsparse.base.errors import UsageError
 from robsparse.figures import statistics
 from robsparse.figures.tidy import LINE, Group, Outcomes, Tidy, attacks, groups, lines, seeds
+from robsparse.schema import Selection
+from robsparse.study.cells import Cell, Layout
+from robsparse.study.study import Study
 
 STRONGEST = "autoattack"
 

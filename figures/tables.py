@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from robsparse.config import Study
 from robsparse.figures import compare
 from robsparse.figures.notes import FAILED, MISSED, NONE, UNRELIABLE, join, percent, table_notes
 from robsparse.figures.summary import STRONGEST, Material, components
 from robsparse.figures.tidy import Group, attacks, groups, sparsities
+from robsparse.study.study import Study
 
 # Characters that LaTeX reads as commands, and those that it has no letter for in every encoding.
 _LATEX = str.maketrans(
@@ -171,7 +171,7 @@ def cost_table(material: Material, group: Group) -> pd.DataFrame:
 def sanity_checks_table(material: Material, group: Group) -> pd.DataFrame | None:
     """Signs that robustness is not real, as text; the worst of the seeds. None if not looked for.
 
-    See robsparse.sanity_checks for what each number is.
+    See robsparse.evaluation.sanity_checks for what each number is.
     """
     study, checks = material.study, group.of(material.tidy.sanity_checks)
     if "examined" not in checks or checks.examined.isna().all():

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from robsparse.cells import Cell, Layout
-from robsparse.columns import LIFETIME_COLUMNS, MANIFEST, OVERLAP_COLUMNS, STEP_COLUMNS
-from robsparse.config import Study
-from robsparse.errors import UsageError
-from robsparse.evaluation_record import read_flags
-from robsparse.files import file_checksum, read_json
-from robsparse.rows import Row, contradiction
+from robsparse.base.errors import UsageError
+from robsparse.base.files import file_checksum, read_json
+from robsparse.records.columns import LIFETIME_COLUMNS, MANIFEST, OVERLAP_COLUMNS, STEP_COLUMNS
+from robsparse.records.evaluation_record import read_flags
+from robsparse.records.rows import Row, contradiction
+from robsparse.study.cells import Cell, Layout
+from robsparse.study.study import Study
 
 GROUP = ["dataset", "arch", "objective"]
 LINE = [*GROUP, "method", "sparsity"]

@@ -2,6 +2,6 @@
 
 import sys
 
-from robsparse.cli import main
+from robsparse.cli.main import main
 
 sys.exit(main())

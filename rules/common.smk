@@ -3,11 +3,11 @@ import sys
 from pathlib import Path
 from shlex import quote
 
-from robsparse.columns import COLLECTED
-from robsparse import fingerprints
-from robsparse.cells import Cell, Layout
-from robsparse.config import load
-from robsparse.errors import UsageError
+from robsparse.records.columns import COLLECTED
+from robsparse.study import fingerprints
+from robsparse.study.cells import Cell, Layout
+from robsparse.study.loading import load
+from robsparse.base.errors import UsageError
 from robsparse.figures import REPORT, plots_of, tables_of
 
 # The configfile of the command line, not the merged `config`: a study is one file, read whole.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robsparse import registry
-from robsparse.config import Strict
-from robsparse.imagesets import Description
+from robsparse.base import registry
+from robsparse.schema import Strict
+from robsparse.schema.imagesets import Description
 
 
 @dataclass(frozen=True)

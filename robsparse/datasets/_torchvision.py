@@ -7,10 +7,10 @@ import filelock
 import numpy as np
 from pydantic import BaseModel
 
+from robsparse.base.errors import UsageError
 from robsparse.datasets import Splits
 from robsparse.datasets._arrays import as_part, held_out
-from robsparse.errors import UsageError
-from robsparse.imagesets import Downloaded
+from robsparse.schema.imagesets import Downloaded
 from robsparse.thirdparty.torchvision_repair import import_torchvision
 
 

@@ -8,9 +8,9 @@ from pydantic import Field, NonNegativeInt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from robsparse.config import Strict
 from robsparse.datasets import Part, Splits
-from robsparse.imagesets import Augmentation, Description
+from robsparse.schema import Strict
+from robsparse.schema.imagesets import Augmentation, Description
 
 
 class Params(Strict):

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import ClassVar
 
+from robsparse.base.files import atomic
 from robsparse.datasets import Splits, _torchvision
-from robsparse.files import atomic
-from robsparse.imagesets import Augmentation, Description, Downloaded
+from robsparse.schema.imagesets import Augmentation, Description, Downloaded
 
 # Where Debian's package dataset-fashion-mnist puts the four .gz files.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -15,12 +15,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
+from robsparse.base.errors import UsageError
+from robsparse.base.files import atomic
 from robsparse.datasets import Part, Splits
 from robsparse.datasets._arrays import as_part, held_out
-from robsparse.errors import UsageError
-from robsparse.fields import CONTENT, PLACE
-from robsparse.files import atomic
-from robsparse.imagesets import Augmentation, Images
+from robsparse.schema.fields import CONTENT, PLACE
+from robsparse.schema.imagesets import Augmentation, Images
 
 NEEDED = ("data_dir",)  # parameters that name what has to be there
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp"}

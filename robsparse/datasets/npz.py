@@ -9,11 +9,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from robsparse.base.errors import UsageError
 from robsparse.datasets import Splits
 from robsparse.datasets._arrays import as_part, held_out, read_npz
-from robsparse.errors import UsageError
-from robsparse.fields import CONTENT
-from robsparse.imagesets import Description, Images, image_shape, shapes_in_npz
+from robsparse.schema.fields import CONTENT
+from robsparse.schema.imagesets import Description, Images, image_shape, shapes_in_npz
 
 NEEDED = ("file",)  # parameters that name what has to be there
 

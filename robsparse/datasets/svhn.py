@@ -6,7 +6,7 @@ Source: Netzer et al., "Reading digits in natural images with unsupervised featu
 from typing import ClassVar
 
 from robsparse.datasets import Splits, _torchvision
-from robsparse.imagesets import Augmentation, Description, Downloaded
+from robsparse.schema.imagesets import Augmentation, Description, Downloaded
 
 
 class Params(Downloaded):

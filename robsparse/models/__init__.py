@@ -5,8 +5,8 @@ SMALLEST: pixels a side of the smallest images that it is for, a number or one f
 
 from torch import nn
 
-from robsparse import registry
-from robsparse.config import Strict
+from robsparse.base import registry
+from robsparse.schema import Strict
 
 
 def build(name: str, params: Strict, image_shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robsparse.errors import UsageError
-from robsparse.fields import Normalised
+from robsparse.base.errors import UsageError
+from robsparse.schema.fields import Normalised
 
 
 class Normalise(nn.Module):

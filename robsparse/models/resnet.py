@@ -11,7 +11,6 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robsparse.fields import Normalised
 from robsparse.models._layers import (
     BasicBlock,
     conv1x1,
@@ -21,6 +20,7 @@ from robsparse.models._layers import (
     require_size,
     shortcut,
 )
+from robsparse.schema.fields import Normalised
 
 NAMES = ("resnet18", "resnet34", "resnet50")
 SMALLEST = 8  # pixels a side of the images

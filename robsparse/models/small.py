@@ -3,7 +3,6 @@
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from robsparse.fields import Normalised
 from robsparse.models._layers import (
     BasicBlock,
     conv3x3,
@@ -11,6 +10,7 @@ from robsparse.models._layers import (
     network,
     require_size,
 )
+from robsparse.schema.fields import Normalised
 
 NAMES = ("small_cnn", "small_resnet")
 SMALLEST = {"small_cnn": 5, "small_resnet": 4}  # pixels a side of the images

@@ -7,8 +7,8 @@ running statistics, TensorFlow's the biased one; images of another size than 32x
 
 from torch import nn
 
-from robsparse.fields import Normalised
 from robsparse.models._layers import conv3x3, network, require_size
+from robsparse.schema.fields import Normalised
 
 NAMES = ("vgg16",)
 SMALLEST = 16  # pixels a side of the images

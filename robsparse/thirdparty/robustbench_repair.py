@@ -8,7 +8,7 @@ import importlib
 import sys
 from types import ModuleType
 
-from robsparse.errors import UsageError
+from robsparse.base.errors import UsageError
 from robsparse.thirdparty.torchvision_repair import import_torchvision
 
 _ALIASED = (

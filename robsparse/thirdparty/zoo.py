@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from robsparse.errors import UsageError, in_a_line, nearest
+from robsparse.base.errors import UsageError, in_a_line, nearest
 from robsparse.thirdparty.robustbench_repair import import_robustbench
 
 FOLDER = "data/robustbench"  # where downloads are kept

@@ -15,9 +15,14 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from robsparse import config, datasets, models, registry, training, weights
-from robsparse.cells import Cell, Layout
-from robsparse.config import Fit, Study
+from robsparse import datasets, models
+from robsparse.base import registry
+from robsparse.networks import weights
+from robsparse.schema import Fit
+from robsparse.study import loading
+from robsparse.study.cells import Cell, Layout
+from robsparse.study.study import Study
+from robsparse.training import loop
 
 EPOCHS = 2
 
@@ -68,7 +73,7 @@ class Case:
         return found
 
     def train(self, layout: Layout, **options: Any) -> Layout:
-        training.train_cell(self.study, self.cell, layout, device="cpu", **options)
+        loop.train_cell(self.study, self.cell, layout, device="cpu", **options)
         return layout
 
     def network(self, layout: Layout, selection: str) -> torch.nn.Module:
@@ -131,7 +136,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
             data["training"]["rst_file"] = str(extra)
         path = folder / f"{objective}-{sparsity}-{seed}.yaml"
         path.write_text(yaml.safe_dump(data))
-        study = config.load(path)
+        study = loading.load(path)
         found = [cell for cell in study.cells() if cell.method == method]
         return Case(study, found[0])
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse import models, objectives, registry
-from robsparse.config import Crafting
+from robsparse import models
+from robsparse.base import registry
 from robsparse.method import bcs
-from robsparse.sparsity import effective_weights, live_count, prunable
-from robsparse.stages import Run
+from robsparse.schema import Crafting
+from robsparse.sparsity.masks import effective_weights, live_count, prunable
+from robsparse.training import objectives
+from robsparse.training.stages import Run
 
 ARCHS = registry.names("arch")
 SHAPE, CLASSES = (3, 16, 16), 5

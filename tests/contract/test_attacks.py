@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 
-from robsparse import models, objectives, registry
-from robsparse.attacks import AttackContext, Outcome, correct_flags
-from robsparse.config import Crafting, Evaluation, Threat
+from robsparse import models
+from robsparse.base import registry
 from robsparse.datasets import Part
-from robsparse.evaluation import attack_model
+from robsparse.evaluation.attacks import AttackContext, Outcome, correct_flags
+from robsparse.evaluation.evaluate import attack_model
+from robsparse.schema import Crafting, Evaluation, Threat
+from robsparse.training import objectives
 
 ATTACKS = registry.names("attack")
 CPU = torch.device("cpu")

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from robsparse import datasets, registry
-from robsparse.errors import UsageError
+from robsparse import datasets
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
 
 DATASETS = registry.names("dataset")
 PARTS = ("train", "validation", "test")

@@ -11,14 +11,16 @@ import pytest
 import torch
 import yaml
 
-from robsparse import randomness, registry, training
-from robsparse.checkpoints import Interrupted
-from robsparse.config import Objective
-from robsparse.counts import keep_count
+from robsparse.base import registry
+from robsparse.base.counts import keep_count
+from robsparse.compute import randomness
 from robsparse.datasets import load as load_dataset
-from robsparse.sparsity import live_count, prunable, weight_count
-from robsparse.training import Trainer
-from robsparse.validation import validate
+from robsparse.schema import Objective
+from robsparse.sparsity.masks import live_count, prunable, weight_count
+from robsparse.training import loop
+from robsparse.training.checkpoints import Interrupted
+from robsparse.training.loop import Trainer
+from robsparse.training.validation import validate
 
 METHODS = registry.names("method")
 SCRATCH = [
@@ -264,7 +266,7 @@ def test_a_run_stopped_and_killed_at_every_step_equals_an_uninterrupted_one(
     def die(self, stage, *batch):
         raise MemoryError
 
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     stops = 0
     while not layout.training(case.cell).exists():
         assert not layout.model(case.cell, "last").exists()

@@ -10,11 +10,15 @@ import yaml
 from hypothesis import HealthCheck, settings
 from torch import nn
 
-from robsparse import config, models, objectives, registry
-from robsparse.config import Crafting, Study
+from robsparse import models
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
 from robsparse.datasets import Part
-from robsparse.errors import UsageError
-from robsparse.stages import Run
+from robsparse.schema import Crafting
+from robsparse.study import loading
+from robsparse.study.study import Study
+from robsparse.training import objectives
+from robsparse.training.stages import Run
 
 settings.register_profile(
     "unit",
@@ -96,7 +100,7 @@ def load_study(tmp_path: Path) -> Callable[[dict[str, Any]], Study]:
     def load(data: dict[str, Any]) -> Study:
         path = tmp_path / "study.yaml"
         path.write_text(yaml.safe_dump(data))
-        return config.load(path)
+        return loading.load(path)
 
     return load
 
@@ -112,7 +116,7 @@ def refused(tmp_path: Path) -> Callable[[dict[str, Any] | str], str]:
         path = tmp_path / "bad.yaml"
         path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
         with pytest.raises(UsageError) as caught:
-            config.load(path)
+            loading.load(path)
         lines = str(caught.value).split("\n")
         assert all(line.startswith(f"{path}: ") for line in lines), lines
         return "\n".join(line.removeprefix(f"{path}: ") for line in lines)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from robsparse.baselines import admm
-from robsparse.stages import Run
+from robsparse.training.stages import Run
 
 
 def start(weight, sparsity=0.5, **params):

@@ -12,9 +12,12 @@ import torch
 from pyautoattack import AutoAttack
 from torch import nn
 
-from robsparse import models, perturb, registry, weights
-from robsparse.attacks import AttackContext, Cache, length
+from robsparse import models
+from robsparse.base import registry
+from robsparse.compute import perturb
 from robsparse.eval import autoattack, fgsm, fmn, pgd, square, transfer
+from robsparse.evaluation.attacks import AttackContext, Cache, length
+from robsparse.networks import weights
 
 CPU = torch.device("cpu")
 EPS = 0.1

@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
-from robsparse import models, registry, weights
-from robsparse.errors import UsageError
+from robsparse import models
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
 from robsparse.models import _layers, resnet, vgg, wideresnet
-from robsparse.sparsity import prunable, weight_count
+from robsparse.networks import weights
+from robsparse.sparsity.masks import prunable, weight_count
 
 BIG = [*resnet.NAMES, *vgg.NAMES, *wideresnet.NAMES]
 PADDED = [*resnet.NAMES, *wideresnet.NAMES]

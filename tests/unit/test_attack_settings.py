@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse import attacks, perturb
-from robsparse.attacks import AttackContext, Tally, outcome_from_distances
+from robsparse.compute import perturb
 from robsparse.eval import clean, fgsm, pgd, square
+from robsparse.evaluation import attacks
+from robsparse.evaluation.attacks import AttackContext, Tally, outcome_from_distances
 
 CPU = torch.device("cpu")
 X = torch.tensor([[0.5, 0.5], [0.5, 0.4], [0.5, 0.1]]).view(3, 1, 1, 2)

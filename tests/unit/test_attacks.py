@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse import attacks
-from robsparse.attacks import (
+from robsparse.base.errors import UsageError
+from robsparse.datasets import Part
+from robsparse.evaluation import attacks
+from robsparse.evaluation.attacks import (
     AttackContext,
     AttackProgress,
     Cache,
@@ -15,8 +17,6 @@ from robsparse.attacks import (
     Tally,
     in_batches,
 )
-from robsparse.datasets import Part
-from robsparse.errors import UsageError
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from scipy import stats
 
-from robsparse import augment
-from robsparse.augment import Draws
-from robsparse.imagesets import Augmentation
+from robsparse.schema.imagesets import Augmentation
+from robsparse.training import augment
+from robsparse.training.augment import Draws
 
 SHIFT, CROP = Augmentation(kind="shift"), Augmentation(kind="crop", padding=2)
 KEPT = torch.zeros(1, dtype=torch.bool)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from robsparse import augment, batches
-from robsparse.cells import Layout, derive_seed
-from robsparse.checkpoints import StopRequest
-from robsparse.config import Fit
 from robsparse.datasets import Part
-from robsparse.stages import Stage
-from robsparse.training import Trainer
+from robsparse.schema import Fit
+from robsparse.study.cells import Layout, derive_seed
+from robsparse.training import augment, batches
+from robsparse.training.checkpoints import StopRequest
+from robsparse.training.loop import Trainer
+from robsparse.training.stages import Stage
 
 CPU = torch.device("cpu")
 

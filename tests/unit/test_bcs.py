@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from robsparse.counts import density, keep_count
+from robsparse.base.counts import density, keep_count
 from robsparse.method import bcs
-from robsparse.sparsity import live_count, plain_state, prunable, weight_count
-from robsparse.stages import Run
-from robsparse.wiring import Wiring
+from robsparse.sparsity.masks import live_count, plain_state, prunable, weight_count
+from robsparse.sparsity.wiring import Wiring
+from robsparse.training.stages import Run
 
 
 def network(sizes=(6, 8, 5), seed=0):

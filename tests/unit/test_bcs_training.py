@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from robsparse import models, registry, training
-from robsparse.cells import Cell, Layout
-from robsparse.counts import keep_count
+from robsparse import models
+from robsparse.base import registry
+from robsparse.base.counts import keep_count
 from robsparse.method import bcs
 from robsparse.method.bcs import (
     Params,
@@ -30,9 +30,11 @@ from robsparse.method.bcs import (
 from robsparse.method.bcs import (
     signed_layers as bcs_layers,
 )
-from robsparse.sparsity import bake, live_count, plain_state, prunable, weight_count
-from robsparse.stages import Run
-from robsparse.training import Trainer
+from robsparse.sparsity.masks import bake, live_count, plain_state, prunable, weight_count
+from robsparse.study.cells import Cell, Layout
+from robsparse.training import loop
+from robsparse.training.loop import Trainer
+from robsparse.training.stages import Run
 
 CPU = torch.device("cpu")
 
@@ -311,7 +313,7 @@ def test_rewiring_goes_on_until_the_last_drop_of_the_schedule_whatever_the_warm_
         fixed.append(self.fixed)
 
     monkeypatch.setattr(SamplingStage, "after_step", after_step)
-    training.train_cell(study, study.cells()[0], Layout(tmp_path), device="cpu")
+    loop.train_cell(study, study.cells()[0], Layout(tmp_path), device="cpu")
     steps = len(fixed)
     assert steps >= 8
     assert fixed == [step >= max(milestones) * steps for step in range(steps)]
@@ -559,7 +561,7 @@ def test_peak_active_weights_tell_of_an_authors_start_above_the_budget(
     run = Trainer(study, cell, layout, CPU).run
     started_with = sum(initial_counts(run, "authors").values())
     assert started_with > keep_count(weight_count(run.model), 0.95)
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     record = json.loads(layout.training(cell).read_text())
     assert record["curve"][-1]["active_weights"] < started_with  # else the test proves nothing
     assert record["cost"]["peak_active_weights"] == started_with

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robsparse import bench, perturb
-from robsparse.errors import UsageError
-from robsparse.stopwatch import Row, Side, Stopwatch, copy_rate, multiply_rate
+from robsparse.base.errors import UsageError
+from robsparse.compute import perturb
+from robsparse.tools import bench
+from robsparse.tools.stopwatch import Row, Side, Stopwatch, copy_rate, multiply_rate
 
 CPU = torch.device("cpu")
 ROW_KEYS = ["case", "unit", "ours", "rival", "rival_name", "ratio", "limit", "limit_share"]

@@ -12,10 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robsparse import config
-from robsparse.cli import main
-from robsparse.errors import UsageError
-from robsparse.study import Study
+from robsparse.base.errors import UsageError
+from robsparse.cli.main import main
+from robsparse.study import loading
+from robsparse.study.study import Study
 
 EXAMPLES = int(os.environ.get("ROBSPARSE_BROKEN_STUDIES", "300"))
 VALUES = [
@@ -59,7 +59,7 @@ def filled_in(data, folder):
     """The study as it is understood: with all defaults, so that every key can be broken."""
     path = folder / "whole.yaml"
     path.write_text(yaml.safe_dump(data))
-    whole = config.load(path).model_dump(mode="json")
+    whole = loading.load(path).model_dump(mode="json")
     for block in whole["grid"]:
         block["training"] = block["training"] or {}
     whole["models"] = data["models"]
@@ -179,7 +179,7 @@ def test_broken_data_is_refused_in_lines_that_name_a_key(whole):
     @given(broken(whole).filter(in_one_line))
     def look(data):
         try:
-            config.of_data(data, "study")
+            loading.of_data(data, "study")
             refused.append(False)
         except UsageError as error:
             refused.append(True)

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse import evaluation, provenance, registry, source_code
-from robsparse.config import Evaluation, Threat
+from robsparse.base import registry
 from robsparse.datasets import Part
-from robsparse.evaluation import attack_model
+from robsparse.evaluation import evaluate
+from robsparse.evaluation.evaluate import attack_model
+from robsparse.records import provenance
+from robsparse.schema import Evaluation, Threat
+from robsparse.study import source_code
 
 CPU = torch.device("cpu")
 
@@ -94,7 +97,7 @@ def runs(monkeypatch):
 
         return Counted
 
-    monkeypatch.setattr(evaluation.registry, "load", counting)
+    monkeypatch.setattr(evaluate.registry, "load", counting)
     return found
 
 
@@ -141,8 +144,8 @@ def test_another_version_of_a_library_answers_anew(library, tmp_path, runs, monk
     [
         ("robsparse.eval.pgd", 1),
         ("robsparse.eval.fgsm", 0),
-        ("robsparse.small_maps", 1),
-        ("robsparse.perturb", 1),
+        ("robsparse.fast.small_maps", 1),
+        ("robsparse.compute.perturb", 1),
         ("robsparse.figures.tables", 0),
     ],
 )

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robsparse.cells import LONGEST_NAME, Cell, Layout, derive_seed, is_name
-from robsparse.errors import UsageError
+from robsparse.base.errors import UsageError
+from robsparse.study.cells import LONGEST_NAME, Cell, Layout, derive_seed, is_name
 
 WORDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True)
 CELL = Cell("digits", "small_cnn", "bcs", "at", 0.95, 0)

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import yaml
 
-from robsparse import config, datasets, faults, figures, registry, sections
-from robsparse.cli import main
-from robsparse.fields import LARGEST, LONGEST_NAME
-from robsparse.imagesets import Description
-from robsparse.sections import Fit
+from robsparse import datasets, figures
+from robsparse.base import registry
+from robsparse.cli.main import main
+from robsparse.schema import sections
+from robsparse.schema.fields import LARGEST, LONGEST_NAME
+from robsparse.schema.imagesets import Description
+from robsparse.schema.sections import Fit
+from robsparse.study import faults, loading
 
 TABLE = {
     "name": "table4",
@@ -357,7 +360,7 @@ def test_data_that_is_not_there_fails_the_check_alone(name, key, study_data, tmp
     study_data["grid"]["datasets"] = [name]
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study_data))
-    assert config.load(path)
+    assert loading.load(path)
     assert main(["check", str(path)]) == 2
     said = f"{path}: datasets.{name}.{key} = {json.dumps(str(value))}: expected a file or folder"
     assert capsys.readouterr().err.startswith(f"robsparse: error: {said}")
@@ -407,7 +410,7 @@ def test_text_that_yaml_fails_at_is_one_line(what, refused):
 
 def test_limits_leave_room_for_every_study_of_the_repository(repository):
     for path in sorted((repository / "config").glob("*.yaml")):
-        assert config.load(path)
+        assert loading.load(path)
     assert faults.DEEPEST >= 32
     assert LARGEST >= 2**31
 

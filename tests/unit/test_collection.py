@@ -6,14 +6,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from robsparse import collection, fingerprints
-from robsparse.cells import Layout
-from robsparse.collection import find_faults, mark_missed_budgets, mark_weak_attacks
-from robsparse.columns import COLLECTED, LIFETIME_COLUMNS, MANIFEST, OVERLAP_COLUMNS, STEP_COLUMNS
-from robsparse.errors import UsageError
-from robsparse.evaluation_record import Record, write_record
-from robsparse.files import file_checksum, read_json, write_json
-from robsparse.rows import Row, wilson_interval
+from robsparse.base.errors import UsageError
+from robsparse.base.files import file_checksum, read_json, write_json
+from robsparse.collection import collect
+from robsparse.collection.collect import find_faults, mark_missed_budgets, mark_weak_attacks
+from robsparse.records.columns import (
+    COLLECTED,
+    LIFETIME_COLUMNS,
+    MANIFEST,
+    OVERLAP_COLUMNS,
+    STEP_COLUMNS,
+)
+from robsparse.records.evaluation_record import Record, write_record
+from robsparse.records.rows import Row, wilson_interval
+from robsparse.study import fingerprints
+from robsparse.study.cells import Layout
 
 MODELS = [("bcs", 0.9, 0, 90), ("bcs", 0.9, 1, 80), ("dense", 0.0, 0, 95)]
 # attack, component: how many fewer of 100 are correct than without attack
@@ -290,7 +297,7 @@ def write(study, layout, **changes):
 def test_collected_tables_hold_every_row_and_missing_ones_are_named(study, tmp_path):
     layout = Layout(tmp_path / "run")
     write(study, layout)
-    text = collection.collect(study, layout, layout.root)
+    text = collect.collect(study, layout, layout.root)
     assert "collected 15 rows" in text
     assert "missing, printed as n/a: digits/small_cnn/dense/at/s0.0000/seed1 last" in text
     for found in (
@@ -321,7 +328,7 @@ def test_fault_stops_the_collection_before_anything_is_written(study, tmp_path):
     layout = Layout(tmp_path / "run")
     write(study, layout, nan_count=1)
     with pytest.raises(UsageError) as caught:
-        collection.collect(study, layout, layout.root)
+        collect.collect(study, layout, layout.root)
     lines = str(caught.value).splitlines()
     assert len(lines) == 15
     assert all(line.startswith(f"{layout.root}: digits/") for line in lines)
@@ -332,12 +339,12 @@ def test_record_of_other_settings_is_refused(study, tmp_path):
     layout = Layout(tmp_path / "run")
     write(study, layout, settings_digest="stale")
     with pytest.raises(UsageError, match="made with other settings; run snakemake first"):
-        collection.collect(study, layout, layout.root)
+        collect.collect(study, layout, layout.root)
 
 
 def test_nothing_to_collect_is_one_line(study, tmp_path):
     with pytest.raises(UsageError, match="no finished evaluation of the study 'tiny' found"):
-        collection.collect(study, Layout(tmp_path / "run"), tmp_path)
+        collect.collect(study, Layout(tmp_path / "run"), tmp_path)
 
 
 @pytest.mark.parametrize("content", ['{"rows": [], "layers": []}', "{", "[]"])
@@ -347,7 +354,7 @@ def test_damaged_record_is_one_line_with_its_path(content, study, tmp_path):
     path = layout.evaluation(study.cells()[0], "last")
     path.write_text(content)
     with pytest.raises(UsageError) as caught:
-        collection.collect(study, layout, layout.root)
+        collect.collect(study, layout, layout.root)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
@@ -380,19 +387,19 @@ def finished(study, tmp_path):
 @pytest.fixture
 def dense_only(monkeypatch):
     """The weights of these tests are none, so that nothing can be said of what they share."""
-    monkeypatch.setattr(collection.overlap, "overlaps", lambda *_: [])
+    monkeypatch.setattr(collect.overlap, "overlaps", lambda *_: [])
 
 
 def refused(study, layout, *words):
     with pytest.raises(UsageError) as caught:
-        collection.collect(study, layout, layout.root)
+        collect.collect(study, layout, layout.root)
     [line] = str(caught.value).splitlines()
     assert all(word in line for word in words), line
     assert not (layout.root / "results.csv").exists()
 
 
 def test_what_belongs_together_is_collected(study, finished, dense_only):
-    assert "collected 15 rows" in collection.collect(study, finished, finished.root)
+    assert "collected 15 rows" in collect.collect(study, finished, finished.root)
     assert set(pd.read_csv(finished.root / "results.csv").other_code.fillna("")) == {""}
 
 
@@ -447,14 +454,14 @@ def test_rows_of_other_code_are_collected_and_say_so(what, study, finished, dens
     for part in [content] if what == "training" else content["rows"]:
         part["code_digest"] = "old"
     write_json(path, content)
-    said = collection.collect(study, finished, finished.root)
+    said = collect.collect(study, finished, finished.root)
     assert "5 rows were made by other code than the present: column other_code" in said
     rows = pd.read_csv(finished.root / "results.csv")
     assert rows.other_code.dropna().tolist() == [what] * 5
 
 
 def test_manifest_names_every_file_with_its_checksum(study, finished, dense_only):
-    collection.collect(study, finished, finished.root)
+    collect.collect(study, finished, finished.root)
     manifest = read_json(finished.root / MANIFEST)
     assert set(manifest["tables"]) == {*COLLECTED} - {MANIFEST}
     assert len(manifest["outcomes"]) == len(MODELS)

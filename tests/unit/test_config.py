@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from robsparse import config, fingerprints, registry
-from robsparse.cells import Cell
-from robsparse.config import Fit
-from robsparse.errors import UsageError, nearest
+from robsparse.base import registry
+from robsparse.base.errors import UsageError, nearest
+from robsparse.schema import Fit
+from robsparse.study import fingerprints, loading
+from robsparse.study.cells import Cell
 
 STUDIES = Path(__file__).parents[2] / "config"
 
@@ -221,7 +222,7 @@ def test_duplicate_key_tells_its_line(refused):
 def test_missing_file_and_folder_are_one_line(tmp_path):
     for path in (tmp_path / "missing.yaml", tmp_path):
         with pytest.raises(UsageError, match="cannot read the config") as caught:
-            config.load(path)
+            loading.load(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -230,7 +231,7 @@ def test_file_that_is_not_text_is_one_line(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_bytes(b"study: \xff\xfe")
     with pytest.raises(UsageError, match="not valid YAML"):
-        config.load(path)
+        loading.load(path)
 
 
 def test_nearest_match_is_silent_when_nothing_is_near():
@@ -256,7 +257,7 @@ def test_number_that_yaml_takes_for_a_word_is_a_number(study_data, tmp_path):
     study_data["methods"]["dense"]["pretrain"]["weight_decay"] = "@"
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study_data).replace("'@'", "5e-4"))
-    assert config.load(path).methods["dense"].pretrain.weight_decay == 0.0005
+    assert loading.load(path).methods["dense"].pretrain.weight_decay == 0.0005
 
 
 def test_parameters_left_out_are_the_defaults(study_data, load_study):
@@ -284,7 +285,7 @@ def test_settings_cannot_be_changed(study_data, load_study):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in STUDIES.glob("*.yaml")))
 def test_studies_of_the_repository_are_valid(name, repository):
-    study = config.load(repository / "config" / name)
+    study = loading.load(repository / "config" / name)
     assert study.study == Path(name).stem
     assert study.cells()
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robsparse import connections
-from robsparse.connections import ConnectionLog, no_lifetimes, no_steps
+from robsparse.sparsity import connections
+from robsparse.sparsity.connections import ConnectionLog, no_lifetimes, no_steps
 
 SIZES = {"first": 7, "second": 12}
 

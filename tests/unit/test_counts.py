@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robsparse.counts import density, keep_count, layer_keep_count, round_to_sum
+from robsparse.base.counts import density, keep_count, layer_keep_count, round_to_sum
 
 SHARES = st.integers(0, 9999).map(lambda n: n / 10_000)
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from robsparse import datasets, registry
+from robsparse import datasets
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
 from robsparse.datasets import _torchvision, fashion_mnist, imagefolder
 from robsparse.datasets._arrays import pseudo_labelled
-from robsparse.errors import UsageError
 
 RNG = np.random.default_rng(0)
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from robsparse import config
-from robsparse.cells import Cell
 from robsparse.figures import details
 from robsparse.figures.tidy import Group
+from robsparse.study import loading
+from robsparse.study.cells import Cell
 
 INF = np.inf
 STUDY = {
@@ -69,7 +69,7 @@ class Made:
     primary = "best_val"
 
     def __init__(self, outcomes: Outcomes, **changes) -> None:
-        self.study = config.of_data(STUDY | changes, "made_up.yaml")
+        self.study = loading.of_data(STUDY | changes, "made_up.yaml")
         self.outcomes = outcomes
         keys = {"dataset": "digits", "arch": "small_cnn", "objective": "at"}
         lines = [("dense", 0.0, 0.6), ("bcs", 0.9, 0.4)]

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from robsparse.base.counts import keep_count
+from robsparse.base.errors import TrainingError
 from robsparse.baselines import (
     admm,
     flyingbird,
@@ -21,11 +23,7 @@ from robsparse.baselines import (
     static_random,
     template,
 )
-from robsparse.counts import keep_count
-from robsparse.dynamic import NEW_WEIGHT, masked_layers, set_masks
-from robsparse.errors import TrainingError
-from robsparse.scores import scaled_scores
-from robsparse.sparsity import (
+from robsparse.sparsity.masks import (
     erk_keep_counts,
     global_masks,
     layer_keep_counts,
@@ -35,7 +33,9 @@ from robsparse.sparsity import (
     random_masks,
     weight_count,
 )
-from robsparse.stages import Run, remaining_weights
+from robsparse.sparsity.scores import scaled_scores
+from robsparse.training.dynamic import NEW_WEIGHT, masked_layers, set_masks
+from robsparse.training.stages import Run, remaining_weights
 
 NETS = [
     lambda: nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5)),

@@ -9,24 +9,27 @@ import torch
 from pyautoattack import AutoAttack
 from torch import nn
 
-from robsparse import evaluation, models, registry, weights
-from robsparse.attacks import AttackContext, correct_flags
-from robsparse.cells import Layout, derive_seed
-from robsparse.config import Evaluation, Threat
+from robsparse import models
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
+from robsparse.base.files import file_checksum
 from robsparse.datasets import Part
-from robsparse.errors import UsageError
 from robsparse.eval import autoattack, clean, pgd
-from robsparse.evaluation import (
+from robsparse.evaluation import evaluate
+from robsparse.evaluation.attacks import AttackContext, correct_flags
+from robsparse.evaluation.evaluate import (
     attack_model,
     evaluate_cell,
     first_examples,
     guessing,
     measure,
 )
-from robsparse.evaluation_record import read_record
-from robsparse.files import file_checksum
-from robsparse.rows import Row, wilson_interval
-from robsparse.sparsity import prunable
+from robsparse.networks import weights
+from robsparse.records.evaluation_record import read_record
+from robsparse.records.rows import Row, wilson_interval
+from robsparse.schema import Evaluation, Threat
+from robsparse.sparsity.masks import prunable
+from robsparse.study.cells import Layout, derive_seed
 
 CPU = torch.device("cpu")
 EPS = 0.1
@@ -311,7 +314,7 @@ def test_model_in_train_mode_is_put_into_eval_mode_for_every_pass():
 
 
 def test_rows_of_an_attack_by_hand():
-    outcome = evaluation.Outcome(
+    outcome = evaluate.Outcome(
         {"one": torch.tensor([True, True]), "two": torch.tensor([True, False])},
         {"version": "v"},
         ["first warning", "second warning"],
@@ -320,7 +323,7 @@ def test_rows_of_an_attack_by_hand():
     )
     flags = {"one": torch.tensor([1, 1, 0, 0]), "two": torch.tensor([1, 0, 0, 0])}
     robust = {name: value.bool() for name, value in flags.items()}
-    result = evaluation.AttackResult(
+    result = evaluate.AttackResult(
         "mine", robust | {"all": robust["two"]}, outcome, threat(), 1.23456, torch.arange(2)
     )
     common = {
@@ -605,13 +608,13 @@ def test_kept_parts_go_when_the_record_is_there_and_before_if_asked(
     parts, seen = layout.cache(cell, "last"), []
     parts.mkdir(parents=True)
     (parts / "kept.npz").write_bytes(b"of a killed run")
-    examine = evaluation.sanity_checks.examine
+    examine = evaluate.sanity_checks.examine
 
     def looking(*words):
         seen.extend(path.name for path in parts.iterdir())
         return examine(*words)
 
-    monkeypatch.setattr(evaluation.sanity_checks, "examine", looking)
+    monkeypatch.setattr(evaluate.sanity_checks, "examine", looking)
     evaluate_cell(study, cell, "last", layout, device="cpu", fresh=fresh)
     assert ("kept.npz" in seen) != fresh
     assert len(seen) == 2 + ("kept.npz" in seen)
@@ -622,7 +625,7 @@ def test_magnitudes_are_counted_in_tenths_of_a_decade():
     model = nn.Sequential(nn.Linear(6, 1, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.0, 1e-15, -0.5, 0.5, 1.0, -1e6]]))
-    found = evaluation.magnitude_histogram(model)
+    found = evaluate.magnitude_histogram(model)
     assert [part["count"] for part in found] == [1, 2, 1, 1]
     assert (found[0]["low"], found[-1]["low"]) == (0.0, 100.0)
     assert found[1]["low"] <= 0.5 < found[1]["high"]

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from robsparse.errors import UsageError
-from robsparse.evaluation_record import Record, read_record, write_record
-from robsparse.rows import Row
+from robsparse.base.errors import UsageError
+from robsparse.records.evaluation_record import Record, read_record, write_record
+from robsparse.records.rows import Row
 
 
 def test_rows_come_back_equal(tmp_path, row_values):

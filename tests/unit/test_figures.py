@@ -16,11 +16,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from robsparse import collection, config
-from robsparse.cells import Cell, Layout
-from robsparse.columns import COLLECTED, MANIFEST, OVERLAP_COLUMNS
-from robsparse.config import Study
-from robsparse.errors import UsageError
+from robsparse.base.errors import UsageError
+from robsparse.base.files import file_checksum, write_json
+from robsparse.collection import collect
 from robsparse.figures import (
     PLOTS,
     REPORT,
@@ -39,8 +37,11 @@ from robsparse.figures import (
     tables,
     tidy,
 )
-from robsparse.files import file_checksum, write_json
-from robsparse.rows import Row, wilson_interval
+from robsparse.records.columns import COLLECTED, MANIFEST, OVERLAP_COLUMNS
+from robsparse.records.rows import Row, wilson_interval
+from robsparse.study import loading
+from robsparse.study.cells import Cell, Layout
+from robsparse.study.study import Study
 
 IMAGES = 20
 LAYERS = {"0": 40, "3": 160, "11": 200}
@@ -100,8 +101,8 @@ class MadeUp:
             if cell.method == "bcs":
                 steps.append(self._steps().assign(**axes))
         self.layout.root.mkdir(parents=True, exist_ok=True)
-        results = collection.mark_weak_attacks(pd.DataFrame(rows))
-        results = collection.mark_missed_budgets(results).assign(other_code="")
+        results = collect.mark_weak_attacks(pd.DataFrame(rows))
+        results = collect.mark_missed_budgets(results).assign(other_code="")
         results.to_csv(self.layout.root / "results.csv", index=False)
         pd.DataFrame(layers).to_csv(self.layout.root / "layers.csv", index=False)
         pd.DataFrame(points).to_csv(self.layout.root / "curves.csv", index=False)
@@ -248,7 +249,7 @@ def load(folder: Path, **changes: object) -> Study:
     """The made-up study with some sections of the grid changed."""
     path = folder / "made_up.yaml"
     path.write_text(yaml.safe_dump(STUDY | {"grid": STUDY["grid"] | changes}))
-    return config.load(path)
+    return loading.load(path)
 
 
 def prepare(folder: Path, grid: dict | None = None, **options: object) -> summary.Material:
@@ -315,7 +316,7 @@ WITHOUT_A_SPARSE_METHOD = {
 def test_a_group_without_a_sparse_method_is_drawn_like_any_other(name, tmp_path):
     path = tmp_path / "made_up.yaml"
     path.write_text(yaml.safe_dump(STUDY | WITHOUT_A_SPARSE_METHOD[name]))
-    study = config.load(path)
+    study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     report.write(study, layout, layout.root)
     assert all((layout.root / name).stat().st_size for name in (*TABLES, *PLOTS, REPORT))
@@ -628,7 +629,7 @@ def test_study_without_autoattack_has_no_comparison_and_an_empty_plot(tmp_path):
     path.write_text(
         yaml.safe_dump(STUDY | {"evaluation": {**STUDY["evaluation"], "selections": selections}})
     )
-    study = config.load(path)
+    study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     results = pd.read_csv(layout.root / "results.csv")
     results[results.attack != "autoattack"].to_csv(layout.root / "results.csv", index=False)
@@ -644,7 +645,7 @@ def test_a_part_of_autoattack_is_never_printed_as_autoattack(tmp_path):
     path = tmp_path / "made_up.yaml"
     data = STUDY | {"evaluation": STUDY["evaluation"] | {"attacks": attacks}}
     path.write_text(yaml.safe_dump(data))
-    study = config.load(path)
+    study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     material = summary.gather(study, layout, tidy.read(layout.root))
     texts = [report.report(material), tables.main_markdown(material), tables.main_latex(material)]
@@ -882,7 +883,7 @@ def test_variants_are_compared_with_the_plain_method(tmp_path):
     variant = {"other": {"base": "bcs", "label": "BCS, other", "momentum": "reset"}}
     grid = STUDY["grid"] | {"methods": ["dense", "bcs", "other"]}
     path.write_text(yaml.safe_dump(STUDY | {"grid": grid, "methods": variant}))
-    study = config.load(path)
+    study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     material = summary.gather(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
@@ -905,7 +906,7 @@ def test_blocks_with_other_sparsities_leave_panels_out(tmp_path):
         STUDY["grid"] | {"objectives": ["trades"], "sparsities": [0.95], "seeds": [3]},
     ]
     path.write_text(yaml.safe_dump(STUDY | {"grid": blocks}))
-    study = config.load(path)
+    study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     material = summary.gather(study, layout, tidy.read(layout.root))
     visible = [panel.get_visible() for panel in curves.active_weights(material).axes]
@@ -993,7 +994,7 @@ def test_a_winner_is_corrected_for_the_number_of_others(tmp_path, others, wanted
     grid = STUDY["grid"] | {"methods": ["bcs", *names], "sparsities": [0.9]}
     path = tmp_path / "made_up.yaml"
     path.write_text(yaml.safe_dump(STUDY | {"grid": grid, "methods": names}))
-    study = config.load(path)
+    study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), robust({"bcs": 15})).write()
     material = summary.gather(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
@@ -1031,7 +1032,7 @@ def test_ranks_that_differences_rule_out(tmp_path):
     grid = STUDY["grid"] | {"methods": ["lwm", "lwm_b", "bcs"], "sparsities": [0.9]}
     path = tmp_path / "made_up.yaml"
     path.write_text(yaml.safe_dump(STUDY | {"grid": grid, "methods": {"lwm_b": {"base": "lwm"}}}))
-    study, levels = config.load(path), robust({"bcs": 18, "lwm": 5, "lwm_b": 6})
+    study, levels = loading.load(path), robust({"bcs": 18, "lwm": 5, "lwm_b": 6})
     layout = MadeUp(study, Layout(tmp_path / "made_up"), levels).write()
     material = summary.gather(study, layout, tidy.read(layout.root))
     found = compare.ranks(material).set_index("method")

@@ -4,8 +4,8 @@ import stat
 
 import pytest
 
-from robsparse.errors import UsageError
-from robsparse.files import atomic, file_checksum, read_json, write_json
+from robsparse.base.errors import UsageError
+from robsparse.base.files import atomic, file_checksum, read_json, write_json
 
 
 def test_file_appears_when_the_block_is_left_and_not_before(tmp_path):

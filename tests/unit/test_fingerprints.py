@@ -13,8 +13,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from robsparse import config, fingerprints, source_code
-from robsparse.study import Study
+from robsparse.study import fingerprints, loading, source_code
+from robsparse.study.study import Study
 
 STAGES = ("training", "evaluation", "collect", "figures")
 NOTHING = "nothing"
@@ -322,13 +322,13 @@ def changes_of(study: Study, key: str, folder: Path) -> dict[str, object]:
 def test_every_key_reruns_what_the_table_says(tmp_path, monkeypatch):
     """One loop, so that the keys are those of the study and none can be forgotten."""
     data = study_data(tmp_path)
-    study = config.of_data(data, "table")
+    study = loading.of_data(data, "table")
     before, found, expected = plans(study), {}, {}
     for key in keys_of(study):
         changed = copy.deepcopy(data)
         for name, value in changes_of(study, key, tmp_path).items():
             put(changed, name, value)
-        found[key] = first_changed(before, plans(config.of_data(changed, "table")))
+        found[key] = first_changed(before, plans(loading.of_data(changed, "table")))
         expected[key] = expected_of(key)
     assert found == expected
     assert len(found) > 150
@@ -337,24 +337,24 @@ def test_every_key_reruns_what_the_table_says(tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", ["datasets.own.file", "models.given.file"])
 def test_content_of_a_file_decides_and_its_name_does_not(key, tmp_path):
     data = study_data(tmp_path)
-    before = plans(config.of_data(data, "table"))
-    path = Path(get(config.of_data(data, "table"), key))
+    before = plans(loading.of_data(data, "table"))
+    path = Path(get(loading.of_data(data, "table"), key))
     moved = path.rename(path.with_stem("moved"))
     put(data, key, str(moved))
-    assert first_changed(before, plans(config.of_data(data, "table"))) == "figures"
+    assert first_changed(before, plans(loading.of_data(data, "table"))) == "figures"
     moved.write_bytes((tmp_path / f"changed{path.suffix}").read_bytes())
-    assert first_changed(before, plans(config.of_data(data, "table"))) == "training"
+    assert first_changed(before, plans(loading.of_data(data, "table"))) == "training"
 
 
 def test_published_numbers_redraw_the_figures(tmp_path):
     data = study_data(tmp_path)
-    before = plans(config.of_data(data, "table"))
+    before = plans(loading.of_data(data, "table"))
     (tmp_path / "paper.csv").write_text("other numbers")
-    assert first_changed(before, plans(config.of_data(data, "table"))) == "figures"
+    assert first_changed(before, plans(loading.of_data(data, "table"))) == "figures"
 
 
 def test_captions_redraw_the_figures(tmp_path):
-    study = config.of_data(study_data(tmp_path), "table")
+    study = loading.of_data(study_data(tmp_path), "table")
     caption = tmp_path / "main.rst"
     caption.write_text("one")
     before = fingerprints.figures(study, [caption]).plan
@@ -368,7 +368,7 @@ def evaluated(study, cell):
 
 def test_network_from_elsewhere_is_known_by_its_file_arch_and_data(tmp_path):
     data = study_data(tmp_path)
-    study = config.of_data(data, "table")
+    study = loading.of_data(data, "table")
     [cell] = [cell for cell in study.cells() if cell.method == "given"]
     before = (
         fingerprints.training(study, cell).plan,
@@ -382,7 +382,7 @@ def test_network_from_elsewhere_is_known_by_its_file_arch_and_data(tmp_path):
     }.items():
         changed = copy.deepcopy(data)
         put(changed, key, value[0])
-        other = config.of_data(changed, "table")
+        other = loading.of_data(changed, "table")
         assert (fingerprints.training(other, cell).plan != before[0]) == value[1], key
         assert evaluated(other, cell).plan != before[1], key
 
@@ -390,12 +390,12 @@ def test_network_from_elsewhere_is_known_by_its_file_arch_and_data(tmp_path):
 def test_another_surrogate_is_another_evaluation(tmp_path):
     """The weights that an attack transfers from decide its outcome."""
     data = study_data(tmp_path)
-    study = config.of_data(data, "table")
+    study = loading.of_data(data, "table")
     [cell] = [cell for cell in study.cells() if cell.method == "given"]
     before = fingerprints.evaluation(study, cell, "best_val").plan
     alone = fingerprints.evaluation(study, cell, "last").plan
     data["methods"]["dense"]["pretrain"]["lr"] = 0.07
-    study = config.of_data(data, "table")
+    study = loading.of_data(data, "table")
     assert fingerprints.evaluation(study, cell, "best_val").plan != before
     assert fingerprints.evaluation(study, cell, "last").plan == alone
 
@@ -484,7 +484,7 @@ def edit(monkeypatch):
 def test_every_file_reruns_what_the_table_says(repository, tmp_path, edit):
     data = study_data(tmp_path)
     data["machine"]["rerun_on_code_change"] = True
-    study = config.of_data(data, "table")
+    study = loading.of_data(data, "table")
     files = files_of_the_package(repository)
     before, found = plans(study), {}
     for name, path in files.items():
@@ -496,7 +496,7 @@ def test_every_file_reruns_what_the_table_says(repository, tmp_path, edit):
 def test_code_alone_starts_no_job_unless_the_study_says_so_but_the_figures(
     repository, tmp_path, edit
 ):
-    study = config.of_data(study_data(tmp_path), "table")
+    study = loading.of_data(study_data(tmp_path), "table")
     before, kept = plans(study), fingerprints.training(study, study.cells()[0]).code
     edit(repository / "robsparse" / "training.py")
     assert first_changed(before, plans(study)) == NOTHING
@@ -509,7 +509,7 @@ def test_another_library_reruns_all_if_the_study_says_so(tmp_path, monkeypatch):
     data = study_data(tmp_path)
     for counted in (False, True):
         data["machine"]["rerun_on_code_change"] = counted
-        study = config.of_data(data, "table")
+        study = loading.of_data(data, "table")
         before = plans(study)
         with monkeypatch.context() as patch:
             patch.setattr(fingerprints.provenance, "libraries", lambda: "torch=9")
@@ -548,7 +548,7 @@ IMPORTS = {
     "def f():\n    from own import inner": "own.inner",
     "import importlib\nm = importlib.import_module('own.inner')": "own.inner",
     "import neighbour": "neighbour",
-    "from robsparse import wiring": "robsparse.wiring",
+    "from robsparse import wiring": "robsparse.sparsity.wiring",
 }
 
 
@@ -586,7 +586,7 @@ def document() -> str:
 TOP = """\
 # What runs again after which change
 
-`robsparse/fingerprints.py` computes what decides a network, an evaluation, the tables and the
+`robsparse/study/fingerprints.py` computes what decides a network, an evaluation, the tables and the
 figures; the workflow runs a job again when that has changed. This page is written from the tables
 in `tests/unit/test_fingerprints.py`, which compare every key of a study and every file of the
 package with what Snakemake is told: `python tests/unit/test_fingerprints.py` writes it anew.

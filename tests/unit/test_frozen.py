@@ -7,9 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from robsparse import frozen, models, objectives, perturb, registry
-from robsparse.config import Crafting
-from robsparse.sparsity import apply_masks, bake, magnitude_masks, prunable
+from robsparse import models
+from robsparse.base import registry
+from robsparse.compute import perturb
+from robsparse.fast import frozen
+from robsparse.schema import Crafting
+from robsparse.sparsity.masks import apply_masks, bake, magnitude_masks, prunable
+from robsparse.training import objectives
 
 SHAPES = {"small_cnn": (1, 8, 8), "small_resnet": (1, 8, 8)}
 ARCHS = [

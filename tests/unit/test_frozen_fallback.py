@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from robsparse import frozen, frozen_layers, objectives, perturb, proof, small_maps
-from robsparse.config import Crafting, Evaluation, Threat
+from robsparse.compute import perturb
 from robsparse.datasets import Part
 from robsparse.eval import clean, pgd
-from robsparse.evaluation import attack_model
+from robsparse.evaluation.evaluate import attack_model
+from robsparse.fast import frozen, frozen_layers, proof, small_maps
+from robsparse.schema import Crafting, Evaluation, Threat
+from robsparse.training import objectives
 
 SHAPE = (1, 8, 8)
 X, Y = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(6)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from robsparse.baselines import hydra
-from robsparse.config import Fit
-from robsparse.sparsity import live_count, magnitude_masks, plain_state, prunable
-from robsparse.stages import FixedMaskStage, Run
+from robsparse.schema import Fit
+from robsparse.sparsity.masks import live_count, magnitude_masks, plain_state, prunable
+from robsparse.training.stages import FixedMaskStage, Run
 
 
 def two_layers():

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from robsparse.baselines import lwm
-from robsparse.sparsity import prunable
-from robsparse.stages import Run
+from robsparse.sparsity.masks import prunable
+from robsparse.training.stages import Run
 
 
 def test_mask_equals_a_sort_of_the_magnitudes():

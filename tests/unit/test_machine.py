@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robsparse import frozen, machine, objectives
-from robsparse.cells import Layout
-from robsparse.config import Crafting
-from robsparse.training import train_cell
+from robsparse.compute import machine
+from robsparse.fast import frozen
+from robsparse.schema import Crafting
+from robsparse.study.cells import Layout
+from robsparse.training import objectives
+from robsparse.training.loop import train_cell
 
 CPU = torch.device("cpu")
 

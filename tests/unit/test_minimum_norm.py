@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse.attacks import AttackContext, Cache
-from robsparse.config import Evaluation, Threat
 from robsparse.datasets import Part
 from robsparse.eval import fmn, minimum_norm
-from robsparse.evaluation import attack_model
+from robsparse.evaluation.attacks import AttackContext, Cache
+from robsparse.evaluation.evaluate import attack_model
+from robsparse.schema import Evaluation, Threat
 
 CPU = torch.device("cpu")
 EPS = 0.1

@@ -9,11 +9,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robsparse import config
-from robsparse.cells import Cell, Layout
-from robsparse.errors import UsageError
+from robsparse.base.errors import UsageError
 from robsparse.figures import plots_of, tables_of
-from robsparse.sources import Target
+from robsparse.schema.sources import Target
+from robsparse.study import loading
+from robsparse.study.cells import Cell, Layout
 
 STUDY = {
     "study": "made_up",
@@ -116,7 +116,7 @@ def loaded(tmp_path_factory):
     def load(data):
         path.write_text(yaml.safe_dump(data))
         try:
-            return config.load(path), []
+            return loading.load(path), []
         except UsageError as error:
             lines = str(error).split("\n")
             assert all(line.startswith(f"{path}: ") for line in lines)

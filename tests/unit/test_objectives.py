@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse import frozen, objectives, perturb
-from robsparse.config import Crafting
-from robsparse.cost import PASSES
-from robsparse.objectives import OBJECTIVES, Attacker
-from robsparse.sparsity import apply_masks, effective_weights, magnitude_masks
+from robsparse.compute import perturb
+from robsparse.fast import frozen
+from robsparse.schema import Crafting
+from robsparse.sparsity.masks import apply_masks, effective_weights, magnitude_masks
+from robsparse.study.cost import PASSES
+from robsparse.training import objectives
+from robsparse.training.objectives import OBJECTIVES, Attacker
 
 EPS, STEP = 0.2, 0.05
 W = torch.tensor([1.5, -2.0, 0.5])

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robsparse import overlap, weights
-from robsparse.cells import Layout
+from robsparse.collection import overlap
+from robsparse.networks import weights
+from robsparse.study.cells import Layout
 
 SIZES = (16, 40)
 

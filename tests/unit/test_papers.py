@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from robsparse import registry
-from robsparse.config import Table
-from robsparse.errors import UsageError
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
 from robsparse.figures import papers, published
 from robsparse.figures.summary import Material
 from robsparse.figures.tidy import Outcomes, Tidy
+from robsparse.schema import Table
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 HEADER = ",".join(published.COLUMNS)
@@ -164,11 +164,11 @@ def test_two_networks_in_one_place_are_an_error(material, source):
 
 
 def test_the_tables_of_the_paper_can_be_drawn_before_anything_is_measured(repository, tmp_path):
-    from robsparse import config  # noqa: PLC0415
     from robsparse.figures.summary import summarise  # noqa: PLC0415
-    from robsparse.rows import Row  # noqa: PLC0415
+    from robsparse.records.rows import Row  # noqa: PLC0415
+    from robsparse.study import loading  # noqa: PLC0415
 
-    study = config.load(repository / "config" / "paper.yaml")
+    study = loading.load(repository / "config" / "paper.yaml")
     empty = pd.DataFrame(columns=[*Row.model_fields, "budget"])
     tidy = Tidy(empty, *[pd.DataFrame()] * 8)
     material = Material(study, tidy, Outcomes(tmp_path), summarise(study, tidy, Outcomes(tmp_path)))

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from robsparse import config
-from robsparse.batches import Stored
-from robsparse.cells import Layout
-from robsparse.checkpoints import StopRequest
-from robsparse.counts import keep_count
+from robsparse.base.counts import keep_count
 from robsparse.datasets import Part
 from robsparse.method import bcs
-from robsparse.sparsity import prunable
-from robsparse.training import Trainer, train_cell
+from robsparse.sparsity.masks import prunable
+from robsparse.study import loading
+from robsparse.study.cells import Layout
+from robsparse.training.batches import Stored
+from robsparse.training.checkpoints import StopRequest
+from robsparse.training.loop import Trainer, train_cell
 
 STRIDES = (1, 2, 2)
 SPARSITY, BN_EPS, BN_MOMENTUM = 0.5, 1e-5, 0.1
@@ -395,7 +395,7 @@ def test_seventy_two_steps_equal_the_slow_side(variant, study_data, load_study, 
     study_data["archs"]["small_cnn"]["width"] = 3
     study_data["methods"]["bcs"] = {"train": {"epochs": 12, "weight_decay": 5e-3}}
     study_data["methods"]["bcs"] |= VARIANTS[variant]
-    study: config.Study = load_study(study_data)
+    study: loading.Study = load_study(study_data)
     trainer = compared(study, study.cells()[0], Layout(tmp_path), {"train": SlowSampling})
     seen = trainer.seen["train"]
     lr = [point["lr"] for point in trainer.progress.curve]

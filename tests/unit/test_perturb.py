@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from robsparse import perturb
+from robsparse.compute import perturb
 
 
 def linear(weight):

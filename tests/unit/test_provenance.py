@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from robsparse import provenance
-from robsparse.rows import Row
+from robsparse.records import provenance
+from robsparse.records.rows import Row
 
 
 def test_provenance_fills_its_columns(row_values):

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from robsparse import registry
-from robsparse.errors import UsageError
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
 
 ENTRIES = [(kind, name) for kind in registry.PACKAGES for name in registry.names(kind)]
 
@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from robsparse.config import Fit, Strict
-from robsparse.stages import Stage
+from robsparse.schema import Fit, Strict
+from robsparse.training.stages import Stage
 
 LABEL = "Mine"
 STARTS_FROM = "dense"
@@ -109,7 +109,7 @@ def test_literals_read_from_the_text_are_those_of_the_import(kind, name):
 def test_reading_registry_and_a_study_loads_no_torch(repository):
     heavy = ["torch", "torchvision", "sklearn", "pyautoattack", "matplotlib", "numpy", "pandas"]
     code = (
-        "import sys, json; from robsparse import config, registry, fingerprints\n"
+        "import sys, json; from robsparse.study import loading; from robsparse.base import registry; from robsparse.study import fingerprints\n"
         "study = config.load('config/tiny.yaml')\n"
         "for kind in registry.PACKAGES: registry.names(kind)\n"
         "for cell in study.cells(): fingerprints.evaluation(study, cell, 'last')\n"
@@ -167,7 +167,7 @@ def test_syntax_error_names_file_and_line(package):
 def test_file_without_params_is_refused(package):
     folder = package({"mine.py": METHOD.replace("class Params", "class Parameters")})
     assert refusal() == (
-        f"{folder / 'mine.py'}: no class Params found (expected a robsparse.config.Strict model)"
+        f"{folder / 'mine.py'}: no class Params found (expected a robsparse.schema.Strict model)"
     )
 
 
@@ -216,8 +216,8 @@ def test_validator_that_needs_more_than_may_be_read_is_one_line(name, what, pack
     line = 1 + text.splitlines().index(f"        assert {what.format(name)}")
     assert refusal() == (
         f"{folder / 'mine.py'}: line {line}: the name '{name}' is not known here; parameter "
-        "classes may use literals and names from typing, pydantic, robsparse.config, "
-        "robsparse.fields, robsparse.imagesets alone"
+        "classes may use literals and names from typing, pydantic, robsparse.schema, "
+        "robsparse.schema.fields, robsparse.schema.imagesets alone"
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from robsparse.rows import KEY, Row, contradiction, wilson_interval
+from robsparse.records.rows import KEY, Row, contradiction, wilson_interval
 
 # ---------------------------------------------------------------- Wilson's interval
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robsparse import perturb, sanity_checks
-from robsparse.attacks import Outcome
-from robsparse.config import Evaluation, Threat
+from robsparse.compute import perturb
 from robsparse.datasets import Part
-from robsparse.sections import SanityChecks
+from robsparse.evaluation import sanity_checks
+from robsparse.evaluation.attacks import Outcome
+from robsparse.schema import Evaluation, Threat
+from robsparse.schema.sections import SanityChecks
 
 CPU = torch.device("cpu")
 EPS = 0.1

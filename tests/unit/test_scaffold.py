@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
-from robsparse import registry, scaffold
-from robsparse.errors import UsageError
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
+from robsparse.tools import scaffold
 
 COUNT = itertools.count()
 

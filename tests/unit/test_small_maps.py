@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from robsparse import frozen, models, registry, small_maps
+from robsparse import models
+from robsparse.base import registry
+from robsparse.fast import frozen, small_maps
+from robsparse.fast.small_maps import SmallMap, form_of
 from robsparse.models._layers import TensorFlowConv2d
-from robsparse.small_maps import SmallMap, form_of
-from robsparse.sparsity import prunable
+from robsparse.sparsity.masks import prunable
 
 
 @st.composite

@@ -8,14 +8,18 @@ import torch
 import yaml
 from torch import nn
 
-from robsparse import evaluation, external, models, overlap, registry, weights
-from robsparse.cells import Layout
-from robsparse.cli import main
-from robsparse.config import load
-from robsparse.errors import UsageError
-from robsparse.evaluation_record import read_record
-from robsparse.files import file_checksum
-from robsparse.sources import Source, Target
+from robsparse import models
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
+from robsparse.base.files import file_checksum
+from robsparse.cli.main import main
+from robsparse.collection import overlap
+from robsparse.evaluation import evaluate
+from robsparse.networks import external, weights
+from robsparse.records.evaluation_record import read_record
+from robsparse.schema.sources import Source, Target
+from robsparse.study.cells import Layout
+from robsparse.study.loading import load
 
 COMMON = {"dataset": "digits", "objective": "at"}
 
@@ -236,12 +240,12 @@ def test_in_a_study_foreign_code_is_attacked_as_it_is(from_everywhere, own_nets,
         folded[len(folded)] = options["folded"]
         return original(model, *words, **options)
 
-    original = evaluation.attack_model
-    monkeypatch.setattr(evaluation, "attack_model", attack)
+    original = evaluate.attack_model
+    monkeypatch.setattr(evaluate, "attack_model", attack)
     for name in ("given", "made"):
         cell = cell_of(study, name)
         external.take_in(study, cell, layout)
-        path = evaluation.evaluate_cell(study, cell, "last", layout, device="cpu")
+        path = evaluate.evaluate_cell(study, cell, "last", layout, device="cpu")
         used = {row.attacked_on for row in read_record(path).rows}
         assert used == {"view" if name == "given" else "network"}
     assert folded == {0: True, 1: False}
@@ -254,7 +258,7 @@ def test_record_of_a_network_without_a_file_names_its_weights_all_the_same(
     study, layout = from_everywhere
     cell = cell_of(study, "made")
     target = Target.as_built(tmp_path, study.source("made"))
-    path = evaluation.evaluate_cell(study, cell, "last", layout, target=target, device="cpu")
+    path = evaluate.evaluate_cell(study, cell, "last", layout, target=target, device="cpu")
     row = read_record(path).rows[0]
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
@@ -355,7 +359,7 @@ def test_weights_that_are_drawn_anew_are_those_taken_in_and_the_record_says_so(b
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     weights.load_into(network, file)
     study = load(tmp_path / "study.yaml")
-    splits = evaluation.datasets.load("digits", study.datasets["digits"])
+    splits = evaluate.datasets.load("digits", study.datasets["digits"])
     right = network(splits.test.x_NCHW[:12]).argmax(1) == splits.test.y_N[:12]
     assert all(flags.tolist() == right.tolist() for flags in found)
 

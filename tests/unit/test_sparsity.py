@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from robsparse.counts import keep_count, layer_keep_count
-from robsparse.errors import TrainingError
-from robsparse.sparsity import (
+from robsparse.base.counts import keep_count, layer_keep_count
+from robsparse.base.errors import TrainingError
+from robsparse.sparsity.masks import (
     Masked,
     apply_masks,
     bake,

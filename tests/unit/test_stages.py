@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse.config import Fit
-from robsparse.sparsity import live_count
-from robsparse.stages import FixedMaskStage, Stage, remaining_weights, schedule_factor
+from robsparse.schema import Fit
+from robsparse.sparsity.masks import live_count
+from robsparse.training.stages import FixedMaskStage, Stage, remaining_weights, schedule_factor
 
 
 def factors(steps_per_epoch=1, **settings):

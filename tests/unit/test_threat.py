@@ -7,13 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from robsparse import datasets, evaluation, networks, perturb, planning
-from robsparse.attacks import length
-from robsparse.cells import Layout
-from robsparse.errors import UsageError
-from robsparse.fields import radius
-from robsparse.sections import Threat, Training
-from robsparse.training import train_cell
+from robsparse import datasets
+from robsparse.base.errors import UsageError
+from robsparse.compute import perturb
+from robsparse.evaluation import evaluate
+from robsparse.evaluation.attacks import length
+from robsparse.networks import construct
+from robsparse.schema.fields import radius
+from robsparse.schema.sections import Threat, Training
+from robsparse.study.cells import Layout
+from robsparse.tools import planning
+from robsparse.training.loop import train_cell
 
 CPU = torch.device("cpu")
 TRAINED, TESTED = 0.05, 0.3
@@ -78,7 +82,7 @@ def test_training_eps_changes_nothing_of_the_attacks(study_data, load_study, tmp
     trained(study, tmp_path)
     crafted.clear()
     cell, layout = of(study, "bcs"), Layout(tmp_path)
-    evaluation.evaluate_cell(study, cell, "last", layout, device="cpu")
+    evaluate.evaluate_cell(study, cell, "last", layout, device="cpu")
     assert {eps for _, eps, _ in crafted} == {0.15, 1.0}  # 1.0: a sanity check's
 
 
@@ -104,10 +108,10 @@ def test_each_attack_goes_as_far_as_it_says_else_as_the_threat(study_data, load_
     study = load_study(study_data)
     cell = of(study, "bcs")
     splits = datasets.load("digits", study.datasets["digits"])
-    model = networks.build(study, cell, splits.image_shape, splits.classes).eval()
-    found = evaluation.attack_model(
+    model = construct.build(study, cell, splits.image_shape, splits.classes).eval()
+    found = evaluate.attack_model(
         model,
-        evaluation.first_examples(splits.test, 8, splits.classes),
+        evaluate.first_examples(splits.test, 8, splits.classes),
         names,
         settings=study.evaluation,
         threat=study.threat,
@@ -124,10 +128,10 @@ def test_a_variant_of_clean_perturbs_nothing(study_data, load_study):
     study_data["evaluation"]["selections"] = {"last": ["untouched"]}
     study = load_study(study_data)
     splits = datasets.load("digits", study.datasets["digits"])
-    model = networks.build(study, of(study, "bcs"), splits.image_shape, splits.classes)
-    found = evaluation.attack_model(
+    model = construct.build(study, of(study, "bcs"), splits.image_shape, splits.classes)
+    found = evaluate.attack_model(
         model.eval(),
-        evaluation.first_examples(splits.test, 8, splits.classes),
+        evaluate.first_examples(splits.test, 8, splits.classes),
         ["untouched"],
         settings=study.evaluation,
         threat=study.threat,
@@ -289,7 +293,7 @@ def test_agreement_with_the_stock_package_runs_on_its_default_eps(repository, mo
         @staticmethod
         def run(view, x, y, params, threat):
             asked.append(threat.eps)
-            return evaluation.Outcome({"all": torch.ones(len(y), dtype=torch.bool)})
+            return evaluate.Outcome({"all": torch.ones(len(y), dtype=torch.bool)})
 
     monkeypatch.setattr(agreement, "_shipped", lambda arguments: (model, part))
     monkeypatch.setattr(agreement, "_stock", stock)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from robsparse.base.counts import keep_count
 from robsparse.baselines import robust_bird, scratch_ticket, twinrep
-from robsparse.counts import keep_count
-from robsparse.sparsity import live_count, prunable, weight_count
-from robsparse.stages import Run
+from robsparse.sparsity.masks import live_count, prunable, weight_count
+from robsparse.training.stages import Run
 
 
 def started(stage, sparsity=0.5, steps_per_epoch=2, model=None):

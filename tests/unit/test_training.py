@@ -12,17 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robsparse import datasets, models, perturb, training, validation, weights
-from robsparse.batches import mixed
-from robsparse.cells import Cell, Layout, derive_seed
-from robsparse.checkpoints import Interrupted, StopRequest
-from robsparse.config import Crafting, Fit
-from robsparse.errors import UsageError
-from robsparse.objectives import Attacker
-from robsparse.sparsity import live_count, plain_state, prunable, weight_count
-from robsparse.stages import FixedMaskStage, Stage, schedule_factor
-from robsparse.training import Trainer, TrainingError
-from robsparse.validation import largest_class, validate
+from robsparse import datasets, models
+from robsparse.base.errors import UsageError
+from robsparse.compute import perturb
+from robsparse.networks import weights
+from robsparse.schema import Crafting, Fit
+from robsparse.sparsity.masks import live_count, plain_state, prunable, weight_count
+from robsparse.study.cells import Cell, Layout, derive_seed
+from robsparse.training import loop, validation
+from robsparse.training.batches import mixed
+from robsparse.training.checkpoints import Interrupted, StopRequest
+from robsparse.training.loop import Trainer, TrainingError
+from robsparse.training.objectives import Attacker
+from robsparse.training.stages import FixedMaskStage, Stage, schedule_factor
+from robsparse.training.validation import largest_class, validate
 
 CPU = torch.device("cpu")
 
@@ -102,7 +105,7 @@ def test_dense_training_equals_a_slow_loop(decay, schedule, study_data, one):
         "momentum": 0.8,
     }
     study, cell, layout = one("dense", objectives=["natural"])
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     expected, losses = slow_natural_training(study, cell, study.methods["dense"].pretrain)
     model, _ = fresh(study, cell)
     weights.load_into(model, layout.model(cell, "last"))
@@ -146,25 +149,25 @@ def test_loss_that_is_not_finite_stops_with_stage_and_epoch(one):
 def test_a_last_step_that_spoils_the_network_is_no_result(tensor, one, monkeypatch):
     """No later loss would show it."""
     study, cell, layout = one("dense", objectives=["natural"])
-    ordinary = training.update
+    ordinary = loop.update
 
     def spoil(run, stage):
         ordinary(run, stage)
         if run.step == run.steps - 1:
             run.model.state_dict()[tensor].view(-1)[0] = math.inf
 
-    monkeypatch.setattr(training, "update", spoil)
+    monkeypatch.setattr(loop, "update", spoil)
     with pytest.raises(
         TrainingError, match=f"{cell.key}: '{tensor}' holds NaN .* in stage pretrain"
     ):
-        training.train_cell(study, cell, layout, device="cpu")
+        loop.train_cell(study, cell, layout, device="cpu")
     assert not layout.model(cell, "last").exists()
     assert "holds NaN" in layout.failed(cell).read_text()
 
 
 def test_scores_that_are_not_finite_are_one_line_with_cell_stage_and_epoch(one, monkeypatch):
     study, cell, layout = one("snip", objectives=["natural"])
-    ordinary = training.descend
+    ordinary = loop.descend
 
     def spoil(run, stage, *rest):
         loss = ordinary(run, stage, *rest)
@@ -172,9 +175,9 @@ def test_scores_that_are_not_finite_are_one_line_with_cell_stage_and_epoch(one, 
             parameter.grad.fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(training, "descend", spoil)
+    monkeypatch.setattr(loop, "descend", spoil)
     with pytest.raises(TrainingError) as caught:
-        training.train_cell(study, cell, layout, device="cpu")
+        loop.train_cell(study, cell, layout, device="cpu")
     assert str(caught.value).startswith(f"{cell.key}: ")
     assert "scores of weights are not finite in stage train, epoch 1" in str(caught.value)
 
@@ -194,12 +197,12 @@ class Rolls(torch.nn.Module):
 @pytest.fixture
 def restless(monkeypatch):
     """Every network has dropout and draws global random numbers while it trains."""
-    build = training.networks.build
+    build = loop.networks.build
 
     def built(*args):
         return torch.nn.Sequential(torch.nn.Dropout(0.2), Rolls(), *build(*args))
 
-    monkeypatch.setattr(training.networks, "build", built)
+    monkeypatch.setattr(loop.networks, "build", built)
 
 
 @pytest.mark.usefixtures("restless")
@@ -210,7 +213,7 @@ def test_networks_with_dropout_train_to_the_same_bits_however_often_they_are_sto
     study_data["training"]["batch_size"] = 200
     study_data["methods"]["bcs"]["train"]["epochs"] = 2
     study, cell, layout = one("bcs")
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     whole = layout.model(cell, "last").read_bytes()
     layout.training(cell).unlink()
     stops = 0
@@ -219,7 +222,7 @@ def test_networks_with_dropout_train_to_the_same_bits_however_often_they_are_sto
         np.random.seed(stops)  # noqa: NPY002
         random.seed(stops)
         with contextlib.suppress(Interrupted):
-            training.train_cell(study, cell, layout, device="cpu", max_steps=every)
+            loop.train_cell(study, cell, layout, device="cpu", max_steps=every)
         stops += 1
     assert stops > 2
     assert layout.model(cell, "last").read_bytes() == whole
@@ -237,12 +240,12 @@ def test_momentum_comes_back_to_its_own_parameter_after_a_masked_stage(
     monkeypatch.setattr(Trainer, "_stages", lambda self, method: stages)
     study_data["training"]["batch_size"] = 200
     study, cell, layout = one("dense", objectives=["natural"])
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     whole = layout.model(cell, "last").read_bytes()
     layout.training(cell).unlink()
     while not layout.training(cell).exists():
         with contextlib.suppress(Interrupted):
-            training.train_cell(study, cell, layout, device="cpu", max_steps=every)
+            loop.train_cell(study, cell, layout, device="cpu", max_steps=every)
     assert layout.model(cell, "last").read_bytes() == whole
 
 
@@ -256,7 +259,7 @@ def pruned(study_data, one):
     def train(method, **grid):
         study, cell, layout = one(method, **grid)
         for each in (study.starting_cell(cell), cell):
-            training.train_cell(study, each, layout, device="cpu")
+            loop.train_cell(study, each, layout, device="cpu")
         return study, cell, layout
 
     return train
@@ -334,7 +337,7 @@ def test_pruning_starts_from_the_last_weights_and_not_from_the_best(study_data, 
     study_data["methods"]["dense"]["pretrain"]["epochs"] = 2
     study, cell, layout = one("lwm", objectives=["natural"])
     networks = told([0.9, 0.1, 0.1])
-    training.train_cell(study, study.starting_cell(cell), layout, device="cpu")
+    loop.train_cell(study, study.starting_cell(cell), layout, device="cpu")
     start = Trainer(study, cell, layout, CPU).run.model.state_dict()
     assert all(torch.equal(start[name], value) for name, value in networks[1].items())
     assert not all(torch.equal(start[name], value) for name, value in networks[0].items())
@@ -438,7 +441,7 @@ def test_curve_has_the_mean_loss_of_each_epoch_and_the_rate_that_it_starts_with(
     monkeypatch.setattr(
         Trainer, "_step", lambda *_: torch.tensor(float(next(losses)), dtype=torch.float64)
     )
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     curve = json.loads(layout.training(cell).read_text())["curve"]
     steps = (next(losses) - 1) // 3
     middles = [(steps + 1) / 2 + epoch * steps for epoch in range(3)]
@@ -449,7 +452,7 @@ def test_curve_has_the_mean_loss_of_each_epoch_and_the_rate_that_it_starts_with(
 def test_clean_passes_move_batch_norm_and_are_counted(study_data, one):
     study_data["methods"]["dense"]["pretrain"]["clean_passes"] = 2
     study, cell, layout = one("dense", objectives=["natural"])
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     model, splits = fresh(study, cell)
     weights.load_into(model, layout.model(cell, "last"))
     steps = len(splits.train) // study.training.batch_size
@@ -459,7 +462,7 @@ def test_clean_passes_move_batch_norm_and_are_counted(study_data, one):
 
 
 def test_accuracy_of_the_largest_class_itself_is_guessing(one, monkeypatch):
-    monkeypatch.setattr(training, "largest_class", lambda part: 0.25)
+    monkeypatch.setattr(loop, "largest_class", lambda part: 0.25)
     trainer = Trainer(*one("dense"), CPU)
     for accuracy, count in ((0.25, 1), (0.2, 2), (0.26, 0)):
         trainer._watch_for_collapse({"epoch": 1, "stage": "x", "val_clean": accuracy})
@@ -498,7 +501,7 @@ def told(monkeypatch):
             networks.append(plain_state(model))
             return {"val_clean": 0.9, "val_robust": left.pop(0)}
 
-        monkeypatch.setattr(training, "validate", validate)
+        monkeypatch.setattr(loop, "validate", validate)
         return networks
 
     return tell
@@ -512,7 +515,7 @@ def test_the_first_of_the_best_epochs_is_selected(accuracies, best, told, study_
     study_data["methods"]["dense"]["pretrain"]["epochs"] = 4
     study, cell, layout = one("dense", objectives=["natural"])
     networks = told(accuracies)
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     selected = json.loads(layout.training(cell).read_text())["selected"]
     assert selected["best_val"] == {"epoch": best, "val_robust": max(accuracies)}
     assert selected["last"] == {"epoch": 4, "val_robust": accuracies[-1]}
@@ -528,7 +531,7 @@ def test_networks_are_validated_every_so_many_epochs_and_at_the_end(told, study_
     study_data["training"]["validation"] = {"every": 2}
     study, cell, layout = one("dense", objectives=["natural"])
     told([0.1, 0.4, 0.2, 0.3])
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     record = json.loads(layout.training(cell).read_text())
     assert [p["epoch"] for p in record["curve"] if "val_robust" in p] == [1, 3, 5, 6]
     assert record["selected"]["best_val"]["epoch"] == 3
@@ -547,7 +550,7 @@ def test_peak_active_weights_are_those_of_any_stage_and_epoch(largest, one, monk
     stages = [Counted(Fit(epochs=2, lr=0.1)) for _ in range(2)]
     monkeypatch.setattr(Trainer, "_stages", lambda self, method: stages)
     study, cell, layout = one("dense", objectives=["natural"])
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     record = json.loads(layout.training(cell).read_text())
     assert record["cost"]["peak_active_weights"] == 9
     assert not counts
@@ -567,14 +570,14 @@ CHANGES = {
 def test_checkpoint_of_other_settings_is_not_continued(change, study_data, one, tmp_path, capsys):
     study, cell, _ = one("bcs")
     whole, layout = Layout(tmp_path / "whole"), Layout(tmp_path / "other")
-    training.train_cell(study, cell, whole, device="cpu")
+    loop.train_cell(study, cell, whole, device="cpu")
     for section, values in CHANGES[change].items():
         study_data[section] |= values
     other, *_ = one("bcs")
     with pytest.raises(Interrupted):
-        training.train_cell(other, cell, layout, device="cpu", max_steps=3)
+        loop.train_cell(other, cell, layout, device="cpu", max_steps=3)
     assert (layout.resume(cell) / "state.pt").exists()
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     assert ("resuming" in capsys.readouterr().out) == (change == "none")
     for selection in ("best_val", "last"):
         assert layout.model(cell, selection).read_bytes() == (
@@ -653,9 +656,9 @@ def test_velocity_across_a_drop_of_the_learning_rate(velocity, study_data, one):
 def guessing(monkeypatch):
     """Every validation finds a network that only guesses; returns how good guessing is."""
     monkeypatch.setattr(
-        training, "validate", lambda model, part, *_: {"val_clean": 0.1, "val_robust": 0.0}
+        loop, "validate", lambda model, part, *_: {"val_clean": 0.1, "val_robust": 0.0}
     )
-    monkeypatch.setattr(training, "largest_class", lambda part: 0.11)
+    monkeypatch.setattr(loop, "largest_class", lambda part: 0.11)
 
 
 @pytest.mark.usefixtures("guessing")
@@ -663,7 +666,7 @@ def test_a_network_that_only_guesses_is_stopped_and_marked(study_data, one, caps
     study_data["training"]["collapse_after"] = 3
     study_data["methods"]["bcs"]["train"]["epochs"] = 9
     study, cell, layout = one("bcs")
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     record = json.loads(layout.training(cell).read_text())
     assert len(record["curve"]) == 3
     assert "training collapsed" in record["failure"]
@@ -678,7 +681,7 @@ def test_the_guard_can_be_turned_off(study_data, one):
     study_data["training"]["collapse_after"] = 0
     study_data["methods"]["bcs"]["train"]["epochs"] = 4
     study, cell, layout = one("bcs")
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     record = json.loads(layout.training(cell).read_text())
     assert len(record["curve"]) == 4
     assert record["failure"] == ""
@@ -698,7 +701,7 @@ def test_a_network_that_starts_from_a_failed_one_says_so(pruned):
     record = json.loads(path.read_text())
     assert json.loads(layout.training(cell).read_text())["failure"] == ""
     path.write_text(json.dumps(record | {"failure": "training collapsed: x"}))
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     said = json.loads(layout.training(cell).read_text())["failure"]
     assert said == "started from a failed network: training collapsed: x"
 
@@ -726,7 +729,7 @@ def test_self_training_mixes_pseudo_labelled_images_into_each_batch(study_data, 
         assert white.tolist() == [False] * 48 + [True] * 16
         seen += y_N[white].tolist()
     assert Counter(seen[:30]) == dict.fromkeys(range(10), 3)  # all once before any comes again
-    training.train_cell(study, cell, layout, device="cpu")
+    loop.train_cell(study, cell, layout, device="cpu")
     assert json.loads(layout.training(cell).read_text())["cost"]["epochs"] == 1
 
 
@@ -760,13 +763,13 @@ class Tutorial(torch.nn.Module):
 def test_networks_of_any_code_train_and_the_record_says_on_what(  # noqa: PLR0917
     hooked, used, precision, study_data, one, monkeypatch, capsys
 ):
-    monkeypatch.setattr(training.networks, "build", lambda *_: Tutorial(hooked))
+    monkeypatch.setattr(loop.networks, "build", lambda *_: Tutorial(hooked))
     study_data["training"]["precision"] = precision
     study_data["training"]["crafting"]["precision"] = precision
     study, cell, layout = one("dense")
     with contextlib.suppress(Interrupted):
-        training.train_cell(study, cell, layout, device="cpu", max_steps=3)
-    training.train_cell(study, cell, layout, device="cpu")
+        loop.train_cell(study, cell, layout, device="cpu", max_steps=3)
+    loop.train_cell(study, cell, layout, device="cpu")
     assert json.loads((layout.training(cell)).read_text())["crafted_on"] == used
     out = capsys.readouterr().out
     # Once each process: the network is made anew when a run is taken up.
@@ -795,7 +798,7 @@ def test_network_that_takes_no_channels_last_gets_its_images_with_channels_first
 def test_what_was_crafted_on_before_a_stop_is_remembered(study_data, one, monkeypatch):
     study, cell, layout = one("dense")
     with monkeypatch.context() as patch, contextlib.suppress(Interrupted):
-        patch.setattr(training.objectives.frozen, "view_of", lambda model, *_: model)
-        training.train_cell(study, cell, layout, device="cpu", max_steps=3)
-    training.train_cell(study, cell, layout, device="cpu")
+        patch.setattr(loop.objectives.frozen, "view_of", lambda model, *_: model)
+        loop.train_cell(study, cell, layout, device="cpu", max_steps=3)
+    loop.train_cell(study, cell, layout, device="cpu")
     assert json.loads((layout.training(cell)).read_text())["crafted_on"] == "network and view"

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse import perturb, validation
-from robsparse.cells import derive_seed
-from robsparse.config import Crafting
+from robsparse.compute import perturb
 from robsparse.datasets import Part
-from robsparse.objectives import Attacker
+from robsparse.schema import Crafting
+from robsparse.study.cells import derive_seed
+from robsparse.training import validation
+from robsparse.training.objectives import Attacker
 
 
 class Slope(nn.Module):

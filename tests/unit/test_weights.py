@@ -8,10 +8,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from robsparse import models, registry, weights
-from robsparse.errors import UsageError
-from robsparse.files import read_tensors
-from robsparse.sparsity import prunable
+from robsparse import models
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
+from robsparse.base.files import read_tensors
+from robsparse.networks import weights
+from robsparse.sparsity.masks import prunable
 
 
 def network():

@@ -11,8 +11,8 @@ from scipy import stats
 from torch import nn
 
 from robsparse.method import bcs
-from robsparse.stages import Run
-from robsparse.wiring import CANDIDATES, ROUNDS, Wiring
+from robsparse.sparsity.wiring import CANDIDATES, ROUNDS, Wiring
+from robsparse.training.stages import Run
 
 WAYS = pytest.mark.parametrize("exact", [True, False], ids=["exact", "blind"])
 NEW = 1e-12

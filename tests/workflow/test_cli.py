@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from robsparse.cells import Cell, Layout
-from robsparse.cli import main
+from robsparse.cli.main import main
+from robsparse.study.cells import Cell, Layout
 
 COMMANDS = ("check", "plan", "train", "evaluate", "collect", "figures")
 DENSE = "digits/small_cnn/dense/at/s0.0000/seed0"

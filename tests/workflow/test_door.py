@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from robsparse import models, registry
+from robsparse import models
+from robsparse.base import registry
 
 PACKAGE = {
     "pyproject.toml": """
@@ -34,9 +35,9 @@ packages = ["robsparse_extra"]
     "robsparse_extra/halves.py": '''
 """A method of somebody else. Source: none."""
 
-from robsparse.config import FromScratch, Strict
-from robsparse.sparsity import layer_keep_counts, random_masks
-from robsparse.stages import FixedMaskStage
+from robsparse.schema import FromScratch, Strict
+from robsparse.sparsity.masks import layer_keep_counts, random_masks
+from robsparse.training.stages import FixedMaskStage
 
 LABEL = "Halves"
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import one_tree
-from robsparse.cli import main
+from robsparse.cli.main import main
 
 BIN = Path(sys.executable).parent
 ROOMS = ("method", "baselines", "eval", "figures")
@@ -135,11 +135,11 @@ VIOLATIONS = {
     "baseline sees the method": ("baselines.lwm", "import robsparse.method.bcs"),
     "baseline sees another baseline": ("baselines.lwm", "import robsparse.baselines.hydra"),
     "baseline sees an attack": ("baselines.lwm", "import robsparse.eval.pgd"),
-    "baseline sees the evaluator": ("baselines.lwm", "import robsparse.evaluation"),
-    "method sees the evaluator": ("method.bcs", "import robsparse.evaluation"),
+    "baseline sees the evaluator": ("baselines.lwm", "import robsparse.evaluation.evaluate"),
+    "method sees the evaluator": ("method.bcs", "import robsparse.evaluation.evaluate"),
     "attack sees a method": ("eval.pgd", "import robsparse.method.bcs"),
     "figures see torch": ("figures.tables", "import torch"),
-    "figures see torch through the core": ("figures.tables", "import robsparse.sparsity"),
+    "figures see torch through the core": ("figures.tables", "import robsparse.sparsity.masks"),
     "figures see an attack": ("figures.tables", "import robsparse.eval.clean"),
 } | {f"planning sees torch: {module}": (module, "import torch") for module in PLANNING}
 

@@ -97,7 +97,7 @@ def test_missing_robustbench_says_what_to_install(python):
     done = python(
         "import sys\n"
         "sys.modules['robustbench'] = None\n"
-        "from robsparse.errors import UsageError\n"
+        "from robsparse.base.errors import UsageError\n"
         "from robsparse.thirdparty.robustbench_repair import import_robustbench\n"
         "try:\n"
         "    import_robustbench()\n"
@@ -111,8 +111,8 @@ def test_missing_robustbench_says_what_to_install(python):
 def test_core_never_loads_torchvision_or_robustbench(python):
     done = python(
         "import sys\n"
-        "import robsparse.training, robsparse.evaluation, robsparse.planning\n"
-        "from robsparse import registry\n"
+        "import robsparse.training.loop, robsparse.evaluation.evaluate, robsparse.tools.planning\n"
+        "from robsparse.base import registry\n"
         "for kind in registry.PACKAGES:\n"
         "    for name in registry.names(kind):\n"
         "        registry.load(kind, name)\n"
@@ -131,9 +131,9 @@ needs_robustbench = pytest.mark.skipif(
 def test_robustbench_counts_the_same_clean_accuracy(python):
     done = python(
         "import torch\n"
-        "from robsparse import models, registry\n"
+        "from robsparse import models; from robsparse.base import registry\n"
         "from robsparse.datasets import Part\n"
-        "from robsparse.attacks import correct_flags\n"
+        "from robsparse.evaluation.attacks import correct_flags\n"
         "from robsparse.thirdparty.robustbench_repair import import_robustbench\n"
         "import_robustbench()\n"
         "from robustbench.utils import clean_accuracy\n"
@@ -163,7 +163,7 @@ def test_robustbench_counts_the_same_clean_accuracy(python):
 )
 def test_zoo_refusals_are_one_line(name, dataset, said, python):
     done = python(
-        "from robsparse.errors import UsageError\n"
+        "from robsparse.base.errors import UsageError\n"
         "from robsparse.thirdparty import zoo\n"
         "zoo.import_robustbench()\n"
         "import robustbench.utils\n"
@@ -182,7 +182,7 @@ def test_zoo_refusals_are_one_line(name, dataset, said, python):
 def test_a_network_of_the_zoo_is_evaluated_like_any_other(project, python):
     done = python(
         "import sys, torch\n"
-        "from robsparse import models, registry\n"
+        "from robsparse import models; from robsparse.base import registry\n"
         "from robsparse.thirdparty import zoo\n"
         "zoo.import_robustbench()\n"
         "import robustbench.utils, robsparse.datasets as datasets\n"

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from robsparse.cells import Cell, Layout
-from robsparse.cli import main
-from robsparse.config import load
+from robsparse.cli.main import main
 from robsparse.figures import PLOTS, REPORT, TABLES
-from robsparse.rows import KEY, Row
+from robsparse.records.rows import KEY, Row
+from robsparse.study.cells import Cell, Layout
+from robsparse.study.loading import load
 
 STUDY = "config/tiny.yaml"
 METHODS = 5
@@ -359,7 +359,7 @@ def test_planning_the_workflow_loads_no_torch(project):
     done = project.run(sys.executable, "-X", "importtime", *words)
     assert done.returncode == 0
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "robsparse.config" in loaded
+    assert "robsparse.schema" in loaded
     assert not loaded & {"torch", "torchvision", "sklearn", "pyautoattack", "matplotlib"}
 
 

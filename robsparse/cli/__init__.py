@@ -1,0 +1,4 @@
+"""The command line.
+
+Imports anything, late, so that a command starts fast.
+"""

@@ -1,0 +1,4 @@
+"""What training and evaluation share: device, precision, random numbers, perturbations.
+
+Imports base alone.
+"""

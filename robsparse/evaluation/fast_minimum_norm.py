@@ -1,0 +1,57 @@
+"""FMN: the smallest perturbation that breaks each image, by gradients.
+
+Source: Pintor et al., NeurIPS 2021, through the package foolbox (LInfFMNAttack, L2FMNAttack).
+"""
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+from robsparse.evaluation.attacks import length
+
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox wants a git, which is not used here
+import foolbox
+
+
+def perturbed(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: str,
+    steps: int,
+    max_stepsize: float = 1.0,
+    gamma: float = 0.05,
+    start: Tensor | None = None,
+) -> Tensor:
+    """What FMN makes of images x_NCHW in [0,1] with labels y_N.
+
+    Args:
+        model: network in eval mode, on the device of x.
+        x: images; y: their classes.
+        norm: "Linf" or "L2".
+        steps: gradient steps; max_stepsize: L2 length of the first; gamma: share by which the
+            allowed perturbation changes at first. The defaults are the package's.
+        start: versions of the images, each of which breaks the network; None: the images.
+
+    Returns:
+        Images in [0,1] of the shape of x; where none was found that breaks the network, x itself.
+    """
+    kind = foolbox.attacks.LInfFMNAttack if norm == "Linf" else _L2
+    attack = kind(steps=steps, max_stepsize=max_stepsize, gamma=gamma)
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
+    goal = foolbox.criteria.Misclassification(y)
+    return attack.run(wrapped, x, goal, starting_points=start)
+
+
+class _L2(foolbox.attacks.L2FMNAttack):
+    """The package's attack with its projection mended: it divides lengths by themselves (3.3.4), so
+    that nothing is ever projected and perturbations stay as long as they first were.
+    """
+
+    def project(self, x: Any, x0: Any, epsilon: Any) -> Any:
+        change = x.raw - x0.raw
+        lengths = length(change, "L2").clamp(min=1e-12)
+        factor = (epsilon.raw / lengths).clamp(max=1)
+        return type(x)(x0.raw + change * factor.view(-1, *[1] * (change.ndim - 1)))

@@ -1,0 +1,198 @@
+"""Signs that a network's robustness is not real, measured on every network that is evaluated.
+
+Sources: Athalye et al., ICML 2018, section 3.1 (signs of obfuscated gradients); Carlini et al., "On
+evaluating adversarial robustness", 2019; the checks of AutoAttack (Croce and Hein, ICML 2020).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from robsparse.compute import perturb
+from robsparse.datasets import Part
+from robsparse.evaluation.attacks import Outcome, in_batches, random_search
+from robsparse.schema.sections import Evaluation, Threat
+
+HUGE = 1.0  # an eps at which every image can become every other one
+HUGE_STEPS = 20
+STEPS = (10, 50, 200)
+RANDOM = 1e-4  # largest difference of two passes' logits that counts as rounding
+ZEROS = 0.05  # share of images without a gradient
+_FAR = 1e9  # stands for an infinite difference
+GAP = 0.02  # share of images that a stronger search may still find
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Results of the sanity checks, and why the network is potentially unreliable.
+
+    Numbers are shares of the examined images unless said otherwise.
+
+    numbers: `examined` images; `randomness` (largest difference of two passes' logits);
+        `probabilities` (1 if the outputs are); `nan_logits`; `correct`; `zero_gradient` (of the
+        images that are correct); `chance` (share of the largest class); `huge_eps` (still correct
+        under PGD at eps 1); `pgd_10`, `pgd_50`, `pgd_200` (still correct under so many steps);
+        `black_box_only` (survive 200 steps of PGD, but not random search).
+    """
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+
+    def potentially_unreliable(self, outcomes: list[Outcome]) -> str:
+        """All reasons: those of the sanity checks, and the warnings of the attacks themselves."""
+        said = [*self.reasons, *(text for outcome in outcomes for text in outcome.warnings)]
+        return "; ".join(dict.fromkeys(said))
+
+
+def passes(settings: Evaluation) -> tuple[int, int]:
+    """Forward-and-backward passes and forward-only passes over an image that survives."""
+    return HUGE_STEPS + sum(STEPS), settings.sanity_checks.queries
+
+
+def examine(
+    model: nn.Module, examples: Part, settings: Evaluation, threat: Threat, device: torch.device
+) -> Findings:
+    """Run the sanity checks on the first images. The network stays as it was, in eval mode."""
+    n = min(settings.sanity_checks.n_examples, len(examples))
+    if not n:
+        return Findings()
+    part = Part(examples.x_NCHW[:n], examples.y_N[:n])
+    look = _Look(model, part, settings.batch_size, device)
+    with perturb.no_parameter_gradients(model):
+        numbers = {"examined": float(n), **look.outputs()}
+        numbers["zero_gradient"] = look.zero_gradients() / max(1, int(look.correct.sum()))
+        numbers["huge_eps"] = float(look.survive_pgd(HUGE, HUGE_STEPS).float().mean())
+        for steps in STEPS:
+            survive = look.survive_pgd(threat.eps, steps, threat.norm)
+            numbers[f"pgd_{steps}"] = float(survive.float().mean())
+        broken = look.broken_by_search(
+            survive, threat, settings.sanity_checks.queries, settings.seed
+        )
+        numbers["black_box_only"] = float(broken) / n
+    return Findings(numbers, tuple(_reasons(numbers)))
+
+
+def _reasons(numbers: dict[str, float]) -> list[str]:
+    """What the numbers say, in words. One image more than the limit is no reason yet."""
+    n = numbers["examined"]
+    one, found = 1.5 / n, []
+    if numbers["nan_logits"]:
+        found.append(f"{numbers['nan_logits']:.0f} outputs are not a number")
+    if numbers["randomness"] > RANDOM:
+        found.append(f"randomised: two passes differ by {numbers['randomness']:.2g}")
+    if numbers["probabilities"]:
+        found.append("outputs are probabilities, expected logits")
+    if numbers["zero_gradient"] * numbers["correct"] > max(ZEROS * numbers["correct"], one):
+        found.append(f"no gradient on {numbers['zero_gradient']:.0%} of the images")
+    if numbers["huge_eps"] > numbers["chance"] + one:
+        found.append(
+            f"{numbers['huge_eps']:.0%} still correct at eps 1, where chance is "
+            f"{numbers['chance']:.0%}"
+        )
+    if numbers["pgd_50"] - numbers["pgd_200"] > max(GAP, one):
+        found.append(
+            f"PGD has not converged: {numbers['pgd_50']:.0%} survive 50 steps, "
+            f"{numbers['pgd_200']:.0%} survive 200"
+        )
+    if numbers["black_box_only"] > max(GAP, one):
+        found.append(
+            f"random search breaks {numbers['black_box_only']:.0%} of the images that withstand "
+            "200 steps of PGD"
+        )
+    return found
+
+
+class _Look:
+    """A network and the images that it is examined on."""
+
+    def __init__(self, model: nn.Module, part: Part, size: int, device: torch.device) -> None:
+        self.model, self.part, self.size, self.device = model, part, size, device
+        self.correct = torch.zeros(len(part), dtype=torch.bool)
+
+    def outputs(self) -> dict[str, float]:
+        """What two passes over the images show; `correct` is set by the first."""
+        found = {"randomness": 0.0, "probabilities": 1.0, "nan_logits": 0.0}
+
+        def look(where: slice) -> None:
+            x = self.part.x_NCHW[where].to(self.device)
+            with torch.no_grad():
+                one, other = self.model(x), self.model(x)
+            self.correct[where] = one.argmax(1).cpu() == self.part.y_N[where]
+            apart = (one - other).abs().masked_fill(one.isnan() & other.isnan(), 0.0)
+            # A record holds finite numbers alone.
+            worst = float(apart.nan_to_num(_FAR, _FAR).max())
+            found["randomness"] = max(found["randomness"], worst)
+            found["nan_logits"] += int(one.isnan().any(1).sum())
+            summed = (one.sum(1) - 1).abs().max() < 1e-5
+            found["probabilities"] *= float(one.min() > -1e-5 and bool(summed))
+
+        in_batches(len(self.part), self.size, look, print)
+        found["correct"] = int(self.correct.sum()) / len(self.part)
+        # A network that takes every image for the largest class is right that often at any eps.
+        found["chance"] = int(self.part.y_N.bincount().max()) / len(self.part)
+        return found
+
+    def zero_gradients(self) -> int:
+        """Correct images on which the loss has no gradient at all."""
+        count = 0
+
+        def look(where: slice) -> None:
+            nonlocal count
+            x = self.part.x_NCHW[where].to(self.device).requires_grad_(True)
+            y = self.part.y_N[where].to(self.device)
+            (gradient,) = torch.autograd.grad(perturb.cross_entropy_of(y)(self.model(x)), x)
+            flat = gradient.flatten(1).abs().amax(1).cpu() == 0
+            count += int((self.correct[where] & flat).sum())
+
+        in_batches(len(self.part), self.size, look, print)
+        return count
+
+    def survive_pgd(self, eps: float, steps: int, norm: str = "Linf") -> Tensor:
+        """Which images are correct and stay so under PGD from one random start."""
+        generator = torch.Generator().manual_seed(0)
+        start = perturb.uniform_start(self.part.x_NCHW, eps, generator, norm)
+        survive = self.correct.clone()
+
+        def look(where: slice) -> None:
+            y = self.part.y_N[where].to(self.device)
+            adversarial = perturb.ascend(
+                self.model,
+                self.part.x_NCHW[where].to(self.device),
+                start[where].to(self.device),
+                perturb.cross_entropy_of(y),
+                eps=eps,
+                step_size=perturb.RELATIVE_STEP * eps / steps,
+                steps=steps,
+                norm=norm,
+            )
+            with torch.no_grad():
+                survive[where] &= (self.model(adversarial).argmax(1) == y).cpu()
+
+        in_batches(len(self.part), self.size, look, print)
+        return survive
+
+    def broken_by_search(self, among: Tensor, threat: Threat, queries: int, seed: int) -> int:
+        """How many of some images random search (Square) breaks, which needs no gradient."""
+        index = among.nonzero().squeeze(1)
+        broken = 0
+
+        def look(where: slice) -> None:
+            nonlocal broken
+            x, y = self.part.x_NCHW[index[where]], self.part.y_N[index[where]]
+            x, y = x.to(self.device), y.to(self.device)
+            found = random_search(
+                self.model,
+                x,
+                y,
+                norm=threat.norm,
+                eps=threat.eps,
+                queries=queries,
+                restarts=1,
+                seed=seed,
+            )
+            with torch.no_grad():
+                broken += int((self.model(found).argmax(1) != y).sum())
+
+        in_batches(len(index), self.size, look, print)
+        return broken

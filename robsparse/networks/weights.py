@@ -1,0 +1,126 @@
+"""Weights on disk: writes safetensors; reads safetensors and state dicts saved by torch."""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from robsparse.base.errors import UsageError
+from robsparse.base.files import atomic, read_tensors
+
+_COUNTER = "num_batches_tracked"
+
+
+def save(path: Path, state: dict[str, Tensor]) -> None:
+    """Write a state dict (tensors on the CPU) as safetensors, atomically."""
+    arrays = {name: np.array(value.numpy(), order="C") for name, value in state.items()}
+    with atomic(path) as temporary:
+        safetensors.numpy.save_file(arrays, temporary)
+
+
+def checksum(state: dict[str, Tensor]) -> str:
+    """First 16 hex digits of the SHA-256 of tensors and their names."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode())
+        digest.update(as_bytes(value))
+    return digest.hexdigest()[:16]
+
+
+def bytes_without_zeros(state: dict[str, Tensor]) -> int:
+    """Bytes that tensors take in the smaller of two forms, each tensor in its own.
+
+    The forms are all values, or the nonzero values and a position of 4 bytes for each of them.
+    """
+    return sum(
+        min(value.nbytes, int(value.count_nonzero()) * (value.element_size() + 4))
+        for value in state.values()
+    )
+
+
+def as_bytes(value: Tensor) -> np.ndarray:
+    """The bytes of a tensor of any type, NumPy's or not."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
+    """Fill a plain network with the weights of a file.
+
+    Args:
+        model: the network.
+        path: a safetensors file, or a state dict saved by torch, alone or as the entry
+            "state_dict" or "model" of a dict.
+        match: "names" for a file whose tensors have the names of the network's; "order" for one
+            with the same tensors in the same order under other names.
+
+    Raises UsageError, and leaves the network as it is, when the file is missing or damaged, wants
+    to run code, has missing, unexpected or differently shaped entries, or holds NaN or infinite
+    values.
+    """
+    own = model.state_dict()
+    state = {
+        name if name in own else name.removeprefix("module."): value
+        for name, value in _read(Path(path)).items()
+    }
+    if not any(name.endswith(_COUNTER) for name in state):
+        # Nothing depends on the counters of batch norm, and some files lack them.
+        state |= {name: value for name, value in own.items() if name.endswith(_COUNTER)}
+    expected = {name: value.shape for name, value in own.items()}
+    if match == "order":
+        state = _renamed(path, state, own)
+    for name in sorted(expected.keys() - state.keys()):
+        raise UsageError(f"{path}: the weights '{name}' are missing; is the arch the right one?")
+    for name in sorted(state.keys() - expected.keys()):
+        raise UsageError(f"{path}: unexpected weights '{name}'; is the arch the right one?")
+    for name, value in state.items():
+        if value.shape != expected[name]:
+            raise UsageError(
+                f"{path}: '{name}' has shape {tuple(value.shape)}, expected {tuple(expected[name])}"
+            )
+        # What a network is built with may be infinite, like the mask of an attention layer.
+        if not (value.isfinite() | (value == own[name])).all():
+            raise UsageError(f"{path}: '{name}' holds NaN or infinite values")
+    model.load_state_dict(state)
+
+
+def _renamed(
+    path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a file under our names, one after the other; scalars stay our own."""
+    tensors = [value for value in state.values() if value.ndim]
+    names = [name for name, value in own.items() if value.ndim]
+    if len(tensors) != len(names):
+        raise UsageError(f"{path}: {len(tensors)} tensors, expected {len(names)}, in their order")
+    return own | dict(zip(names, tensors, strict=True))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name. Nothing in it is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            return read_tensors(path, "pt")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such model file") from None
+    except pickle.UnpicklingError as error:
+        refused = "weights_only" in str(error) or "Unsupported" in str(error)
+        raise UsageError(
+            f"{path}: it holds more than tensors and was not opened; expected a state dict "
+            "(torch.save(model.state_dict(), FILE)) or safetensors"
+            if refused
+            else f"{path}: not a readable file of weights"
+        ) from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path}: not a readable file of weights ({said})") from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UsageError(f"{path}: expected a state dict, found {type(content).__name__}")
+    return {str(name): value for name, value in content.items()}

@@ -1,0 +1,34 @@
+"""The files that `robsparse collect` writes, and the columns of those that have no model."""
+
+# Columns that a method's log has besides those of its cell; see robsparse.sparsity.connections.
+STEP_COLUMNS = ("step", "layer", "pruned", "regrown", "active", "age")
+LIFETIME_COLUMNS = ("age", "pruned", "active")
+# What `robsparse collect` writes; MANIFEST has the checksums of the others.
+MANIFEST = "collected.json"
+COLLECTED = (
+    "results.csv",
+    "results.parquet",
+    "layers.csv",
+    "curves.csv",
+    "steps.parquet",
+    "lifetimes.parquet",
+    "weights.csv",
+    "overlap.csv",
+    "sanity_checks.csv",
+    "failures.csv",
+    MANIFEST,
+)
+OVERLAP_COLUMNS = (
+    "dataset",
+    "arch",
+    "objective",
+    "sparsity",
+    "method_a",
+    "seed_a",
+    "selection_a",
+    "method_b",
+    "seed_b",
+    "selection_b",
+    "overlap",
+    "chance",
+)

@@ -1,0 +1,64 @@
+"""The record of one evaluation: a JSON file of its result rows, and the file of its outcomes."""
+
+import dataclasses
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from robsparse.base.errors import UsageError
+from robsparse.base.files import read_json, write_json
+from robsparse.records.rows import Row
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation: result rows, nonzero weights of each layer, and how large the weights are.
+
+    layers: layer, size, nonzero, positions. histogram: counts of nonzero prunable weights whose
+    magnitude is in [low, high). sanity_checks: numbers of
+    robsparse.evaluation.sanity_checks. outcomes: checksum of the file of outcomes of the single images.
+    """
+
+    rows: list[Row]
+    layers: list[dict[str, Any]]
+    histogram: list[dict[str, float]]
+    sanity_checks: dict[str, float]
+    outcomes: str
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write the record of one evaluation."""
+    rows = [row.model_dump() for row in record.rows]
+    rest = {key: value for key, value in vars(record).items() if key != "rows"}
+    write_json(path, {"rows": rows, **rest})
+
+
+def read_record(path: Path) -> Record:
+    """Read back what `write_record` wrote. Raises UsageError naming the field that is wrong."""
+    content = read_json(path)
+    try:
+        if not content["rows"]:
+            raise UsageError(f"{path}: expected at least one row")
+        rows = [Row.model_validate(row) for row in content["rows"]]
+        return Record(rows, *(content[f.name] for f in dataclasses.fields(Record)[1:]))
+    except (KeyError, TypeError):
+        named = ", ".join(f.name for f in dataclasses.fields(Record))
+        raise UsageError(f"{path}: expected {named}; evaluate this network again") from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise UsageError(f"{path}: {key} = {fault['input']!r}: {fault['msg']}") from None
+
+
+def read_flags(path: Path) -> dict[str, Any]:
+    """Outcomes of the single images of one evaluation. Raises UsageError when it is damaged."""
+    import numpy as np  # noqa: PLC0415 (planning the workflow starts sooner without it)
+
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: damaged ({error}); run `robsparse evaluate` again") from None

@@ -1,0 +1,141 @@
+"""Result rows: one measured accuracy each, with what was measured, at what cost and by which code.
+
+`Row` is the only shape of a result. A published accuracy is a row with another `source`.
+"""
+
+import functools
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
+
+from robsparse.schema.fields import radius_fault
+
+Share = Field(ge=0, le=1)
+
+
+class Row(BaseModel):
+    """One measured accuracy. The first nine fields are its key.
+
+    Accuracies and sparsities are fractions in [0,1]. A component is one part of an attack that is
+    made of several; "all" is the attack as a whole. Components run one after the other on the
+    images that are still robust, so the accuracy of one counts all before it. `None` means that
+    the number is not known; it is printed as n/a.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str
+    arch: str
+    method: str
+    objective: str
+    sparsity: float = Field(ge=0, lt=1)
+    seed: int
+    selection: str
+    attack: str
+    component: str
+
+    accuracy: float = Share
+    n_correct: NonNegativeInt
+    n_examples: int = Field(gt=0)
+    ci_low: float = Share
+    ci_high: float = Share
+    classes: int | None = Field(None, gt=0, description="of the data set")
+    chance: float | None = Field(
+        None, ge=0, le=1, description="accuracy of naming the largest class of the whole test set"
+    )
+
+    norm: str
+    eps: float = Field(ge=0)
+    steps: int | None = None
+    restarts: int | None = None
+    version: str | None = None
+    attack_seed: int | None = None
+    warnings: str = ""
+    max_perturbation: float | None = Field(None, ge=0)
+    nan_count: NonNegativeInt = 0
+    attack_seconds: float | None = Field(None, ge=0)
+    attacked_on: Literal["view", "network"] | None = Field(
+        None, description="whose passes the attack used: the frozen view's or the network's own"
+    )
+
+    sparsity_reached: float = Field(ge=0, le=1)
+    nonzero: NonNegativeInt
+    prunable: NonNegativeInt
+    layers: NonNegativeInt
+    dense_macs: NonNegativeInt
+    sparse_macs: NonNegativeInt
+    model_bytes: int = Field(
+        ge=0,
+        description="of all tensors: nonzero values and their positions, or all values",
+    )
+
+    selected_epoch: int | None = None
+    epochs: int | None = None
+    forward_passes: int | None = None
+    backward_passes: int | None = None
+    train_seconds: float | None = None
+    peak_active_weights: int | None = None
+    peak_memory_mb: float | None = None
+    train_device: str | None = None
+    eval_device: str | None = None
+
+    settings_digest: str
+    code_digest: str
+    code_version: str
+    code_dirty: bool
+    libraries: str
+    data_checksum: str
+    model_checksum: str
+    source: Literal["measured"] | str = "measured"
+    origin: str = Field("", description="where the network comes from, in words")
+    failure: str = Field("", description="what went wrong in training; such a row is marked")
+    potentially_unreliable: str = Field(
+        "", description='why the network is, in words; "" if it is not'
+    )
+
+    @model_validator(mode="after")
+    def _radius_is_one(self) -> "Row":
+        if fault := radius_fault(self.norm, self.eps):
+            raise ValueError(f"eps: {fault}")
+        return self
+
+
+KEY = list(Row.model_fields)[:9]
+
+
+@functools.cache
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a binomial share: (low, high), both in [0,1].
+
+    Raises ValueError unless 0 <= successes <= n and n > 0.
+
+    Source: E. B. Wilson, JASA 22 (1927).
+    """
+    from scipy.stats import binomtest  # noqa: PLC0415 (planning the workflow starts sooner without)
+
+    interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def contradiction(row: Any, flags: dict[str, Any]) -> str:
+    """Compare a row with the outcomes of its images.
+
+    Args:
+        row: a Row, or a row of results.csv with the same attributes.
+        flags: outcomes of the images by "attack.component", as in the flags file.
+
+    Returns:
+        The first contradiction, which starts with the name of the column; "" if there is none.
+    """
+    if not math.isclose(row.accuracy, row.n_correct / row.n_examples, abs_tol=1e-12):
+        return f"accuracy = {row.accuracy}: expected {row.n_correct}/{row.n_examples}"
+    interval = wilson_interval(row.n_correct, row.n_examples)
+    for name, expected in zip(("ci_low", "ci_high"), interval, strict=True):
+        if not math.isclose(getattr(row, name), expected, rel_tol=1e-9, abs_tol=1e-12):
+            return f"{name} = {getattr(row, name)}: expected {expected}, Wilson's interval"
+    seen = flags.get(f"{row.attack}.{row.component}", ())
+    for name, expected in (("n_examples", len(seen)), ("n_correct", int(sum(seen)))):
+        if getattr(row, name) != expected:
+            return f"{name} = {getattr(row, name)}: expected {expected}, as in the flags file"
+    return ""

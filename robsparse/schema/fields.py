@@ -1,0 +1,179 @@
+"""Kinds of values that a configuration holds, with what a wrong one is told."""
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from robsparse.base.errors import nearest
+from robsparse.study.cells import LONGEST_NAME, is_name
+
+LARGEST = 2**31  # of any number in a configuration
+
+
+class Strict(BaseModel):
+    """Base of every configuration section: unknown keys are errors, values never change.
+
+    Numbers are at most 2**31, which no setting comes near.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys_and_stray_booleans(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                raise PydanticCustomError(
+                    "unknown_key",
+                    "unknown key, expected one of: {known}{nearest}",
+                    {"key": key, "known": known, "nearest": nearest(key, cls.model_fields)},
+                )
+            if isinstance(data[key], bool) and cls.model_fields[key].annotation is not bool:
+                # pydantic would read `epochs: true` as one epoch
+                raise PydanticCustomError(
+                    "stray_boolean", "expected a value, not true or false", {"key": key}
+                )
+        return data
+
+    @model_validator(mode="after")
+    def _refuse_absurd_numbers(self) -> Self:
+        for key, value in self:
+            numbers = value if isinstance(value, tuple | list) else (value,)
+            if any(isinstance(n, int | float) and abs(n) > LARGEST for n in numbers):
+                raise PydanticCustomError(
+                    "size", "expected a number of at most {most}", {"key": key, "most": LARGEST}
+                )
+        return self
+
+
+class Normalised(Strict):
+    """Parameters of a network that may normalise its images itself: attacks see [0,1] all the same.
+
+    The first layer is then (x - mean) / std; mean, std: one value a channel, for x in [0,1].
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "Normalised":
+        for key, other in (("mean", "std"), ("std", "mean")):
+            if getattr(self, key) is not None and getattr(self, other) is None:
+                raise PydanticCustomError(
+                    "normalised", "expected {other} beside it", {"key": key, "other": other}
+                )
+        return self
+
+
+# A ratio of two decimals, short enough that reading it exactly costs nothing.
+_RATIO = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*/\s*(\d{1,20}(?:\.\d{1,20})?)\s*")
+
+
+def _ratio(value: Any) -> Any:
+    """Read "8/255" and "0.5/255" exactly; leave everything else to pydantic."""
+    found = _RATIO.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return value
+    above, below = map(Fraction, found.groups())
+    return float(above / below) if below else value
+
+
+def _number(value: Any) -> float:
+    """The value as a float, nan if it is none; True is not a number here."""
+    try:
+        return float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")
+
+
+def radius(value: Any) -> float:
+    """A radius or a length of a step as a float: a number above 0, or a ratio as text.
+
+    Raises PydanticCustomError otherwise. What is too large depends on the norm: see `radius_fault`.
+    """
+    number = _number(_ratio(value))
+    if not 0 < number < math.inf:
+        raise PydanticCustomError(
+            "radius", "expected a number above 0 in pixel units, like 0.15 or '8/255'", {}
+        )
+    return number
+
+
+def radius_fault(norm: str, value: float) -> str:
+    """What is wrong with a radius or a step in pixel units in a norm; "" if nothing is.
+
+    In Linf no pixel can change by more than 1. In L2 the length of a perturbation may be above 1.
+    """
+    if norm != "Linf" or value <= 1:
+        return ""
+    hint = f"; nearest match: '{value:g}/255'" if value <= 255 else ""
+    return f"expected a number in (0, 1] pixel units for Linf, like 0.15 or '8/255'{hint}"
+
+
+def _sparsity(value: Any) -> Any:
+    number = _number(value)
+    if not 0 < number < 1:
+        hint = f"; nearest match: {number / 100:g}" if 1 < number < 100 else ""
+        raise PydanticCustomError(
+            "sparsity",
+            "expected a share of zero weights in (0, 1), like 0.95 (0 is the method 'dense'){hint}",
+            {"hint": hint},
+        )
+    if round(number, 4) != number:
+        hint = f"; nearest match: {min(round(number, 4), 0.9999):g}"
+        raise PydanticCustomError(
+            "sparsity", "expected at most four decimals, like 0.9950{hint}", {"hint": hint}
+        )
+    return number
+
+
+@dataclass(frozen=True)
+class Decides:
+    """Marks a setting that names a place on disk.
+
+    content: whether what lies there decides a result; the name itself never does.
+    """
+
+    content: bool
+
+
+CONTENT = Decides(content=True)
+PLACE = Decides(content=False)
+
+
+def _name(value: str) -> str:
+    if not is_name(value):
+        raise PydanticCustomError(
+            "name",
+            "expected a name of at most {most} letters, digits, - and _ that starts with a letter "
+            "or digit",
+            {"most": LONGEST_NAME},
+        )
+    return value
+
+
+def _claimed(value: Any) -> Any:
+    return 0.0 if _number(value) == 0 else _sparsity(value)
+
+
+Name = Annotated[str, AfterValidator(_name)]  # of a part, a file or a folder
+Radius = Annotated[float, BeforeValidator(radius)]
+Sparsity = Annotated[float, BeforeValidator(_sparsity)]
+Claimed = Annotated[float, BeforeValidator(_claimed)]
+Share = Annotated[float, Field(ge=0, lt=1)]

@@ -1,0 +1,45 @@
+"""Trainable scores that decide which weights are kept, for methods that learn their mask."""
+
+import torch
+from torch import Tensor, nn
+
+from robsparse.sparsity.masks import prunable, top_k_mask
+
+
+class _StraightThroughTopK(torch.autograd.Function):
+    """0/1 mask of the k largest |scores|; its gradient is handed to |score| unchanged."""
+
+    @staticmethod
+    def forward(ctx, magnitude: Tensor, k: int) -> Tensor:
+        return top_k_mask(magnitude, k).to(magnitude.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def straight_through_mask(score: Tensor, k: int) -> Tensor:
+    """0/1 mask of the k largest |score|, whose gradient goes to |score| as if it were the mask.
+
+    Source: Ramanujan et al., CVPR 2020 (edge-popup); inspire-group/hydra, behaviour of its layers.
+    """
+    return _StraightThroughTopK.apply(score.abs(), k)
+
+
+def scaled_scores(weight: Tensor) -> Tensor:
+    """Scores sqrt(6 / fan_in) * w / max|w|: they rank weights by magnitude. All 0 if all w are.
+
+    Source: HYDRA (Sehwag et al., NeurIPS 2020), equation 3.
+    """
+    fan_in = weight[0].numel()
+    weight = weight.detach()
+    largest = weight.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
+    return (6 / fan_in) ** 0.5 * weight / largest
+
+
+def all_but_weights(model: nn.Module) -> list[nn.Parameter]:
+    """What is trained while a mask is learned: scores and batch norm, no weight and no bias."""
+    frozen = set()
+    for module in prunable(model).values():
+        frozen |= {id(module.parametrizations.weight.original), id(module.bias)}
+    return [p for p in model.parameters() if id(p) not in frozen]

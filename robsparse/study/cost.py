@@ -1,0 +1,24 @@
+"""What a training step costs, in passes of the network over its batch. No torch in here."""
+
+from collections.abc import Callable
+
+from robsparse.schema.sections import Training
+
+# Forward and backward passes over a batch that one step of each objective costs.
+PASSES: dict[str, Callable[[int], tuple[float, float]]] = {
+    "natural": lambda steps: (1, 1),
+    "at": lambda steps: (steps + 1, steps + 1),
+    "mat": lambda steps: (steps / 2 + 1, steps / 2 + 1),
+    "trades": lambda steps: (steps + 3, steps + 2),
+    "mart": lambda steps: (steps + 2, steps + 2),
+    "rst": lambda steps: (steps + 3, steps + 2),
+}
+
+
+def passes_per_epoch(objective: str, training: Training) -> float:
+    """Forward and backward passes over each labelled training image in one epoch.
+
+    Robust self-training passes over as many further images as its batches mix in.
+    """
+    extra = training.rst_fraction if objective == "rst" else 0.0
+    return sum(PASSES[objective](training.crafting.steps)) / (1 - extra)

@@ -1,0 +1,191 @@
+"""What a study would run, and how long that takes on this machine, from a few timed passes."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robsparse import datasets
+from robsparse.base import registry
+from robsparse.compute.machine import computing, device_name, pick_device, pick_precision, prepare
+from robsparse.evaluation import sanity_checks
+from robsparse.fast import frozen
+from robsparse.networks import construct
+from robsparse.schema.imagesets import Description
+from robsparse.study.cells import Cell, Layout
+from robsparse.study.cost import PASSES
+from robsparse.study.study import Study
+from robsparse.training import objectives
+
+# Shares that are not known before the study is run; the estimate says so.
+ROBUST_SHARE = 0.7
+SECONDS_TO_START_A_JOB = 4.0
+ENOUGH_SECONDS = 0.1  # of one pass, to be timed well
+
+
+class Clock:
+    """Seconds for one pass over one image, timed once for all cells that it is the same for."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.device = pick_device(study.machine.device)
+        self.timed: dict[tuple[Hashable, ...], float] = {}
+
+    @functools.cache  # noqa: B019 (a clock lives as long as the command)
+    def data(self, dataset: str) -> Description:
+        """Shape and size of a data set; nothing is downloaded where they are known."""
+        return datasets.describe(self.study.base("dataset", dataset), self.study.datasets[dataset])
+
+    def step(self, cell: Cell) -> float:
+        """Training step of the dense network, per image."""
+        training = self.study.training_of(cell)
+        objective = objectives.of(cell.objective, training)
+        attacker = objectives.attacker_of(self.study, cell, torch.Generator(self.device))
+        # One crafting step is timed; the others cost as much as the gradient pass that it is.
+        one = attacker.crafting.model_copy(update={"steps": 1})
+        attacker = dataclasses.replace(attacker, crafting=one)
+        precision = pick_precision(training.precision, self.device)
+
+        def work(model: nn.Module, x: Tensor, y: Tensor) -> None:
+            with computing(precision, self.device):
+                loss = objective(model, x, y, attacker)
+            loss.backward()
+
+        key = ("step", cell.dataset, cell.arch, cell.objective, training)
+        once = self._time(key, cell, work)
+        passes = PASSES[cell.objective]
+        steps = training.crafting.steps
+        return once + (passes(steps)[1] - passes(1)[1]) * self.gradient(cell, attacker.precision)
+
+    def gradient(self, cell: Cell, precision: str = "fp32") -> float:
+        """Gradient of the input on the frozen view, per image."""
+        dtype = torch.bfloat16 if precision == "bf16" else None
+
+        def work(model: nn.Module, x: Tensor, _: Tensor) -> None:
+            view = frozen.view_of(model.eval(), x, dtype)
+            torch.autograd.grad(view(x.requires_grad_(True)).sum(), x)
+
+        return self._time(("gradient", cell.dataset, cell.arch, precision), cell, work)
+
+    def forward(self, cell: Cell) -> float:
+        """Forward pass, per image."""
+        return self._time(
+            ("forward", cell.dataset, cell.arch), cell, lambda model, x, y: model(x.detach())
+        )
+
+    def _time(self, key: tuple[Hashable, ...], cell: Cell, work: Callable) -> float:
+        if key not in self.timed:
+            data = self.data(cell.dataset)
+            model = construct.build(self.study, cell, data.image_shape, data.classes)
+            model = model.to(self.device)
+            size = min(self.study.training_of(cell).batch_size, data.train_examples)
+            x = torch.rand(size, *data.image_shape, device=self.device)
+            y = torch.zeros(size, dtype=torch.int64, device=self.device)
+            self.timed[key] = _seconds_per_image(lambda n: work(model, x[:n], y[:n]), size)
+        return self.timed[key]
+
+
+def describe(study: Study, layout: Layout, cores: int) -> str:
+    """One line a cell with its state and estimated time, then the total."""
+    prepare(study.machine.threads)
+    clock = Clock(study)
+    lines = [
+        f"{study.title}: {len(study.cells())} networks, "
+        f"{len(study.cells()) * len(study.evaluation.selections)} evaluations",
+        *study.left_out(),
+        "",
+    ]
+    total = longest = 0.0
+    for cell in study.cells():
+        training = 0.0 if layout.training(cell).exists() else training_seconds(clock, cell)
+        evaluation = sum(
+            0.0
+            if layout.evaluation(cell, selection).exists()
+            else evaluation_seconds(clock, cell, selection)
+            for selection in study.evaluation.selections
+        )
+        total += training + evaluation
+        longest = max(longest, training + evaluation)
+        lines.append(f"{cell.key:60s} train {_text(training)}   attack {_text(evaluation)}")
+    return "\n".join([*lines, "", *_total(study, clock, total, longest, cores)])
+
+
+def _total(study: Study, clock: Clock, total: float, longest: float, cores: int) -> list[str]:
+    on_gpu = clock.device.type == "cuda"
+    hours, unit = total / 3600, "GPU-hours" if on_gpu else "hours of one job"
+    assumed = f"assumes that {ROBUST_SHARE:.0%} of the images survive each attack"
+    lines = [f"{hours:.3g} {unit} on {device_name(clock.device)}; {assumed}"]
+    if on_gpu:
+        return [*lines, "start it: snakemake --cores N, with as many gpu resources as there are"]
+    at_once = max(1, cores // study.machine.threads)
+    wall = max(total / at_once, longest)
+    return [
+        *lines,
+        f"about {_text(wall).strip()} with {cores} cores, {at_once} jobs at a time",
+        f"start it: snakemake --cores {cores}",
+    ]
+
+
+def training_seconds(clock: Clock, cell: Cell) -> float:
+    """Estimated training time of a cell, without that of the cell it starts from."""
+    study = clock.study
+    if study.is_external(cell.method):
+        return SECONDS_TO_START_A_JOB
+    method = registry.load("method", study.base("method", cell.method))
+    fits = [s.fit for s in method.stages(study.planned[cell].params)]
+    training = study.training_of(cell)
+    size, examples = training.batch_size, clock.data(cell.dataset).train_examples
+    labelled = size - int(size * training.rst_fraction) * (cell.objective == "rst")
+    steps = max(1, examples // labelled)
+    once = sum(fit.epochs for fit in fits) * clock.step(cell)
+    once += sum(fit.epochs * fit.clean_passes for fit in fits) * clock.forward(cell)
+    return SECONDS_TO_START_A_JOB + steps * min(size, examples) * once
+
+
+def evaluation_seconds(clock: Clock, cell: Cell, selection: str) -> float:
+    """Estimated time of all attacks on one set of weights."""
+    settings = clock.study.evaluation
+    seconds = SECONDS_TO_START_A_JOB
+    for name in settings.selections[selection]:
+        params = settings.attacks[name]
+        attack = registry.load("attack", clock.study.base("attack", name))
+        gradients, forwards = attack.passes(params)
+        each = gradients * clock.gradient(cell) + forwards * clock.forward(cell)
+        seconds += settings.n_examples * ROBUST_SHARE * each
+    looked = min(settings.sanity_checks.n_examples, settings.n_examples)
+    gradients, forwards = sanity_checks.passes(settings)
+    each = gradients * clock.gradient(cell) + forwards * clock.forward(cell)
+    return seconds + looked * ROBUST_SHARE * each
+
+
+def _seconds_per_image(work: Callable[[int], Any], most: int) -> float:
+    """Median over repeats, with as many images as take about a tenth of a second."""
+    images, seconds = min(4, most), _seconds(work, min(4, most))
+    while images < most and seconds < ENOUGH_SECONDS:
+        images = min(2 * images, most)
+        seconds = _seconds(work, images)
+    repeats = 1 + int(seconds < 1) * 4
+    return statistics.median(_seconds(work, images) for _ in range(repeats)) / images
+
+
+def _seconds(work: Callable[[int], Any], images: int) -> float:
+    began = time.perf_counter()
+    work(images)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _text(seconds: float) -> str:
+    if seconds == 0:
+        return "    done"
+    if seconds < 600:
+        return f"{seconds:6.0f} s"
+    if seconds < 36000:
+        return f"{seconds / 60:4.0f} min"
+    return f"{seconds / 3600:6.0f} h"

@@ -1,0 +1,52 @@
+"""Starts a new method from the template."""
+
+import ast
+import re
+
+from robsparse.base import registry
+from robsparse.base.errors import UsageError
+from robsparse.base.files import atomic
+
+
+def new_method(name: str, label: str | None = None) -> str:
+    """Copy baselines/template.py to a file called `name` beside it; say what to do next.
+
+    Raises UsageError when the name is no Python name or already taken.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UsageError(
+            f"'{name}': expected a name of small letters, digits and _, starting with a letter"
+        )
+    template = registry.entry("method", "template")
+    path = template.path.with_name(f"{name}.py")
+    if name in registry.names("method") or path.exists():
+        raise UsageError(f"'{name}': this method exists already; expected another name")
+    printed = label or name.replace("_", " ").capitalize()
+    with atomic(path) as temporary:
+        temporary.write_text(_filled_in(template.path.read_text(), name, printed))
+    return (
+        f"written: {path}\n"
+        f"next: fill in its hooks, add '{name}' to grid.methods of a config, then\n"
+        f"  robsparse check CONFIG && snakemake --cores 2 --configfile CONFIG\n"
+        f"  python -m pytest tests/contract/test_methods.py -k {name}"
+    )
+
+
+def _filled_in(text: str, name: str, label: str) -> str:
+    old = ast.get_docstring(ast.parse(text), clean=False) or ""
+    new = (
+        f"{_escaped(label)}: what it does, in one sentence.\n\n"
+        "Source: the paper (authors, venue, equation) or repository that it comes from.\n"
+    )
+    camel = "".join(part.capitalize() for part in name.split("_"))
+    text = text.replace(old, new, 1).replace("TemplateStage", f"{camel}Stage")
+    return re.sub(r'^LABEL = ".*"$', lambda _: f"LABEL = {_quoted(label)}", text, flags=re.M)
+
+
+def _quoted(text: str) -> str:
+    return f'"{_escaped(text)}"'
+
+
+def _escaped(text: str) -> str:
+    """As it stands between double quotes in Python."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')

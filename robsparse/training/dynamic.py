@@ -1,0 +1,194 @@
+"""Dynamic sparse training: a mask of fixed size whose smallest weights give way to new ones.
+
+Shared by the methods that prune and regrow every so many steps (SET, RigL, Flying Bird, gradual
+magnitude pruning); BCS rewires at every step and by other rules.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from robsparse.schema.sections import Fit
+from robsparse.sparsity.connections import ConnectionLog
+from robsparse.sparsity.masks import erk_keep_counts, prunable, random_masks, rankable
+from robsparse.training.stages import Run, Stage
+
+NEW_WEIGHT = 1e-12
+
+
+class _PassGradient(torch.autograd.Function):
+    """w * mask, with a gradient that reaches masked weights too."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class OpenMask(nn.Module):
+    """Parametrisation w -> w * mask that shows the stage what gradient a masked weight would get.
+
+    The stage must take that gradient away before the optimiser sees it: `MaskedStage` does.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _PassGradient.apply(weight, self.mask)
+
+
+class MaskedStage(Stage):
+    """Train under masks that the stage may change: `initial_masks` and `before_masking`."""
+
+    def initial_masks(self, run: Run) -> dict[str, Tensor]:
+        """Bool masks of all prunable layers; all weights unless a method says otherwise."""
+        return {
+            name: torch.ones_like(module.weight, dtype=torch.bool)
+            for name, module in prunable(run.model).items()
+        }
+
+    def before_masking(self, run: Run) -> None:
+        """Called at each step with the gradients of all weights, masked ones included."""
+
+    def before_fit(self, run: Run) -> None:
+        masks = self.initial_masks(run)
+        for name, module in prunable(run.model).items():
+            parametrize.register_parametrization(module, "weight", OpenMask(masks[name]))
+            module.parametrizations.weight.original.data.mul_(masks[name])
+
+    def before_step(self, run: Run) -> None:
+        self.before_masking(run)
+        for _, weight, layer in masked_layers(run.model):
+            if weight.grad is not None:
+                weight.grad.mul_(layer.mask)
+
+    def active_weights(self, run: Run) -> int:
+        return sum(int(layer.mask.sum()) for _, _, layer in masked_layers(run.model))
+
+
+class DynamicStage(MaskedStage):
+    """Every so often drop the smallest weights of each layer and grow as many elsewhere.
+
+    A method says when (`due`), how many (`fraction`) and where (`growth_scores`). New weights have
+    no momentum and the value NEW_WEIGHT, which is 0 to every sum but still counts as live where no
+    gradient comes. A connection that is dropped and grown in the same update has not changed: it
+    keeps its value and its momentum, so an update leaves a layer without zeros as it is. (That is
+    what the authors of RigL do, `reinit_when_same=False`, and those of Flying Bird.)
+    """
+
+    # Whether the step of an update changes the mask in place of the weights.
+    update_replaces_step = False
+    # Whether a connection that is dropped and grown in the same update starts again as a new one.
+    restarts_regrown = False
+
+    def __init__(self, fit: Fit) -> None:
+        super().__init__(fit)
+        self.is_due = False
+        self.gradients: dict[str, Tensor] = {}
+        self.changes: list[tuple[Tensor, Tensor]] = []
+
+    def initial_masks(self, run: Run) -> dict[str, Tensor]:
+        """Random positions, Erdos-Renyi-Kernel shares of layers."""
+        return random_masks(run.model, erk_keep_counts(run.model, run.sparsity), run.generator)
+
+    def due(self, run: Run) -> bool:
+        """Whether the mask is updated at this step."""
+        raise NotImplementedError
+
+    def fraction(self, run: Run) -> float:
+        """Share of a layer's live weights that is exchanged."""
+        raise NotImplementedError
+
+    def dropped_count(self, run: Run, mask: Tensor) -> int:
+        """How many of a layer's live weights give way, rounded down."""
+        return int(self.fraction(run) * int(mask.sum()))
+
+    def to_drop(self, run: Run, weight: Tensor, mask: Tensor) -> Tensor:
+        """Flat positions of the live weights that give way: the smallest ones."""
+        count = self.dropped_count(run, mask)
+        size = torch.where(mask, weight.abs(), torch.inf).flatten()
+        return size.topk(count, largest=False).indices
+
+    def growth_scores(self, run: Run, gradient: Tensor) -> Tensor:
+        """Among masked positions those with the largest scores come alive."""
+        raise NotImplementedError
+
+    def before_fit(self, run: Run) -> None:
+        super().before_fit(run)
+        live = {name: layer.mask for name, _, layer in masked_layers(run.model)}
+        run.connections = ConnectionLog(live, run.log_every)
+
+    def before_masking(self, run: Run) -> None:
+        self.is_due = self.due(run)
+        if self.is_due and self.update_replaces_step:
+            self._update(run)
+            for group in run.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # which leaves it out of this step altogether
+        elif self.is_due:
+            self.gradients = {n: w.grad.clone() for n, w, _ in masked_layers(run.model)}
+
+    def after_step(self, run: Run) -> None:
+        if self.is_due and not self.update_replaces_step:
+            self._update(run)
+        none = torch.zeros(0, dtype=torch.int64, device=next(run.model.parameters()).device)
+        changes = self.changes or [(none, none) for _ in masked_layers(run.model)]
+        run.connections.record_by_layer([c[0] for c in changes], [c[1] for c in changes])
+        self.changes, self.gradients = [], {}
+
+    def _update(self, run: Run) -> None:
+        with torch.no_grad():
+            for name, weight, layer in masked_layers(run.model):
+                gradient = self.gradients.get(name, weight.grad)
+                self.changes.append(self._exchange(run, weight, layer.mask, gradient))
+
+    def _exchange(
+        self, run: Run, weight: Tensor, mask: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Update one layer's mask; returns the positions that were dropped and those grown."""
+        dropped = self.to_drop(run, rankable(weight), mask)
+        old = mask.flatten().clone()
+        mask.view(-1)[dropped] = False
+        scores = rankable(self.growth_scores(run, gradient))
+        scores = torch.where(mask, -torch.inf, scores).flatten()
+        grown = scores.topk(len(dropped)).indices
+        mask.view(-1)[grown] = True
+        new = mask.flatten()
+        if not self.restarts_regrown:
+            dropped, grown = _where(old & ~new), _where(new & ~old)
+        weight.view(-1)[dropped] = 0.0
+        weight.view(-1)[grown] = NEW_WEIGHT
+        velocity = run.optimizer.state[weight].get("momentum_buffer")
+        if velocity is not None:
+            velocity.view(-1)[torch.cat([dropped, grown])] = 0.0
+        return _where(old & ~new), _where(new & ~old)
+
+
+def masked_layers(model: nn.Module) -> list[tuple[str, nn.Parameter, OpenMask]]:
+    """Name, trainable weight and mask of each prunable layer."""
+    return [
+        (name, module.parametrizations.weight.original, module.parametrizations.weight[0])
+        for name, module in prunable(model).items()
+    ]
+
+
+def set_masks(run: Run, masks: dict[str, Tensor]) -> None:
+    """Replace all masks; weights outside them become 0, without momentum."""
+    with torch.no_grad():
+        for name, weight, layer in masked_layers(run.model):
+            layer.mask.copy_(masks[name])
+            weight.mul_(layer.mask)
+            velocity = run.optimizer.state[weight].get("momentum_buffer")
+            if velocity is not None:
+                velocity.mul_(layer.mask)
+
+
+def _where(mask: Tensor) -> Tensor:
+    return mask.nonzero().squeeze(1)

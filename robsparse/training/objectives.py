@@ -1,0 +1,169 @@
+"""Training objectives: each returns the loss of one batch as a scalar that carries gradients.
+
+The model is in train mode when an objective is called; crafting switches it by `Crafting.bn_mode`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robsparse.compute import perturb
+from robsparse.compute.machine import computing, pick_precision
+from robsparse.fast import frozen
+from robsparse.schema import Crafting, Training
+from robsparse.study.cells import Cell
+from robsparse.study.study import Study
+
+# (x, eps, generator, norm) -> first iterate
+Start = Callable[[Tensor, float, torch.Generator, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """Crafts training examples under the threat of the study with its own random numbers.
+
+    `precision` is what the passes compute in: fp32, tf32 or bf16. `scale` in (0, 1] shortens eps
+    and step_size alike, for a warm-up. `crafted_on` collects what the passes used so far: "view",
+    "network" or both.
+    """
+
+    eps: float
+    crafting: Crafting
+    generator: torch.Generator
+    norm: str = "Linf"
+    precision: str = "fp32"
+    scale: float = 1.0
+    crafted_on: set[str] = field(default_factory=set, compare=False)
+
+    def scaled(self, scale: float) -> "Attacker":
+        """The same attacker, its random numbers shared, with a shorter reach."""
+        return replace(self, scale=scale)
+
+    def attack_labels(
+        self, model: nn.Module, x: Tensor, y: Tensor, start: Start = perturb.uniform_start
+    ) -> Tensor:
+        """Maximise the cross entropy with y_N, from a uniform random start unless told."""
+        return self._craft(model, x, start, perturb.cross_entropy_of(y))
+
+    def attack_outputs(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Maximise the KL divergence from the model's own clean output, from x + 0.001 N(0,1)."""
+        with self._view(model, x) as view, torch.no_grad():
+            clean_logits = view(x)
+        return self._craft(model, x, perturb.gaussian_start, perturb.divergence_from(clean_logits))
+
+    def _craft(self, model: nn.Module, x: Tensor, start: Start, loss: perturb.Loss) -> Tensor:
+        eps = self.scale * self.eps
+        with self._view(model, x) as view:
+            return perturb.ascend(
+                view,
+                x,
+                start(x, eps, self.generator, self.norm),
+                loss,
+                eps=eps,
+                step_size=self.scale * self.crafting.step_size,
+                steps=self.crafting.steps,
+                norm=self.norm,
+            )
+
+    @contextmanager
+    def _view(self, model: nn.Module, x: Tensor) -> Iterator[nn.Module]:
+        """What images are crafted on: the frozen view, unless batch norm follows the batch."""
+        with perturb.batch_norm_mode(model, self.crafting.bn_mode):
+            view, precision = model, self.precision
+            if self.crafting.bn_mode == "eval":
+                dtype = torch.bfloat16 if precision == "bf16" else None
+                view = frozen.view_of(model, x, dtype, self.crafting.backend)
+            if view is not model and precision == "bf16":
+                precision = "fp32"  # bf16 is in the view's weights; autocast would round its logits
+            with computing(precision, x.device):
+                yield view
+            if len(x):
+                self.crafted_on.add(frozen.used(view))
+
+
+def attacker_of(study: Study, cell: Cell, generator: torch.Generator) -> Attacker:
+    """What crafts the training examples of a cell, on the device of the generator."""
+    crafting, threat = study.training_of(cell).crafting, study.training_threat(cell)
+    precision = pick_precision(crafting.precision, generator.device)
+    return Attacker(threat.eps, crafting, generator, threat.norm, precision)
+
+
+def natural(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
+    """Cross entropy on clean images."""
+    return F.cross_entropy(model(x), y)
+
+
+def at(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
+    """Cross entropy on PGD images alone. Source: Madry et al., ICLR 2018, equation 2.1."""
+    return F.cross_entropy(model(attacker.attack_labels(model, x, y)), y)
+
+
+def mat(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
+    """Mixed-batch adversarial training: the first half of the batch attacked, the rest clean.
+
+    Of an odd number the clean part is the larger one, so a single image stays clean.
+    Both halves are one batch for batch norm and weigh the same in the mean.
+    Source: Kurakin et al., ICLR 2017, section 3; the halves as in the BCS authors' released code.
+    """
+    half = len(x) // 2
+    adversarial = attacker.attack_labels(model, x[:half], y[:half])
+    return F.cross_entropy(model(torch.cat([adversarial, x[half:]])), y)
+
+
+def trades(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
+    """Clean cross entropy + beta * mean KL(clean || adversarial).
+
+    The gradient flows through both branches, each of which is a batch of its own for batch norm.
+    Robust self-training (rst) is this on batches of labelled and pseudo-labelled images.
+    Source: Zhang et al., ICML 2019, equation 5; yaodongyu/TRADES for the start of the attack;
+    Carmon et al., NeurIPS 2019, for self-training.
+    """
+    adversarial = attacker.attack_outputs(model, x)
+    clean_logits, adversarial_logits = model(x), model(adversarial)
+    divergence = F.kl_div(
+        F.log_softmax(adversarial_logits, dim=1),
+        F.softmax(clean_logits, dim=1),
+        reduction="batchmean",
+    )
+    return F.cross_entropy(clean_logits, y) + beta * divergence
+
+
+def mart(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
+    """Boosted cross entropy + beta * mean of KL(clean || adversarial) * (1 - p_y(clean)).
+
+    With p the adversarial probabilities, the boosted cross entropy is
+    -log p_y - log(1.0001 - max over k != y of p_k): it also pushes down the likeliest wrong class.
+    The images maximise the cross entropy from x + 0.001 N(0,1).
+    Source: Wang et al., ICLR 2020, equations 8 to 11; YisenWang/MART for the small numbers that
+    keep logarithms and weights from 0 (1e-12, 1.0001 and 1.0000001), which the paper does not have.
+    """
+    adversarial = attacker.attack_labels(model, x, y, perturb.gaussian_start)
+    clean_logits, adversarial_logits = model(x), model(adversarial)
+    label = F.one_hot(y, adversarial_logits.shape[1]).bool()
+    p = F.softmax(adversarial_logits, dim=1)
+    likeliest_wrong = p.masked_fill(label, 0.0).amax(dim=1)
+    log_not_wrong = (1.0001 - likeliest_wrong + 1e-12).log()
+    boosted = F.cross_entropy(adversarial_logits, y) - log_not_wrong.mean()
+    clean = F.softmax(clean_logits, dim=1)
+    divergence = F.kl_div((p + 1e-12).log(), clean, reduction="none")
+    return boosted + beta * (divergence.sum(dim=1) * (1.0000001 - clean[label])).mean()
+
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "natural": natural,
+    "at": at,
+    "mat": mat,
+    "trades": trades,
+    "mart": mart,
+    "rst": trades,
+}
+
+
+def of(name: str, training: Training) -> Callable[[nn.Module, Tensor, Tensor, Attacker], Tensor]:
+    """The named objective with beta filled in."""
+    function, beta = OBJECTIVES[name], training.beta
+    return lambda model, x, y, attacker: function(model, x, y, attacker, beta)
