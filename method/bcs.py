@@ -19,8 +19,8 @@ Where this differs from the authors' code, and the switch that brings their beha
 - A layer never gets more regrowths than it has dormant positions; the remainder is drawn again
   over the others. Theirs stops with a shape error, so there is no switch.
 - Theirs shuffles all dormant positions of a layer at every step; here positions are tried at random
-  until enough are dormant, which comes to the same distribution (`robsparse.sparsity.wiring`). On a GPU, a
-  regrowth that found no place in a fixed number of tries comes one step later.
+  until enough are dormant, which comes to the same distribution (`robsparse.sparsity.wiring`). On
+  a GPU, a regrowth that found no place in a fixed number of tries comes one step later.
 Kept as theirs, with another choice offered: `momentum`, `regrowth`, `noise_scale` or
 `temperature`, `rewiring`; of `train`: `decay` (sgdw: not multiplied by lr, on theta, biases and
 batch norm alike) and `velocity`.

@@ -1,4 +1,4 @@
-"""What every package uses: errors, the registry of parts, counts of weights.
+"""What every package uses: errors, names, the registry of parts, counts of weights.
 
 Imports no other package of robsparse and no torch.
 """

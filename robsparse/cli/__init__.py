@@ -1,4 +1,4 @@
 """The command line.
 
-Imports anything, late, so that a command starts fast.
+Imports every package, but only when a command needs it: a command starts fast.
 """

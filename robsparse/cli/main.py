@@ -14,10 +14,10 @@ from pathlib import Path
 from robsparse import __version__
 from robsparse.base.errors import RunError, UsageError, nearest
 from robsparse.schema.sections import MOST_THREADS
-from robsparse.schema.sources import Target
 from robsparse.study import checks, loading
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
+from robsparse.study.targets import Target
 
 EXIT_FAILED, EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 1, 2, 75, 130
 

@@ -1,4 +1,4 @@
 """One network under attack: the attack interface, the sanity checks and the record.
 
-Imports fast, networks and what is below them; never training.
+Imports fast and what is below it; never training.
 """

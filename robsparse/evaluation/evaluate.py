@@ -29,11 +29,11 @@ from robsparse.records import provenance
 from robsparse.records.evaluation_record import Record, read_record, write_record
 from robsparse.records.rows import KEY, Row, wilson_interval
 from robsparse.schema import AttackParams, Evaluation, Selection, Threat
-from robsparse.schema.sources import Target
 from robsparse.sparsity.masks import prunable
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout, derive_seed
 from robsparse.study.study import Study
+from robsparse.study.targets import Target
 
 
 class EvaluationError(RunError):

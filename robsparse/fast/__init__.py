@@ -1,4 +1,4 @@
-"""The same outputs and input gradients as a network gives, sooner.
+"""Gives the outputs and input gradients of a network in less time.
 
-Imports models, compute and what is below them.
+Imports networks and what is below it.
 """

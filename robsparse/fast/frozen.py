@@ -5,8 +5,8 @@ and the gradient of the input. The view forms each weight once, folds batch norm
 convolution before it, lays tensors out as the device's convolutions want them, and rectifies in
 place. Its outputs are those of the network to rounding.
 
-A view is compared with its network before it is used (`robsparse.fast.proof`): on the images at hand
-when it is made, again when the structure of the network has changed, and for images of another
+A view is compared with its network before it is used (`robsparse.fast.proof`): on the images at
+hand when it is made, again when the structure of the network has changed, and for images of another
 shape, type or device. The network itself is used where they differ, and where the network does
 what a view cannot follow: hooks, random numbers, state that a pass changes, a tensor rewritten in
 place that is used again, a module in train mode. One line says why.

@@ -1,4 +1,4 @@
 """Builds a network, reads and writes its weights, and opens external models.
 
-Imports models, datasets, study and what is below them.
+Imports models, datasets, sparsity and what is below them.
 """

@@ -19,7 +19,8 @@ class Record:
 
     layers: layer, size, nonzero, positions. histogram: counts of nonzero prunable weights whose
     magnitude is in [low, high). sanity_checks: numbers of
-    robsparse.evaluation.sanity_checks. outcomes: checksum of the file of outcomes of the single images.
+    robsparse.evaluation.sanity_checks. outcomes: checksum of the file of outcomes of the single
+    images.
     """
 
     rows: list[Row]

@@ -1,4 +1,4 @@
-"""The sections of a config as pydantic models, and the names that a method's `Params` may use.
+"""The sections of a config as pydantic models, and the names that a `Params` model may use.
 
 Imports base alone and no torch.
 """

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from robsparse.base.errors import nearest
-from robsparse.study.cells import LONGEST_NAME, is_name
+from robsparse.base.names import LONGEST_NAME, is_name
 
 LARGEST = 2**31  # of any number in a configuration
 

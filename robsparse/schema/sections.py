@@ -355,7 +355,7 @@ class AttackParams(Strict):
 
 
 class SanityChecks(Strict):
-    """Tests of every evaluated network for obfuscated gradients; see robsparse.evaluation.sanity_checks."""
+    """Tests of every network for obfuscated gradients: `robsparse.evaluation.sanity_checks`."""
 
     n_examples: NonNegativeInt = Field(
         100, description="the first n images of the evaluation; 0: no sanity checks"

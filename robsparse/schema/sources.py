@@ -1,14 +1,12 @@
-"""Where a network comes from, and which of its weights are attacked. No torch in here.
+"""Where a network comes from. No torch in here.
 
-Training, the workflow, evaluation, collection, figures and export ask a Source; robsparse.networks.construct
-opens what it describes.
+Training, the workflow, evaluation, collection, figures and export ask a Source;
+`robsparse.networks.construct` opens what it describes.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from robsparse.study.cells import Cell, Layout
 
 # Stands for the arch of networks of foreign code that share a table with no arch of the study.
 ELSEWHERE = "elsewhere"
@@ -50,41 +48,3 @@ class Source:
         if self.file:
             return f"file {self.file.name}"
         return f"{self.kind} {self.name}" if self.external else "trained here"
-
-
-@dataclass(frozen=True)
-class Target:
-    """Which weights of a cell are attacked, and where the outcome is written.
-
-    weights: the file that they are loaded from; None for those that the network is built with.
-    """
-
-    weights: Path | None
-    match: Match
-    record: Path
-    flags: Path
-
-    @classmethod
-    def of_study(cls, layout: Layout, cell: Cell, selection: str) -> "Target":
-        """The cell's own weights, trained or taken in; the outcome is one of the study's."""
-        return cls(
-            layout.model(cell, selection),
-            "names",
-            layout.evaluation(cell, selection),
-            layout.flags(cell, selection),
-        )
-
-    @classmethod
-    def of_file(cls, path: Path, match: Match) -> "Target":
-        """Other weights; the outcome lies beside them and never mixes with the study's."""
-        return cls(path, match, *_beside(path))
-
-    @classmethod
-    def as_built(cls, results: Path, source: Source) -> "Target":
-        """The weights that foreign code builds its network with."""
-        return cls(None, "names", *_beside(results / source.kind / source.name.replace(":", ".")))
-
-
-def _beside(path: Path) -> tuple[Path, Path]:
-    """Record and flags of a network, named after `path`."""
-    return path.with_name(f"{path.name}.evaluation.json"), path.with_name(f"{path.name}.flags.npz")

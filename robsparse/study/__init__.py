@@ -1,4 +1,4 @@
-"""One config file, read, checked and resolved into cells, and the fingerprints of its results.
+"""One config file, read, checked and resolved into cells; the fingerprints of its results.
 
-Imports base, schema and records and no torch.
+Imports records and what is below it and no torch.
 """

@@ -7,22 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robsparse.base.errors import UsageError
+from robsparse.base.names import LONGEST_NAME, NAME, is_name
 
-LONGEST_NAME = 64
-_NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
 _KEY = re.compile(
-    f"(?P<dataset>{_NAME})/(?P<arch>{_NAME})/(?P<method>{_NAME})/(?P<objective>{_NAME})"
+    f"(?P<dataset>{NAME})/(?P<arch>{NAME})/(?P<method>{NAME})/(?P<objective>{NAME})"
     r"/s(?P<sparsity>0\.[0-9]{4})/seed(?P<seed>[0-9]+)"
 )
-
-
-def is_name(text: str) -> bool:
-    """Whether a text may be part of a path and of a command as it is.
-
-    It is of letters, digits, - and _, starts with a letter or digit and is not longer than
-    LONGEST_NAME.
-    """
-    return len(text) <= LONGEST_NAME and re.fullmatch(_NAME, text) is not None
 
 
 @dataclass(frozen=True, order=True)

@@ -147,8 +147,8 @@ def figures(study: Study, captions: list[Path]) -> Fingerprint:
 def part(network: str, attack: str, **decided: Any) -> str:
     """What decides the outcome of a kept part of an attack, besides the attack's own parameters.
 
-    network: what is attacked and on which images, see `robsparse.evaluation.attacks.identity`. attack: its
-    module. decided: all else, such as norm, eps, seed, batch size and device.
+    network: what is attacked and on which images, see `robsparse.evaluation.attacks.identity`.
+    attack: its module. decided: all else, such as norm, eps, seed, batch size and device.
     """
     code = source_code.digest(f"{source_code.PACKAGE}.evaluation", attack)
     return digest([network, code, provenance.libraries(), decided])

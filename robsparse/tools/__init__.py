@@ -1,4 +1,4 @@
-"""Commands beside training and evaluation: benchmarks, planning, a new method's file, export.
+"""Commands beside training and evaluation: benchmarks, planning, a new method, export.
 
 Imports anything but cli.
 """

@@ -338,7 +338,7 @@ CASES: dict[str, Callable[[Settings], Iterator[Row]]] = {
 @functools.cache
 def _textbook() -> ModuleType:
     """benchmarks/textbook.py of the checkout. Raises UsageError where there is none."""
-    path = Path(__file__).parent.parent / "benchmarks" / "textbook.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "textbook.py"
     if not path.exists():
         raise UsageError(f"{path}: not there; bench runs in a checkout of the repository")
     spec = importlib.util.spec_from_file_location("textbook", path)

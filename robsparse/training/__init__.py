@@ -1,4 +1,4 @@
 """The one training loop, its stages, objectives, batches and checkpoints.
 
-Imports fast, networks and what is below them; never evaluation.
+Imports fast and what is below it; never evaluation.
 """

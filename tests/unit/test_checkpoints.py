@@ -41,7 +41,8 @@ def test_lock_is_free_again_after_the_block(fails, tmp_path):
 
 def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from robsparse.training.checkpoints import locked\n"
+        "import sys, time; from pathlib import Path\n"
+        "from robsparse.training.checkpoints import locked\n"
         "with locked(Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from robsparse.base.errors import UsageError
 from robsparse.figures import plots_of, tables_of
-from robsparse.schema.sources import Target
 from robsparse.study import loading
 from robsparse.study.cells import Cell, Layout
+from robsparse.study.targets import Target
 
 STUDY = {
     "study": "made_up",

@@ -109,8 +109,9 @@ def test_literals_read_from_the_text_are_those_of_the_import(kind, name):
 def test_reading_registry_and_a_study_loads_no_torch(repository):
     heavy = ["torch", "torchvision", "sklearn", "pyautoattack", "matplotlib", "numpy", "pandas"]
     code = (
-        "import sys, json; from robsparse.study import loading; from robsparse.base import registry; from robsparse.study import fingerprints\n"
-        "study = config.load('config/tiny.yaml')\n"
+        "import sys, json; from robsparse.base import registry\n"
+        "from robsparse.study import fingerprints, loading\n"
+        "study = loading.load('config/tiny.yaml')\n"
         "for kind in registry.PACKAGES: registry.names(kind)\n"
         "for cell in study.cells(): fingerprints.evaluation(study, cell, 'last')\n"
         f"print(json.dumps([name for name in {heavy} if name in sys.modules]))"

@@ -17,9 +17,10 @@ from robsparse.collection import overlap
 from robsparse.evaluation import evaluate
 from robsparse.networks import external, weights
 from robsparse.records.evaluation_record import read_record
-from robsparse.schema.sources import Source, Target
+from robsparse.schema.sources import Source
 from robsparse.study.cells import Layout
 from robsparse.study.loading import load
+from robsparse.study.targets import Target
 
 COMMON = {"dataset": "digits", "objective": "at"}
 
