@@ -101,7 +101,7 @@ def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
         "sanity_checks": _settings(study.evaluation.sanity_checks),
         "surrogates": [training(study, other).settings for other in others],
     }
-    code = {f"{source_code.PACKAGE}.evaluation"}
+    code = {f"{source_code.PACKAGE}.evaluation.evaluate"}
     code |= {study.entry("attack", name).module for name in attacks}
     return _of(study, settings, code.union(*(_training_code(study, c) for c in (cell, *others))))
 
@@ -117,7 +117,7 @@ def collected(study: Study) -> Fingerprint:
             for selection in study.evaluation.selections
         },
     }
-    return _of(study, settings, {f"{source_code.PACKAGE}.collection"}, always=True)
+    return _of(study, settings, {f"{source_code.PACKAGE}.collection.collect"}, always=True)
 
 
 def figures(study: Study, captions: list[Path]) -> Fingerprint:
@@ -150,7 +150,7 @@ def part(network: str, attack: str, **decided: Any) -> str:
     network: what is attacked and on which images, see `robsparse.evaluation.attacks.identity`.
     attack: its module. decided: all else, such as norm, eps, seed, batch size and device.
     """
-    code = source_code.digest(f"{source_code.PACKAGE}.evaluation", attack)
+    code = source_code.digest(f"{source_code.PACKAGE}.evaluation.evaluate", attack)
     return digest([network, code, provenance.libraries(), decided])
 
 
@@ -226,10 +226,10 @@ def _training_code(study: Study, cell: Cell) -> set[str]:
     if cell.arch in study.archs:
         used.add(study.entry("arch", cell.arch).module)
     if study.is_external(cell.method):
-        return used | {f"{source_code.PACKAGE}.external"}
+        return used | {f"{source_code.PACKAGE}.networks.external"}
     start = study.starting_cell(cell)
     used |= {study.entry("method", c.method).module for c in (cell, start) if c is not None}
-    return used | {f"{source_code.PACKAGE}.training"}
+    return used | {f"{source_code.PACKAGE}.training.loop"}
 
 
 def _settings(model: BaseModel, unread: set[str] = frozenset()) -> dict[str, Any]:

@@ -54,8 +54,12 @@ def closure(*entries: str) -> dict[str, Path]:
     """Module -> file of the modules `entries` and of all that they import, parents included.
 
     Imports are followed inside this package, inside the package of an entry and to modules that lie
-    beside it; installed libraries are not.
+    beside it; installed libraries are not. Raises LookupError for an entry of this package that has
+    no file: what counts as nothing would never change.
     """
+    for entry in entries:
+        if entry.partition(".")[0] == PACKAGE and locate(entry) is None:
+            raise LookupError(f"{entry}: there is no such module")
     found: dict[str, Path] = {}
     waiting = [name for entry in entries for name in _with_parents(entry)]
     while waiting:

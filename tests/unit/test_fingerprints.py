@@ -408,32 +408,23 @@ def test_another_surrogate_is_another_evaluation(tmp_path):
 # their code.
 FILES = {
     "training": """
-        baselines/__init__ baselines/dense baselines/lwm method/__init__ method/bcs
-        robsparse/__init__ robsparse/augment robsparse/backends robsparse/batches robsparse/cells
-        robsparse/checkpoints robsparse/checks robsparse/columns robsparse/config
-        robsparse/connections robsparse/cost robsparse/counts robsparse/errors robsparse/external
-        robsparse/faults robsparse/fields robsparse/files robsparse/fingerprints robsparse/frozen
-        robsparse/frozen_layers robsparse/imagesets robsparse/machine robsparse/networks
-        robsparse/objectives robsparse/perturb robsparse/proof robsparse/randomness
-        robsparse/provenance robsparse/registry robsparse/sections robsparse/small_maps
-        robsparse/source_code robsparse/sources robsparse/sparsity robsparse/stages
-        robsparse/structure robsparse/study robsparse/training robsparse/validation
-        robsparse/weights robsparse/wiring
+        baselines/__init__ baselines/dense baselines/lwm method/*
+        robsparse/* robsparse/base/* robsparse/schema/* robsparse/records/* robsparse/study/*
+        robsparse/compute/* robsparse/sparsity/* robsparse/thirdparty/* robsparse/models/*
         robsparse/datasets/__init__ robsparse/datasets/_arrays robsparse/datasets/digits
-        robsparse/datasets/npz robsparse/models/__init__ robsparse/models/_layers
-        robsparse/models/small robsparse/thirdparty/*
+        robsparse/datasets/npz robsparse/networks/* robsparse/fast/* robsparse/training/*
     """,
     "evaluation": """
-        eval/__init__ eval/autoattack eval/clean eval/pgd eval/transfer robsparse/attacks
-        robsparse/sanity_checks robsparse/evaluation robsparse/evaluation_record robsparse/rows
+        eval/__init__ eval/autoattack eval/clean eval/pgd eval/transfer robsparse/evaluation/*
+        robsparse/records/evaluation_record robsparse/records/rows robsparse/study/targets
     """,
-    "collect": "robsparse/collection robsparse/overlap",
+    "collect": "robsparse/collection/*",
     "figures": "figures/*",
     "nothing": """
-        robsparse/__main__ robsparse/bench robsparse/cli robsparse/dynamic robsparse/export
-        robsparse/fast_minimum_norm robsparse/planning robsparse/scaffold robsparse/scores
-        robsparse/single robsparse/stopwatch
-        baselines/* method/* eval/* robsparse/datasets/* robsparse/models/*
+        robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/study/checks
+        robsparse/study/loading robsparse/study/single robsparse/training/dynamic
+        robsparse/evaluation/fast_minimum_norm robsparse/models/resnet robsparse/models/vgg
+        robsparse/models/wideresnet baselines/* eval/* robsparse/datasets/*
     """,
 }
 
@@ -498,7 +489,7 @@ def test_code_alone_starts_no_job_unless_the_study_says_so_but_the_figures(
 ):
     study = loading.of_data(study_data(tmp_path), "table")
     before, kept = plans(study), fingerprints.training(study, study.cells()[0]).code
-    edit(repository / "robsparse" / "training.py")
+    edit(repository / "robsparse" / "training" / "loop.py")
     assert first_changed(before, plans(study)) == NOTHING
     assert fingerprints.training(study, study.cells()[0]).code != kept
     edit(repository / "figures" / "tables.py")
@@ -548,8 +539,13 @@ IMPORTS = {
     "def f():\n    from own import inner": "own.inner",
     "import importlib\nm = importlib.import_module('own.inner')": "own.inner",
     "import neighbour": "neighbour",
-    "from robsparse import wiring": "robsparse.sparsity.wiring",
+    "from robsparse.sparsity import masks": "robsparse.sparsity.masks",
 }
+
+
+def test_entry_that_is_no_module_is_refused():
+    with pytest.raises(LookupError, match=r"robsparse\.nowhere: there is no such module"):
+        source_code.digest("robsparse.nowhere")
 
 
 @pytest.mark.parametrize("line", IMPORTS)
