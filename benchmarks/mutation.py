@@ -93,6 +93,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "files": (),
     "provenance": (),
     "collection": (),
+    "gather": ("unit/test_collection.py",),
+    "plausibility": ("unit/test_collection.py",),
     "cells": (),
     "study": ("unit/test_config.py", "unit/test_threat.py"),
     "overlap": (),

@@ -157,7 +157,7 @@ def weight_magnitudes(material: Material) -> Figure:
     return style.finish(figure, handles.values(), caption)
 
 
-def overlap(material: Material) -> Figure:
+def mask_overlap(material: Material) -> Figure:
     """How much the live sets of two methods have in common, mean over pairs of seeds."""
     general = plot_caption(material, attacked=False, selected=True)
     table = material.tidy.overlap
@@ -197,7 +197,7 @@ def _overlap_panel(
                 | ((own.method_a == b) & (own.method_b == a))
             ]
             if len(pair):
-                values[:, i, j] = 100 * pair.overlap.mean(), 100 * pair.chance.mean()
+                values[:, i, j] = 100 * pair.jaccard.mean(), 100 * pair.expected_jaccard.mean()
     panel.imshow(values[0], cmap="cividis", vmin=0, vmax=100)
     for i, j in np.ndindex(values.shape[1:]):
         if np.isfinite(values[0, i, j]):

@@ -49,7 +49,7 @@ _DRAW: dict[str, tuple[Callable[[Material], Figure], str]] = {
     "rewiring": (curves.rewiring, "Rewiring during training"),
     "survival": (connections.survival, "How long regrown connections live"),
     "weight_magnitudes": (connections.weight_magnitudes, "How large the live weights are"),
-    "overlap": (connections.overlap, "How much the live sets have in common"),
+    "overlap": (connections.mask_overlap, "Which weights the masks have in common"),
     "per_class": (details.per_class, "Robust accuracy of each class"),
     "pictures": (images.pictures, "Images that break for one method and not for another"),
     "accuracy_against_eps": (details.accuracy_against_eps, "Robust accuracy at every eps"),

@@ -1,4 +1,7 @@
-"""How much the live sets of two networks have in common; read from files, without torch."""
+"""Mask overlap: which share of their nonzero weights two networks have in common. No torch in here.
+
+The mask of a network says which of its prunable weights are not zero.
+"""
 
 import itertools
 from pathlib import Path
@@ -14,12 +17,12 @@ from robsparse.study.study import Study
 Saved = tuple[Cell, str]  # a cell and a selection
 
 
-def overlaps(study: Study, layout: Layout) -> list[dict[str, Any]]:
+def mask_overlaps(study: Study, layout: Layout) -> list[dict[str, Any]]:
     """A row with OVERLAP_COLUMNS for every pair of comparable sparse networks that were trained.
 
-    Comparable are networks of the same data set, arch, objective and sparsity, in the same
-    selection; and the selections of one network with each other. A network that two cells share
-    with itself is left out, and so are networks of foreign code, which have other layers.
+    Two networks are comparable if they have the same data set, arch, objective, sparsity and
+    selection, or if they are two selections of one training run. Networks of foreign code have
+    other layers and are left out.
     """
     groups: dict[tuple, list[Saved]] = {}
     for cell in study.cells():
@@ -32,44 +35,48 @@ def overlaps(study: Study, layout: Layout) -> list[dict[str, Any]]:
 
 
 def _pairs(key: tuple, saved: list[Saved], layout: Layout) -> list[dict[str, Any]]:
-    live = {one: live_sets(layout.model(*one)) for one in saved}
+    masks = {one: read_masks(layout.model(*one)) for one in saved}
     rows = []
     for (cell_a, selection_a), (cell_b, selection_b) in itertools.combinations(saved, 2):
         if cell_a != cell_b and selection_a != selection_b:
             continue
-        a, b = live[cell_a, selection_a], live[cell_b, selection_b]
+        a, b = masks[cell_a, selection_a], masks[cell_b, selection_b]
         values = (
             *key,
             *(cell_a.method, cell_a.seed, selection_a),
             *(cell_b.method, cell_b.seed, selection_b),
             jaccard(a, b),
-            chance(a, b),
+            expected_jaccard(a, b),
         )
         rows.append(dict(zip(OVERLAP_COLUMNS, values, strict=True)))
     return rows
 
 
-def live_sets(path: Path) -> list[np.ndarray]:
-    """Where the prunable weights (matrices and kernels) of a saved network are not zero.
+def read_masks(path: Path) -> list[np.ndarray]:
+    """Masks of the prunable layers (matrices and kernels) of a saved network.
 
-    Packed bits, one array a layer, in the order of their names.
+    Returns:
+        One array a layer, in the order of their names: uint8, eight weights a byte (packbits).
     """
     state = read_tensors(path)
     return [np.packbits(state[name] != 0) for name in sorted(state) if state[name].ndim > 1]
 
 
 def jaccard(a: list[np.ndarray], b: list[np.ndarray]) -> float:
-    """Live in both over live in either, over all layers of packed bits; 1 if none lives."""
+    """Jaccard index of two networks' masks: nonzero in both over nonzero in at least one of them.
+
+    All layers count together; 1 if all weights of both networks are zero.
+    """
     both = sum(_count(x & y) for x, y in zip(a, b, strict=True))
     either = sum(_count(x | y) for x, y in zip(a, b, strict=True))
     return both / either if either else 1.0
 
 
-def chance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
-    """About the index of random sets with as many live weights in each layer as a and b have.
+def expected_jaccard(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    """Jaccard index to expect of random masks with as many nonzero weights in each layer.
 
-    The expected intersection, over the union that goes with it. Layers that are no multiple of
-    eight weights long count as if they were.
+    It is an approximation: the expected intersection over the union that belongs to it, with the
+    size of each layer rounded up to a multiple of eight weights.
     """
     sizes = [8 * len(x) for x in a]
     counts = [(_count(x), _count(y)) for x, y in zip(a, b, strict=True)]

@@ -29,6 +29,6 @@ OVERLAP_COLUMNS = (
     "method_b",
     "seed_b",
     "selection_b",
-    "overlap",
-    "chance",
+    "jaccard",
+    "expected_jaccard",
 )

@@ -9,7 +9,11 @@ import pytest
 from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum, read_json, write_json
 from robsparse.collection import collect
-from robsparse.collection.collect import find_faults, mark_missed_budgets, mark_weak_attacks
+from robsparse.collection.plausibility import (
+    find_contradictions,
+    mark_missed_budgets,
+    mark_weak_attacks,
+)
 from robsparse.records.columns import (
     COLLECTED,
     LIFETIME_COLUMNS,
@@ -108,14 +112,14 @@ def change(table, attack, component="all", **values):
 PGD = "digits/small_cnn/bcs/at/0.9/0/last/pgd/all"
 
 
-# ---------------------------------------------------------------- faults
+# ---------------------------------------------------------------- contradictions
 
 
-def test_table_made_by_hand_has_no_fault(table):
-    assert find_faults(table) == []
+def test_table_made_by_hand_has_no_contradiction(table):
+    assert find_contradictions(table) == []
 
 
-FAULTS = {
+CONTRADICTIONS = {
     "accuracy is not the share": ("pgd", {"accuracy": 0.61}, "accuracy 0.61 is not 60/100"),
     "count is not the share": ("pgd", {"n_correct": 59}, "accuracy 0.6 is not 59/100"),
     "interval above": ("pgd", {"ci_low": 0.65}, "accuracy 0.6 is outside its interval"),
@@ -135,30 +139,30 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_impossible_row_is_named_with_its_key(fault, table):
-    attack, values, expected = FAULTS[fault]
-    faults = find_faults(change(table, attack, **values))
-    assert len(faults) == 1
-    assert faults[0].startswith(f"digits/small_cnn/bcs/at/0.9/0/last/{attack}/all: ")
-    assert expected in faults[0]
+@pytest.mark.parametrize("wrong", CONTRADICTIONS)
+def test_impossible_row_is_named_with_its_key(wrong, table):
+    attack, values, expected = CONTRADICTIONS[wrong]
+    found = find_contradictions(change(table, attack, **values))
+    assert len(found) == 1
+    assert found[0].startswith(f"digits/small_cnn/bcs/at/0.9/0/last/{attack}/all: ")
+    assert expected in found[0]
 
 
-def test_accuracy_that_is_nan_is_a_fault(table):
-    assert find_faults(change(table, "pgd", accuracy=np.nan))
+def test_accuracy_that_is_nan_is_a_contradiction(table):
+    assert find_contradictions(change(table, "pgd", accuracy=np.nan))
 
 
 def test_components_are_checked_like_whole_attacks(table):
-    (fault,) = find_faults(change(table, "autoattack", "square", n_correct=50))
-    assert fault.endswith("autoattack/square: accuracy 0.55 is not 50/100")
+    (wrong,) = find_contradictions(change(table, "autoattack", "square", n_correct=50))
+    assert wrong.endswith("autoattack/square: accuracy 0.55 is not 50/100")
 
 
 def test_robust_above_clean_is_per_model(table):
     # 85 is below the 90 of seed 0 and above the 80 of seed 1
     index = where(table, "pgd", seed=1)
     table.loc[index, ["n_correct", "accuracy", "ci_low", "ci_high"]] = [85, 0.85, 0.8, 0.9]
-    (fault,) = find_faults(table)
-    assert "at/0.9/1/last/pgd/all: 85 correct under attack, but 80 without" in fault
+    (wrong,) = find_contradictions(table)
+    assert "at/0.9/1/last/pgd/all: 85 correct under attack, but 80 without" in wrong
 
 
 def test_missed_budget_is_marked_beyond_one_weight_a_layer(table):
@@ -170,44 +174,44 @@ def test_missed_budget_is_marked_beyond_one_weight_a_layer(table):
 
 
 def test_rounding_of_the_perturbation_is_allowed(table):
-    assert find_faults(change(table, "pgd", max_perturbation=0.1 + 5e-7)) == []
+    assert find_contradictions(change(table, "pgd", max_perturbation=0.1 + 5e-7)) == []
 
 
-def test_unknown_perturbation_is_no_fault(table):
-    assert find_faults(change(table, "pgd", max_perturbation=np.nan)) == []
+def test_unknown_perturbation_is_no_contradiction(table):
+    assert find_contradictions(change(table, "pgd", max_perturbation=np.nan)) == []
 
 
-def test_key_that_stands_twice_is_a_fault(table):
+def test_key_of_two_rows_is_a_contradiction(table):
     twice = pd.concat([table, table.loc[[where(table, "pgd")]]], ignore_index=True)
-    assert find_faults(twice) == [f"{PGD}: this key stands twice"]
+    assert find_contradictions(twice) == [f"{PGD}: two rows have this key"]
 
 
-def test_model_without_clean_accuracy_is_a_fault(table):
-    faults = find_faults(table.drop(index=where(table, "clean")))
-    assert len(faults) == 4
-    assert all("/0.9/0/last/" in fault for fault in faults)
-    assert all(fault.endswith("no clean accuracy of this model") for fault in faults)
+def test_model_without_clean_accuracy_is_a_contradiction(table):
+    found = find_contradictions(table.drop(index=where(table, "clean")))
+    assert len(found) == 4
+    assert all("/0.9/0/last/" in wrong for wrong in found)
+    assert all(wrong.endswith("no clean accuracy of this model") for wrong in found)
 
 
 def test_clean_accuracy_of_another_selection_does_not_count(table):
-    assert "no clean accuracy" in find_faults(change(table, "pgd", selection="best_val"))[0]
+    assert "no clean accuracy" in find_contradictions(change(table, "pgd", selection="best_val"))[0]
 
 
 def test_rows_of_one_data_set_saw_the_same_images(table):
-    faults = find_faults(change(table, "pgd", data_checksum="other"))
-    assert faults == ["digits: data_checksum differs between rows: ['c', 'other']"]
+    found = find_contradictions(change(table, "pgd", data_checksum="other"))
+    assert found == ["digits: data_checksum differs between rows: ['c', 'other']"]
     other = table.assign(dataset="letters", data_checksum="x")
-    assert find_faults(pd.concat([table.assign(data_checksum="c"), other])) == []
+    assert find_contradictions(pd.concat([table.assign(data_checksum="c"), other])) == []
 
 
 def test_rows_of_one_data_set_have_one_number_of_images(table):
     table.loc[where(table, "pgd"), ["n_examples", "n_correct"]] = [50, 30]
-    assert find_faults(table) == ["digits: n_examples differs between rows: ['100', '50']"]
+    assert find_contradictions(table) == ["digits: n_examples differs between rows: ['100', '50']"]
 
 
-def test_several_faults_are_all_told(table):
+def test_several_contradictions_are_all_told(table):
     change(table, "pgd", nan_count=1, ci_high=0.1)
-    assert len(find_faults(change(table, "clean", accuracy=0.1))) >= 3
+    assert len(find_contradictions(change(table, "clean", accuracy=0.1))) >= 3
 
 
 # ---------------------------------------------------------------- weak attacks
@@ -324,7 +328,7 @@ def test_collected_tables_hold_every_row_and_missing_ones_are_named(study, tmp_p
         assert list(found)[-len(columns) :] == list(columns)
 
 
-def test_fault_stops_the_collection_before_anything_is_written(study, tmp_path):
+def test_contradiction_stops_the_collection_before_anything_is_written(study, tmp_path):
     layout = Layout(tmp_path / "run")
     write(study, layout, nan_count=1)
     with pytest.raises(UsageError) as caught:
@@ -387,7 +391,7 @@ def finished(study, tmp_path):
 @pytest.fixture
 def dense_only(monkeypatch):
     """The weights of these tests are none, so that nothing can be said of what they share."""
-    monkeypatch.setattr(collect.overlap, "overlaps", lambda *_: [])
+    monkeypatch.setattr(collect, "mask_overlaps", lambda *_: [])
 
 
 def refused(study, layout, *words):

@@ -18,7 +18,7 @@ import yaml
 
 from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum, write_json
-from robsparse.collection import collect
+from robsparse.collection import plausibility
 from robsparse.figures import (
     PLOTS,
     REPORT,
@@ -101,8 +101,8 @@ class MadeUp:
             if cell.method == "bcs":
                 steps.append(self._steps().assign(**axes))
         self.layout.root.mkdir(parents=True, exist_ok=True)
-        results = collect.mark_weak_attacks(pd.DataFrame(rows))
-        results = collect.mark_missed_budgets(results).assign(other_code="")
+        results = plausibility.mark_weak_attacks(pd.DataFrame(rows))
+        results = plausibility.mark_missed_budgets(results).assign(other_code="")
         results.to_csv(self.layout.root / "results.csv", index=False)
         pd.DataFrame(layers).to_csv(self.layout.root / "layers.csv", index=False)
         pd.DataFrame(points).to_csv(self.layout.root / "curves.csv", index=False)
@@ -824,8 +824,8 @@ def test_density_over_training_has_a_line_a_layer_and_three_marks(material):
     assert lines[0].get_xdata()[-1] == 1
 
 
-def test_overlap_shows_overlap_and_chance_of_every_pair(material):
-    figure = connections.overlap(material)
+def test_overlap_shows_the_index_and_that_of_random_masks_for_every_pair(material):
+    figure = connections.mask_overlap(material)
     assert len(figure.axes) == 2
     assert [text.get_text() for text in figure.axes[0].texts] == ["25\n(5)"] * 4
     assert figure.axes[0].images[0].get_array().shape == (2, 2)

@@ -1,4 +1,4 @@
-"""Overlap of live sets by hand, by simulation, and from files."""
+"""Overlap of masks by hand, by simulation, and from files."""
 
 import numpy as np
 import pytest
@@ -13,12 +13,12 @@ from robsparse.study.cells import Layout
 SIZES = (16, 40)
 
 
-def packed(masks):
-    return [np.packbits(mask) for mask in masks]
+def packed(layers):
+    return [np.packbits(layer) for layer in layers]
 
 
 @st.composite
-def live_sets(draw):
+def masks(draw):
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     return packed([rng.random(size) < draw(st.floats(0, 1)) for size in SIZES])
 
@@ -28,26 +28,28 @@ def test_by_hand():
     b = packed([np.arange(16) < 8, np.arange(40) == 1])
     assert overlap.jaccard(a, b) == 5 / 10
     both = 4 * 8 / 16 + 2 * 1 / 40
-    assert overlap.chance(a, b) == pytest.approx(both / (15 - both))
+    assert overlap.expected_jaccard(a, b) == pytest.approx(both / (15 - both))
 
 
-@given(live_sets(), live_sets())
+@given(masks(), masks())
 def test_symmetric_and_between_zero_and_one(a, b):
-    for measure in (overlap.jaccard, overlap.chance):
+    for measure in (overlap.jaccard, overlap.expected_jaccard):
         assert measure(a, b) == measure(b, a)
         assert 0 <= measure(a, b) <= 1
     assert overlap.jaccard(a, a) == 1
 
 
-def test_chance_is_what_random_sets_have_in_common():
+def test_chance_is_what_random_masks_have_in_common():
     rng = np.random.default_rng(0)
     sizes, counts = (160, 400), ((40, 80), (100, 30))
 
-    def random_set(which):
+    def random_mask(which):
         return packed([rng.permutation(n) < k[which] for n, k in zip(sizes, counts, strict=True)])
 
-    found = [overlap.jaccard(random_set(0), random_set(1)) for _ in range(400)]
-    assert np.mean(found) == pytest.approx(overlap.chance(random_set(0), random_set(1)), abs=0.005)
+    found = [overlap.jaccard(random_mask(0), random_mask(1)) for _ in range(400)]
+    assert np.mean(found) == pytest.approx(
+        overlap.expected_jaccard(random_mask(0), random_mask(1)), abs=0.005
+    )
 
 
 def test_pairs_of_a_study(study_data, load_study, tmp_path):
@@ -64,7 +66,7 @@ def test_pairs_of_a_study(study_data, load_study, tmp_path):
                     "b.bias": torch.ones(4),
                 }
                 weights.save(layout.model(cell, selection), state)
-    rows = overlap.overlaps(study, layout)
+    rows = overlap.mask_overlaps(study, layout)
     found = {
         (r["method_a"], r["seed_a"], r["selection_a"], r["method_b"], r["seed_b"], r["selection_b"])
         for r in rows
@@ -72,5 +74,5 @@ def test_pairs_of_a_study(study_data, load_study, tmp_path):
     assert len(rows) == len(found) == 9  # 3 networks: 3 with their own last, 3 pairs twice
     assert ("bcs", 0, "best_val", "bcs", 0, "last") in found
     assert not any("dense" in pair for pair in found)
-    one = overlap.live_sets(layout.model(study.cells()[0], "last"))
+    one = overlap.read_masks(layout.model(study.cells()[0], "last"))
     assert [len(bits) for bits in one] == [5, 9]

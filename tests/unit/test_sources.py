@@ -434,4 +434,4 @@ def test_live_sets_of_foreign_code_are_compared_with_nobodys(from_everywhere, ow
     study.__dict__.pop("planned", None)
     for name in ("given", "made"):
         external.take_in(study, cell_of(study, name), layout)
-    assert overlap.overlaps(study, layout) == []
+    assert overlap.mask_overlaps(study, layout) == []

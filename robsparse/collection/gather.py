@@ -1,0 +1,148 @@
+"""Reads all records of a study and refuses those that do not belong together."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from robsparse.base.errors import UsageError
+from robsparse.base.files import file_checksum, read_json
+from robsparse.records.evaluation_record import Record, read_flags, read_record
+from robsparse.records.rows import KEY, Row, contradiction
+from robsparse.schema import Selection
+from robsparse.study import fingerprints
+from robsparse.study.cells import Cell, Layout
+from robsparse.study.study import Study
+
+NETWORK_KEY = KEY[:7]  # all but attack and component
+CELL_KEY = KEY[:6]  # all but selection, attack and component
+
+
+@dataclass
+class Gathered:
+    """What the records of a study hold, one entry a row of the collected tables.
+
+    other_code: for each of `rows`, which of training and evaluation other code did.
+    failures: networks that could not be trained. missing: names of networks without a record.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    other_code: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    histogram: list[dict[str, Any]] = field(default_factory=list)
+    sanity_checks: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[pd.DataFrame] = field(default_factory=list)
+    lifetimes: list[pd.DataFrame] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def gather(study: Study, layout: Layout) -> Gathered:
+    """Read every record of the study that exists.
+
+    Raises UsageError when a record is damaged, was made with other settings, or does not fit the
+    weights, the outcomes of the images or the training beside it.
+    """
+    found = Gathered()
+    for cell in study.cells():
+        for selection in study.evaluation.selections:
+            if layout.evaluation(cell, selection).exists():
+                _gather_evaluation(found, study, cell, selection, layout)
+            else:
+                found.missing.append(f"{cell.key} {selection}")
+        if layout.training(cell).exists():
+            _gather_training(found, cell, layout)
+        if layout.failed(cell).exists():
+            reason = " ".join(layout.failed(cell).read_text(encoding="utf-8").split())
+            found.failures.append(_cell_key(cell) | {"reason": reason})
+    return found
+
+
+def _cell_key(cell: Cell) -> dict[str, Any]:
+    return {name: getattr(cell, name) for name in CELL_KEY}
+
+
+def _gather_evaluation(
+    found: Gathered, study: Study, cell: Cell, selection: Selection, layout: Layout
+) -> None:
+    path = layout.evaluation(cell, selection)
+    record = read_record(path)
+    present = fingerprints.evaluation(study, cell, selection)
+    if record.rows[0].settings_digest != present.digest:
+        raise UsageError(f"{path}: made with other settings; run snakemake first")
+    _check_weights(cell, selection, record, layout)
+    _check_outcomes(path, layout.flags(cell, selection), record)
+    key = _cell_key(cell) | {"selection": selection}
+    found.rows += record.rows
+    found.other_code += [_other_code(study, cell, record, present, layout)] * len(record.rows)
+    found.layers += [key | layer for layer in record.layers]
+    found.histogram += [key | bin_ for bin_ in record.histogram]
+    found.sanity_checks.append(key | _sanity_checks(record))
+
+
+def _check_weights(cell: Cell, selection: Selection, record: Record, layout: Layout) -> None:
+    """Raise UsageError unless the attacked weights are those on disk and those of the training."""
+    path, training = layout.model(cell, selection), layout.training(cell)
+    [attacked, *other] = {row.model_checksum for row in record.rows}
+    if other or (path.exists() and file_checksum(path) != attacked):
+        raise UsageError(
+            f"{path}: not the weights that were attacked, but others or damaged ones; "
+            "delete the file and run snakemake again"
+        )
+    if not training.exists():
+        return
+    trained = read_json(training)
+    if trained.get("weights", {}).get(selection) != attacked:
+        raise UsageError(
+            f"{training}: training saved other weights ({selection}) than were attacked; "
+            "run snakemake again"
+        )
+    if trained.get("data_checksum") != record.rows[0].data_checksum:
+        raise UsageError(f"{training}: trained on another data set than was attacked")
+
+
+def _check_outcomes(path: Path, flags: Path, record: Record) -> None:
+    """Raise UsageError unless the rows agree with the outcomes of the single images."""
+    if not flags.exists() or file_checksum(flags) != record.outcomes:
+        raise UsageError(
+            f"{flags}: missing, or not the outcomes that the record was made from; "
+            f"delete {path.name} beside it and run snakemake again"
+        )
+    outcomes = read_flags(flags)
+    for row in record.rows:
+        if wrong := contradiction(row, outcomes):
+            raise UsageError(f"{path}: {row.attack} {row.component}: {wrong}")
+
+
+def _other_code(
+    study: Study, cell: Cell, record: Record, present: fingerprints.Fingerprint, layout: Layout
+) -> str:
+    """Which of training and evaluation were done by other code than the present, in words."""
+    same = {"evaluation": record.rows[0].code_digest == present.code}
+    if layout.training(cell).exists():
+        trained = read_json(layout.training(cell)).get("code_digest")
+        same["training"] = trained == fingerprints.training(study, cell).code
+    return " and ".join(sorted(name for name in same if not same[name]))
+
+
+def _sanity_checks(record: Record) -> dict[str, Any]:
+    """The sanity checks of one network, with two columns about its attacks.
+
+    `largest_perturbation` is a multiple of the eps of the attack that made it.
+    """
+    reached = [r.max_perturbation / r.eps for r in record.rows if r.max_perturbation and r.eps]
+    return record.sanity_checks | {
+        "largest_perturbation": max(reached, default=None),
+        "nan_count": sum(row.nan_count for row in record.rows),
+    }
+
+
+def _gather_training(found: Gathered, cell: Cell, layout: Layout) -> None:
+    key = _cell_key(cell)
+    found.curves += [key | point for point in read_json(layout.training(cell))["curve"]]
+    steps, lifetimes = (pd.read_parquet(f(cell)) for f in (layout.steps, layout.lifetimes))
+    if len(steps):
+        found.steps.append(steps.astype({"layer": str}).assign(**key))
+        found.lifetimes.append(lifetimes.assign(**key))
