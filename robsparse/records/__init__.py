@@ -1,4 +1,4 @@
-"""What a finished job leaves: rows, files and provenance.
+"""What finished jobs write: result rows, records of evaluations, names of columns, provenance.
 
 Imports base and schema and no torch.
 """
