@@ -81,7 +81,7 @@ def winner(material: Material, group: Group, sparsity: float) -> str | None:
     Each paired difference must be positive with p < 0.05, corrected for their number by Holm's
     rule. None where any is unknown, and with one seed.
     """
-    study, rows = material.study, group.of(material.summary)
+    study, rows = material.study, group.select(material.summary)
     column = f"{STRONGEST}_accuracy"
     rows = rows[(rows.sparsity == sparsity) & (rows.selection == material.primary)]
     rows = rows[[not study.is_dense(name) for name in rows.method]]
@@ -145,28 +145,18 @@ def _pair(
     sides = {"ours": (ours, sparsity), "theirs": (theirs, 0.0 if dense else sparsity)}
     pair: dict[str, Any] = {"sparsity": sparsity, "ours": ours, "theirs": theirs}
     for side, (method, at) in sides.items():
-        line = _line(material, group, method, at)
-        pair |= {
-            f"{side}_{name}": line[f"{STRONGEST}_{name}"] if line is not None else np.nan
-            for name in ("accuracy", "low", "high")
-        }
-        pair[f"{side}_potentially_unreliable"] = "" if line is None else line.potentially_unreliable
+        line = material.line(group, method, at)
+        known = line is not None and f"{STRONGEST}_accuracy" in line
+        for name in ("accuracy", "low", "high"):
+            pair[f"{side}_{name}"] = line[f"{STRONGEST}_{name}"] if known else np.nan
+        pair[f"{side}_potentially_unreliable"] = line.potentially_unreliable if known else ""
     pair["difference"] = pair["ours_accuracy"] - pair["theirs_accuracy"]
     apart = _paired(material, group, *sides.values())
     if apart is None:
         return pair | {"seeds": 0} | dict.fromkeys(("low", "high", "detectable", "p"), np.nan)
     low, high = apart.interval()
-    known = {"low": low, "high": high, "detectable": apart.detectable, "p": apart.p}
-    return pair | {"seeds": apart.seeds} | known
-
-
-def _line(material: Material, group: Group, method: str, sparsity: float) -> pd.Series | None:
-    rows = group.of(material.summary)
-    rows = rows[(rows.method == method) & (rows.sparsity == sparsity)]
-    rows = rows[rows.selection == material.primary]
-    if rows.empty or f"{STRONGEST}_accuracy" not in rows:
-        return None
-    return rows.iloc[0]
+    found = {"low": low, "high": high, "detectable": apart.detectable, "p": apart.p}
+    return pair | {"seeds": apart.seeds} | found
 
 
 def _paired(
@@ -176,7 +166,7 @@ def _paired(
 
     None unless both have the same seeds.
     """
-    results = group.of(material.tidy.results)
+    results = group.select(material.tidy.results)
     results = results[(results.attack == STRONGEST) & (results.component == "all")]
     results = results[results.selection == material.primary].sort_values("seed")
     stacked, seeds = [], []

@@ -1,4 +1,4 @@
-"""Plots of connections: density of layers over training, survival, magnitudes, overlap.
+"""Plots of connections: density of layers during training, survival, magnitudes, mask overlap.
 
 Import path: robsparse.figures.connections
 """
@@ -16,7 +16,7 @@ from robsparse.figures.statistics import survival_curve
 from robsparse.figures.summary import Material
 from robsparse.figures.tidy import Group, groups, methods, sparsities
 
-_NO_LOG = "No method of this study rewires: nothing dies or grows in a fixed mask."
+_NO_LOG = "No method of this study rewires: a fixed mask prunes and regrows nothing."
 
 
 def density_over_training(material: Material) -> Figure:
@@ -26,9 +26,9 @@ def density_over_training(material: Material) -> Figure:
     if steps.empty:
         return style.empty(_NO_LOG, [general])
     caption = [
-        "One line a layer, from the first (dark) to the last (light), mean over seeds, against the "
-        "share of training done. Dot: initial network; ring: mean epoch of the selected weights "
-        f"({material.primary}); square: last. Dashed: the density asked of the whole network.",
+        "One line for each layer, from the first (dark) to the last (light), mean over seeds. Dot: "
+        f"initial network; ring: mean epoch of the selected weights ({material.primary}); square: "
+        "last step. Dashed: target density of the whole network.",
         general,
     ]
     shown = [
@@ -36,7 +36,7 @@ def density_over_training(material: Material) -> Figure:
         for group in groups(material.study)
         for method in methods(material.study, group)
         for sparsity in sparsities(material.study, group)
-        if len(rows := _of(group.of(steps), method, sparsity))
+        if len(rows := _of(group.select(steps), method, sparsity))
     ]
     columns = min(4, len(shown))
     figure, axes = style.panels(-(-len(shown) // columns), columns, sharey=True)
@@ -49,7 +49,7 @@ def density_over_training(material: Material) -> Figure:
         label = material.study.label("method", method)
         several = f"{group}\n" * (len(groups(material.study)) > 1)
         panel.set_title(f"{several}{label}, {percent(sparsity)}", fontsize=8)
-        panel.set_xlabel("share of training done")
+        panel.set_xlabel("share of training steps")
         if style.is_leftmost(panel):
             panel.set_ylabel("density of the layer (%)")
         panel.set_yscale("log")
@@ -61,7 +61,7 @@ def _of(table: pd.DataFrame, method: str, sparsity: float) -> pd.DataFrame:
 
 
 def _layer_sizes(material: Material, group: Group) -> pd.Series:
-    layers = group.of(material.tidy.layers).drop_duplicates("layer")
+    layers = group.select(material.tidy.layers).drop_duplicates("layer")
     return layers.set_index("layer")["size"]
 
 
@@ -90,7 +90,7 @@ def _density_lines(panel: Axes, rows: pd.DataFrame, sizes: pd.Series, selected: 
 
 
 def survival(material: Material) -> Figure:
-    """Share of regrown connections that are still alive after so many steps."""
+    """Share of regrown connections that are still active at each age in steps."""
     general = plot_caption(material, attacked=False, selected=False)
     table = material.tidy.lifetimes
     if table.empty:
@@ -99,7 +99,7 @@ def survival(material: Material) -> Figure:
     handles: dict[str, Line2D] = {}
     for group, sparsity, panel in panels:
         for name, look in style.looks(material.study).items():
-            own = _of(group.of(table), name, sparsity)
+            own = _of(group.select(table), name, sparsity)
             if own.empty:
                 continue
             ages, active = survival_curve(own.age, own.pruned, own.active)
@@ -110,18 +110,18 @@ def survival(material: Material) -> Figure:
         panel.set_ylim(0, 100)
         panel.set_xlabel("age (training steps)")
         if style.is_leftmost(panel):
-            panel.set_ylabel("regrown connections alive (%)")
+            panel.set_ylabel("regrown connections still active (%)")
     caption = [
-        "Kaplan-Meier estimate over all regrown connections of all seeds; those that were alive "
-        "in the end count up to the age that they had. Connections of the initial network are "
-        "left out.",
+        "Kaplan-Meier estimate over all regrown connections of all seeds. A connection that is "
+        "active at the end of training counts as censored at its age. Connections of the initial "
+        "network are left out.",
         general,
     ]
     return style.finish(figure, handles.values(), caption)
 
 
 def weight_magnitudes(material: Material) -> Figure:
-    """Histogram of |w| of the live weights of the selected networks."""
+    """Histogram of |w| of the nonzero weights of the selected networks."""
     general = plot_caption(material, attacked=False, selected=True)
     table = material.tidy.weights
     table = table[table.selection == material.primary]
@@ -132,7 +132,7 @@ def weight_magnitudes(material: Material) -> Figure:
     for group, sparsity, panel in panels:
         for name, look in style.looks(material.study).items():
             at = 0.0 if material.study.is_dense(name) else sparsity
-            own = _of(group.of(table), name, at)
+            own = _of(group.select(table), name, at)
             if own.empty:
                 continue
             # Bins of a tenth of a decade, three together.
@@ -146,19 +146,19 @@ def weight_magnitudes(material: Material) -> Figure:
             handles[name] = panel.step(10.0**places, heights, where="mid", **line)[0]
         panel.set_xscale("log")
         panel.set_ylim(bottom=0)
-        panel.set_xlabel("|w| of live weights")
+        panel.set_xlabel("|w| of nonzero weights")
         if style.is_leftmost(panel):
-            panel.set_ylabel("share of live weights (%)")
+            panel.set_ylabel("share of nonzero weights (%)")
     caption = [
-        "Shares in bins of 0.3 decades, all layers and seeds together. Weights around 1e-12 are "
-        "regrown ones that have not moved since.",
+        "Shares in bins of 0.3 decades, all layers and seeds together. Weights near 1e-12 are "
+        "regrown connections that training has not changed since.",
         general,
     ]
     return style.finish(figure, handles.values(), caption)
 
 
 def mask_overlap(material: Material) -> Figure:
-    """How much the live sets of two methods have in common, mean over pairs of seeds."""
+    """Jaccard index of the masks of two methods, mean over pairs of seeds."""
     general = plot_caption(material, attacked=False, selected=True)
     table = material.tidy.overlap
     same = (table.selection_a == material.primary) & (table.selection_b == material.primary)
@@ -174,9 +174,10 @@ def mask_overlap(material: Material) -> Figure:
         else:
             panel.set_visible(False)
     caption = [
-        "Jaccard index in %: weights alive in both networks over weights alive in either; mean "
-        "over all pairs of different networks, on the diagonal pairs of seeds of one method. In "
-        "brackets what random live sets with as many weights in each layer would have in common.",
+        "Jaccard index of masks in %: weights that are nonzero in both networks over weights that "
+        "are nonzero in at least one; mean over all pairs of different networks. On the diagonal: "
+        "pairs of seeds of one method. In brackets: the index to expect of random masks with as "
+        "many nonzero weights in each layer.",
         general,
     ]
     return style.finish(figure, [], caption)
@@ -187,7 +188,7 @@ def _overlap_panel(
 ) -> None:
     study = material.study
     names = [n for n in methods(study, group) if not study.is_dense(n)]
-    own = group.of(table)
+    own = group.select(table)
     own = own[own.sparsity == sparsity]
     values = np.full((2, len(names), len(names)), np.nan)
     for i, a in enumerate(names):

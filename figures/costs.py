@@ -1,4 +1,4 @@
-"""Plot of robust accuracy against what training costs and holds.
+"""Plot of robust accuracy against the cost of training and its peak of active weights.
 
 Import path: robsparse.figures.costs
 """
@@ -27,16 +27,17 @@ def cost(material: Material) -> Figure:
     label = study.label("attack", STRONGEST)
     caption = [
         f"{label} accuracy, mean over seeds; {interval_note(material)}. Passes: forward and "
-        "backward ones over batches, crafting and pretraining included. Peak active weights: the "
-        "most prunable weights that training had to hold. Markers of equal cost stand side by "
-        "side; the cost table has the numbers. The dense network is the same in every column.",
+        "backward passes over batches, including crafting and pretraining. Peak active weights: "
+        "the largest number of prunable weights that training held. Markers of equal cost are "
+        "drawn side by side; the cost table has the numbers. The dense network is the same in "
+        "every column.",
         *unreliable_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]
     column = f"{STRONGEST}_accuracy"
     rows = material.summary[material.summary.selection == material.primary]
     if column not in rows or rows[[column, "forward_passes"]].isna().any(axis=1).all():
-        return style.empty(f"No {label} accuracy and its cost have been measured.", caption[-1:])
+        return style.empty(f"No network has a {label} accuracy and a cost.", caption[-1:])
     rows = rows.assign(passes=rows.forward_passes + rows.backward_passes)
     found, columns = groups(study), sparsities(study)
     figure, axes = style.panels(2 * len(found), len(columns), sharey="row", sharex="row")
@@ -47,12 +48,12 @@ def cost(material: Material) -> Figure:
             if sparsity not in sparsities(study, group):
                 panel.set_visible(False)
                 continue
-            own = group.of(rows)
+            own = group.select(rows)
             own = own[own.sparsity.eq(sparsity) | own.method.map(study.is_dense)]
             handles |= _panel(figure, panel, material, own, x)
             panel.set_title(f"{group}\n" * (len(found) > 1) + f"sparsity {percent(sparsity)}")
             panel.set_xlabel(_AXES[x])
-        _limits(panels[0], group.of(rows), x)
+        _limits(panels[0], group.select(rows), x)
         panels[0].set_ylabel(f"{label} accuracy (%)")
     return style.finish(figure, handles.values(), caption)
 
@@ -74,8 +75,8 @@ def _panel(
         panel.vlines(own[x], low, high, color=look.color, linewidth=0.9, transform=moved)
         drawn = look.line | {"linestyle": "none"}
         handles[name] = panel.plot(own[x], mean, **drawn, transform=moved)[0]
-        for place, level, said in zip(own[x], mean, own.potentially_unreliable, strict=True):
-            style.mark_unreliable(panel, place, level, said, xycoords=moved)
+        for place, level, reasons in zip(own[x], mean, own.potentially_unreliable, strict=True):
+            style.mark_unreliable(panel, place, level, reasons, xycoords=moved)
     return handles
 
 

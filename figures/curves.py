@@ -1,4 +1,4 @@
-"""Plots of training: weights that it must hold, connections that it moves.
+"""Plots of training: active weights, and connections that are pruned and regrown.
 
 Import path: robsparse.figures.curves
 """
@@ -24,12 +24,12 @@ _FEW = 3  # with so many methods, legend and titles are kept short
 
 
 def active_weights(material: Material) -> Figure:
-    """Prunable weights that training holds, epoch by epoch, for each method and sparsity."""
+    """Active weights of each epoch, for each method and sparsity."""
     caption = [
-        "Weights that training must hold: prunable weights that are not zero, and those that a "
-        "method still scores or regularises; mean over seeds, pretraining included. A marker "
-        "stands where a stage starts. Lines are shifted by up to 3 points so that equal ones can "
-        "be told apart; the main table has the numbers.",
+        "Active weights: the prunable weights that training holds, which are those that are not "
+        "zero and those that a method still scores or regularises; mean over seeds, including "
+        "pretraining. A marker shows the start of a stage. Lines are shifted by up to 3 points so "
+        "that equal lines are visible; the main table has the numbers.",
         plot_caption(material, attacked=False, selected=False),
     ]
     curves = material.tidy.curves
@@ -38,18 +38,18 @@ def active_weights(material: Material) -> Figure:
     figure, panels = style.grid(material, sharey=True)
     handles: dict[str, Line2D] = {}
     for group, sparsity, panel in panels:
-        handles |= _live_panel(figure, panel, material, group.of(curves), sparsity)
+        handles |= _active_panel(figure, panel, material, group.select(curves), sparsity)
         if style.is_leftmost(panel):
-            panel.set_ylabel("prunable weights held")
+            panel.set_ylabel("active weights")
         panel.set_xlabel("epoch")
         # By hand: axes do not scale themselves to lines that are shifted by points.
-        last, held = curves.epoch.max(), curves.active_weights
+        last, active = curves.epoch.max(), curves.active_weights
         panel.set_xlim(-0.03 * last, 1.03 * last)
-        style.log_axis(panel, held.min() / 1.7, held.max() * 1.7, "{x:,.0f}")
+        style.log_axis(panel, active.min() / 1.7, active.max() * 1.7, "{x:,.0f}")
     return style.finish(figure, handles.values(), caption)
 
 
-def _live_panel(
+def _active_panel(
     figure: Figure, panel: Axes, material: Material, curves: pd.DataFrame, sparsity: float
 ) -> dict[str, Line2D]:
     looks = style.looks(material.study)
@@ -57,12 +57,12 @@ def _live_panel(
     for index, (name, look) in enumerate(looks.items()):
         at = 0.0 if material.study.is_dense(name) else sparsity
         own = curves[(curves.method == name) & (curves.sparsity == at)]
-        epochs, held, starts = held_weights(own)
+        epochs, active, starts = active_by_epoch(own)
         points = _APART * ((len(looks) - 1) / 2 - index)
         shift = ScaledTranslation(0, points / 72, figure.dpi_scale_trans)
         handles[name] = panel.plot(
             epochs,
-            held,
+            active,
             **look.line,
             drawstyle="steps-pre",
             markevery=starts,
@@ -71,19 +71,19 @@ def _live_panel(
     return handles
 
 
-def held_weights(curves: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Mean over seeds of the weights held by one method at one sparsity.
+def active_by_epoch(curves: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Mean over seeds of the active weights of one method at one sparsity.
 
     Returns:
-        Epochs (E+1, from 0), weights held up to each of them (E+1), and the positions at which a
+        Epochs (E+1, from 0), active weights up to each of them (E+1), and the positions at which a
         stage starts.
     """
     if curves.empty:
         return np.zeros(0), np.zeros(0), []
-    mean = curves.groupby("epoch").agg(held=("active_weights", "mean"), stage=("stage", "first"))
+    mean = curves.groupby("epoch").agg(active=("active_weights", "mean"), stage=("stage", "first"))
     starts = np.flatnonzero(mean.stage != mean.stage.shift())
-    held = mean.held.to_numpy(dtype=float)
-    return np.r_[0, mean.index.to_numpy()], np.r_[held[:1], held], starts.tolist()
+    active = mean.active.to_numpy(dtype=float)
+    return np.r_[0, mean.index.to_numpy()], np.r_[active[:1], active], starts.tolist()
 
 
 def rewiring(material: Material) -> Figure:
@@ -92,7 +92,7 @@ def rewiring(material: Material) -> Figure:
     general = plot_caption(material, attacked=False, selected=False)
     if steps.empty:
         return style.empty(
-            "No method of this study logs rewiring: nothing dies or grows in a fixed mask.",
+            "No method of this study rewires: a fixed mask prunes and regrows nothing.",
             [general],
         )
     # All layers together; step 0 is the initial network.
@@ -104,11 +104,12 @@ def rewiring(material: Material) -> Figure:
     handles: dict[str, Line2D] = {}
     totals: list[str] = []
     for group, sparsity, panel in panels:
-        own = group.of(steps)
+        own = group.select(steps)
         own = own[own.sparsity == sparsity]
-        live = group.of(material.summary)
-        live = live[(live.sparsity == sparsity) & (live.selection == material.primary)]
-        found, renewed = _rewiring_panel(panel, material, own, live, window=window, every=every)
+        networks = group.select(material.summary)
+        networks = networks[networks.sparsity == sparsity]
+        networks = networks[networks.selection == material.primary]
+        found, renewed = _rewiring_panel(panel, material, own, networks, window=window, every=every)
         handles |= found
         totals.append(f"{panel.get_title()}: {', '.join(renewed)}.")
         if len(renewed) < _FEW:
@@ -117,8 +118,9 @@ def rewiring(material: Material) -> Figure:
         if style.is_leftmost(panel):
             panel.set_ylabel(f"connections per step\n(moving average of {window * every} steps)")
     caption = [
-        "Mean over seeds; thin line: regrown, wide line behind it: pruned. Renewed: regrown "
-        f"connections of the whole training over the live weights. {' '.join(totals)}",
+        "Mean over seeds. Thin line: regrown; wide line behind it: pruned. Renewed: regrown "
+        "connections of the whole training divided by the nonzero weights of the network. "
+        f"{' '.join(totals)}",
         general,
     ]
     return style.finish(figure, handles.values(), caption)
@@ -133,12 +135,12 @@ def _rewiring_panel(
     panel: Axes,
     material: Material,
     steps: pd.DataFrame,
-    live: pd.DataFrame,
+    networks: pd.DataFrame,
     *,
     window: int,
     every: int,
 ) -> tuple[dict[str, Line2D], list[str]]:
-    """Draw one panel; also returns a few words on each method."""
+    """Draw one panel; returns its lines, and for each method the text "NAME renewed SHARE"."""
     handles: dict[str, Line2D] = {}
     totals = []
     for name, look in style.looks(material.study).items():
@@ -148,7 +150,7 @@ def _rewiring_panel(
         mean = own.groupby("step")[_REWIRED].mean()
         smooth = mean.rolling(window, center=True, min_periods=1).mean()
         shown = ["regrown"] if steps.method.nunique() >= _FEW else _REWIRED
-        # Equal where the count of live weights is constant: the thin line lies on the wide one.
+        # The lines lie on each other where the number of active connections is constant.
         wide: dict[str, Any] = {"color": look.color, "linewidth": 4.0, "alpha": 0.35}
         thin: dict[str, Any] = {"color": look.color, "linewidth": 1.1, "linestyle": look.linestyle}
         lines = {
@@ -158,7 +160,7 @@ def _rewiring_panel(
             ),
         }
         handles |= {f"{name} {kind}": line for kind, [line] in lines.items() if kind in shown}
-        weights = live.loc[live.method == name, "nonzero"].mean()
+        weights = networks.loc[networks.method == name, "nonzero"].mean()
         times = every * mean.regrown.sum() / weights
         if np.isfinite(times):
             total = f"{times:.2g} times" if times >= 1 else f"{100 * times:.2g} %"

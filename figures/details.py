@@ -1,4 +1,4 @@
-"""Plots of what a single accuracy hides: every eps, every class.
+"""Plots of robust accuracy at every eps, and of each class.
 
 Import path: robsparse.figures.details
 """
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from robsparse.figures import measures_distances, style
 from robsparse.figures.notes import UNRELIABLE, percent, plot_caption, radius, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
-from robsparse.figures.tidy import Group, cells, groups, methods, sparsities
+from robsparse.figures.tidy import Group, cells_at, groups, methods, sparsities
 from robsparse.schema import AttackParams
 from robsparse.study.cells import Cell
 
@@ -24,19 +24,19 @@ _BEYOND = 1e3  # an eps beyond every panel
 
 
 def accuracy_against_eps(material: Material) -> Figure:
-    """Robust accuracy at every eps, by all attacks of one norm together, for all methods."""
+    """Upper bound of robust accuracy at every eps, from all attacks of one norm together."""
     study = material.study
     general = plot_caption(material, attacked=True, selected=True)
     attack = next(iter(measures_distances(study)), None)
     if attack is None:
-        return style.empty("No attack of this study looks for smallest perturbations.", [general])
+        return style.empty("No attack of this study measures smallest perturbations.", [general])
     norm = study.attack_threat(attack).norm
     names = ", ".join(study.label("attack", name) for name in _attacks_of(material, norm))
     caption = [
-        "Share of test images that no perturbation of length eps is known to break, mean over "
-        f"seeds: the shortest one that {names} found. An upper bound of robust accuracy at every "
-        f"eps. Dotted: the study's eps, {radius(study.threat.eps)}, and chance. Markers: "
-        f"{study.label('attack', STRONGEST)} alone. The dense network is the same in every panel.",
+        f"Share of test images for which {names} found no perturbation of length eps or less, mean "
+        "over seeds. This is an upper bound of robust accuracy at every eps. Dotted: the eps of "
+        f"the study, {radius(study.threat.eps)}, and chance. Markers: "
+        f"{study.label('attack', STRONGEST)} only. The dense network is the same in every panel.",
         *unreliable_note(material),
         general,
     ]
@@ -59,31 +59,34 @@ def accuracy_against_eps(material: Material) -> Figure:
 def _eps_panel(
     panel: Axes, material: Material, group: Group, sparsity: float, norm: str
 ) -> tuple[dict[str, Line2D], float]:
-    """Draw one panel; also returns an eps at which 98 % of the images of every network have fallen
-    that fall at all.
+    """Draw one panel.
+
+    Returns:
+        Its legend entries, and an eps at which every network has lost 98 % of the images that it
+        loses at any eps.
     """
     handles, largest = {}, 0.0
     grey: dict[str, Any] = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
     for place, (name, look) in enumerate(style.looks(material.study).items()):
         found = [
             lengths
-            for cell in _cells_at(material, group, name, sparsity)
+            for cell in cells_at(material.study, group, name, sparsity)
             if (lengths := smallest_perturbations(material, cell, norm)) is not None
         ]
         if not found:
             continue
         eps, share = curve(np.stack(found))
         shown = vars(look) | {"marker": ""}
-        # A network that nothing breaks further keeps its accuracy up to the edge of the panel.
+        # The accuracy beyond the largest known perturbation is drawn up to the edge of the panel.
         eps, share = np.r_[eps, _BEYOND], np.r_[share, share[-1]]
         handles[name] = panel.plot(eps, 100 * share, **shown, drawstyle="steps-post")[0]
         largest = max(largest, float(np.quantile(eps[:-1], 0.98, method="lower")))
-        line = _summary_line(material, group, name, sparsity)
+        line = material.line(group, name, sparsity)
         if norm == material.study.threat.norm and line is not None:
             level = 100 * line.get(f"{STRONGEST}_accuracy", np.nan)
             marker = look.line | {"linestyle": "none", "label": "_strongest"}
             panel.plot(material.study.threat.eps, level, **marker)
-            # Markers stand on one line: their daggers side by side.
+            # All markers have the same x: their daggers are drawn side by side.
             beside = {"xytext": (4 + 5 * place, -3)}
             style.mark_unreliable(
                 panel, material.study.threat.eps, level, line.potentially_unreliable, **beside
@@ -108,11 +111,11 @@ def _attacks_of(material: Material, norm: str) -> list[str]:
 
 
 def smallest_perturbations(material: Material, cell: Cell, norm: str) -> np.ndarray | None:
-    """The shortest perturbation in a norm with which any attack broke each image, in the primary
-    selection.
+    """Length of the smallest perturbation with which any attack of a norm broke each image.
 
-    An attack that does not look for the shortest one tells that it is within its eps. So at the eps
-    of any attack no more images need a longer one than withstand that attack.
+    An attack that does not measure lengths still gives a bound: an image that it broke needs at
+    most its eps. So at the eps of any attack, the share of images that need a longer perturbation
+    is never above the accuracy under that attack. Attacks are those of the primary selection.
 
     Returns:
         Lengths (float N, inf where no attack broke the image, 0 where it is misclassified as it
@@ -130,7 +133,7 @@ def smallest_perturbations(material: Material, cell: Cell, norm: str) -> np.ndar
     bounds = [
         np.where(robust, np.inf, study.attack_threat(name).eps)
         for name in names
-        if (robust := outcomes.of(cell, material.primary, name)) is not None
+        if (robust := outcomes.correct(cell, material.primary, name)) is not None
     ]
     return np.minimum.reduce([*measured, *bounds])
 
@@ -148,26 +151,6 @@ def curve(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     eps = np.concatenate([[0.0], ends])
     broken = np.searchsorted(np.sort(lengths.ravel()), eps, side="right")
     return eps, 1 - broken / lengths.size
-
-
-def _cells_at(material: Material, group: Group, method: str, sparsity: float) -> list[Cell]:
-    """The networks of a method at a sparsity, whatever their seed; dense ones at every sparsity."""
-    at = 0.0 if material.study.is_dense(method) else sparsity
-    return [
-        cell
-        for cell in cells(material.study, group)
-        if (cell.method, cell.sparsity) == (method, at)
-    ]
-
-
-def _summary_line(
-    material: Material, group: Group, method: str, sparsity: float
-) -> pd.Series | None:
-    rows = group.of(material.summary)
-    at = 0.0 if material.study.is_dense(method) else sparsity
-    rows = rows[(rows.method == method) & (rows.sparsity == at)]
-    rows = rows[rows.selection == material.primary]
-    return None if rows.empty else rows.iloc[0]
 
 
 def per_class(material: Material) -> Figure:
@@ -193,7 +176,7 @@ def per_class(material: Material) -> Figure:
     picture = None
     for group, row in zip(found, axes, strict=True):
         for sparsity, panel in zip(columns, row, strict=True):
-            own = group.of(table)
+            own = group.select(table)
             own = own[own.sparsity.eq(sparsity) | own.method.map(study.is_dense)]
             if sparsity not in sparsities(study, group) or own.empty:
                 panel.set_visible(False)
@@ -213,7 +196,7 @@ def class_accuracies(material: Material) -> pd.DataFrame:
     rows: dict[tuple, list[np.ndarray]] = {}
     for cell in material.study.cells():
         labels = material.outcomes.labels(cell, material.primary)
-        robust = material.outcomes.of(cell, material.primary, STRONGEST)
+        robust = material.outcomes.correct(cell, material.primary, STRONGEST)
         if labels is None or robust is None:
             continue
         key = (cell.dataset, cell.arch, cell.objective, cell.method, cell.sparsity)

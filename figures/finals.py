@@ -24,8 +24,8 @@ def robust_accuracy(material: Material) -> Figure:
     label = material.study.label("attack", STRONGEST)
     caption = [
         f"{label} accuracy: worst case per image over its components, mean over seeds. "
-        f"{interval_note(material)}. Dashed line and band: the dense network. Methods stand side "
-        "by side so that their intervals can be told apart. A cross marks a training that failed.",
+        f"{interval_note(material)}. Dashed line and band: the dense network. Methods are drawn "
+        "side by side so that their intervals do not overlap. A cross marks a failed training.",
         *unreliable_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]
@@ -37,7 +37,7 @@ def robust_accuracy(material: Material) -> Figure:
     figure, axes = style.panels(len(found), 1, width=6.4, height=3.6)
     handles: dict[str, Line2D] = {}
     for group, [panel] in zip(found, axes, strict=True):
-        handles |= _accuracy_panel(panel, material, group, group.of(rows))
+        handles |= _accuracy_panel(panel, material, group, group.select(rows))
         panel.set_ylabel(f"{label} accuracy (%)")
     axes[-1][0].set_xlabel("sparsity: share of prunable weights that are zero")
     return style.finish(figure, handles.values(), caption)
@@ -97,17 +97,17 @@ def _method_line(panel: Axes, look: style.Look, rows: pd.DataFrame, shift: float
     line = panel.plot(x, mean, **look.line)[0]
     failed = (rows.failure.fillna("") != "").to_numpy()
     panel.plot(x[failed], mean[failed], "x", color="black", markersize=9, zorder=5)
-    for place, level, said in zip(x, mean, rows.potentially_unreliable.fillna(""), strict=True):
-        style.mark_unreliable(panel, place, level, said)
+    for place, level, reasons in zip(x, mean, rows.potentially_unreliable.fillna(""), strict=True):
+        style.mark_unreliable(panel, place, level, reasons)
     return line
 
 
 def layer_density(material: Material) -> Figure:
-    """Share of live weights of each layer of the selected networks, mean over seeds."""
+    """Share of nonzero weights of each layer of the selected networks, mean over seeds."""
     caption = [
-        "Layers in forward order, each with its count of prunable weights. Dotted line: the "
-        "density asked of the whole network. Open marker at the bottom: a layer with no live "
-        "weight.",
+        "Layers in forward order, each with its number of prunable weights. Dotted line: target "
+        "density of the whole network. Open marker at the bottom: a layer whose weights are all "
+        "zero.",
         plot_caption(material, attacked=False, selected=True),
     ]
     layers = material.tidy.layers
@@ -125,7 +125,7 @@ def layer_density(material: Material) -> Figure:
         if not sparsity:
             panel.set_visible(False)
             continue
-        handles |= _density_panel(panel, material, group.of(layers), sparsity, floor)
+        handles |= _density_panel(panel, material, group.select(layers), sparsity, floor)
         style.log_axis(panel, floor / 1.2, top, "{x:g}")
     _label_density_axes(figure)
     return style.finish(figure, handles.values(), caption)
@@ -143,11 +143,11 @@ def _density_panel(
         density = 100 * own.groupby("layer").density.mean().reindex(order.layer).to_numpy()
         x = np.arange(len(order)) + dodge(index, len(looks))
         handles[name] = panel.plot(x, np.where(density > 0, density, np.nan), **look.line)[0]
-        starved = density == 0
-        if starved.any():
+        all_zero = density == 0
+        if all_zero.any():
             hollow = {"markerfacecolor": "none", "markeredgecolor": look.color}
-            style_of = vars(look) | {"linestyle": "none", "label": "_starved"} | hollow
-            panel.plot(x[starved], np.full(starved.sum(), floor), **style_of)
+            style_of = vars(look) | {"linestyle": "none", "label": "_all_zero"} | hollow
+            panel.plot(x[all_zero], np.full(all_zero.sum(), floor), **style_of)
     panel.axhline(100 * (1 - sparsity), color="0.45", linestyle=(0, (1, 2)), linewidth=1.2)
     panel.set_xlim(-0.5, max(len(order), 1) - 0.5)
     panel.grid(visible=False, axis="x")

@@ -1,4 +1,4 @@
-"""Which test images one method withstands and another does not, for people to look at.
+"""Test images that an attack breaks for one method and not for another: table and pictures.
 
 Import path: robsparse.figures.images
 """
@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 from robsparse.figures import style
 from robsparse.figures.notes import UNRELIABLE, join, percent, plot_caption, radius, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
-from robsparse.figures.tidy import Broken, Group, cells, groups, methods, seeds, sparsities
+from robsparse.figures.tidy import (
+    Broken,
+    Group,
+    cells,
+    cells_at,
+    groups,
+    methods,
+    seeds,
+    sparsities,
+)
 from robsparse.study.cells import Cell
 
 _KEYS = ["dataset", "arch", "objective", "sparsity", "seed", "image", "label"]
@@ -58,19 +67,16 @@ def _outcomes(
         cell = _cell(material, group, name, sparsity, seed)
         if cell is None:
             continue
-        clean = material.outcomes.of(cell, material.primary, "clean")
-        robust = material.outcomes.of(cell, material.primary, STRONGEST)
+        clean = material.outcomes.correct(cell, material.primary, "clean")
+        robust = material.outcomes.correct(cell, material.primary, STRONGEST)
         if clean is not None and robust is not None:
             found[name] = (clean, robust)
     return found
 
 
 def _cell(material: Material, group: Group, method: str, sparsity: float, seed: int) -> Cell | None:
-    at = 0.0 if material.study.is_dense(method) else sparsity
-    for cell in cells(material.study, group):
-        if (cell.method, cell.sparsity, cell.seed) == (method, at, seed):
-            return cell
-    return None
+    found = cells_at(material.study, group, method, sparsity)
+    return next((cell for cell in found if cell.seed == seed), None)
 
 
 def _labels(material: Material, group: Group) -> np.ndarray:
@@ -103,7 +109,7 @@ def _chosen(material: Material) -> list[tuple[pd.Series, str, Broken]]:
     study, table = material.study, disagreements(material)
     found = []
     for group in groups(study)[:_MOST_GROUPS]:
-        own = group.of(table)
+        own = group.select(table)
         own = own[own.sparsity == own.sparsity.max()]
         divided = own.robust.str.split().str.len().sub(own.broken.str.split().str.len()).abs()
         wanted = _ROWS.get(len(groups(study)), 2)
@@ -151,16 +157,16 @@ def _draw(
             drawn.squeeze(-1) if drawn.shape[-1] == 1 else drawn, cmap="gray", vmin=0, vmax=1
         )
         style.bare(panel)
-    said = _labels_of(material, place)
+    labels = _labels_of(material, place)
     row[0].set_title(f"image {place.image}: class {place.label}", fontsize=7)
-    row[1].set_title(f"{said[method]}: class {broken.taken_for}", fontsize=7)
+    row[1].set_title(f"{labels[method]}: class {broken.taken_for}", fontsize=7)
     row[2].set_title("change", fontsize=7)
     names = {
-        kind: join(said[n] for n in place[kind].split())
+        kind: join(labels[n] for n in place[kind].split())
         for kind in ("robust", "broken", "misclassified")
     }
     words = [f"{place.dataset}, {place.arch},", f"{place.objective}, {percent(place.sparsity)}"]
-    words += [f"{kind}: {said}" for kind, said in names.items() if said != "n/a"]
+    words += [f"{kind}: {text}" for kind, text in names.items() if text != "n/a"]
     style.bare(row[3])
     text = "\n".join(line for part in words for line in style.wrap(part, 28))
     row[3].text(0, 0.5, text, fontsize=6.5, va="center", transform=row[3].transAxes)

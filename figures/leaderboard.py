@@ -1,4 +1,4 @@
-"""Plot of our networks among published ones, told apart at first sight.
+"""Plot of our networks beside published ones, with different markers.
 
 Import path: robsparse.figures.leaderboard
 """
@@ -28,14 +28,14 @@ def published(material: Material) -> Figure:
     if study.qualifier(STRONGEST):
         label = study.label("attack", STRONGEST)
         general = plot_caption(material, attacked=True, selected=True)
-        return style.empty(f"Published numbers are not of {label}.", [general])
+        return style.empty(f"Published numbers are not comparable with {label}.", [general])
     rows = entries(material)
     caption = [
-        f"Filled: measured here, with {interval_note(material)}; nothing is filled where nothing "
-        "was measured. Hollow: published numbers as they were printed, from the files that the "
-        "tables name; they were measured at the eps that their file says, ours at "
+        f"Filled: measured here, with {interval_note(material)}; networks without a marker were "
+        "not measured. Hollow: published numbers as printed, from the files that the tables of "
+        "papers name; each file gives the eps of its numbers, ours is "
         f"{radius(study.threat.eps)}. "
-        "Dotted: published networks of other architectures, for orientation.",
+        "Dotted: published networks of other architectures, for comparison.",
         *unreliable_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]

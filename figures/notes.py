@@ -1,4 +1,4 @@
-"""The words around numbers: labels, captions and the notes under every table.
+"""Formatting of values, notes under tables and captions of plots.
 
 Import path: robsparse.figures.notes
 """
@@ -11,12 +11,10 @@ import pandas as pd
 from robsparse.figures import compare, statistics
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, cells, methods, seeds, sparsities
-from robsparse.schema import Grid
-from robsparse.schema.sections import Budget
 from robsparse.study.study import Study
 
 NONE = "n/a"
-FEW_SEEDS = 5  # fewer than this can hardly tell methods apart; see docs/statistics.md
+FEW_SEEDS = 5  # fewer than this detect large differences only; see docs/statistics.md
 SMALL = "Small study: not comparable with published numbers."
 UNRELIABLE, FAILED, MISSED = "†", "§", "¶"
 SELECTION_RULES = {
@@ -35,30 +33,33 @@ OBJECTIVES = {
 
 
 def objective(name: str) -> str:
-    """An objective by its name in the config, and in words."""
+    """Name of an objective in the config, with its full name: "at (adversarial training)"."""
     return f"{name} ({OBJECTIVES[name]})" if name in OBJECTIVES else name
 
 
 def percent(share: float) -> str:
-    """0.95 -> "95 %"; never rounded, for sparsities."""
+    """A sparsity in %, not rounded: 0.95 -> "95 %"."""
     return f"{100 * share:.10g} %"
 
 
 def radius(eps: float) -> str:
-    """An eps in [0,1] pixel units, as n/255 where it is a whole number of grey levels."""
+    """An eps (pixels in [0,1]) as text: "8/255" for a whole number of grey levels, else "0.1"."""
     levels = round(eps * 255, 6)
     return f"{levels:g}/255" if levels == round(levels) else f"{eps:g}"
 
 
 def join(values: Iterable[object]) -> str:
-    """Distinct values in order, "n/a" if there is none; a whole number loses its ".0"."""
+    """Distinct values in their order, with commas: "1, 2"; "n/a" if there is none.
+
+    Missing values and empty texts are left out. A whole number is printed without ".0".
+    """
     known = (value for value in values if not pd.isna(value) and value != "")
     texts = [f"{value:.12g}" if isinstance(value, float) else str(value) for value in known]
     return ", ".join(dict.fromkeys(texts)) or NONE
 
 
 def epochs(study: Study, results: pd.DataFrame) -> str:
-    """Epochs of each method, dense pretraining included: "30 (Dense), 60 (LWM, BCS)"."""
+    """Epochs of each method, including dense pretraining: "30 (Dense); 60 (LWM, BCS)"."""
     by_count: dict[str, list[str]] = {}
     for method in methods(study):
         count = join(results[results.method == method].epochs.sort_values())
@@ -67,7 +68,7 @@ def epochs(study: Study, results: pd.DataFrame) -> str:
 
 
 def started_from(study: Study) -> str:
-    """A sentence on the methods that start from another's network, or ""."""
+    """Names the methods that start from the network of another one; "" if there is none."""
     starts: dict[str, dict[str, None]] = {}
     for cell in study.cells():
         start = study.starting_cell(cell)
@@ -101,13 +102,13 @@ def threat(study: Study, results: pd.DataFrame) -> str:
 
 
 def device(results: pd.DataFrame) -> str:
-    """Where networks were trained and attacked."""
+    """Device that networks were trained on, and that on which they were attacked if it differs."""
     trained, attacked = join(results.train_device), join(results.eval_device)
     return trained if trained == attacked else f"trained on {trained}, attacked on {attacked}"
 
 
 def code(results: pd.DataFrame) -> str:
-    """Code version or versions, and whether they had uncommitted changes."""
+    """Versions of the code, and whether it had uncommitted changes."""
     versions = results[["code_version", "code_dirty"]].drop_duplicates()
     return join(
         f"{row.code_version}{' (with uncommitted changes)' * bool(row.code_dirty)}"
@@ -116,72 +117,97 @@ def code(results: pd.DataFrame) -> str:
 
 
 def other_code(results: pd.DataFrame) -> str:
-    """A sentence if rows were made by other code than that which collected them."""
+    """How many rows come from other code than the code that collected them; "" if none do."""
     others = int((results.other_code != "").sum())
     if not others:
         return ""
     return (
-        f"{others} of {len(results)} rows were made by other code than that which collected them "
-        "(results.csv, columns code_digest and other_code)."
+        f"{others} of {len(results)} rows were made by other code than the code that collected "
+        "them (results.csv, columns code_digest and other_code)."
     )
 
 
 def table_notes(material: Material, group: Group) -> list[str]:
-    """What stands under the main table of a group: one sentence or two an entry."""
-    study, results = material.study, group.of(material.tidy.results)
-    images = join(results.n_examples)
-    notes = [SMALL] if study.small else []
-    notes += incomplete(material, group)
-    notes += [
-        f"Accuracy in % of the first {images} test images of {group.dataset}, mean ± sample "
-        f"standard deviation over the seeds {join(seeds(study, group))} (n = "
-        f"{len(seeds(study, group))}); a number without ± is of one seed, {NONE} was not measured.",
+    """The notes under the main table of a group: one or two sentences each, in this order."""
+    study, results = material.study, group.select(material.tidy.results)
+    return [
+        *([SMALL] if study.small else []),
+        *_incomplete(material, group),
+        _accuracy(study, group, results),
         seeds_note(material, group),
-        *_definition(material, group),
-        f"Objective: {objective(group.objective)}. "
-        f"Epochs: {epochs(study, results)}. {started_from(study)}".strip(),
-        *trained_otherwise(study, group),
-        *_elsewhere(material, group),
-        *_attacked_as_it_is(material, group),
-        "Selection: "
-        + "; ".join(f"{name} = {SELECTION_RULES[name]}" for name in study.evaluation.selections)
-        + ".",
+        *_strongest_attack(study, results),
+        _training(study, group, results),
+        *_budgets(study),
+        *_other_settings(study, group),
+        *_external_models(study, group, results),
+        *_attacked_without_view(study, results),
+        _selections(study),
         f"Threat: {threat(study, results)}.",
         f"Nonzero weights: prunable weights that are not zero, of {join(results.prunable)} "
-        "(biases and batch norm are not prunable), mean over seeds. Peak: the most prunable "
-        "weights that training had to hold in any epoch.",
+        "(biases and batch norm are not prunable), mean over seeds. Peak active weights: the "
+        "largest number of prunable weights that training held in any epoch.",
         f"Device: {device(results)}. Code: {code(results)}. {other_code(results)}".strip(),
+        *_bold(material, group),
+        *marks(material, group),
     ]
-    if any(compare.winner(material, group, s) for s in sparsities(study, group)):
-        notes.append(
-            "Bold: ahead of every other sparse method at its sparsity; each paired difference has "
-            "p < 0.05, corrected for their number (Holm)."
-        )
-    return notes + marks(material, group)
 
 
-def trained_otherwise(study: Study, group: Group) -> list[str]:
-    """A sentence for each budget of training, and for each deviation from the study."""
-    blocks = study.blocks()
-    notes = [_budget(study, block, block.budget) for block in blocks if block.budget is not None]
-    usual = _flat(study.training.model_dump(mode="json"))
-    found: dict[str, dict[str, None]] = {}
+def _accuracy(study: Study, group: Group, results: pd.DataFrame) -> str:
+    names = seeds(study, group)
+    return (
+        f"Accuracy in % of the first {join(results.n_examples)} test images of {group.dataset}: "
+        f"mean ± sample standard deviation over the seeds {join(names)} (n = {len(names)}). A "
+        f"number without ± comes from one seed. {NONE}: not measured."
+    )
+
+
+def _training(study: Study, group: Group, results: pd.DataFrame) -> str:
+    text = f"Objective: {objective(group.objective)}. Epochs: {epochs(study, results)}."
+    return f"{text} {started_from(study)}".strip()
+
+
+def _selections(study: Study) -> str:
+    rules = (f"{name} = {SELECTION_RULES[name]}" for name in study.evaluation.selections)
+    return f"Selection: {'; '.join(rules)}."
+
+
+def _bold(material: Material, group: Group) -> list[str]:
+    """What bold numbers mean, if there is one."""
+    if not any(compare.winner(material, group, s) for s in sparsities(material.study, group)):
+        return []
+    return [
+        "Bold: more accurate than every other sparse method at its sparsity; each paired "
+        "difference has p < 0.05 after Holm's correction for their number."
+    ]
+
+
+def _budgets(study: Study) -> list[str]:
+    """A sentence for each budget of training."""
+    found = []
+    for block in study.blocks():
+        if budget := block.budget:
+            unit = {"epochs": "epochs", "passes": "passes over each training image"}[budget.unit]
+            names = [study.label("method", n) for n in block.methods if not study.is_dense(n)]
+            found.append(
+                f"Budget: {budget.total} {unit} of training for each network of "
+                f"{', '.join(names)}, including the dense network that it starts from."
+            )
+    return found
+
+
+def _other_settings(study: Study, group: Group) -> list[str]:
+    """A sentence for each set of training settings that differ from those of the study."""
+    general = _flat(study.training.model_dump(mode="json"))
+    found: dict[str, dict[str, None]] = {}  # methods by their settings
     for cell in cells(study, group):
         own = _flat(study.training_of(cell).model_dump(mode="json"))
-        apart = ", ".join(f"{key} {value}" for key, value in own.items() if usual[key] != value)
-        if apart:
-            found.setdefault(apart, {})[study.label("method", cell.method)] = None
-    notes += [f"Trained otherwise than the rest: {', '.join(m)} ({a})." for a, m in found.items()]
-    return notes
-
-
-def _budget(study: Study, block: Grid, budget: Budget) -> str:
-    unit = {"epochs": "epochs", "passes": "passes over each training image"}[budget.unit]
-    names = [study.label("method", n) for n in block.methods if not study.is_dense(n)]
-    return (
-        f"Budget: {budget.total} {unit} of training for each network of {', '.join(names)}, "
-        "the dense network that it starts from included."
-    )
+        other = ", ".join(f"{key} {value}" for key, value in own.items() if general[key] != value)
+        if other:
+            found.setdefault(other, {})[study.label("method", cell.method)] = None
+    return [
+        f"Training settings of their own: {', '.join(labels)} ({settings})."
+        for settings, labels in found.items()
+    ]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -194,81 +220,77 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _elsewhere(material: Material, group: Group) -> list[str]:
-    study, results = material.study, group.of(material.tidy.results)
+def _external_models(study: Study, group: Group, results: pd.DataFrame) -> list[str]:
     names = [n for n in methods(study, group) if study.is_external(n)]
     if not names:
         return []
-    origins = {
-        name: f"{study.label('method', name)} "
+    origins = (
+        f"{study.label('method', name)} "
         f"({join([*results[results.method == name].origin, study.source(name)][:1])})"
         for name in names
-    }
+    )
     notes = [
-        "Trained elsewhere, and attacked here with the weights as given: "
-        f"{', '.join(origins.values())}. How they were trained and selected is not known to this "
-        "suite."
+        "External models, trained elsewhere and attacked here with their weights unchanged: "
+        f"{', '.join(origins)}. This suite does not know how they were trained and selected."
     ]
     foreign = [study.label("method", name) for name in names if study.source(name).foreign]
     if foreign:
         notes.append(
-            "Of an architecture of their own, built by code that is not of this suite: "
-            f"{', '.join(foreign)}."
+            f"External models with an architecture of their own code: {', '.join(foreign)}."
         )
     return notes
 
 
-def _attacked_as_it_is(material: Material, group: Group) -> list[str]:
-    """A sentence when the frozen view of a network did not do, else nothing."""
-    study, results = material.study, group.of(material.tidy.results)
+def _attacked_without_view(study: Study, results: pd.DataFrame) -> list[str]:
+    """Names the networks of this suite that were attacked without their view, if there are any."""
     names = results[results.attacked_on == "network"].method
     labels = [study.label("method", n) for n in names.unique() if not study.source(n).foreign]
     if not labels:
         return []
-    return [f"Attacked on the network itself, because its frozen view did not do: {join(labels)}."]
+    return [f"Attacked on the network itself, because its view could not be used: {join(labels)}."]
 
 
-def _definition(material: Material, group: Group) -> list[str]:
-    results = group.of(material.tidy.results)
+def _strongest_attack(study: Study, results: pd.DataFrame) -> list[str]:
+    """How the accuracy under the strongest attack is defined, if that attack was run."""
     parts = results[(results.attack == STRONGEST) & (results.component != "all")].component
     if parts.empty:
         return []
     return [
-        f"{material.study.label('attack', STRONGEST)} accuracy: worst case per image. An image "
-        "counts only if it is classified correctly and stays so under every component "
+        f"{study.label('attack', STRONGEST)} accuracy: worst case per image. An image counts only "
+        "if it is classified correctly without an attack and under every component "
         f"({join(parts)})."
     ]
 
 
-def incomplete(material: Material, group: Group) -> list[str]:
-    """A sentence when networks of the grid have no results, else nothing."""
-    lines = group.of(material.summary)
+def _incomplete(material: Material, group: Group) -> list[str]:
+    """How many networks of the grid have no results yet, if there are any."""
+    lines = group.select(material.summary)
     lacking = int((lines.seeds_planned - lines.seeds).sum())
     if not lacking:
         return []
     return [
-        f"Incomplete: {lacking} of {int(lines.seeds_planned.sum())} networks (counted once a "
-        f"selection) have no results yet."
+        f"Incomplete: {lacking} of {int(lines.seeds_planned.sum())} networks have no results yet "
+        "(each selection counts as a network)."
     ]
 
 
 def marks(material: Material, group: Group) -> list[str]:
-    """What the marks in a group's table mean, and the text of each."""
-    lines = group.of(material.summary)
+    """The meaning of each mark in a group's table, and the reasons for it."""
+    lines = group.select(material.summary)
     meanings = {
         "potentially_unreliable": f"{UNRELIABLE} potentially unreliable: its accuracy under "
         "attack may be too high",
-        "failure": f"{FAILED} training failed, so this is no result of the method",
-        "budget": f"{MISSED} not at the sparsity that was asked for",
+        "failure": f"{FAILED} training failed: the number says nothing about the method",
+        "budget": f"{MISSED} the network does not have the sparsity that was asked for",
     }
     notes = []
     for column, meaning in meanings.items():
-        said = [
+        reasons = [
             f"{line_name(material.study, row.method, row.sparsity)} {row.selection}, {row[column]}"
             for _, row in lines[lines[column] != ""].iterrows()
         ]
-        if said:
-            notes.append(f"{meaning}: {'. '.join(said)}.")
+        if reasons:
+            notes.append(f"{meaning}: {'. '.join(reasons)}.")
     return notes
 
 
@@ -279,46 +301,47 @@ def line_name(study: Study, method: str, sparsity: float) -> str:
 
 
 def interval_note(material: Material) -> str:
-    """What intervals are over, for every caption that shows one."""
+    """What the intervals in a caption are over."""
     level = f"{100 * statistics.LEVEL:g} % intervals"
     counts = sorted(set(material.summary.seeds) - {0})
     if not counts or counts[-1] > 1:
-        alone = "; with one seed over test images alone" if 1 in counts else ""
+        alone = "; with one seed, over test images only" if 1 in counts else ""
         return f"{level} over seeds and test images{alone}"
-    return f"{level} over test images alone, as there is one seed: other seeds may lie outside"
+    return f"{level} over test images only, because there is one seed: other seeds may lie outside"
 
 
 def seeds_note(material: Material, group: Group) -> str:
-    """What so many seeds can say about methods."""
-    count = int(group.of(material.summary).seeds.max())
+    """What can be concluded about methods from this number of seeds."""
+    count = int(group.select(material.summary).seeds.max())
     if count < 2:
         return (
-            "One seed: the numbers are of these networks. Other seeds may order the methods "
-            "otherwise, so there are no p-values, no ranks are ruled out and nothing is bold."
+            "One seed: the numbers describe these networks only. With other seeds, the methods may "
+            "have another order. So there is no p-value, no rank is ruled out and nothing is bold."
         )
     few = (
-        f"{count} seeds: only differences that are large beside the spread of the seeds can be "
-        "told from chance. "
+        f"{count} seeds: only differences that are large compared with the differences between "
+        "seeds can be detected. "
     )
-    return f"{few if count < FEW_SEEDS else ''}Methods that are not separated need not be equal."
+    return f"{few if count < FEW_SEEDS else ''}Methods that are not separated may still differ."
 
 
 def unreliable_note(material: Material) -> list[str]:
-    """What a dagger in a plot means, if there is one."""
+    """What the dagger in a plot means, if there is one."""
     if not (material.summary.potentially_unreliable != "").any():
         return []
     return [
-        f"{UNRELIABLE}: potentially unreliable, may be too high; the reasons: below the main table."
+        f"{UNRELIABLE}: potentially unreliable, the accuracy may be too high; the reasons are "
+        "below the main table."
     ]
 
 
 def plot_caption(material: Material, *, attacked: bool, selected: bool) -> str:
-    """The lines under a plot.
+    """The last paragraph of a plot's caption: what was trained, selected and attacked, and how.
 
     Args:
         material: what was drawn.
-        attacked: whether the plot shows accuracies on test images.
-        selected: whether it shows selected networks rather than their training.
+        attacked: the plot shows accuracies on test images.
+        selected: the plot shows selected networks, not training curves.
     """
     study, results = material.study, material.tidy.results
     sample = f"seeds {join(seeds(study))} (n = {len(seeds(study))})"
@@ -330,7 +353,7 @@ def plot_caption(material: Material, *, attacked: bool, selected: bool) -> str:
         [
             f"{study.title}: {sample}.",
             f"Objective: {', '.join(map(objective, objectives))}.",
-            f"Epochs: {epochs(study, results)}, pretraining included.",
+            f"Epochs: {epochs(study, results)}, including pretraining.",
             selection if selected else "Training curves: no selection.",
             f"{study.threat.norm} eps {radius(study.threat.eps)}. Device: {device(results)}.",
             *([SMALL] if study.small else []),

@@ -151,7 +151,7 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
     notes = [SMALL] if study.small else []
     notes += [
         "Accuracy in %: ours / published / difference (ours − published); "
-        f"{NONE} is not known or not measured. Ours: first {study.evaluation.n_examples} test "
+        f"{NONE}: not known or not measured. Ours: first {study.evaluation.n_examples} test "
         f"images, mean over seeds, selection {spec.selection}, eps {study.threat.eps:.5g}.",
     ]
     if (table.potentially_unreliable != "").any():
@@ -162,7 +162,7 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
     sources = _sources(table)
     if not sources:
         read = ", ".join(spec.published) or "no file"
-        notes.append(f"No published number of these networks is known ({read} looked through).")
+        notes.append(f"No published number of these networks was found in {read}.")
     files = {Path(name).stem: published.read(Path(name)) for name in spec.published}
     for letter, source in zip(_LETTERS, sources, strict=False):
         notes.append(f"({letter}) {source}: {_differs(study, files[source], table)}.")
@@ -170,7 +170,7 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
 
 
 def _differs(study: Study, theirs: pd.DataFrame, table: pd.DataFrame) -> str:
-    """In what a publication's numbers of this table were measured otherwise than ours."""
+    """How the numbers of a publication were measured, as far as it may differ from ours."""
     used = theirs[
         theirs.dataset.isin(table.dataset)
         & theirs.arch.isin(table.arch)

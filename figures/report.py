@@ -6,6 +6,7 @@ Import path: robsparse.figures.report
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
@@ -35,7 +36,7 @@ from robsparse.figures.notes import (
     percent,
     table_notes,
 )
-from robsparse.figures.summary import STRONGEST, Material, gather
+from robsparse.figures.summary import STRONGEST, Material, make_material
 from robsparse.figures.tidy import Group, groups, seeds, sparsities
 from robsparse.study.cells import Layout
 from robsparse.study.study import Study
@@ -43,17 +44,20 @@ from robsparse.study.study import Study
 _DRAW: dict[str, tuple[Callable[[Material], Figure], str]] = {
     "robust_accuracy": (finals.robust_accuracy, "Robust accuracy against sparsity"),
     "cost": (costs.cost, "Robust accuracy against the cost of training"),
-    "active_weights": (curves.active_weights, "Weights that training must hold"),
-    "layer_density": (finals.layer_density, "Where the live weights are"),
-    "density_over_training": (connections.density_over_training, "Layers during training"),
+    "active_weights": (curves.active_weights, "Active weights during training"),
+    "layer_density": (finals.layer_density, "Nonzero weights of each layer"),
+    "density_over_training": (
+        connections.density_over_training,
+        "Density of each layer during training",
+    ),
     "rewiring": (curves.rewiring, "Rewiring during training"),
-    "survival": (connections.survival, "How long regrown connections live"),
-    "weight_magnitudes": (connections.weight_magnitudes, "How large the live weights are"),
-    "overlap": (connections.mask_overlap, "Which weights the masks have in common"),
+    "survival": (connections.survival, "How long regrown connections stay active"),
+    "weight_magnitudes": (connections.weight_magnitudes, "Magnitudes of the nonzero weights"),
+    "overlap": (connections.mask_overlap, "Mask overlap of the methods"),
     "per_class": (details.per_class, "Robust accuracy of each class"),
     "pictures": (images.pictures, "Images that break for one method and not for another"),
     "accuracy_against_eps": (details.accuracy_against_eps, "Robust accuracy at every eps"),
-    "published": (leaderboard.published, "Among published numbers"),
+    "published": (leaderboard.published, "Beside published numbers"),
 }
 
 _FILES = """\
@@ -62,32 +66,34 @@ _FILES = """\
 | `results.csv`, `results.parquet` | one network under one attack component | the cell (dataset, \
 arch, method, objective, sparsity, seed), selection, attack, component (`all`: the whole attack); \
 `accuracy` as a fraction with its Wilson interval `ci_low`, `ci_high`; threat; sizes; cost; \
-provenance; `origin`: where the network comes from; `attacked_on`: the network or its frozen view; \
-`code_digest`, `other_code`: which code made it, and whether that is not the present; \
-`potentially_unreliable`: why the network is potentially unreliable |
-| `collected.json` | one collected file | its checksum; edited files are refused |
+provenance; `origin`: where the network comes from; `attacked_on`: the network or its view; \
+`code_digest`: digest of the code that made the row; `other_code`: filled if that is not the \
+present code; `potentially_unreliable`: reasons why the network is potentially unreliable |
+| `collected.json` | one collected file | its checksum; `robsparse figures` refuses edited files |
 | `layers.csv` | one layer of one saved network | `size` and `nonzero` weights, output `positions` |
-| `curves.csv` | one epoch of one training run, pretraining included | `stage`, `lr`, `loss`, \
+| `curves.csv` | one epoch of one training run, including pretraining | `stage`, `lr`, `loss`, \
 `active_weights`, held-out accuracies `val_clean`, `val_robust` |
 | `steps.parquet` | one layer at one logged step of a method that rewires (step 0: the initial \
 network) | connections `pruned` and `regrown` since the row before, `active` ones, their mean \
 `age` in steps |
 | `lifetimes.parquet` | regrown connections by age in steps | how many were `pruned` at this age, \
 how many were `active` with this age at the end |
-| `weights.csv` | live weights of one saved network by magnitude | `count` in [`low`, `high`) |
-| `sanity_checks.csv` | one saved network | its sanity checks: shares \
-of the `examined` images, see `robsparse/evaluation/sanity_checks.py` |
-| `failures.csv` | one network that could not be trained | the cell, `reason` |
-| `overlap.csv` | two saved networks of the same size and sparsity | `overlap`: Jaccard index of \
-their live sets; `chance`: the same expected of random sets with as many weights in each layer |
+| `weights.csv` | one bin of magnitudes of the nonzero weights of one saved network | `count` of \
+magnitudes in [`low`, `high`) |
+| `sanity_checks.csv` | one saved network | results of its sanity checks on the `examined` images, \
+see docs/evaluation.md |
+| `failures.csv` | one network whose training failed | the cell, `reason` |
+| `overlap.csv` | two saved networks of the same size and sparsity | `jaccard`: Jaccard index of \
+their masks; `expected_jaccard`: the index to expect of random masks with as many nonzero weights \
+in each layer |
 | `tables/main.csv` | one line of the main table | `<attack>_accuracy` (mean over seeds), \
 `_spread` (sample standard deviation), `_low`, `_high` (95 % interval), as fractions |
 | `tables/per_class.csv` | one class for one method at one sparsity | accuracy under the \
 strongest attack, `images` of the class |
-| `tables/disagreements.csv` | one test image that breaks for one method and not for another | \
-methods by outcome, first seed |
+| `tables/disagreements.csv` | one test image that the strongest attack breaks for one method and \
+not for another | methods by outcome, first seed |
 | `evaluations/**/*.flags.npz` | one network | outcome of each test image: `labels`, \
-`<attack>.<component>`, `<attack>.distance`; pictures of the first ones that broke |
+`<attack>.<component>`, `<attack>.distance`; some of the images that an attack broke |
 """
 
 
@@ -102,7 +108,7 @@ def write(study: Study, layout: Layout, folder: Path) -> str:
     """
     collected = tidy.read(folder)
     tidy.check(collected, layout, folder)
-    material = gather(study, layout, collected)
+    material = make_material(study, layout, collected)
     _write_tables(material, folder)
     _write_plots(material, folder)
     _write_text(folder / REPORT, report(material))
@@ -144,86 +150,88 @@ def _write_text(path: Path, text: str) -> None:
 def report(material: Material) -> str:
     """The report as Markdown; pictures are linked relative to results/<study>."""
     study = material.study
-    parts = [f"# {study.title}"]
-    parts += [f"**{SMALL}**"] if study.small else []
-    parts += [part for group in groups(study) for part in _group_tables(material, group)]
-    ranked = tables.rank_table(material)
-    if ranked is not None:
-        parts += [
-            "## Ranks",
-            f"By {study.label('attack', STRONGEST)} accuracy (mean over seeds) among the sparse "
-            "methods, in every cell "
-            "(data set, arch, objective, sparsity) in which all of them have a result. Not ruled "
-            "out: from the smallest to the largest rank that the paired differences of all pairs "
-            "in a cell leave open (p < 0.05, Holm), mean over cells. Ranks say nothing of how far "
-            "apart two methods are.",
-            tables.markdown(ranked),
-        ]
-    parts += [papers.contents(material, spec)[".md"] for spec in study.tables]
-    parts.append("## Plots")
-    parts += [
-        f"### {_DRAW[name][1]}\n\n![{_DRAW[name][1]}](plots/{name}.png)\n\n"
-        f"([PDF](plots/{name}.pdf))"
-        for name in _plot_names(study)
+    parts = [
+        f"# {study.title}",
+        *([f"**{SMALL}**"] if study.small else []),
+        *(part for group in groups(study) for part in _group_sections(material, group)),
+        *_ranks(material),
+        *(papers.contents(material, spec)[".md"] for spec in study.tables),
+        "## Plots",
+        *(_plot(name) for name in _plot_names(study)),
+        f"## Files\n\nBeside this report:\n\n{_FILES}",
+        _reproduce(material),
     ]
-    parts += [f"## Files\n\nBeside this report:\n\n{_FILES}", _reproduce(material)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _group_tables(material: Material, group: Group) -> list[str]:
-    parts = [
+def _plot(name: str) -> str:
+    title = _DRAW[name][1]
+    return f"### {title}\n\n![{title}](plots/{name}.png)\n\n([PDF](plots/{name}.pdf))"
+
+
+def _section(heading: str, text: str, table: pd.DataFrame | None) -> list[str]:
+    """Heading, text and table; nothing if there is no table."""
+    return [] if table is None else [heading, text, tables.markdown(table)]
+
+
+def _ranks(material: Material) -> list[str]:
+    label = material.study.label("attack", STRONGEST)
+    return _section(
+        "## Ranks",
+        f"Ranks of the sparse methods by {label} accuracy (mean over seeds), mean over all cells "
+        "(data set, arch, objective, sparsity) in which every sparse method has a result. Not "
+        "ruled out: smallest and largest rank that the paired differences of all pairs in a cell "
+        "do not rule out (p < 0.05, Holm), mean over cells. Ranks do not show how large a "
+        "difference is.",
+        tables.rank_table(material),
+    )
+
+
+def _group_sections(material: Material, group: Group) -> list[str]:
+    label = material.study.label("attack", STRONGEST)
+    return [
         f"## Main table: {group}",
         tables.markdown(tables.main(material, group)),
         tables.bullets(table_notes(material, group)),
         "Also as [LaTeX](tables/main.tex) and [CSV](tables/main.csv).",
-    ]
-    label = material.study.label("attack", STRONGEST)
-    broken_down = tables.component_table(material, group)
-    if broken_down is not None:
-        parts += [
+        *_section(
             f"### Components of {label}: {group}",
-            "The components run one after the other on the images that are still robust, so each "
-            "column counts all before it and the last is the accuracy of the main table. "
-            "Mean over seeds.",
-            tables.markdown(broken_down),
-        ]
-    sanity_checks = tables.sanity_checks_table(material, group)
-    if sanity_checks is not None:
-        parts += [
+            "The components run one after the other on the images that are still robust. So the "
+            "accuracy after a component counts all components before it, and the last one is the "
+            "accuracy of the main table. Mean over seeds.",
+            tables.component_table(material, group),
+        ),
+        *_section(
             f"### Sanity checks: {group}",
-            f"Selection {material.primary}, the first images of the evaluation, the worst of the "
-            "seeds; PGD with so many steps and one restart. Robustness that is real falls to "
-            "chance at eps 1, has gradients, and is broken by gradients rather than by random "
-            "search; the reasons for a mark stand under the main table.",
-            tables.markdown(sanity_checks),
-        ]
-    parts += [
-        f"### Cost of training: {group}",
-        "Mean over seeds, everything that a method starts from included. A pass is one of the "
-        "network over a batch, crafting included. Seconds and memory are of this device, with "
-        "whatever else it was doing.",
-        tables.markdown(tables.cost_table(material, group)),
-    ]
-    compared = tables.comparison_table(material, group)
-    if compared is not None:
-        parts += [
+            f"Selection {material.primary}, on the first images of the evaluation; the worst of "
+            "the seeds. PGD runs with the given number of steps and one restart. A network that "
+            "is robust has gradients, falls to chance at eps 1, and is broken by gradients rather "
+            "than by random search. The reasons for a mark are below the main table.",
+            tables.sanity_checks_table(material, group),
+        ),
+        *_section(
+            f"### Cost of training: {group}",
+            "Mean over seeds, including everything that a method starts from. A pass is a forward "
+            "or backward pass over one batch, including those of crafting. Seconds and memory "
+            "were measured on this device, which may have run other work.",
+            tables.cost_table(material, group),
+        ),
+        *_section(
             f"### Comparison under {label}: {group}",
-            f"Selection {material.primary}. In brackets {interval_note(material)}. Differences are "
-            "paired seed by seed and image by image. p belongs to the interval of the difference: "
-            "it is below 0.05 exactly if the interval leaves out zero; Holm: corrected for the "
-            "number of rows, and the verdict follows it. Detectable: a true difference of this "
-            'size would get p < 0.05 with probability 0.8; "not separated" says nothing of '
-            "smaller ones. The dense network is the same in every row.",
-            tables.markdown(compared),
-        ]
-    ablated = tables.ablation_table(material, group)
-    if ablated is not None:
-        parts += [
+            f"Selection {material.primary}. In brackets: {interval_note(material)}. Differences "
+            "are paired by seed and image. p belongs to the interval of the difference: it is "
+            "below 0.05 exactly if the interval does not contain zero. p (Holm) is corrected for "
+            "the number of rows, and the verdict follows from it. Detectable: a true difference "
+            'of this size gets p < 0.05 with probability 0.8; "not separated" says nothing about '
+            "smaller differences. The dense network is the same in every row.",
+            tables.comparison_table(material, group),
+        ),
+        *_section(
             f"### Ablations under {label}: {group}",
-            "Each variant against the plain method; in brackets as above.",
-            tables.markdown(ablated),
-        ]
-    return parts
+            "Each variant against the method without changes; brackets as above.",
+            tables.ablation_table(material, group),
+        ),
+    ]
 
 
 def _reproduce(material: Material) -> str:
@@ -244,7 +252,7 @@ def _reproduce(material: Material) -> str:
 - Device: {device(results)}
 - Checksum of the data: {join(results.data_checksum)}
 
-All settings that decide a number, defaults included:
+All settings that results depend on, including defaults:
 
 ```yaml
 {settings.strip()}

@@ -1,4 +1,4 @@
-"""One model of chance for every interval and every test: seeds and test images, crossed.
+"""One random-effects model for every interval and every test: seeds crossed with test images.
 
 Every network is attacked on the same images, so an outcome varies with the seed, with the image,
 and with the two together. A mean over S seeds and N images then has the variance V_seeds +
@@ -194,23 +194,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def survival_curve(
-    age: Sequence[int], died: Sequence[int], alive: Sequence[int]
+    age: Sequence[int], pruned: Sequence[int], active: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Share of connections that live longer than each age, from 0 to the largest.
+    """Share of connections that stay active longer than each age, from 0 to the largest.
 
     Args:
-        age: ages in steps; one may stand several times (several networks).
-        died: how many died at that age.
-        alive: how many had that age in the end, and so are known to have lived that long alone.
+        age: ages in steps; an age may occur several times (several networks).
+        pruned: how many were pruned at that age.
+        active: how many had that age at the end of training; their lifetime is censored.
 
     Returns:
-        Ages A and shares A, as an estimate that takes the living into account.
+        Ages A and shares A, as an estimate that takes the censored lifetimes into account.
 
     Source: Kaplan and Meier, JASA 53 (1958), equation 2b.
     """
     ages = np.asarray(age, dtype=int)
-    deaths = np.bincount(ages, weights=np.asarray(died, dtype=float))
-    censored = np.bincount(ages, weights=np.asarray(alive, dtype=float))
-    gone = deaths + censored
+    ended = np.bincount(ages, weights=np.asarray(pruned, dtype=float))
+    censored = np.bincount(ages, weights=np.asarray(active, dtype=float))
+    gone = ended + censored
     at_risk = gone[::-1].cumsum()[::-1]
-    return np.arange(len(deaths)), np.cumprod(1 - deaths / np.maximum(at_risk, 1))
+    return np.arange(len(ended)), np.cumprod(1 - ended / np.maximum(at_risk, 1))

@@ -1,4 +1,4 @@
-"""Turns result rows into one line a method, sparsity and selection: means, spreads, intervals.
+"""Summarises result rows: means, spreads and intervals of each method, sparsity and selection.
 
 Import path: robsparse.figures.summary
 """
@@ -23,7 +23,7 @@ STRONGEST = "autoattack"
 class Material:
     """All that tables and plots are made from.
 
-    summary: see `summarise`. comparison: see robsparse.figures.compare.
+    summary: one row a line of the main table, see `summarise`.
     """
 
     study: Study
@@ -36,13 +36,21 @@ class Material:
         """The selection that plots and comparisons use."""
         return next(iter(self.study.evaluation.selections))
 
+    def line(self, group: Group, method: str, sparsity: float) -> pd.Series | None:
+        """The summary of a method in the primary selection; a dense one's at every sparsity."""
+        place = (method, 0.0 if self.study.is_dense(method) else sparsity, self.primary)
+        rows = group.select(self.summary)
+        for name, value in zip(("method", "sparsity", "selection"), place, strict=True):
+            rows = rows[rows[name] == value]
+        return None if rows.empty else rows.iloc[0]
+
     def chance(self, group: Group) -> float | None:
-        """Accuracy of naming the data set's largest class; None if nothing was attacked."""
-        known = group.of(self.tidy.results).chance.dropna()
+        """Accuracy of always predicting the largest class; None if nothing was attacked."""
+        known = group.select(self.tidy.results).chance.dropna()
         return None if known.empty else float(known.iloc[0])
 
 
-def gather(study: Study, layout: Layout, tidy: Tidy) -> Material:
+def make_material(study: Study, layout: Layout, tidy: Tidy) -> Material:
     """Summarise the tidy tables. Raises UsageError when they contradict the per-image outcomes."""
     outcomes = Outcomes(layout)
     return Material(study, tidy, outcomes, summarise(study, tidy, outcomes))
@@ -76,7 +84,7 @@ def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
 
 
 def _failed(tidy: Tidy, key: dict[str, Any]) -> list[str]:
-    """Why seeds of a line have no network at all."""
+    """Why the training of some seeds of a line failed."""
     rows = tidy.failures
     if rows.empty:
         return []
@@ -102,8 +110,9 @@ def _line(
     for column in ("nonzero", "prunable", "peak_active_weights", *COSTS):
         line[column] = models[column].mean() if len(models) else np.nan
     for column in ("potentially_unreliable", "failure", "budget"):
-        said = models[models[column] != ""]
-        line[column] = "; ".join(f"seed {row.seed}: {row[column]}" for _, row in said.iterrows())
+        filled = models[models[column] != ""]
+        texts = (f"seed {row.seed}: {row[column]}" for _, row in filled.iterrows())
+        line[column] = "; ".join(texts)
     return line
 
 
@@ -113,7 +122,7 @@ def stack(key: dict[str, Any], rows: pd.DataFrame, outcomes: Outcomes) -> np.nda
     Args:
         key: dataset, arch, objective, method, sparsity and selection.
         rows: the rows of one attack as a whole, one a seed.
-        outcomes: where to look.
+        outcomes: outcomes of the images of all networks.
 
     Returns:
         S×N bool, or None when there is no row or any seed's outcomes are missing.
@@ -131,7 +140,7 @@ def stack(key: dict[str, Any], rows: pd.DataFrame, outcomes: Outcomes) -> np.nda
             key["sparsity"],
             int(row.seed),
         )
-        seen = outcomes.of(cell, key["selection"], row.attack)
+        seen = outcomes.correct(cell, key["selection"], row.attack)
         if seen is None:
             return None
         if (int(seen.sum()), len(seen)) != (row.n_correct, row.n_examples):
@@ -151,12 +160,12 @@ def components(material: Material, group: Group) -> pd.DataFrame:
     `potentially_unreliable`; columns in the order in which the components ran, none of those if
     none was run.
     """
-    rows = group.of(material.tidy.results)
+    rows = group.select(material.tidy.results)
     rows = rows[(rows.attack == STRONGEST) & (rows.component != "all")]
     order = rows.component.unique()
     keys = ["method", "sparsity", "selection"]
     means = rows.groupby([*keys, "component"]).accuracy.mean().unstack("component")
     asked = [s for s, names in material.study.evaluation.selections.items() if STRONGEST in names]
-    lines = group.of(material.summary)
+    lines = group.select(material.summary)
     lines = lines.loc[lines.selection.isin(asked), [*keys, "potentially_unreliable"]]
     return lines.join(means.reindex(columns=order), on=keys)

@@ -47,7 +47,7 @@ def main(material: Material, group: Group) -> pd.DataFrame:
     """The main table of a group as text: a row a method, sparsity and selection."""
     rows = []
     winners = {s: compare.winner(material, group, s) for s in sparsities(material.study, group)}
-    for _, line in group.of(material.summary).iterrows():
+    for _, line in group.select(material.summary).iterrows():
         row = {
             "Method": material.study.label("method", line.method),
             "Sparsity": percent(line.sparsity),
@@ -78,7 +78,7 @@ def _accuracy(line: pd.Series, attack: str, bold: bool = False) -> str:
     marks = {FAILED: line.failure, MISSED: line.budget}
     if attack != "clean":
         marks[UNRELIABLE] = line.potentially_unreliable
-    return " ".join([text, *(mark for mark, said in marks.items() if said)])
+    return " ".join([text, *(mark for mark, reasons in marks.items() if reasons)])
 
 
 def _count(value: float) -> str:
@@ -102,8 +102,8 @@ def component_table(material: Material, group: Group) -> pd.DataFrame | None:
     )
     for name in names:
         shown[f"after {name} (%)"] = [
-            _percentage(share) + f" {UNRELIABLE}" * bool(said and not np.isnan(share))
-            for share, said in zip(table[name], table.potentially_unreliable, strict=True)
+            _percentage(share) + f" {UNRELIABLE}" * bool(reasons and not np.isnan(share))
+            for share, reasons in zip(table[name], table.potentially_unreliable, strict=True)
         ]
     return shown
 
@@ -152,9 +152,9 @@ def _p_value(p: float, seeds: int) -> str:
 
 
 def cost_table(material: Material, group: Group) -> pd.DataFrame:
-    """What each line of the main table cost to train, beside its accuracy, as text."""
+    """Cost of training and accuracy of each line of the main table, as text."""
     rows = []
-    lines = group.of(material.summary)
+    lines = group.select(material.summary)
     for _, line in lines[lines.selection == material.primary].iterrows():
         row = {
             "Method": material.study.label("method", line.method),
@@ -169,15 +169,15 @@ def cost_table(material: Material, group: Group) -> pd.DataFrame:
 
 
 def sanity_checks_table(material: Material, group: Group) -> pd.DataFrame | None:
-    """Signs that robustness is not real, as text; the worst of the seeds. None if not looked for.
+    """Results of the sanity checks as text, the worst of the seeds; None if none were made.
 
     See robsparse.evaluation.sanity_checks for what each number is.
     """
-    study, checks = material.study, group.of(material.tidy.sanity_checks)
+    study, checks = material.study, group.select(material.tidy.sanity_checks)
     if "examined" not in checks or checks.examined.isna().all():
         return None
     rows = []
-    lines = group.of(material.summary)
+    lines = group.select(material.summary)
     for _, line in lines[lines.selection == material.primary].iterrows():
         own = checks[(checks.method == line.method) & (checks.sparsity == line.sparsity)]
         own = own[own.selection == line.selection]
@@ -224,7 +224,7 @@ def _with_interval(value: float, low: float, high: float, sign: str = "") -> str
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table: words to the left, numbers to the right."""
+    """A Markdown table: text is aligned left, numbers right."""
     words = (
         "Method",
         "Baseline",

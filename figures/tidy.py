@@ -53,7 +53,7 @@ _WORDS = [
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """Networks that may stand in one table: same data, architecture and objective."""
+    """Networks that one table compares: same data set, architecture and objective."""
 
     dataset: str
     arch: str
@@ -62,7 +62,7 @@ class Group:
     def __str__(self) -> str:
         return f"{self.dataset}, {self.arch}, objective {self.objective}"
 
-    def of(self, table: pd.DataFrame) -> pd.DataFrame:
+    def select(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows of a tidy table that belong to this group."""
         wanted = (table.dataset == self.dataset) & (table.arch == self.arch)
         return table[wanted & (table.objective == self.objective)]
@@ -70,7 +70,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Tidy:
-    """The collected tables; all but the first may be empty."""
+    """The collected tables. All but `results` may be empty."""
 
     results: pd.DataFrame
     layers: pd.DataFrame
@@ -137,7 +137,7 @@ def _table(path: Path) -> pd.DataFrame:
             f"{path}: no column {', '.join(missing)}; run `robsparse collect CONFIG` again"
         )
     words = {name: table[name].fillna("") for name in _WORDS if name in table}
-    # Sparsities of a study have at most four decimals; they are compared as numbers below.
+    # Sparsities of a study have at most four decimals and are compared as numbers.
     return table.assign(sparsity=table.sparsity.astype(float).round(4), **words)
 
 
@@ -153,9 +153,16 @@ def cells(study: Study, group: Group | None = None) -> list[Cell]:
     ]
 
 
+def cells_at(study: Study, group: Group, method: str, sparsity: float) -> list[Cell]:
+    """Cells of a method at a sparsity, all seeds; those of a dense network at every sparsity."""
+    place = (method, 0.0 if study.is_dense(method) else sparsity)
+    return [cell for cell in cells(study, group) if (cell.method, cell.sparsity) == place]
+
+
 def methods(study: Study, group: Group | None = None) -> list[str]:
-    """Dense networks first, then the grid's order; starting points count as methods, and so do
-    networks that were trained elsewhere, which come last.
+    """All methods: dense networks first, then those of the grid in its order, external models last.
+
+    A network that other methods start from counts as a method.
     """
     found = dict.fromkeys(cell.method for cell in cells(study, group))
     order = dict.fromkeys([*(n for b in study.grid for n in b.methods), *study.models])
@@ -164,7 +171,7 @@ def methods(study: Study, group: Group | None = None) -> list[str]:
 
 
 def sparsities(study: Study, group: Group | None = None) -> list[float]:
-    """All sparsities of the sparse networks, ascending; 0 stands for a group that has none."""
+    """All sparsities of the sparse networks, ascending; only 0 if a group has no sparse network."""
     if group is None:
         return sorted({s for one in groups(study) for s in sparsities(study, one)})
     found = {c.sparsity for c in cells(study, group) if not study.is_dense(c.method)}
@@ -199,12 +206,12 @@ class Outcomes:
         """Class of each image (int N), or None if the network was not attacked here."""
         return self._read(cell, selection).get("labels")
 
-    def of(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
+    def correct(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
         """Correct under the whole attack (bool N), or None if that was not run here."""
         return self._read(cell, selection).get(f"{attack}.all")
 
     def distances(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
-        """Smallest perturbation found that breaks each image (float N), if the attack has looked.
+        """Smallest perturbation found that breaks each image (float N), if the attack measures it.
 
         0 where the image is misclassified as it is, inf where none was found.
         """
@@ -222,7 +229,7 @@ class Outcomes:
 
 
 class Broken(NamedTuple):
-    """An image (C×H×W, in [0,1]) as it is and perturbed, and what the latter was taken for."""
+    """An image (C×H×W, in [0,1]), the same perturbed, and the class predicted for the latter."""
 
     clean: np.ndarray
     perturbed: np.ndarray

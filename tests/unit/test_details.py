@@ -52,7 +52,7 @@ class Outcomes:
     lengths: dict[str, list]
     of_cell: dict[Cell, "Outcomes"] = field(default_factory=dict)
 
-    def of(self, cell, selection, attack):
+    def correct(self, cell, selection, attack):
         found = self.of_cell.get(cell, self).robust.get(attack)
         return None if found is None or selection != "best_val" else np.array(found, dtype=bool)
 

@@ -257,7 +257,7 @@ def prepare(folder: Path, grid: dict | None = None, **options: object) -> summar
     study = load(folder, **(grid or {}))
     made_up = MadeUp(study, Layout(folder / "made_up"), options.pop("correct", correct), **options)
     layout = made_up.write()
-    return summary.gather(study, layout, tidy.read(layout.root))
+    return summary.make_material(study, layout, tidy.read(layout.root))
 
 
 @pytest.fixture(scope="module")
@@ -320,14 +320,16 @@ def test_a_group_without_a_sparse_method_is_drawn_like_any_other(name, tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     report.write(study, layout, layout.root)
     assert all((layout.root / name).stat().st_size for name in (*TABLES, *PLOTS, REPORT))
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     levels = [line for panel in finals.robust_accuracy(material).axes for line in panel.lines]
     labels = {study.label("method", method) for method in tidy.methods(study)}
     assert labels <= {line.get_label() for line in levels}
     for group in tidy.groups(study):
         notes_of = " ".join(notes.table_notes(material, group))
         foreign = "theirs" in tidy.methods(study, group)
-        assert ("built by code that is not of this suite: theirs" in notes_of) == foreign
+        assert (
+            "External models with an architecture of their own code: theirs" in notes_of
+        ) == foreign
 
 
 def test_report_embeds_the_plots_that_exist(material):
@@ -476,7 +478,7 @@ def test_an_attack_that_one_selection_lacks_is_not_available(tmp_path):
     results = pd.read_csv(layout.root / "results.csv")
     lacking = (results.attack == "autoattack") & (results.selection == "last")
     results[~lacking].to_csv(layout.root / "results.csv", index=False)
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
     main = tables.main(material, group)
     assert set(main[main.Selection == "last"]["AutoAttack (%)"]) == {"n/a"}
@@ -539,7 +541,7 @@ def test_potentially_unreliable_networks_are_marked_in_plots(draw, tmp_path):
 def test_notes_name_what_was_attacked_without_its_view(tmp_path):
     material = prepare(tmp_path)
     [group] = tidy.groups(material.study)
-    said = "Attacked on the network itself, because its frozen view did not do"
+    said = "Attacked on the network itself, because its view could not be used"
     results = material.tidy.results
     results["attacked_on"] = "view"
     assert said not in " ".join(notes.table_notes(material, group))
@@ -633,7 +635,7 @@ def test_study_without_autoattack_has_no_comparison_and_an_empty_plot(tmp_path):
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     results = pd.read_csv(layout.root / "results.csv")
     results[results.attack != "autoattack"].to_csv(layout.root / "results.csv", index=False)
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
     assert tables.component_table(material, group) is None
     assert set(tables.comparison_table(material, group)["Verdict"]) == {"n/a"}
@@ -647,7 +649,7 @@ def test_a_part_of_autoattack_is_never_printed_as_autoattack(tmp_path):
     path.write_text(yaml.safe_dump(data))
     study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     texts = [report.report(material), tables.main_markdown(material), tables.main_latex(material)]
     texts += [words(finals.robust_accuracy(material)), words(costs.cost(material))]
     texts += [words(leaderboard.published(material))]
@@ -711,7 +713,7 @@ def test_without_outcome_files_there_are_means_but_no_intervals(tmp_path):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     shutil.rmtree(layout.root / "evaluations")
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     [panel] = finals.robust_accuracy(material).axes
     assert drawn(panel, "LWM").get_ydata() == pytest.approx([30, 30])
     assert drawn(panel, "chance").get_ydata()[0] == pytest.approx(12.5)
@@ -746,8 +748,8 @@ def test_a_layer_without_nonzero_weights_is_still_seen(tmp_path):
     layers = pd.read_csv(layout.root / "layers.csv")
     layers.loc[(layers.method == "lwm") & (layers.layer == 3), "nonzero"] = 0
     layers.to_csv(layout.root / "layers.csv", index=False)
-    figure = finals.layer_density(summary.gather(study, layout, tidy.read(layout.root)))
-    hollow = drawn(figure.axes[0], "_starved")
+    figure = finals.layer_density(summary.make_material(study, layout, tidy.read(layout.root)))
+    hollow = drawn(figure.axes[0], "_all_zero")
     assert hollow.get_markerfacecolor() == "none"
     assert len(hollow.get_xdata()) == 1
     assert hollow.get_ydata()[0] > 0
@@ -766,7 +768,7 @@ def test_rewiring_is_the_smoothed_mean_over_seeds(tmp_path):
 
 def test_a_study_without_step_logs_gets_a_figure_in_words(tmp_path):
     material = prepare(tmp_path, grid={"methods": ["dense", "lwm"]})
-    assert "No method of this study logs rewiring" in words(curves.rewiring(material))
+    assert "No method of this study rewires" in words(curves.rewiring(material))
     [group] = tidy.groups(material.study)
     assert tables.comparison_table(material, group) is None
 
@@ -776,7 +778,7 @@ def test_empty_tables_give_figures_in_words(tmp_path, name):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     (layout.root / name).write_text("\n")
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     draw = {"layers.csv": finals.layer_density, "curves.csv": curves.active_weights}[name]
     assert "have been collected" in words(draw(material))
 
@@ -858,7 +860,7 @@ def test_a_failed_training_is_marked_everywhere(tmp_path):
     results["failure"] = results.failure.astype(object)
     results.loc[broken, "failure"] = "training collapsed: it only guessed"
     results.to_csv(layout.root / "results.csv", index=False)
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
     main = tables.main(material, group)
     marked = main[main["Clean (%)"].str.contains(notes.FAILED)]
@@ -885,7 +887,7 @@ def test_variants_are_compared_with_the_plain_method(tmp_path):
     path.write_text(yaml.safe_dump(STUDY | {"grid": grid, "methods": variant}))
     study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
     found = compare.ablations(material, group)
     assert list(zip(found.sparsity, found.ours, found.theirs, strict=True)) == [
@@ -908,7 +910,7 @@ def test_blocks_with_other_sparsities_leave_panels_out(tmp_path):
     path.write_text(yaml.safe_dump(STUDY | {"grid": blocks}))
     study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     visible = [panel.get_visible() for panel in curves.active_weights(material).axes]
     assert visible == [True, False, False, True]
     first, second = tidy.groups(study)
@@ -984,7 +986,7 @@ def test_one_seed_gives_no_evidence_about_methods(tmp_path):
     assert not tables.main(material, group)["AutoAttack (%)"].str.contains("**", regex=False).any()
     assert compare.ranks(material)[["low", "high"]].to_numpy().tolist() == [[1, 2], [1, 2]]
     assert any(note.startswith("One seed:") for note in notes.table_notes(material, group))
-    assert "over test images alone, as there is one seed" in report.report(material)
+    assert "over test images only, because there is one seed" in report.report(material)
 
 
 @pytest.mark.parametrize(("others", "wanted"), [(1, "bcs"), (6, None)])
@@ -996,7 +998,7 @@ def test_a_winner_is_corrected_for_the_number_of_others(tmp_path, others, wanted
     path.write_text(yaml.safe_dump(STUDY | {"grid": grid, "methods": names}))
     study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), robust({"bcs": 15})).write()
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
     pairs = compare.compare(material, group)
     assert pairs[pairs.theirs != "dense"].p.between(0.01, 0.045).all()
@@ -1034,7 +1036,7 @@ def test_ranks_that_differences_rule_out(tmp_path):
     path.write_text(yaml.safe_dump(STUDY | {"grid": grid, "methods": {"lwm_b": {"base": "lwm"}}}))
     study, levels = loading.load(path), robust({"bcs": 18, "lwm": 5, "lwm_b": 6})
     layout = MadeUp(study, Layout(tmp_path / "made_up"), levels).write()
-    material = summary.gather(study, layout, tidy.read(layout.root))
+    material = summary.make_material(study, layout, tidy.read(layout.root))
     found = compare.ranks(material).set_index("method")
     assert found["rank"].to_dict() == {"bcs": 1, "lwm_b": 2, "lwm": 3}
     assert found.index.tolist() == ["bcs", "lwm_b", "lwm"]

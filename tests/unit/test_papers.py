@@ -154,7 +154,7 @@ def test_a_number_of_another_network_is_never_used(material, source):
 
 def test_without_a_published_number_the_table_says_so(material, source):
     text = papers.contents(material, spec(source()))[".md"]
-    assert "No published number of these networks is known" in text
+    assert "No published number of these networks was found in" in text
     assert "paper.csv" in text
 
 

@@ -180,7 +180,7 @@ def test_the_table_shows_failed_cells_as_failed(finished):
     failed = [line for line in text.splitlines() if line.count("failed §") == 2]
     assert [line.split("|")[1].strip() for line in failed] == ["Breaks", "Lacks", "bad"]
     assert "ZeroDivisionError: by design" in text
-    assert "Trained elsewhere" in text
+    assert "External models, trained elsewhere" in text
     assert "main table: results/tiny/partial/tables/main.md" in done.stdout + done.stderr
 
 
