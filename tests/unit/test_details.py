@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from robsparse.figures import details
+from robsparse.figures.summary import Material
 from robsparse.figures.tidy import Group
 from robsparse.study import loading
 from robsparse.study.cells import Cell
@@ -46,7 +47,7 @@ CELL = Cell("digits", "small_cnn", "bcs", "at", 0.9, 0)
 
 @dataclass
 class Outcomes:
-    """What is said to have been measured, the same for each network unless `of_cell` says more."""
+    """Outcomes made up for a test, the same for each network except those in `of_cell`."""
 
     robust: dict[str, list]
     lengths: dict[str, list]
@@ -67,6 +68,7 @@ class Made:
     """As much of a Material as these figures ask for."""
 
     primary = "best_val"
+    line = Material.line
 
     def __init__(self, outcomes: Outcomes, **changes) -> None:
         self.study = loading.of_data(STUDY | changes, "made_up.yaml")
@@ -156,7 +158,7 @@ def test_plot_shows_the_bound_the_strongest_attack_and_chance(monkeypatch):
         x, y = line.get_data()
         assert y[np.searchsorted(x, eps, side="right") - 1] == pytest.approx(level)
         assert line.get_drawstyle() == "steps-post"
-    # The constant network stays where it is to the edge of the panel.
+    # The curve of the constant network is level up to the edge of the panel.
     x, y = theirs.get_data()
     assert y[-1] == pytest.approx(60)
     assert x[-1] > figure.axes[0].get_xlim()[1] == pytest.approx(0.4)
