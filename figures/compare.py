@@ -146,10 +146,11 @@ def _pair(
     pair: dict[str, Any] = {"sparsity": sparsity, "ours": ours, "theirs": theirs}
     for side, (method, at) in sides.items():
         line = material.line(group, method, at)
-        known = line is not None and f"{STRONGEST}_accuracy" in line
+        if line is None or f"{STRONGEST}_accuracy" not in line:
+            line = pd.Series({"potentially_unreliable": ""})
         for name in ("accuracy", "low", "high"):
-            pair[f"{side}_{name}"] = line[f"{STRONGEST}_{name}"] if known else np.nan
-        pair[f"{side}_potentially_unreliable"] = line.potentially_unreliable if known else ""
+            pair[f"{side}_{name}"] = line.get(f"{STRONGEST}_{name}", np.nan)
+        pair[f"{side}_potentially_unreliable"] = line.potentially_unreliable
     pair["difference"] = pair["ours_accuracy"] - pair["theirs_accuracy"]
     apart = _paired(material, group, *sides.values())
     if apart is None:

@@ -43,9 +43,9 @@ def bytes_without_zeros(state: dict[str, Tensor]) -> int:
     )
 
 
-def as_bytes(value: Tensor) -> np.ndarray:
-    """The bytes of a tensor of any type, NumPy's or not."""
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def as_bytes(value: Tensor) -> bytes:
+    """The bytes of a tensor of any type, also of types that NumPy does not have."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:

@@ -44,9 +44,10 @@ def libraries() -> str:
 
 
 def _code_folders() -> list[Path]:
-    """Where the package's code lies: its own folder, and those of methods, attacks and figures."""
-    found = [importlib.util.find_spec(name) for name in CODE_PACKAGES]
-    return [Path(place) for spec in found if spec for place in spec.submodule_search_locations]
+    """Folders of the package's code: its own, and those of methods, attacks and figures."""
+    specs = [importlib.util.find_spec(name) for name in CODE_PACKAGES]
+    places = [spec.submodule_search_locations or [] for spec in specs if spec]
+    return [Path(place) for folders in places for place in folders]
 
 
 def _git_state(folders: list[Path]) -> tuple[str, bool]:
