@@ -136,8 +136,8 @@ def _files(kind: str) -> Iterator[tuple[str, Path, str | None]]:
     """Module, file and (for an entry point) name of everything registered."""
     for package in PACKAGES[kind]:
         spec = importlib.util.find_spec(package)
-        folder = Path(spec.submodule_search_locations[0])
-        for path in sorted(folder.glob("*.py")):
+        [folder] = (spec and spec.submodule_search_locations) or ()
+        for path in sorted(Path(folder).glob("*.py")):
             if not path.stem.startswith("_"):
                 yield f"{package}.{path.stem}", path, None
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS.get(kind, "")):
@@ -174,11 +174,11 @@ def _literals(tree: ast.Module) -> dict[str, Any]:
     for node in tree.body:
         if isinstance(node, ast.Assign):
             target = node.targets[0]
-        elif isinstance(node, ast.AnnAssign) and node.value:
+        elif isinstance(node, ast.AnnAssign):
             target = node.target
         else:
             continue
-        if isinstance(target, ast.Name):
+        if isinstance(target, ast.Name) and node.value is not None:
             try:
                 values[target.id] = ast.literal_eval(node.value)
             except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

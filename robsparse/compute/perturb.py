@@ -5,6 +5,7 @@ Used while training and, with a different loss and more steps, by the PGD attack
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def no_parameter_gradients(model: nn.Module) -> Iterator[None]:
 
 def uniform_start(x: Tensor, eps: float, generator: torch.Generator, norm: str = "Linf") -> Tensor:
     """x plus a perturbation drawn uniformly from the ball, clipped to [0,1]."""
-    options = {"generator": generator, "device": x.device, "dtype": x.dtype}
+    options: dict[str, Any] = {"generator": generator, "device": x.device, "dtype": x.dtype}
     if norm == "Linf":
         return (x + eps * (2 * torch.rand(x.shape, **options) - 1)).clamp(0, 1)
     direction = _unit(torch.randn(x.shape, **options))

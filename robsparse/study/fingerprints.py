@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def _training_code(study: Study, cell: Cell) -> set[str]:
     return used | {f"{source_code.PACKAGE}.training.loop"}
 
 
-def _settings(model: BaseModel, unread: set[str] = frozenset()) -> dict[str, Any]:
+def _settings(model: BaseModel, unread: Set[str] = frozenset()) -> dict[str, Any]:
     """All values as JSON has them, without those that decide no number.
 
     A path of a file that decides stands there as the file's content; other places on disk and

@@ -127,8 +127,9 @@ def _places(module: str) -> tuple[Path | None, tuple[Path, ...]]:
     if spec is None:
         return None, ()
     folders = tuple(map(Path, spec.submodule_search_locations or ()))
-    is_source = spec.origin is not None and spec.origin.endswith(".py")
-    return (Path(spec.origin) if is_source else None), folders
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return None, folders
+    return Path(spec.origin), folders
 
 
 def _spec(module: str) -> importlib.machinery.ModuleSpec | None:
@@ -186,7 +187,7 @@ def _is_text(node: Any) -> bool:
 _IMPORTING = (ast.Import, ast.ImportFrom, ast.Call)
 
 
-def _imports_of(node: ast.AST) -> list[Import]:
+def _imports_of(node: ast.Import | ast.ImportFrom | ast.Call) -> list[Import]:
     if isinstance(node, ast.Import):
         return [(0, alias.name, ()) for alias in node.names]
     if isinstance(node, ast.ImportFrom):

@@ -17,6 +17,7 @@ from robsparse.evaluation import sanity_checks
 from robsparse.fast import frozen
 from robsparse.networks import construct
 from robsparse.schema.imagesets import Description
+from robsparse.schema.sections import Selection
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.cost import PASSES
 from robsparse.study.study import Study
@@ -81,6 +82,7 @@ class Clock:
     def _time(self, key: tuple[Hashable, ...], cell: Cell, work: Callable) -> float:
         if key not in self.timed:
             data = self.data(cell.dataset)
+            assert data.classes is not None  # `describe` reads the labels where nothing else tells
             model = construct.build(self.study, cell, data.image_shape, data.classes)
             model = model.to(self.device)
             size = min(self.study.training_of(cell).batch_size, data.train_examples)
@@ -147,7 +149,7 @@ def training_seconds(clock: Clock, cell: Cell) -> float:
     return SECONDS_TO_START_A_JOB + steps * min(size, examples) * once
 
 
-def evaluation_seconds(clock: Clock, cell: Cell, selection: str) -> float:
+def evaluation_seconds(clock: Clock, cell: Cell, selection: Selection) -> float:
     """Estimated time of all attacks on one set of weights."""
     settings = clock.study.evaluation
     seconds = SECONDS_TO_START_A_JOB
