@@ -1,20 +1,22 @@
 """Trainable scores that decide which weights are kept, for methods that learn their mask."""
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
-from robsparse.sparsity.masks import prunable, top_k_mask
+import torch
+from torch import Tensor
+
+from robsparse.sparsity.masks import top_k_mask
 
 
 class _StraightThroughTopK(torch.autograd.Function):
     """0/1 mask of the k largest |scores|; its gradient is handed to |score| unchanged."""
 
     @staticmethod
-    def forward(ctx, magnitude: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, magnitude: Tensor, k: int) -> Tensor:
         return top_k_mask(magnitude, k).to(magnitude.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -35,11 +37,3 @@ def scaled_scores(weight: Tensor) -> Tensor:
     weight = weight.detach()
     largest = weight.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
     return (6 / fan_in) ** 0.5 * weight / largest
-
-
-def all_but_weights(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained while a mask is learned: scores and batch norm, no weight and no bias."""
-    frozen = set()
-    for module in prunable(model).values():
-        frozen |= {id(module.parametrizations.weight.original), id(module.bias)}
-    return [p for p in model.parameters() if id(p) not in frozen]

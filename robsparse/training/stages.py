@@ -23,9 +23,9 @@ from robsparse.sparsity.masks import (
     live_count,
     magnitude_masks,
     prunable,
+    trained_weight,
     weight_count,
 )
-from robsparse.sparsity.scores import all_but_weights
 
 
 @dataclass
@@ -145,10 +145,13 @@ class FixedMaskStage(Stage):
 
 
 class ScoreStage(Stage):
-    """Train scores that decide which weights are kept. Weights and biases keep their values."""
+    """Train scores that decide which weights are kept, and batch norm; no weight and no bias."""
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        return all_but_weights(model)
+        frozen = set()
+        for module in prunable(model).values():
+            frozen |= {id(trained_weight(module)), id(module.bias)}
+        return [p for p in model.parameters() if id(p) not in frozen]
 
     def active_weights(self, run: Run) -> int:
         # Every weight has a score that gets a gradient: training holds the dense network.
