@@ -193,7 +193,7 @@ def class_accuracies(material: Material) -> pd.DataFrame:
     mean over seeds), how many images of the class were attacked, and why the network is
     `potentially_unreliable`, in the primary selection.
     """
-    rows: dict[tuple, list[np.ndarray]] = {}
+    rows: dict[tuple[str | float, ...], list[np.ndarray]] = {}
     for cell in material.study.cells():
         labels = material.outcomes.labels(cell, material.primary)
         robust = material.outcomes.correct(cell, material.primary, STRONGEST)

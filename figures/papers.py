@@ -5,6 +5,7 @@ Import path: robsparse.figures.papers
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,7 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _ours(material: Material, spec: Table, key: dict) -> tuple[float, str]:
+def _ours(material: Material, spec: Table, key: dict[str, Any]) -> tuple[float, str]:
     """Our accuracy, and why the network is potentially unreliable."""
     rows = material.summary[material.summary.selection == spec.selection]
     same = np.logical_and.reduce([rows[k] == v for k, v in key.items() if k != "attack"])
@@ -84,7 +85,7 @@ def _ours(material: Material, spec: Table, key: dict) -> tuple[float, str]:
     return float(rows[same][column].iloc[0]), rows[same].potentially_unreliable.iloc[0]
 
 
-def _matching(theirs: pd.DataFrame, key: dict, study: Study) -> list[tuple[float, str]]:
+def _matching(theirs: pd.DataFrame, key: dict[str, Any], study: Study) -> list[tuple[float, str]]:
     """Published numbers of the same network under the same attack, with their sources."""
     wanted = key | {"method": study.base("method", key["method"])}
     wanted |= {"sparsity": round(key["sparsity"], 4)}
@@ -97,7 +98,7 @@ def _matching(theirs: pd.DataFrame, key: dict, study: Study) -> list[tuple[float
 def _printed(study: Study, spec: Table, table: pd.DataFrame) -> pd.DataFrame:
     """Lines of the table as text: "ours / published / difference" in % for every column."""
     letters = dict(zip(_sources(table), _LETTERS, strict=False))
-    lines: dict[tuple, dict[str, str]] = {}
+    lines: dict[tuple[Any, ...], dict[str, str]] = {}
     columns = [
         " ".join([*(_say(study, axis, v) for axis, v in zip(spec.columns, place, strict=True)), a])
         for place, a in itertools.product(

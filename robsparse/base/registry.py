@@ -136,8 +136,8 @@ def _files(kind: str) -> Iterator[tuple[str, Path, str | None]]:
     """Module, file and (for an entry point) name of everything registered."""
     for package in PACKAGES[kind]:
         spec = importlib.util.find_spec(package)
-        [folder] = (spec and spec.submodule_search_locations) or ()
-        for path in sorted(Path(folder).glob("*.py")):
+        folders = list((spec.submodule_search_locations if spec else None) or [])
+        for path in sorted(path for folder in folders for path in Path(folder).glob("*.py")):
             if not path.stem.startswith("_"):
                 yield f"{package}.{path.stem}", path, None
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS.get(kind, "")):

@@ -38,7 +38,7 @@ def perturbed(
     Returns:
         Images in [0,1] of the shape of x; where none was found that breaks the network, x itself.
     """
-    kind = foolbox.attacks.LInfFMNAttack if norm == "Linf" else _L2
+    kind: Any = foolbox.attacks.LInfFMNAttack if norm == "Linf" else _L2
     attack = kind(steps=steps, max_stepsize=max_stepsize, gamma=gamma)
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
     goal = foolbox.criteria.Misclassification(y)

@@ -39,7 +39,9 @@ class ConnectionLog:
         self.totals[:-1, 2] = torch.stack([mask.sum() for mask in live.values()])
         self.died_at = torch.zeros(1024, dtype=torch.int64, device=device)
         self.rows: list[Tensor] = [self.totals[:-1]]
-        self.length, self.waiting = 0, []  # died and regrown of each step that is not taken in yet
+        # Died and regrown of each step that is not taken in yet.
+        self.waiting: list[Tensor] = []
+        self.length = 0
 
     def record(self, died: Tensor, regrown: Tensor) -> None:
         """Note one step: the positions (int64) that died and those that came alive."""

@@ -79,7 +79,12 @@ class Clock:
             ("forward", cell.dataset, cell.arch), cell, lambda model, x, y: model(x.detach())
         )
 
-    def _time(self, key: tuple[Hashable, ...], cell: Cell, work: Callable) -> float:
+    def _time(
+        self,
+        key: tuple[Hashable, ...],
+        cell: Cell,
+        work: Callable[[nn.Module, Tensor, Tensor], object],
+    ) -> float:
         if key not in self.timed:
             data = self.data(cell.dataset)
             assert data.classes is not None  # `describe` reads the labels where nothing else tells
