@@ -1,5 +1,7 @@
 """Checks all result rows of a study together: marks weak attacks, finds contradictions."""
 
+from typing import Any
+
 import pandas as pd
 
 from robsparse.base.counts import keep_count
@@ -16,7 +18,7 @@ def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
     too high, and every row of that network is flagged.
     """
     whole = results[results.component == "all"]
-    reasons: dict[tuple, str] = {}
+    reasons: dict[tuple[Any, ...], str] = {}
     for key, rows in whole.groupby([*NETWORK_KEY, "norm", "eps"], dropna=False):
         ours = rows[rows.attack == "autoattack"].n_correct
         excess = int(ours.iloc[0] - rows.n_correct.min()) if len(ours) else 0
@@ -61,7 +63,7 @@ def find_contradictions(results: pd.DataFrame) -> list[str]:
     return found
 
 
-def _contradictions_of_row(row: pd.Series, clean: dict[tuple, int]) -> list[str]:
+def _contradictions_of_row(row: pd.Series, clean: dict[tuple[Any, ...], int]) -> list[str]:
     """What cannot be true in one row.
 
     clean: number of images that each network classifies correctly without an attack.

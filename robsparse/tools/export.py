@@ -6,6 +6,7 @@ from pathlib import Path
 from robsparse.base.counts import keep_count
 from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic, read_tensors, write_json
+from robsparse.figures.notes import radius
 from robsparse.records.evaluation_record import read_record
 from robsparse.schema import Selection
 from robsparse.study.cells import Cell, Layout
@@ -44,7 +45,7 @@ def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -
             "dataset": study.base("dataset", cell.dataset),
             "venue": None,
             "architecture": study.label("arch", cell.arch),
-            "eps": _grey_levels(row.eps),
+            "eps": radius(row.eps),
             "clean_acc": _percent(whole["clean"].accuracy),
             "reported": _percent(row.accuracy),
             "autoattack_acc": _percent(row.accuracy),
@@ -73,9 +74,3 @@ def copy_weights(cell: Cell, selection: Selection, layout: Layout) -> Path:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f}"
-
-
-def _grey_levels(eps: float) -> str:
-    """RobustBench writes 8/255."""
-    levels = round(eps * 255, 6)
-    return f"{levels:g}/255" if levels == round(levels) else f"{eps:g}"
