@@ -5,7 +5,7 @@
 
 `shipped` is the CIFAR-10 ResNet-18 that comes with the package; FOLDER holds test/<class>/ images.
 A cell is a trained network of a study, attacked as the study says; more images than it has for
-tests are taken from the others. Ours attacks the frozen view, as `robsparse evaluate` does, the
+tests are taken from the others. Ours attacks the folded view, as `robsparse evaluate` does, the
 stock package the network. Both run with the same seed, batch size and images (those that are
 classified correctly), in turn.
 """

@@ -66,7 +66,7 @@ _FILES = """\
 | `results.csv`, `results.parquet` | one network under one attack component | the cell (dataset, \
 arch, method, objective, sparsity, seed), selection, attack, component (`all`: the whole attack); \
 `accuracy` as a fraction with its Wilson interval `ci_low`, `ci_high`; threat; sizes; cost; \
-provenance; `origin`: where the network comes from; `attacked_on`: the network or its view; \
+provenance; `origin`: where the network comes from; `attacked_on`: the network or its folded view; \
 `code_digest`: digest of the code that made the row; `other_code`: filled if that is not the \
 present code; `potentially_unreliable`: reasons why the network is potentially unreliable |
 | `collected.json` | one collected file | its checksum; `robsparse figures` refuses edited files |

@@ -282,7 +282,7 @@ def attack_model(
     """Run the named attacks, `clean` first, on the images that are classified correctly.
 
     Finished parts are kept in the folder `cache` and taken from there by a later call with the
-    same network, images and settings. With `folded`, the network's frozen view is attacked: the
+    same network, images and settings. With `folded`, the network's folded view is attacked: the
     same outputs to rounding, sooner; where that fails, the network itself. A network of foreign
     code is attacked as it is.
 
@@ -312,7 +312,9 @@ def attack_model(
         if cache:
             name_of_other = getattr(params, "surrogate", None)
             other = name_of_other and identity(surrogate(name_of_other), examples, device)
-            basis = _basis(asked, base, faced, attacked_on=frozen.used(attacked), surrogate=other)
+            basis = _basis(
+                asked, base, faced, attacked_on=frozen.runs_on(attacked), surrogate=other
+            )
             faced = replace(faced, cache=Cache(cache, basis))
         attack = registry.load("attack", base)
         x_NCHW, y_N = examples.x_NCHW[correct], examples.y_N[correct]
@@ -322,7 +324,7 @@ def attack_model(
         whole = list(robust.values())[-1]
         robust = robust if "all" in robust else robust | {"all": whole}
         where = correct.nonzero().squeeze(1)
-        used = frozen.used(attacked)
+        used = frozen.runs_on(attacked)
         results.append(AttackResult(name, robust, outcome, faced, seconds, where, used))
         print(f"{name}: {int(whole.sum())}/{len(whole)} correct, {seconds:.1f} s", flush=True)
         if name == "clean":

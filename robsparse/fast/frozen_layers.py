@@ -1,155 +1,295 @@
-"""The layers of a frozen view: weights formed once, batch norm folded in, laid out for the device.
+"""Folded layers: weights of one moment, batch norm folded in, laid out for the device.
 
-Which layout convolutions want, and where a CPU is faster without them (`small_maps`), was measured
-(docs/speed.md); it follows from shapes and live weights alone, so that the same run gives the same
-bits again.
+A *source* is a layer of the network with the batch norm and the ReLU after it. A *folded layer* is
+what it computes with the weights of one moment, and a *snapshot* holds the folded layers of a
+network. A source stays the same as long as the structure of the network does; a folded layer never
+changes, and keeps nothing but values that it would compute again from its own weights.
+
+Which layout convolutions want, and where a CPU is faster with matrices (`small_maps`), was measured
+(docs/speed.md); it follows from shapes and weights alone, so that the same run gives the same bits
+again.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robsparse.fast import proof
-from robsparse.fast.small_maps import PIXELS, SmallMap, form_of
+from robsparse.fast.small_maps import NARROW, PIXELS, Matrix, SmallMap, form_of
 from robsparse.models._layers import TensorFlowConv2d
 
 # Weights of a convolution from which a CPU is faster at fp32 with channels first.
 MANY_WEIGHTS = 2**20
 
 
-class Weighted(nn.Module):
-    """A convolution or linear layer, with the batch norm and the ReLU after it if there are any."""
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """Weight and bias of a folded layer, both its own.
 
-    def __init__(self, layer: nn.Module, norm: nn.BatchNorm2d | None, rectified: bool) -> None:
-        super().__init__()
-        self.rectified = rectified
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.plain: Tensor | None = None  # the weights, channels first, once they are asked for
-        self.__dict__["layer"], self.__dict__["norm"] = layer, norm
-        self.__dict__["apply"] = _how(layer)
-        self.live = 1.0  # share of the weights that are not 0
-        self.columns = False  # whether other layers of the view are sparse: see `small_maps`
-        # What small maps use: the weights in the network's own precision, and by the size of the
-        # map and the form its matrix, with those of the last refresh that it was formed in.
-        self.full: tuple[Tensor, Tensor | None] | None = None
-        self.small: dict[tuple[torch.Size, str], SmallMap] = {}
-        self.formed: set[tuple[torch.Size, str]] = set()
-        self.proven: set[tuple] = set()  # what was compared with the convolution
+    density: share of nonzero weights, counted for convolutions on a CPU alone; else 1.
+    """
 
-    def refresh(self, dtype: torch.dtype | None) -> None:
-        """weight * g and (bias - mean) * g + beta, with g = gamma / sqrt(variance + eps).
+    weight: Tensor
+    bias: Tensor | None
+    density: float = 1.0
 
-        dtype: what convolutions with fp32 weights compute in, None for fp32. Linear layers are
-        small and the logits need their digits: they stay as they are.
-        """
-        weight, bias = self.layer.weight.detach(), self.layer.bias
-        bias = None if bias is None else bias.detach()
-        if self.norm is not None:
-            scale, shift = scale_and_shift(self.norm)
-            weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-            bias = shift if bias is None else bias * scale + shift
-        if weight.ndim == 4 and not weight.is_cuda:
-            self.live = int(weight.count_nonzero()) / weight.numel()
-            self.full, self.formed = (weight, bias), set()
-        if weight.ndim == 4 and dtype is not None and weight.dtype == torch.float32:
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if weight.ndim == 4:
-            weight = weight.contiguous(memory_format=_layout(weight))
-        self.plain = None
-        self.weight, self.bias = renewed(self.weight, weight), renewed(self.bias, bias)
+    def to(self, dtype: torch.dtype | None) -> "Affine":
+        """The same in another precision, if one is given and this is fp32."""
+        if dtype is None or self.weight.dtype != torch.float32:
+            return self
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Affine(self.weight.to(dtype), bias, self.density)
 
-    def memory(self) -> Tensor | None:
-        """What it computes with; the same tensor as long as refreshing keeps its memory."""
-        return self.weight
+    def tensors(self) -> list[Tensor]:
+        """Weight and, if there is one, bias."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.ndim == 2:
-            out = self.apply(x.to(self.weight.dtype), self.weight, self.bias)
-            return out.relu_() if self.rectified else out
-        if not x.is_cuda:
-            form = form_of(self.layer, x, self.live, bf16=self.weight.dtype == torch.bfloat16)
-            if form != "conv":
-                return self._small_map(x, form)
-        x = x.to(self.weight.dtype)
-        weight, layout = self._laid_out(x)
-        out = self.apply(x.contiguous(memory_format=layout), weight, self.bias)
+    def clone(self) -> "Affine":
+        """A copy in memory of its own."""
+        bias = None if self.bias is None else self.bias.clone()
+        return Affine(self.weight.clone(), bias, self.density)
+
+
+# ---------------------------------------------------------------- folded layers
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedNorm:
+    """Batch norm that no layer takes up: x * weight + bias, one of each a channel."""
+
+    affine: Affine
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = self.affine.weight, self.affine.bias
+        return torch.addcmul(bias, x.to(weight.dtype), weight)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedLinear:
+    """A linear layer, then a ReLU if `rectified`."""
+
+    affine: Affine
+    rectified: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = self.affine.weight, self.affine.bias
+        out = F.linear(x.to(weight.dtype), weight, bias)
         return out.relu_() if self.rectified else out
 
-    def _small_map(self, x: Tensor, form: str) -> Tensor:
-        """The convolution by its matrix, formed where it is first asked for after a refresh.
 
-        Raises ValueError when it does not compute what the convolution does. They are compared at
-        the first use of a form alone: later weights go the same way through it.
-        """
-        key = (x.shape[2:], form)
-        columns = self.columns or form == "sparse"
-        if key not in self.small:
-            self.small[key] = SmallMap(self.layer, *x.shape[2:])
-        if (key, columns) not in self.proven:
-            self._prove(self.small[key], x, form, columns)
-            self.proven.add((key, columns))
-        dense_bf16 = form == "dense" and self.weight.dtype == torch.bfloat16
-        weight, bias = (self.weight, self.bias) if dense_bf16 else self.full
-        if key not in self.formed:
-            self.small[key].form(form, weight, bias)
-            self.formed.add(key)
-        return self.small[key](x.to(weight.dtype), rectified=self.rectified, columns=columns)
+@dataclass(frozen=True, eq=False)
+class FoldedConvolution:
+    """A convolution, then a ReLU if there was one; on a CPU by its matrix where that is faster.
+
+    affine: in the precision that it computes in. full: in the network's own precision, which
+    matrices are formed from; None on a GPU. columns: whether small maps keep images innermost in
+    memory, as sparse matrices want it (`small_maps`).
+    """
+
+    source: "ConvolutionSource"
+    affine: Affine
+    full: Affine | None
+    columns: bool
+    # Formed from the weights above when they are first needed.
+    _matrices: dict[tuple[torch.Size, str], Matrix] = field(default_factory=dict, init=False)
+    _channels_first: list[Tensor] = field(default_factory=list, init=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        source, rectified = self.source, self.source.rectified
+        if self.full is not None:
+            bf16 = self.affine.weight.dtype == torch.bfloat16
+            form = form_of(source.layer, x, self.full.density, bf16=bf16)
+            if form != "conv":
+                columns = self.columns or form == "sparse"
+                matrix = self._matrix(x, form, columns)
+                return matrix(x, rectified=rectified, columns=columns)
+        x = x.to(self.affine.weight.dtype)
+        weight, layout = self._laid_out(x)
+        out = source.apply(x.contiguous(memory_format=layout), weight, self.affine.bias)
+        return out.relu_() if rectified else out
 
     @torch.compiler.disable
-    def _prove(self, matrix: SmallMap, x: Tensor, form: str, columns: bool) -> None:
-        """Raise ValueError unless a matrix computes what the convolution does, in full precision.
+    def _matrix(self, x: Tensor, form: str, columns: bool) -> Matrix:
+        """The matrix for maps of this size.
 
-        It has to be formed again afterwards.
+        Raises ValueError when it does not compute what the convolution does. The two are compared
+        at the first use of a form alone: later weights go the same way through it.
         """
-        weight, bias = self.full
-        matrix.form(form, weight, bias)
-        self.formed.discard((x.shape[2:], form))
+        key = (x.shape[2:], form)
+        if (key, columns) not in self.source.proven:
+            self._require_same(x, form, columns)
+            self.source.proven.add((key, columns))
+        if key not in self._matrices:
+            dense_bf16 = form == "dense" and self.affine.weight.dtype == torch.bfloat16
+            affine = self.affine if dense_bf16 else self.full
+            small_map = self.source.small_map(x.shape[2:])
+            self._matrices[key] = small_map.form(form, affine.weight, affine.bias)
+        return self._matrices[key]
+
+    def _require_same(self, x: Tensor, form: str, columns: bool) -> None:
+        """Raise ValueError unless a matrix computes what the convolution does."""
+        weight, bias = self.full.weight, self.full.bias
+        matrix = self.source.small_map(x.shape[2:]).form(form, weight, bias)
         images = x[: proof.IMAGES].to(weight.dtype)
         plain, fast = (
             proof.passes(run, images, gradient=True)
             for run in (
-                lambda x: self.apply(x, weight, bias),
+                lambda x: self.source.apply(x, weight, bias),
                 lambda x: matrix(x, rectified=False, columns=columns),
             )
         )
-        if said := proof.difference(plain, fast):
-            raise ValueError(f"the {form} matrix of {self.layer} is not its convolution: {said}")
+        if reason := proof.difference(plain, fast):
+            layer = self.source.layer
+            raise ValueError(f"the {form} matrix of {layer} is not its convolution: {reason}")
 
     def _laid_out(self, x: Tensor) -> tuple[Tensor, torch.memory_format]:
-        """The weights of a convolution, and the layout that they and x have."""
+        """The weights in the layout that they and x are to have, and that layout."""
+        weight = self.affine.weight
         forward_only = not x.requires_grad and not x.is_cuda and x.dtype == torch.float32
         if not forward_only or x.shape[2] * x.shape[3] > PIXELS:
-            return self.weight, _layout(self.weight)
-        if self.plain is None:
-            self.plain = self.weight.contiguous()
-        return self.plain, torch.contiguous_format
+            return weight, _layout(weight)
+        if not self._channels_first:
+            self._channels_first.append(weight.contiguous())
+        return self._channels_first[0], torch.contiguous_format
 
 
-class Norm(nn.Module):
+Folded = FoldedConvolution | FoldedLinear | FoldedNorm
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The folded layers of a network with the weights of one moment, in the order of its program.
+
+    dtype: what convolutions of an fp32 network compute in and pass on, e.g. bfloat16; None for the
+    network's own. Linear layers are small and the logits need their digits: they stay as they are.
+    """
+
+    layers: tuple[Folded, ...]
+    dtype: torch.dtype | None
+
+    def clone(self) -> "Snapshot":
+        """A copy whose weights have memory of their own."""
+        layers = (replace(layer, affine=layer.affine.clone()) for layer in self.layers)
+        return Snapshot(tuple(layers), self.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it computes with on a GPU, always in the same order."""
+        return [tensor for layer in self.layers for tensor in layer.affine.tensors()]
+
+
+@torch.no_grad()
+def fold(sources: "Sequence[Source]", dtype: torch.dtype | None = None) -> Snapshot:
+    """The snapshot of layers with the weights that they have now; dtype: see `Snapshot`."""
+    found = [source.affine() for source in sources]
+    columns = any(affine.density <= NARROW for affine in found)
+    layers = (
+        source.folded(affine, dtype, columns=columns)
+        for source, affine in zip(sources, found, strict=True)
+    )
+    return Snapshot(tuple(layers), dtype)
+
+
+# ---------------------------------------------------------------- sources
+
+
+class Source(Protocol):
+    """A layer of the network, which folded layers are made from."""
+
+    def affine(self) -> Affine:
+        """Its weight and bias of now, in the network's own precision, batch norm folded in."""
+
+    def folded(self, affine: Affine, dtype: torch.dtype | None, *, columns: bool) -> Folded:
+        """The folded layer that computes with them; `columns`: see `FoldedConvolution`."""
+
+
+@dataclass(frozen=True, eq=False)
+class NormSource:
     """Batch norm that no layer takes up."""
 
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.__dict__["norm"] = norm
-        self.scale: Tensor | None = None
-        self.shift: Tensor | None = None
+    norm: nn.BatchNorm2d
 
-    def refresh(self, dtype: torch.dtype | None) -> None:
-        """Form scale and shift, as `Weighted.refresh` does."""
-        scale, shift = (value.view(-1, 1, 1) for value in scale_and_shift(self.norm))
-        if dtype is not None and scale.dtype == torch.float32:
-            scale, shift = scale.to(dtype), shift.to(dtype)
-        self.scale, self.shift = renewed(self.scale, scale), renewed(self.shift, shift)
+    def affine(self) -> Affine:
+        scale, shift = scale_and_shift(self.norm)
+        return Affine(scale.view(-1, 1, 1), shift.view(-1, 1, 1))
 
-    def memory(self) -> Tensor | None:
-        """As of `Weighted`."""
-        return self.scale
+    def folded(self, affine: Affine, dtype: torch.dtype | None, *, columns: bool) -> FoldedNorm:
+        return FoldedNorm(affine.to(dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x.to(self.scale.dtype), self.scale)
+
+@dataclass(frozen=True, eq=False)
+class LinearSource:
+    """A linear layer, with the batch norm and the ReLU after it if there are any."""
+
+    layer: nn.Linear
+    norm: nn.BatchNorm2d | None
+    rectified: bool
+
+    def affine(self) -> Affine:
+        return Affine(*folded_parameters(self.layer, self.norm))
+
+    def folded(self, affine: Affine, dtype: torch.dtype | None, *, columns: bool) -> FoldedLinear:
+        return FoldedLinear(affine, self.rectified)
+
+
+@dataclass(frozen=True, eq=False)
+class ConvolutionSource:
+    """A convolution, with the batch norm and the ReLU after it if there are any.
+
+    It also keeps what does not depend on weights: where the taps of small maps meet their pixels,
+    and which kinds of matrices were compared with the convolution (`FoldedConvolution`).
+    """
+
+    layer: nn.Conv2d
+    norm: nn.BatchNorm2d | None
+    rectified: bool
+    proven: set[tuple[tuple[torch.Size, str], bool]] = field(default_factory=set, init=False)
+    _small_maps: dict[torch.Size, SmallMap] = field(default_factory=dict, init=False)
+
+    def affine(self) -> Affine:
+        weight, bias = folded_parameters(self.layer, self.norm)
+        density = 1.0 if weight.is_cuda else int(weight.count_nonzero()) / weight.numel()
+        return Affine(weight, bias, density)
+
+    def folded(
+        self, affine: Affine, dtype: torch.dtype | None, *, columns: bool
+    ) -> FoldedConvolution:
+        used = affine.to(dtype)
+        weight = used.weight.contiguous(memory_format=_layout(used.weight))
+        full = None if weight.is_cuda else affine
+        return FoldedConvolution(self, replace(used, weight=weight), full, columns)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with other weights than its own."""
+        if isinstance(self.layer, TensorFlowConv2d):
+            x = self.layer.padded(x)
+        return self.layer._conv_forward(x, weight, bias)
+
+    def small_map(self, size: torch.Size) -> SmallMap:
+        """The convolution of maps of this height and width."""
+        if size not in self._small_maps:
+            self._small_maps[size] = SmallMap(self.layer, *size)
+        return self._small_maps[size]
+
+
+def folded_parameters(
+    layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | None
+) -> tuple[Tensor, Tensor | None]:
+    """A copy of weight and bias, with batch norm in eval mode folded in.
+
+    weight * g and (bias - mean) * g + beta, with g = gamma / sqrt(variance + eps).
+    `torch.nn.utils.fusion` has the same formula and gives the same weights, but a bias whose last
+    digit differs, because it multiplies in another order: the crafted images would change.
+    """
+    weight, bias = layer.weight.detach(), layer.bias
+    if norm is None:
+        return weight.clone(), None if bias is None else bias.detach().clone()
+    scale, shift = scale_and_shift(norm)
+    weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    return weight, shift if bias is None else bias.detach() * scale + shift
 
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -159,14 +299,6 @@ def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         scale = scale * norm.weight.detach()
     shift = -norm.running_mean * scale
     return scale, shift if norm.bias is None else shift + norm.bias.detach()
-
-
-def renewed(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """A copy of `new`, in the memory of `old` if that is alike: a CUDA graph goes on reading it."""
-    if new is None:
-        return None
-    kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in (old, new) if t is not None]
-    return old.copy_(new) if len(kinds) == 2 and kinds[0] == kinds[1] else new.clone()
 
 
 def require_plain(module: nn.Module) -> None:
@@ -186,12 +318,3 @@ def _layout(weight: Tensor) -> torch.memory_format:
     """What a convolution with these weights wants."""
     wide = weight.numel() > MANY_WEIGHTS and not weight.is_cuda and weight.dtype != torch.bfloat16
     return torch.contiguous_format if wide else torch.channels_last
-
-
-def _how(layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The layer as a function of x, weight and bias."""
-    if isinstance(layer, nn.Linear):
-        return F.linear
-    if isinstance(layer, TensorFlowConv2d):
-        return lambda x, weight, bias: layer._conv_forward(layer.padded(x), weight, bias)
-    return layer._conv_forward

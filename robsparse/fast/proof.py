@@ -1,6 +1,6 @@
 """Whether two ways to compute the same agree: outputs and the gradient of the input.
 
-A fast path is compared with the plain one on real images before it is used: the frozen view with
+A fast path is compared with the plain one on real images before it is used: the folded view with
 its network, a matrix of `small_maps` with its convolution, a backend with eager execution.
 """
 

@@ -1,12 +1,14 @@
 """Convolutions of small maps as the matrices that they are, dense or sparse: for CPUs.
 
-Libraries are slow at small maps, whose gradient above all, and have no sparse convolution. As a
-matrix a convolution is one product each way, and a sparse one costs by its live weights. Maps are
-rows or columns of features in the order (pixel, channel), one an image: a sparse product is fast
-with columns alone, convolutions that stay convolutions come from and go to rows at no cost.
+Libraries are slow at small maps, most of all at their gradient, and have no sparse convolution. As
+a matrix, a convolution is one product in each direction, and the cost of a sparse product grows
+with the number of nonzero weights. A map is a row or a column of features in the order (pixel,
+channel), one for each image. A sparse product is fast with columns only; other convolutions read
+and write rows without a copy.
 """
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,22 +19,22 @@ from torch import Tensor, nn
 
 from robsparse.models._layers import TensorFlowConv2d
 
-# Of all that is beta about them nothing but a product with a dense matrix is used here.
+# Only the product with a dense matrix is used here.
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
 # Pixels of the largest map that is small.
 PIXELS = 64
 # Entries of the largest dense matrix: in fp32 it fits a core's cache.
 LARGEST_DENSE = 300_000
-# Live share of a layer up to which a sparse matrix, made anew for ten passes, is faster than the
+# Density of a layer up to which a sparse matrix, made anew for ten passes, is faster than the
 # convolution: of narrow layers (and their largest number of weights), of others in fp32 and bf16.
 NARROW, NARROW_WEIGHTS, WIDE, WIDE_BF16 = 0.3, 100_000, 0.05, 0.01
 
 
-def form_of(layer: nn.Conv2d, x: Tensor, live: float, *, bf16: bool) -> str:
+def form_of(layer: nn.Conv2d, x: Tensor, density: float, *, bf16: bool) -> str:
     """How to compute a convolution of x_NCHW on a CPU: "conv", "dense" or "sparse" matrix.
 
-    live: share of its weights that are not 0. Which is faster was measured (docs/speed.md).
+    density: share of its nonzero weights. Which form is faster was measured (docs/speed.md).
     """
     pixels = x.shape[2] * x.shape[3]
     if (
@@ -44,7 +46,7 @@ def form_of(layer: nn.Conv2d, x: Tensor, live: float, *, bf16: bool) -> str:
         return "conv"
     weights = layer.weight.numel()
     wide = WIDE_BF16 if bf16 else WIDE
-    if live <= (NARROW if weights <= NARROW_WEIGHTS else wide):
+    if density <= (NARROW if weights <= NARROW_WEIGHTS else wide):
         return "sparse"
     stride = layer.stride[0] * layer.stride[1]
     entries = x.shape[1] * pixels * len(layer.weight) * -(-pixels // stride)
@@ -53,7 +55,7 @@ def form_of(layer: nn.Conv2d, x: Tensor, live: float, *, bf16: bool) -> str:
 
 
 class SmallMap:
-    """One convolution of maps of one size; `form` makes its matrix from the weights of now."""
+    """One convolution of maps of one size: where its taps meet the pixels, whatever its weights."""
 
     def __init__(self, layer: nn.Conv2d, height: int, width: int) -> None:
         pixels = height * width
@@ -70,27 +72,51 @@ class SmallMap:
         self.pattern = _Pattern(met.numpy(), pixels)
         self.size = _out_size(layer, height, width)
 
-    def form(self, kind: str, weight: Tensor, bias: Tensor | None) -> None:
-        """Take over weights (outputs, inputs, height, width) and bias, of the layer as folded."""
+    def form(self, kind: str, weight: Tensor, bias: Tensor | None) -> "Matrix":
+        """The "dense" or "sparse" matrix of the convolution with these weights and bias.
+
+        weight: (outputs, inputs, height, width) and bias: (outputs), as folded.
+        """
         taps = weight.flatten(2)  # outputs x inputs x taps
         if kind == "dense":
-            out, tap = self.where
-            shape = (len(self.pixel_of), len(taps), self.pixels, taps.shape[1])
-            matrix = weight.new_zeros(shape)
-            matrix[out, :, self.pixel_of[self.where]] = taps.permute(2, 0, 1)[tap]
-            self.matrix = matrix.view(shape[0] * shape[1], -1)
-            self.back = self.matrix.t()
+            matrix = self._dense(taps)
+            transpose = matrix.t()
         else:
-            self.matrix, self.back = self.pattern.matrices(taps)
-        self.bias = None if bias is None else bias.repeat(len(self.pixel_of))
+            matrix, transpose = self.pattern.matrices(taps)
+        repeated = None if bias is None else bias.repeat(len(self.pixel_of))
+        return Matrix(matrix, transpose, repeated, self.size)
+
+    def _dense(self, taps: Tensor) -> Tensor:
+        """(out pixels * outputs) x (pixels * inputs)."""
+        out, tap = self.where
+        shape = (len(self.pixel_of), len(taps), self.pixels, taps.shape[1])
+        matrix = taps.new_zeros(shape)
+        matrix[out, :, self.pixel_of[self.where]] = taps.permute(2, 0, 1)[tap]
+        return matrix.view(shape[0] * shape[1], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A convolution of small maps as a matrix, and its transpose: x_NCHW -> the next map.
+
+    bias: of each row of the matrix, if there is one. size: height and width of the next map.
+    """
+
+    matrix: Tensor
+    transpose: Tensor
+    bias: Tensor | None
+    size: tuple[int, int]
 
     def __call__(self, x: Tensor, *, rectified: bool, columns: bool = True) -> Tensor:
-        """x_NCHW -> the next map; with `columns` its images lie innermost in memory."""
+        """The next map, after a ReLU if `rectified`; with `columns`, images are innermost in
+        memory. x may have another precision.
+        """
+        x = x.to(self.matrix.dtype)
         if not columns:
-            out = x.permute(0, 2, 3, 1).reshape(len(x), -1) @ self.back
+            out = x.permute(0, 2, 3, 1).reshape(len(x), -1) @ self.transpose
             out = self._finished(out, self.bias, rectified)
             return out.view(len(x), *self.size, -1).permute(0, 3, 1, 2)
-        out = _Product.apply(x.permute(2, 3, 1, 0).reshape(-1, len(x)), self.matrix, self.back)
+        out = _Product.apply(x.permute(2, 3, 1, 0).reshape(-1, len(x)), self.matrix, self.transpose)
         out = self._finished(out, None if self.bias is None else self.bias[:, None], rectified)
         return out.view(*self.size, -1, len(x)).permute(3, 2, 0, 1)
 
@@ -104,54 +130,55 @@ class _Product(torch.autograd.Function):
     """matrix @ columns; torch would transpose a sparse matrix anew for every gradient."""
 
     @staticmethod
-    def forward(ctx: Any, columns: Tensor, matrix: Tensor, back: Tensor) -> Tensor:
-        ctx.back = back
+    def forward(ctx: Any, columns: Tensor, matrix: Tensor, transpose: Tensor) -> Tensor:
+        ctx.transpose = transpose
         return matrix @ columns
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back @ upstream, None, None
+        return ctx.transpose @ upstream, None, None
 
 
 class _Pattern:
-    """Where the live weights of a convolution stand in its matrix: found again when they change.
+    """Where the nonzero weights of a convolution are in its matrix.
 
-    In NumPy and SciPy, several times faster at it than torch: the live weights of a network that
-    rewires change at every step.
+    In NumPy and SciPy, several times faster at it than torch: the nonzero weights of a network that
+    rewires change at every step. Those of the last call are kept: where the same weights are
+    nonzero again, nothing is looked for.
     """
 
     def __init__(self, pixel_of: np.ndarray, pixels: int) -> None:
         """pixel_of: of each out pixel and tap the pixel, or -1; pixels: the number of pixels."""
         self.pixel_of, self.pixels = pixel_of.astype(np.int32), pixels
-        self.live: np.ndarray | None = None
+        self.nonzero: np.ndarray | None = None
 
     def matrices(self, taps: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix of weights `taps` (outputs x inputs x taps) and its transpose, both CSR."""
         weights = np.ascontiguousarray(taps.numpy())
-        live = np.flatnonzero(weights)
-        if self.live is None or not np.array_equal(live, self.live):
-            self.live = live
-            self.forth = self._find(live, weights.shape)
-            self.back = self.forth.tocsc()
-        values, shape = weights.ravel()[live], self.forth.shape
-        return _csr(self.forth, values, shape), _csr(self.back, values, shape[::-1])
+        nonzero = np.flatnonzero(weights)
+        if self.nonzero is None or not np.array_equal(nonzero, self.nonzero):
+            self.nonzero = nonzero
+            self.numbers = self._numbers(nonzero, weights.shape)
+            self.transpose = self.numbers.tocsc()
+        values, shape = weights.ravel()[nonzero], self.numbers.shape
+        return _csr(self.numbers, values, shape), _csr(self.transpose, values, shape[::-1])
 
-    def _find(self, live: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_array:
-        """The matrix with the number of its weight, among the live ones, at each entry."""
-        output, channel, tap = (part.astype(np.int32) for part in np.unravel_index(live, shape))
-        met = self.pixel_of[:, tap]  # out pixels x live weights, which are in order of outputs
+    def _numbers(self, nonzero: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_array:
+        """The matrix with the number of its weight, among the nonzero ones, at each entry."""
+        output, channel, tap = (part.astype(np.int32) for part in np.unravel_index(nonzero, shape))
+        met = self.pixel_of[:, tap]  # out pixels x nonzero weights, which are in order of outputs
         there = met >= 0
         where = np.flatnonzero(there)
         columns = (met * np.int32(shape[1]) + channel).ravel()[where]
-        number = np.broadcast_to(np.arange(len(live), dtype=np.int32), met.shape).ravel()[where]
+        number = np.broadcast_to(np.arange(len(nonzero), dtype=np.int32), met.shape)
         # A row is (out pixel, output): before it stand the entries of the weights before its first.
-        before = np.zeros((len(met), len(live) + 1), dtype=np.int32)
+        before = np.zeros((len(met), len(nonzero) + 1), dtype=np.int32)
         np.cumsum(there, axis=1, out=before[:, 1:])
         starts = before[:, np.searchsorted(output, np.arange(shape[0]))]
         starts += np.cumsum(before[:, -1:], axis=0, dtype=np.int32) - before[:, -1:]
         starts = np.append(starts.ravel(), np.int32(len(where)))
         size = (len(met) * shape[0], self.pixels * shape[1])
-        return sparse.csr_array((number, columns, starts), shape=size)
+        return sparse.csr_array((number.ravel()[where], columns, starts), shape=size)
 
 
 def _csr(pattern: sparse.csr_array, values: np.ndarray, shape: tuple[int, int]) -> Tensor:

@@ -56,7 +56,7 @@ class Row(BaseModel):
     nan_count: NonNegativeInt = 0
     attack_seconds: float | None = Field(None, ge=0)
     attacked_on: Literal["view", "network"] | None = Field(
-        None, description="whose passes the attack used: the frozen view's or the network's own"
+        None, description="whose passes the attack used: the folded view's or the network's own"
     )
 
     sparsity_reached: float = Field(ge=0, le=1)

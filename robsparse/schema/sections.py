@@ -156,7 +156,7 @@ class Crafting(Strict):
     )
     backend: Backend = Field(
         "auto",
-        description="how the frozen view runs while crafting; graph: as a CUDA graph; auto: eager",
+        description="how the folded view runs while crafting; graph: as a CUDA graph; auto: eager",
     )
     eps_warmup: NonNegativeInt = Field(
         0,

@@ -64,7 +64,7 @@ class Clock:
         return once + (passes(steps)[1] - passes(1)[1]) * self.gradient(cell, attacker.precision)
 
     def gradient(self, cell: Cell, precision: str = "fp32") -> float:
-        """Gradient of the input on the frozen view, per image."""
+        """Gradient of the input on the folded view, per image."""
         dtype = torch.bfloat16 if precision == "bf16" else None
 
         def work(model: nn.Module, x: Tensor, _: Tensor) -> None:

@@ -71,7 +71,7 @@ class Attacker:
 
     @contextmanager
     def _view(self, model: nn.Module, x: Tensor) -> Iterator[nn.Module]:
-        """What images are crafted on: the frozen view, unless batch norm follows the batch."""
+        """What images are crafted on: the folded view, unless batch norm follows the batch."""
         with perturb.batch_norm_mode(model, self.crafting.bn_mode):
             view, precision = model, self.precision
             if self.crafting.bn_mode == "eval":
@@ -82,7 +82,7 @@ class Attacker:
             with computing(precision, x.device):
                 yield view
             if len(x):
-                self.crafted_on.add(frozen.used(view))
+                self.crafted_on.add(frozen.runs_on(view))
 
 
 def attacker_of(study: Study, cell: Cell, generator: torch.Generator) -> Attacker:

@@ -541,7 +541,7 @@ def test_potentially_unreliable_networks_are_marked_in_plots(draw, tmp_path):
 def test_notes_name_what_was_attacked_without_its_view(tmp_path):
     material = prepare(tmp_path)
     [group] = tidy.groups(material.study)
-    said = "Attacked on the network itself, because its view could not be used"
+    said = "Attacked on the network itself, because its folded view could not be used"
     results = material.tidy.results
     results["attacked_on"] = "view"
     assert said not in " ".join(notes.table_notes(material, group))

@@ -1,4 +1,4 @@
-"""The frozen view computes what the network computes."""
+"""The folded view computes what the network computes, with the weights of one moment."""
 
 import copy
 
@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from robsparse import models
 from robsparse.base import registry
 from robsparse.compute import perturb
-from robsparse.fast import frozen
+from robsparse.fast import backends, frozen, frozen_layers
 from robsparse.schema import Crafting
 from robsparse.sparsity.masks import apply_masks, bake, magnitude_masks, prunable
 from robsparse.training import objectives
@@ -66,7 +67,7 @@ def largest_difference(model, x):
 def test_values_are_those_of_the_network(name, padding, dtype, limits):
     model = build(name, padding).to(dtype)
     x = torch.rand(3, *SHAPES.get(name, (3, 32, 32)), dtype=dtype)
-    assert frozen.used(frozen.view_of(model, x)) == "view"
+    assert frozen.runs_on(frozen.view_of(model, x)) == "view"
     found = differences(model, x)
     assert all(value < limit for value, limit in zip(found, limits, strict=True)), found
 
@@ -107,7 +108,8 @@ def test_view_follows_weights_statistics_and_masks():
             value.mul_(1.1)
         model[1].running_mean.add_(0.1)
     assert largest_difference(model, x) < 1e-10
-    assert frozen.view_of(model, x) is first
+    assert frozen.view_of(model, x).snapshot is not first.snapshot
+    assert frozen.view_of(model, x).status.program is first.status.program  # traced once
     apply_masks(model, magnitude_masks(model, 0.5))
     assert largest_difference(model, x) < 1e-10
     bake(model)
@@ -118,8 +120,9 @@ def test_sparse_weights_stay_exactly_zero_in_the_view():
     model = build("small_cnn")
     apply_masks(model, magnitude_masks(model, 0.9))
     view = frozen.view_of(model, torch.rand(2, 1, 8, 8))
-    live = sum(int(m.weight.count_nonzero()) for m in prunable(model).values())
-    assert sum(int(layer.weight.count_nonzero()) for layer in view.layers) == live
+    nonzero = sum(int(m.weight.count_nonzero()) for m in prunable(model).values())
+    weights = [layer.affine.weight for layer in view.snapshot.layers]
+    assert sum(int(weight.count_nonzero()) for weight in weights) == nonzero
 
 
 def test_view_has_no_trace_in_the_network():
@@ -134,6 +137,7 @@ def test_view_has_no_trace_in_the_network():
     assert [name for name, _ in model.named_modules()] == names
     assert not model.training
     assert not list(view.parameters())
+    assert len(list(view.modules())) == 1
 
 
 class Odd(nn.Conv2d):
@@ -255,6 +259,24 @@ def test_out_of_memory_is_not_taken_for_a_backend_that_does_not_start(monkeypatc
         view(x)
 
 
+def test_graph_takes_over_the_weights_of_the_snapshot_that_it_runs(monkeypatch):
+    """What a graph has captured reads memory of its own, whose tensors stay the same."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda run, sample: run)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    model, x = build("small_resnet"), torch.rand(2, 1, 8, 8)
+    one = frozen.view_of(model, x)
+    graph = backends._Graph(one.status.program.run, one.snapshot, x)
+    memory = [tensor.data_ptr() for tensor in graph.memory.tensors()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    two = frozen.view_of(model, x)
+    for view in (one, two, two, one):
+        assert torch.equal(graph(view.snapshot, x), view(x))
+    assert [tensor.data_ptr() for tensor in graph.memory.tensors()] == memory
+    assert not set(memory) & {tensor.data_ptr() for tensor in one.snapshot.tensors()}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_graph_computes_the_same_after_weights_have_changed():
     model, x = build("resnet18").cuda(), torch.rand(8, 3, 32, 32, device="cuda")
@@ -267,15 +289,57 @@ def test_graph_computes_the_same_after_weights_have_changed():
             assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
 
 
-def test_view_owns_its_weights():
-    """Weights that change without a refresh leave the view alone, and the view leaves them."""
-    model, x = build("small_cnn"), torch.rand(2, 1, 8, 8)
-    view = frozen.view_of(model, x)
-    before = view(x)
+class Plain(nn.Module):
+    """Layers without batch norm, whose weights are the network's own parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.end = nn.Conv2d(1, 8, 3), nn.Linear(288, 10)
+
+    def forward(self, x):
+        return self.end(self.conv(x).flatten(1))
+
+
+@pytest.mark.parametrize("make", [lambda: build("small_cnn"), Plain], ids=["folded", "plain"])
+@pytest.mark.parametrize("density", [1.0, 0.1])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("used_before", [True, False])
+def test_a_view_never_changes(make, density, dtype, used_before):
+    """Neither new weights of the network nor a later view, with other weights, reach it."""
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.rand_like(parameter) < density)
+    expected = outputs_and_gradient(frozen.view_of(model, x, dtype), x)
+    view = frozen.view_of(model, x, dtype)
+    if used_before:
+        outputs_and_gradient(view, x)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    assert torch.equal(view(x), before)
     kept = copy.deepcopy(model.state_dict())
-    frozen.view_of(model, x)
+    later = outputs_and_gradient(frozen.view_of(model, x, dtype), x)
+    found = outputs_and_gradient(view, x)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert not torch.equal(later[0], found[0])
     assert all(torch.equal(kept[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_folding_is_that_of_torch(bias, affine):
+    """The same weights, and a bias that is the same to rounding: see `folded_parameters`."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 50, 3, bias=bias)
+    norm = nn.BatchNorm2d(50, affine=affine).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    both = layer.double().eval(), norm.double()
+    weight, shift = frozen_layers.folded_parameters(*both)
+    fused = fuse_conv_bn_eval(*both)
+    assert torch.equal(weight, fused.weight)
+    assert torch.allclose(shift, fused.bias, rtol=1e-13, atol=1e-15)

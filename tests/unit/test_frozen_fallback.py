@@ -1,4 +1,4 @@
-"""Networks that a frozen view could get wrong: it computes what they do, or is not used."""
+"""Networks that a folded view could get wrong: it computes what they do, or is not used."""
 
 import random
 
@@ -272,7 +272,7 @@ def crafted(model, monkeypatch, x=X, *, viewed=True):
 def test_view_of_such_a_network_computes_what_it_does(make, monkeypatch, capsys):
     model, x = build(make).double(), X.double()
     view = frozen.view_of(model, x)
-    assert frozen.used(view) == "view"
+    assert frozen.runs_on(view) == "view"
     for images in (x, x[:1], x.contiguous(memory_format=torch.channels_last)):
         assert agree(model, view, images)
     own = crafted(model, monkeypatch, x, viewed=False)
@@ -293,7 +293,7 @@ def test_network_that_a_view_cannot_follow_is_crafted_on_as_it_is(
     line = capsys.readouterr().out
     assert line.count("\n") == 1  # once, not at every step
     assert reason in line
-    assert frozen.used(frozen.view_of(model.eval(), X)) == "network"
+    assert frozen.runs_on(frozen.view_of(model.eval(), X)) == "network"
     if reason not in ("changes its attributes", "its passes over the same images differ"):
         assert torch.equal(found, own)
 
@@ -386,13 +386,13 @@ def test_view_follows_a_change_of_structure(change):
 
 def test_hook_on_all_modules_is_seen():
     model = build(Net)
-    assert frozen.used(frozen.view_of(model, X)) == "view"
+    assert frozen.runs_on(frozen.view_of(model, X)) == "view"
     handle = nn.modules.module.register_module_forward_hook(lambda module, x, y: y + 1)
     try:
         assert frozen.view_of(model, X) is model
     finally:
         handle.remove()
-    assert frozen.used(frozen.view_of(model, X)) == "view"
+    assert frozen.runs_on(frozen.view_of(model, X)) == "view"
 
 
 def test_network_in_train_mode_has_no_view(capsys):
@@ -400,7 +400,7 @@ def test_network_in_train_mode_has_no_view(capsys):
     model.norm.train()
     assert frozen.view_of(model, X) is model
     assert "'norm' is in train mode" in capsys.readouterr().out
-    assert frozen.used(frozen.view_of(model.eval(), X)) == "view"
+    assert frozen.runs_on(frozen.view_of(model.eval(), X)) == "view"
 
 
 # ---------------------------------------------------------------- the comparison itself
@@ -423,8 +423,8 @@ def steeper(forward):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_view_that_computes_something_else_is_not_used(wrong, said, dtype, monkeypatch, capsys):
-    weighted = frozen_layers.Weighted
-    monkeypatch.setattr(weighted, "forward", wrong(weighted.forward))
+    linear = frozen_layers.FoldedLinear
+    monkeypatch.setattr(linear, "__call__", wrong(linear.__call__))
     model, x = build(Net).to(dtype), X.to(dtype)
     assert frozen.view_of(model, x) is model
     assert said in capsys.readouterr().out
@@ -450,20 +450,20 @@ def test_images_of_another_shape_and_type_are_compared_too(monkeypatch):
 
 def test_matrix_that_is_not_its_convolution_is_not_used(monkeypatch, capsys):
     """Later weights are so sparse that another form is chosen, which the first had not shown."""
-    call = small_maps.SmallMap.__call__
+    call = small_maps.Matrix.__call__
 
     def wrong(self, x, **given):
         out = call(self, x, **given)
         return out * 1.01 if self.matrix.layout == torch.sparse_csr else out
 
-    monkeypatch.setattr(small_maps.SmallMap, "__call__", wrong)
+    monkeypatch.setattr(small_maps.Matrix, "__call__", wrong)
     model = build(Net)
-    assert frozen.used(frozen.view_of(model, X)) == "view"
+    assert frozen.runs_on(frozen.view_of(model, X)) == "view"
     with torch.no_grad():
         model.conv.weight.view(-1)[3:] = 0
     view = frozen.view_of(model, X)
     assert torch.equal(view(X), model(X))
-    assert frozen.used(view) == "network"
+    assert frozen.runs_on(view) == "network"
     assert "the sparse matrix of Conv2d" in capsys.readouterr().out
     assert frozen.view_of(model, X) is model
 
@@ -472,7 +472,7 @@ def test_view_that_fails_where_the_network_does_not_is_one_line(capsys):
     model = build(Net)
     view = frozen.view_of(model, X)
 
-    def fail(x):
+    def fail(snapshot, x):
         raise IndexError("no\nsuch batch")
 
     view.backend.eager = fail
@@ -481,7 +481,7 @@ def test_view_that_fails_where_the_network_does_not_is_one_line(capsys):
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     assert "it fails (IndexError: no such batch)" in line
-    assert frozen.used(view) == "network"
+    assert frozen.runs_on(view) == "network"
     assert frozen.view_of(model, X) is model
 
 
@@ -490,7 +490,7 @@ def test_what_the_network_itself_refuses_is_raised_and_the_view_stays(capsys):
     view = frozen.view_of(model, X)
     with pytest.raises(RuntimeError, match="channels"):
         view(torch.rand(2, 5, 8, 8))
-    assert frozen.used(view) == "view"
+    assert frozen.runs_on(view) == "view"
     assert not capsys.readouterr().out
 
 
@@ -498,31 +498,34 @@ def test_memory_that_runs_out_is_no_reason_to_fall_back():
     model = build(Net)
     view = frozen.view_of(model, X)
 
-    def full(x):
+    def full(snapshot, x):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     view.backend.eager = full
     with pytest.raises(RuntimeError, match="allocate memory"):
         view(X)
-    assert frozen.used(view) == "view"
+    assert frozen.runs_on(view) == "view"
 
 
 def test_backend_that_computes_something_else_is_not_used(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "compile", lambda eager, **_: lambda x: eager(x) * 1.01)
+    monkeypatch.setattr(torch, "compile", lambda eager, **_: lambda *given: eager(*given) * 1.01)
     model = build(Net)
     expected = frozen.view_of(model, X)(X)
     assert torch.equal(frozen.view_of(model, X, backend="compiled")(X), expected)
     assert "it computes something else: outputs differ" in capsys.readouterr().out
 
 
-def test_backend_starts_anew_when_weights_come_to_lie_elsewhere(monkeypatch):
-    """A CUDA graph would go on reading what lay there; bf16 while crafting, fp32 in between."""
+def test_backend_starts_once_for_each_precision_and_follows_the_weights(monkeypatch):
+    """bf16 while crafting, fp32 in between."""
     started = []
     monkeypatch.setattr(torch, "compile", lambda eager, **_: started.append(1) or eager)
     model = build(Net)
-    for dtype, times in ((None, 1), (None, 1), (torch.bfloat16, 2), (None, 3), (None, 3)):
-        frozen.view_of(model, X, dtype, backend="compiled")(X)
+    for dtype, times in ((None, 1), (None, 1), (torch.bfloat16, 2), (None, 2), (torch.bfloat16, 2)):
+        with torch.no_grad():
+            model.conv.weight.mul_(1.1)
+        found = frozen.view_of(model, X, dtype, backend="compiled")(X)
         assert len(started) == times
+        assert torch.equal(found, frozen.view_of(model, X, dtype)(X))
 
 
 # ---------------------------------------------------------------- random architectures

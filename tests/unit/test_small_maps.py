@@ -31,15 +31,14 @@ def convolutions(draw):
 @given(
     made=convolutions(),
     form=st.sampled_from([("dense", True), ("dense", False), ("sparse", True)]),
-    live=st.floats(0, 1),
+    density=st.floats(0, 1),
 )
-def test_both_matrices_are_the_convolution(made, form, live):
+def test_both_matrices_are_the_convolution(made, form, density):
     (layer, shape), (kind, columns) = made, form
     layer = layer.double().requires_grad_(False)
-    layer.weight.mul_(torch.rand_like(layer.weight) < live)
+    layer.weight.mul_(torch.rand_like(layer.weight) < density)
     x = torch.rand(2, *shape, dtype=torch.float64, requires_grad=True)
-    matrix = SmallMap(layer, *shape[1:])
-    matrix.form(kind, layer.weight, layer.bias)
+    matrix = SmallMap(layer, *shape[1:]).form(kind, layer.weight, layer.bias)
     found, expected = matrix(x, rectified=False, columns=columns), layer(x)
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-12)
@@ -50,16 +49,15 @@ def test_both_matrices_are_the_convolution(made, form, live):
     assert torch.allclose(rectified, expected.relu(), atol=1e-12)
 
 
-def test_sparse_matrix_holds_live_weights_alone():
+def test_sparse_matrix_holds_nonzero_weights_alone():
     layer = nn.Conv2d(2, 3, 3, padding=1, bias=False).requires_grad_(False)
     layer.weight.zero_()
     layer.weight[1, 0, 1, 1] = 2.0  # the middle tap meets all 16 pixels
     layer.weight[2, 1, 0, 0] = 3.0  # a corner tap misses a row and a column
-    matrix = SmallMap(layer, 4, 4)
-    matrix.form("sparse", layer.weight, None)
+    matrix = SmallMap(layer, 4, 4).form("sparse", layer.weight, None)
     assert matrix.matrix.values().tolist().count(2.0) == 16
     assert matrix.matrix.values().tolist().count(3.0) == 9
-    assert len(matrix.matrix.values()) == len(matrix.back.values()) == 25
+    assert len(matrix.matrix.values()) == len(matrix.transpose.values()) == 25
 
 
 @pytest.mark.parametrize(
@@ -80,11 +78,11 @@ def test_sparse_matrix_holds_live_weights_alone():
         (9, (24, 48), (0.01, True, False), "conv"),
     ],
 )
-def test_form_follows_from_shapes_and_live_weights(size, channels, given, form):
-    live, gradient, bf16 = given
+def test_form_follows_from_shapes_and_density(size, channels, given, form):
+    density, gradient, bf16 = given
     layer = nn.Conv2d(*channels, 3, padding=1, stride=2 if channels == (48, 48) else 1)
     x = torch.rand(2, channels[0], size, size, requires_grad=gradient)
-    assert form_of(layer, x, live, bf16=bf16) == form
+    assert form_of(layer, x, density, bf16=bf16) == form
 
 
 @pytest.mark.parametrize(
@@ -95,16 +93,17 @@ def test_other_convolutions_stay_convolutions(options):
     assert form_of(layer, torch.rand(1, 2, 4, 4), 0.01, bf16=False) == "conv"
 
 
-def test_view_of_a_sparse_network_follows_its_live_weights():
+def test_view_of_a_sparse_network_follows_its_nonzero_weights():
     torch.manual_seed(0)
     params = registry.entry("arch", "small_cnn").params(width=8)
     model = models.build("small_cnn", params, (1, 8, 8), 10).double().eval().requires_grad_(False)
     x = torch.rand(3, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     layers = list(prunable(model).values())
     full = [layer.weight.clone() for layer in layers]
-    for live in (1.0, 0.2, 0.05, 0.0):
+    forms = set()
+    for density in (1.0, 0.2, 0.05, 0.0):
         for layer, weight in zip(layers, full, strict=True):
-            layer.weight.copy_(weight * (torch.rand_like(weight) < live))
+            layer.weight.copy_(weight * (torch.rand_like(weight) < density))
         view = frozen.view_of(model, x)
         for gradient in (True, False):
             with torch.set_grad_enabled(gradient):
@@ -112,7 +111,8 @@ def test_view_of_a_sparse_network_follows_its_live_weights():
             assert torch.allclose(found, expected, atol=1e-12)
         gradients = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (view, model)]
         assert torch.allclose(*gradients, atol=1e-10)
-    forms = {form for layer in view.layers for _, form in layer.small}
+        convolutions = [layer for layer in view.snapshot.layers if hasattr(layer, "full")]
+        forms |= {form for layer in convolutions for _, form in layer._matrices}
     assert forms == {"dense", "sparse"}
 
 

@@ -773,7 +773,7 @@ def test_networks_of_any_code_train_and_the_record_says_on_what(  # noqa: PLR091
     assert json.loads((layout.training(cell)).read_text())["crafted_on"] == used
     out = capsys.readouterr().out
     # Once each process: the network is made anew when a run is taken up.
-    assert out.count("frozen view: none of this network, 'conv' has hooks") == 2 * hooked
+    assert out.count("folded view: not used for this network, 'conv' has hooks") == 2 * hooked
 
 
 def test_network_that_takes_no_channels_last_gets_its_images_with_channels_first(

@@ -1,0 +1,209 @@
+"""A network's forward pass as a program that gets its weights from outside.
+
+A program is a trace in which every convolution and linear layer, with the batch norm and the ReLU
+after it, and every other batch norm are taken from a `Snapshot` of folded layers. It stays valid
+while the weights change, as long as the structure of the network does not.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from robsparse.base.errors import in_a_line
+from robsparse.compute.machine import is_out_of_memory
+from robsparse.fast.frozen_layers import (
+    ConvolutionSource,
+    LinearSource,
+    NormSource,
+    Snapshot,
+    Source,
+    fold,
+    require_plain,
+)
+
+_SUMS = (operator.add, torch.add)
+
+
+class Program:
+    """What a network computes, without its weights: (snapshot, x_NCHW) -> logits_NK.
+
+    sources: of each folded layer, what it is made from.
+    """
+
+    def __init__(self, sources: Sequence[Source], run: fx.GraphModule) -> None:
+        self.sources = tuple(sources)
+        self.run = run
+
+    def snapshot(self, dtype: torch.dtype | None = None) -> Snapshot:
+        """The folded layers with the weights that the network has now; dtype: see `Snapshot`."""
+        return fold(self.sources, dtype)
+
+
+def trace(model: nn.Module, x_NCHW: Tensor) -> Program:
+    """The program of a network in eval mode.
+
+    x_NCHW: images to run the trace on. Raises ValueError when the network's code cannot be traced,
+    or does what a program cannot follow.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # the code of a network can raise anything when it is traced
+        raise ValueError(f"it cannot be traced ({in_a_line(error)})") from error
+    _require_nothing_rewritten(model, graph, x_NCHW)
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)  # nothing uses its result
+    folder = _Folder(graph, dict(model.named_modules()))
+    return Program(folder.sources, fx.GraphModule(folder.root, graph))
+
+
+class _Tracer(fx.Tracer):
+    """Records a layer with weights as one call, parametrised or not."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        weighted = isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
+        return weighted or super().is_leaf_module(m, module_qualified_name)
+
+
+# ---------------------------------------------------------------- tensors rewritten in place
+
+
+def _require_nothing_rewritten(model: nn.Module, graph: fx.Graph, x_NCHW: Tensor) -> None:
+    """Raise ValueError when a traced network rewrites a tensor in place that is used again."""
+    watching = _Watching(model, graph=graph)
+    watching.extra_traceback = False  # of errors: the message alone
+    with torch.no_grad():
+        try:
+            watching.run(x_NCHW.clone())
+        except _RewrittenError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"its trace does not run ({in_a_line(error)})") from error
+
+
+class _RewrittenError(ValueError):
+    pass
+
+
+class _Watching(fx.Interpreter):
+    """Runs a traced network. Raises _RewrittenError when it rewrites a tensor that is used again.
+
+    PyTorch counts the changes of a tensor together with those of all that share its memory. The
+    images belong to the caller, who uses them again.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        last_uses = self.user_to_last_uses.get(n, [])
+        gone = {node for node in last_uses if node.op != "placeholder"}
+        needed = [value for node, value in self.env.items() if node not in gone]
+        tensors = [value for value in needed if isinstance(value, Tensor)]
+        before = [tensor._version for tensor in tensors]
+        result = super().run_node(n)
+        if [tensor._version for tensor in tensors] != before:
+            raise _RewrittenError(f"'{n.name}' rewrites a tensor in place that is used again")
+        return result
+
+
+# ---------------------------------------------------------------- folding
+
+
+def apply_layer(snapshot: Snapshot, number: int, *given: Any, **named: Any) -> Tensor:
+    """One step of a program: what a folded layer gives for x."""
+    return snapshot.layers[number](*given, **named)
+
+
+class _Folder:
+    """Rewrites a traced graph in place, so that it takes its layers from a snapshot.
+
+    sources: of the layers that it takes from there. root: all other modules, which the graph calls.
+    """
+
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+        self.graph, self.modules = graph, modules
+        self.sources: list[Source] = []
+        self.root = nn.Module()
+        with graph.inserting_before(next(iter(graph.nodes))):
+            self.snapshot = graph.placeholder("snapshot_of_weights")
+        for node in list(graph.nodes):
+            if node.users or node.op not in ("call_module", "call_function"):
+                self._fold(node)  # all others are part of a layer by now
+        _rectify_in_place(graph)
+        graph.lint()
+
+    def _fold(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            raise ValueError(f"it uses the tensor '{node.target}' outside a layer")
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"  # folded layers may give their results another layout
+        module = self._module(node)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            require_plain(module)
+            norm = _only_user(node, self._is_norm)
+            found = self._module(norm) if norm is not None else None
+            _merge(norm, node)
+            relu = _only_user(node, self._is_relu)
+            _merge(relu, node)
+            source = ConvolutionSource if isinstance(module, nn.Conv2d) else LinearSource
+            self._replace(node, source(module, found, rectified=relu is not None))
+        elif self._is_norm(node):
+            self._replace(node, NormSource(module))
+        elif isinstance(module, nn.ReLU):
+            node.op, node.target = "call_function", torch.relu
+        elif module is not None:
+            name = f"own{len(self.sources)}_{node.name}"
+            self.root.add_module(name, module)
+            node.target = name
+
+    def _replace(self, node: fx.Node, source: Source) -> None:
+        """Let a node call a layer of the snapshot."""
+        node.op, node.target = "call_function", apply_layer
+        node.args = (self.snapshot, len(self.sources), *node.args)
+        self.sources.append(source)
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, if it calls one."""
+        return self.modules.get(node.target) if node.op == "call_module" else None
+
+    def _is_norm(self, node: fx.Node) -> bool:
+        """Whether a node is batch norm with running statistics; without, it follows the batch."""
+        module = self._module(node)
+        if not isinstance(module, nn.BatchNorm2d):
+            return False
+        require_plain(module)
+        return module.running_mean is not None and module.running_var is not None
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        return isinstance(self._module(node), nn.ReLU) or _calls_relu(node)
+
+
+def _only_user(node: fx.Node, fits: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """The only node that uses the result of a node, if it fits."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and fits(users[0]) else None
+
+
+def _merge(user: fx.Node | None, node: fx.Node) -> None:
+    """Let a layer's node compute what the node after it did."""
+    if user is not None:
+        user.replace_all_uses_with(node)
+        user.graph.erase_node(user)
+
+
+def _calls_relu(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (F.relu, torch.relu)
+
+
+def _rectify_in_place(graph: fx.Graph) -> None:
+    """ReLU in place where nothing else uses its input, and no backward pass needs it."""
+    for node in graph.nodes:
+        if _calls_relu(node):
+            [source] = node.all_input_nodes
+            fresh = source.op == "call_function" and source.target in (apply_layer, *_SUMS)
+            node.target = torch.relu_ if fresh and len(source.users) == 1 else torch.relu
+            node.args, node.kwargs = (source,), {}
