@@ -25,7 +25,7 @@ from robsparse.compute.machine import device_name, pick_device, prepare
 from robsparse.datasets import Part
 from robsparse.evaluation.attacks import AttackContext, correct_flags
 from robsparse.evaluation.evaluate import first_examples
-from robsparse.fast import frozen
+from robsparse.fast import folding
 from robsparse.networks import construct, weights
 from robsparse.schema.fields import radius
 from robsparse.study import loading
@@ -52,7 +52,7 @@ def main() -> None:
     print(f"{len(right)} images, {len(part)} classified correctly, eps {eps:.5g}, AutoAttack")
     threat = AttackContext("Linf", eps, seed, batch_size, device, report=lambda text: None)
     module = registry.load("attack", "autoattack")
-    view = frozen.view_of(model, part.x_NCHW[:1].to(device))
+    view = folding.view_of(model, part.x_NCHW[:1].to(device))
     ours, our_seconds = _timed(
         lambda: module.run(view, part.x_NCHW, part.y_N, module.Params(), threat).components
     )

@@ -1,7 +1,7 @@
 """Mutation testing: changes one expression of the code at a time and asks whether a test notices.
 
     python benchmarks/mutation.py                          all modules, 25 mutants of each
-    python benchmarks/mutation.py sparsity wiring --sample 0      every mutant of two modules
+    python benchmarks/mutation.py masks rewiring --sample 0      every mutant of two modules
     python benchmarks/mutation.py --table                  prints the table of what has been run
 
 The mutants are those of mutmut (its operators, on the syntax tree). Its own runner skips decorated
@@ -57,7 +57,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "counts": (),
     "sparsity": ("unit/test_bcs.py",),
     "scores": ("unit/test_dynamic.py", "unit/test_hydra.py"),
-    "wiring": (),
+    "rewiring": (),
     "dynamic": (),
     "method.bcs": ("unit/test_bcs_training.py", "unit/test_parity.py"),
     "objectives": ("unit/test_threat.py",),
@@ -73,9 +73,9 @@ MODULES: dict[str, tuple[str, ...]] = {
     "source_code": ("unit/test_fingerprints.py",),
     "checks": (),
     "sources": ("unit/test_evaluation.py",),
-    "frozen": ("unit/test_frozen_fallback.py",),
-    "proof": ("unit/test_frozen_fallback.py",),
-    "structure": ("unit/test_frozen_fallback.py",),
+    "folding": ("unit/test_folding_fallback.py",),
+    "proof": ("unit/test_folding_fallback.py",),
+    "structure": ("unit/test_folding_fallback.py",),
     "evaluation": (),
     "attacks": ATTACKS,
     "sanity_checks": (),

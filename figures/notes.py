@@ -247,9 +247,8 @@ def _attacked_without_view(study: Study, results: pd.DataFrame) -> list[str]:
     labels = [study.label("method", n) for n in names.unique() if not study.source(n).foreign]
     if not labels:
         return []
-    return [
-        f"Attacked on the network itself, because its folded view could not be used: {join(labels)}."
-    ]
+    reason = "because its folded view could not be used"
+    return [f"Attacked on the network itself, {reason}: {join(labels)}."]
 
 
 def _strongest_attack(study: Study, results: pd.DataFrame) -> list[str]:

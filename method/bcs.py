@@ -19,7 +19,7 @@ Where this differs from the authors' code, and the switch that brings their beha
 - A layer never gets more regrowths than it has dormant positions; the remainder is drawn again
   over the others. Theirs stops with a shape error, so there is no switch.
 - Theirs shuffles all dormant positions of a layer at every step; here positions are tried at random
-  until enough are dormant, which comes to the same distribution (`robsparse.sparsity.wiring`). On
+  until enough are dormant, which comes to the same distribution (`robsparse.sparsity.rewiring`). On
   a GPU, a regrowth that found no place in a fixed number of tries comes one step later.
 Kept as theirs, with another choice offered: `momentum`, `regrowth`, `noise_scale` or
 `temperature`, `rewiring`; of `train`: `decay` (sgdw: not multiplied by lr, on theta, biases and
@@ -36,9 +36,9 @@ from torch.nn.utils import parametrize
 
 from robsparse.base.counts import density, keep_count, round_to_sum
 from robsparse.schema import Fit, Strict
-from robsparse.sparsity.connections import ConnectionLog
+from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.masks import erk_keep_counts, prunable
-from robsparse.sparsity.wiring import Wiring
+from robsparse.sparsity.rewiring import Wiring
 from robsparse.training.stages import Run, Stage
 
 LABEL = "BCS"

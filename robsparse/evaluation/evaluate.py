@@ -23,7 +23,7 @@ from robsparse.compute.machine import device_name, pick_device, prepare
 from robsparse.datasets import Part
 from robsparse.evaluation import sanity_checks
 from robsparse.evaluation.attacks import AttackContext, Cache, Outcome, identity, no_surrogate
-from robsparse.fast import frozen, proof
+from robsparse.fast import folding, proof
 from robsparse.networks import construct, external, weights
 from robsparse.records import provenance
 from robsparse.records.evaluation_record import Record, read_record, write_record
@@ -293,7 +293,7 @@ def attack_model(
     results: list[AttackResult] = []
     correct = torch.ones(len(examples), dtype=torch.bool)
     first = examples.x_NCHW[: proof.IMAGES].to(device)
-    attacked = frozen.view_of(model, first) if folded else model
+    attacked = folding.view_of(model, first) if folded else model
     asked = identity(model, examples, device) if cache else ""
     for name in names:
         params = settings.attacks[name]
@@ -313,7 +313,7 @@ def attack_model(
             name_of_other = getattr(params, "surrogate", None)
             other = name_of_other and identity(surrogate(name_of_other), examples, device)
             basis = _basis(
-                asked, base, faced, attacked_on=frozen.runs_on(attacked), surrogate=other
+                asked, base, faced, attacked_on=folding.runs_on(attacked), surrogate=other
             )
             faced = replace(faced, cache=Cache(cache, basis))
         attack = registry.load("attack", base)
@@ -324,7 +324,7 @@ def attack_model(
         whole = list(robust.values())[-1]
         robust = robust if "all" in robust else robust | {"all": whole}
         where = correct.nonzero().squeeze(1)
-        used = frozen.runs_on(attacked)
+        used = folding.runs_on(attacked)
         results.append(AttackResult(name, robust, outcome, faced, seconds, where, used))
         print(f"{name}: {int(whole.sum())}/{len(whole)} correct, {seconds:.1f} s", flush=True)
         if name == "clean":

@@ -14,7 +14,7 @@ from torch import Tensor
 from robsparse.base.errors import in_a_line
 from robsparse.compute.machine import is_out_of_memory
 from robsparse.fast import proof
-from robsparse.fast.frozen_layers import Snapshot
+from robsparse.fast.folded_layers import Snapshot
 
 Run = Callable[[Snapshot, Tensor], Tensor]  # snapshot, x_NCHW -> logits_NK
 

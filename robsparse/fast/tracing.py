@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from robsparse.base.errors import in_a_line
 from robsparse.compute.machine import is_out_of_memory
-from robsparse.fast.frozen_layers import (
+from robsparse.fast.folded_layers import (
     ConvolutionSource,
     LinearSource,
     NormSource,

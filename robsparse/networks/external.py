@@ -16,7 +16,7 @@ from robsparse.base.files import atomic, file_checksum, read_json, write_json
 from robsparse.datasets import Splits
 from robsparse.networks import construct, weights
 from robsparse.records import provenance
-from robsparse.sparsity.connections import no_lifetimes, no_steps
+from robsparse.sparsity.history import no_lifetimes, no_steps
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study

@@ -1,6 +1,6 @@
 """The files that `robsparse collect` writes, and the columns of those that have no model."""
 
-# Columns that a method's log has besides those of its cell; see robsparse.sparsity.connections.
+# Columns that a method's log has besides those of its cell; see robsparse.sparsity.history.
 STEP_COLUMNS = ("step", "layer", "pruned", "regrown", "active", "age")
 LIFETIME_COLUMNS = ("age", "pruned", "active")
 # What `robsparse collect` writes; MANIFEST has the checksums of the others.

@@ -38,7 +38,7 @@ from robsparse.compute.machine import (
 from robsparse.datasets import Part
 from robsparse.evaluation.attacks import AttackContext
 from robsparse.evaluation.evaluate import measure
-from robsparse.fast import frozen
+from robsparse.fast import folding
 from robsparse.schema import Crafting, Training
 from robsparse.schema.imagesets import Augmentation
 from robsparse.sparsity.masks import erk_keep_counts, prunable, random_masks
@@ -224,7 +224,7 @@ def evaluate(settings: Settings) -> Iterator[Row]:
         stock = AutoAttack(model, eps=SURVIVE, seed=0, device=settings.device)
 
         def ours(model: nn.Module = model, given: tuple = (x, y), threat: Any = threat) -> None:
-            view = frozen.view_of(model, given[0].to(settings.device))
+            view = folding.view_of(model, given[0].to(settings.device))
             module.run(view, *given, module.Params(), threat)
 
         yield dataclasses.replace(settings.watch, repeats=1).compare(

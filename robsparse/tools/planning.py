@@ -14,7 +14,7 @@ from robsparse import datasets
 from robsparse.base import registry
 from robsparse.compute.machine import computing, device_name, pick_device, pick_precision, prepare
 from robsparse.evaluation import sanity_checks
-from robsparse.fast import frozen
+from robsparse.fast import folding
 from robsparse.networks import construct
 from robsparse.schema.imagesets import Description
 from robsparse.schema.sections import Selection
@@ -68,7 +68,7 @@ class Clock:
         dtype = torch.bfloat16 if precision == "bf16" else None
 
         def work(model: nn.Module, x: Tensor, _: Tensor) -> None:
-            view = frozen.view_of(model.eval(), x, dtype)
+            view = folding.view_of(model.eval(), x, dtype)
             torch.autograd.grad(view(x.requires_grad_(True)).sum(), x)
 
         return self._time(("gradient", cell.dataset, cell.arch, precision), cell, work)

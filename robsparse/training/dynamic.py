@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.schema.sections import Fit
-from robsparse.sparsity.connections import ConnectionLog
+from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.masks import erk_keep_counts, prunable, random_masks, rankable
 from robsparse.training.stages import Run, Stage
 

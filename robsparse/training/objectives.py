@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robsparse.compute import perturb
 from robsparse.compute.machine import computing, pick_precision
-from robsparse.fast import frozen
+from robsparse.fast import folding
 from robsparse.schema import Crafting, Training
 from robsparse.study.cells import Cell
 from robsparse.study.study import Study
@@ -76,13 +76,13 @@ class Attacker:
             view, precision = model, self.precision
             if self.crafting.bn_mode == "eval":
                 dtype = torch.bfloat16 if precision == "bf16" else None
-                view = frozen.view_of(model, x, dtype, self.crafting.backend)
+                view = folding.view_of(model, x, dtype, self.crafting.backend)
             if view is not model and precision == "bf16":
                 precision = "fp32"  # bf16 is in the view's weights; autocast would round its logits
             with computing(precision, x.device):
                 yield view
             if len(x):
-                self.crafted_on.add(frozen.runs_on(view))
+                self.crafted_on.add(folding.runs_on(view))
 
 
 def attacker_of(study: Study, cell: Cell, generator: torch.Generator) -> Attacker:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robsparse.schema import Fit
-from robsparse.sparsity.connections import ConnectionLog
+from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.masks import (
     apply_masks,
     bake,

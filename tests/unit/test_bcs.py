@@ -13,7 +13,7 @@ from torch import nn
 from robsparse.base.counts import density, keep_count
 from robsparse.method import bcs
 from robsparse.sparsity.masks import live_count, plain_state, prunable, weight_count
-from robsparse.sparsity.wiring import Wiring
+from robsparse.sparsity.rewiring import Wiring
 from robsparse.training.stages import Run
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from robsparse.compute import perturb
-from robsparse.fast import frozen
+from robsparse.fast import folding
 from robsparse.schema import Crafting
 from robsparse.sparsity.masks import apply_masks, effective_weights, magnitude_masks
 from robsparse.study.cost import PASSES
@@ -285,7 +285,7 @@ def test_crafting_uses_running_statistics_in_eval_and_those_of_the_batch_in_trai
     model = with_batch_norm()
     with torch.no_grad():
         model[1].running_mean.fill_(5.0)
-    view = frozen.view_of(model.eval(), BATCH)
+    view = folding.view_of(model.eval(), BATCH)
     seen = calls_of(view, monkeypatch), calls_of(model, monkeypatch)
     craft(name, model.train(), attacker(steps=2))
     assert seen[0]  # a view has running statistics alone
@@ -335,7 +335,7 @@ def test_global_random_numbers_are_not_drawn(name):
 def test_passes_are_those_that_a_step_takes(name, steps, monkeypatch):
     model, backward = with_batch_norm(), []
     for x in (BATCH, BATCH[:3]):
-        view = frozen.view_of(model.eval(), x)
+        view = folding.view_of(model.eval(), x)
     forward = calls_of(view, monkeypatch), calls_of(model.train(), monkeypatch)
     monkeypatch.setattr(
         torch.autograd,

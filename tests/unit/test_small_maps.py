@@ -8,7 +8,7 @@ from torch import nn
 
 from robsparse import models
 from robsparse.base import registry
-from robsparse.fast import frozen, small_maps
+from robsparse.fast import folding, small_maps
 from robsparse.fast.small_maps import SmallMap, form_of
 from robsparse.models._layers import TensorFlowConv2d
 from robsparse.sparsity.masks import prunable
@@ -104,7 +104,7 @@ def test_view_of_a_sparse_network_follows_its_nonzero_weights():
     for density in (1.0, 0.2, 0.05, 0.0):
         for layer, weight in zip(layers, full, strict=True):
             layer.weight.copy_(weight * (torch.rand_like(weight) < density))
-        view = frozen.view_of(model, x)
+        view = folding.view_of(model, x)
         for gradient in (True, False):
             with torch.set_grad_enabled(gradient):
                 found, expected = view(x), model(x)
@@ -125,10 +125,10 @@ def test_matrices_are_formed_once_a_refresh(monkeypatch):
     params = registry.entry("arch", "small_cnn").params()
     model = models.build("small_cnn", params, (1, 8, 8), 10).eval()
     x = torch.rand(2, 1, 8, 8, requires_grad=True)
-    frozen.view_of(model, x)  # compares the two
+    folding.view_of(model, x)  # compares the two
     formed.clear()
     for refreshed in (1, 2):
-        view = frozen.view_of(model, x)
+        view = folding.view_of(model, x)
         for _ in range(3):
             view(x)
         assert len(formed) == 2 * refreshed  # the first and the last convolution

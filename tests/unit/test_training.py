@@ -798,7 +798,7 @@ def test_network_that_takes_no_channels_last_gets_its_images_with_channels_first
 def test_what_was_crafted_on_before_a_stop_is_remembered(study_data, one, monkeypatch):
     study, cell, layout = one("dense")
     with monkeypatch.context() as patch, contextlib.suppress(Interrupted):
-        patch.setattr(loop.objectives.frozen, "view_of", lambda model, *_: model)
+        patch.setattr(loop.objectives.folding, "view_of", lambda model, *_: model)
         loop.train_cell(study, cell, layout, device="cpu", max_steps=3)
     loop.train_cell(study, cell, layout, device="cpu")
     assert json.loads((layout.training(cell)).read_text())["crafted_on"] == "network and view"

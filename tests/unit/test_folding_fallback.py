@@ -13,7 +13,7 @@ from robsparse.compute import perturb
 from robsparse.datasets import Part
 from robsparse.eval import clean, pgd
 from robsparse.evaluation.evaluate import attack_model
-from robsparse.fast import frozen, frozen_layers, proof, small_maps
+from robsparse.fast import folded_layers, folding, proof, small_maps
 from robsparse.schema import Crafting, Evaluation, Threat
 from robsparse.training import objectives
 
@@ -260,7 +260,7 @@ def crafted(model, monkeypatch, x=X, *, viewed=True):
     """Adversarial images of a training step, on the view if there is one or on the network."""
     with monkeypatch.context() as patch:
         if not viewed:
-            patch.setattr(frozen, "view_of", lambda model, *_: model)
+            patch.setattr(folding, "view_of", lambda model, *_: model)
         attacker = objectives.Attacker(
             0.1, Crafting(steps=3, step_size=0.03), torch.Generator().manual_seed(0)
         )
@@ -271,8 +271,8 @@ def crafted(model, monkeypatch, x=X, *, viewed=True):
 @pytest.mark.parametrize("make", VIEWED)
 def test_view_of_such_a_network_computes_what_it_does(make, monkeypatch, capsys):
     model, x = build(make).double(), X.double()
-    view = frozen.view_of(model, x)
-    assert frozen.runs_on(view) == "view"
+    view = folding.view_of(model, x)
+    assert folding.runs_on(view) == "view"
     for images in (x, x[:1], x.contiguous(memory_format=torch.channels_last)):
         assert agree(model, view, images)
     own = crafted(model, monkeypatch, x, viewed=False)
@@ -293,7 +293,7 @@ def test_network_that_a_view_cannot_follow_is_crafted_on_as_it_is(
     line = capsys.readouterr().out
     assert line.count("\n") == 1  # once, not at every step
     assert reason in line
-    assert frozen.runs_on(frozen.view_of(model.eval(), X)) == "network"
+    assert folding.runs_on(folding.view_of(model.eval(), X)) == "network"
     if reason not in ("changes its attributes", "its passes over the same images differ"):
         assert torch.equal(found, own)
 
@@ -337,7 +337,7 @@ def test_looking_leaves_the_network_and_all_random_numbers_as_they_were(make):
     model = build(make)
     names = set(vars(model))
     seed()
-    frozen.view_of(model, X)
+    folding.view_of(model, X)
     assert set(vars(model)) == names
     found = model(X), random.random(), torch.rand(1)
     assert torch.equal(found[0], expected[0])
@@ -377,30 +377,30 @@ def other_mode(model):
 )
 def test_view_follows_a_change_of_structure(change):
     model = build(Net)
-    assert agree(model, frozen.view_of(model, X), X)
+    assert agree(model, folding.view_of(model, X), X)
     before = model(X)
     change(model)
     assert not torch.allclose(model(X), before)
-    assert agree(model, frozen.view_of(model, X), X)
+    assert agree(model, folding.view_of(model, X), X)
 
 
 def test_hook_on_all_modules_is_seen():
     model = build(Net)
-    assert frozen.runs_on(frozen.view_of(model, X)) == "view"
+    assert folding.runs_on(folding.view_of(model, X)) == "view"
     handle = nn.modules.module.register_module_forward_hook(lambda module, x, y: y + 1)
     try:
-        assert frozen.view_of(model, X) is model
+        assert folding.view_of(model, X) is model
     finally:
         handle.remove()
-    assert frozen.runs_on(frozen.view_of(model, X)) == "view"
+    assert folding.runs_on(folding.view_of(model, X)) == "view"
 
 
 def test_network_in_train_mode_has_no_view(capsys):
     model = build(Net)
     model.norm.train()
-    assert frozen.view_of(model, X) is model
+    assert folding.view_of(model, X) is model
     assert "'norm' is in train mode" in capsys.readouterr().out
-    assert frozen.runs_on(frozen.view_of(model.eval(), X)) == "view"
+    assert folding.runs_on(folding.view_of(model.eval(), X)) == "view"
 
 
 # ---------------------------------------------------------------- the comparison itself
@@ -423,10 +423,10 @@ def steeper(forward):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_view_that_computes_something_else_is_not_used(wrong, said, dtype, monkeypatch, capsys):
-    linear = frozen_layers.FoldedLinear
+    linear = folded_layers.FoldedLinear
     monkeypatch.setattr(linear, "__call__", wrong(linear.__call__))
     model, x = build(Net).to(dtype), X.to(dtype)
-    assert frozen.view_of(model, x) is model
+    assert folding.view_of(model, x) is model
     assert said in capsys.readouterr().out
 
 
@@ -441,7 +441,7 @@ def test_images_of_another_shape_and_type_are_compared_too(monkeypatch):
     sizes = []
     for side in (8, 8, 12, 8, 12):
         compared.clear()
-        frozen.view_of(model, torch.rand(20, 1, side, side))
+        folding.view_of(model, torch.rand(20, 1, side, side))
         sizes.append({tuple(x.shape) for x in compared})
     assert sizes[0] >= {(8, 1, 8, 8)}
     assert sizes[2] >= {(8, 1, 12, 12)}
@@ -458,19 +458,19 @@ def test_matrix_that_is_not_its_convolution_is_not_used(monkeypatch, capsys):
 
     monkeypatch.setattr(small_maps.Matrix, "__call__", wrong)
     model = build(Net)
-    assert frozen.runs_on(frozen.view_of(model, X)) == "view"
+    assert folding.runs_on(folding.view_of(model, X)) == "view"
     with torch.no_grad():
         model.conv.weight.view(-1)[3:] = 0
-    view = frozen.view_of(model, X)
+    view = folding.view_of(model, X)
     assert torch.equal(view(X), model(X))
-    assert frozen.runs_on(view) == "network"
+    assert folding.runs_on(view) == "network"
     assert "the sparse matrix of Conv2d" in capsys.readouterr().out
-    assert frozen.view_of(model, X) is model
+    assert folding.view_of(model, X) is model
 
 
 def test_view_that_fails_where_the_network_does_not_is_one_line(capsys):
     model = build(Net)
-    view = frozen.view_of(model, X)
+    view = folding.view_of(model, X)
 
     def fail(snapshot, x):
         raise IndexError("no\nsuch batch")
@@ -481,22 +481,22 @@ def test_view_that_fails_where_the_network_does_not_is_one_line(capsys):
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     assert "it fails (IndexError: no such batch)" in line
-    assert frozen.runs_on(view) == "network"
-    assert frozen.view_of(model, X) is model
+    assert folding.runs_on(view) == "network"
+    assert folding.view_of(model, X) is model
 
 
 def test_what_the_network_itself_refuses_is_raised_and_the_view_stays(capsys):
     model = build(Net)
-    view = frozen.view_of(model, X)
+    view = folding.view_of(model, X)
     with pytest.raises(RuntimeError, match="channels"):
         view(torch.rand(2, 5, 8, 8))
-    assert frozen.runs_on(view) == "view"
+    assert folding.runs_on(view) == "view"
     assert not capsys.readouterr().out
 
 
 def test_memory_that_runs_out_is_no_reason_to_fall_back():
     model = build(Net)
-    view = frozen.view_of(model, X)
+    view = folding.view_of(model, X)
 
     def full(snapshot, x):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -504,14 +504,14 @@ def test_memory_that_runs_out_is_no_reason_to_fall_back():
     view.backend.eager = full
     with pytest.raises(RuntimeError, match="allocate memory"):
         view(X)
-    assert frozen.runs_on(view) == "view"
+    assert folding.runs_on(view) == "view"
 
 
 def test_backend_that_computes_something_else_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda eager, **_: lambda *given: eager(*given) * 1.01)
     model = build(Net)
-    expected = frozen.view_of(model, X)(X)
-    assert torch.equal(frozen.view_of(model, X, backend="compiled")(X), expected)
+    expected = folding.view_of(model, X)(X)
+    assert torch.equal(folding.view_of(model, X, backend="compiled")(X), expected)
     assert "it computes something else: outputs differ" in capsys.readouterr().out
 
 
@@ -523,9 +523,9 @@ def test_backend_starts_once_for_each_precision_and_follows_the_weights(monkeypa
     for dtype, times in ((None, 1), (None, 1), (torch.bfloat16, 2), (None, 2), (torch.bfloat16, 2)):
         with torch.no_grad():
             model.conv.weight.mul_(1.1)
-        found = frozen.view_of(model, X, dtype, backend="compiled")(X)
+        found = folding.view_of(model, X, dtype, backend="compiled")(X)
         assert len(started) == times
-        assert torch.equal(found, frozen.view_of(model, X, dtype)(X))
+        assert torch.equal(found, folding.view_of(model, X, dtype)(X))
 
 
 # ---------------------------------------------------------------- random architectures
@@ -617,7 +617,7 @@ def test_random_networks(model, count, last):
         proof.passes(model, x, gradient=True)
     except RuntimeError:  # what it rewrites, its own gradient needs
         assume(False)
-    view = frozen.view_of(model, x)
+    view = folding.view_of(model, x)
     assert agree(model, view, x)
     kept = x.clone()
     with torch.no_grad():

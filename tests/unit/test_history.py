@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robsparse.sparsity import connections
-from robsparse.sparsity.connections import ConnectionLog, no_lifetimes, no_steps
+from robsparse.sparsity import history
+from robsparse.sparsity.history import ConnectionLog, no_lifetimes, no_steps
 
 SIZES = {"first": 7, "second": 12}
 
@@ -27,7 +27,7 @@ def positions(mask):
 )
 def test_log_equals_slow_bookkeeping(seed, count, every, at_once):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "STEPS_AT_ONCE", at_once)
+        patch.setattr(history, "STEPS_AT_ONCE", at_once)
         compare_with_slow_bookkeeping(seed, count, every)
 
 

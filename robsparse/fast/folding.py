@@ -23,7 +23,7 @@ from robsparse.base.errors import in_a_line
 from robsparse.compute.machine import computing, is_out_of_memory
 from robsparse.fast import proof
 from robsparse.fast.backends import Backend
-from robsparse.fast.frozen_layers import Snapshot
+from robsparse.fast.folded_layers import Snapshot
 from robsparse.fast.structure import forbidden, observed, structure
 from robsparse.fast.tracing import Program, trace
 

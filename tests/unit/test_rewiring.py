@@ -11,7 +11,7 @@ from scipy import stats
 from torch import nn
 
 from robsparse.method import bcs
-from robsparse.sparsity.wiring import CANDIDATES, ROUNDS, Wiring
+from robsparse.sparsity.rewiring import CANDIDATES, ROUNDS, Wiring
 from robsparse.training.stages import Run
 
 WAYS = pytest.mark.parametrize("exact", [True, False], ids=["exact", "blind"])
