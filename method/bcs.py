@@ -1,19 +1,19 @@
 """Bayesian connectivity sampling (BCS): robust training that is sparse from first to last step.
 
 Each prunable weight is w = s * theta where theta > 0 and exactly 0 elsewhere (dormant); the sign s
-is fixed. A step of SGD on the robust loss moves the live theta, a little noise is added to them,
-and those that cross zero die; the same number is regrown at random dormant positions, so that the
-number of live weights is constant. This samples from a posterior over connectivities and weights
-whose prior allows no more than that number (DEEP R, Bellec et al., ICLR 2018, with the global
-constraint).
+is fixed. A step of SGD on the robust loss moves the active theta, a little noise is added to them,
+and those that cross zero become dormant. The same number is regrown at random dormant positions, so
+that the number of active weights is constant. This samples from a posterior over connectivities and
+weights whose prior allows no more than that number (DEEP R, Bellec et al., ICLR 2018, with the
+global constraint).
 
 Source: the ICML 2021 paper's published code, IGITUGraz/SparseAdversarialTraining, behaviour of
 models/layers.py, models/sparse_*.py and run_connectivity_sampling.py; a step has their order.
 
 Where this differs from the authors' code, and the switch that brings their behaviour back:
-- `init: strict` (theirs: `authors`). They give each layer a fixed share of live weights; the sum
+- `init: strict` (theirs: `authors`). They give each layer a fixed share of active weights; the sum
   falls short of the budget (the first rewiring tops it up) or exceeds it (nothing is removed until
-  enough weights die). Strict makes it exact before the first step.
+  enough weights become dormant). Strict makes it exact before the first step.
 - `waking: drawn` (theirs: `drift`). A dormant theta stays dormant until it is drawn; theirs can
   drift back over zero when noise killed it against its momentum, and exceed the budget.
 - A layer never gets more regrowths than it has dormant positions; the remainder is drawn again
@@ -38,7 +38,7 @@ from robsparse.base.counts import density, keep_count, round_to_sum
 from robsparse.schema import Fit, Strict
 from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.masks import erk_keep_counts, prunable
-from robsparse.sparsity.rewiring import Wiring
+from robsparse.sparsity.rewiring import Changes, Rewiring, rewiring_of
 from robsparse.training.stages import Run, Stage
 
 LABEL = "BCS"
@@ -69,14 +69,16 @@ class Params(Strict):
     train: Train = Train()
     init: Literal["strict", "authors", "erk", "uniform"] = Field(
         "strict",
-        description="initial live weights of the layers. authors: their shares as they are; "
+        description="initial active weights of the layers. authors: their shares as they are; "
         "strict: theirs, topped up or thinned out at random to exactly the budget; erk: "
         "Erdos-Renyi-Kernel shares; uniform: the same density in all (both exactly the budget)",
     )
     waking: Literal["drawn", "drift"] = Field(
         "drawn", description="whether a dormant theta wakes only when drawn, or also by itself"
     )
-    noise_scale: float = Field(1e-6, ge=0, description="noise on live theta is lr * scale * N(0,1)")
+    noise_scale: float = Field(
+        1e-6, ge=0, description="noise on active theta is lr * scale * N(0,1)"
+    )
     temperature: float | None = Field(
         None, ge=0, description="instead of noise_scale: Langevin noise sqrt(2 lr T) * N(0,1)"
     )
@@ -92,7 +94,7 @@ class Params(Strict):
     )
     rewiring: Literal["always", "until_last_drop", "never"] = Field(
         "always",
-        description="until when connections die and regrow (authors: always); afterwards the live "
+        description="until when connections are replaced (authors: always); afterwards the live "
         "set is fixed and its weights may change sign. never: a static random network",
     )
 
@@ -112,7 +114,7 @@ class Params(Strict):
 class SignedTheta(nn.Module):
     """Parametrisation theta -> sign * theta where theta > 0, else exactly 0.
 
-    Once the live set is fixed, sign is 0 at dormant positions and theta goes through as it is.
+    Once the active set is fixed, sign is 0 at dormant positions and theta goes through as it is.
     """
 
     def __init__(self, sign: Tensor) -> None:
@@ -126,9 +128,9 @@ class SignedTheta(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight.abs()
 
-    def fix(self, live: Tensor) -> None:
-        """From here on `live` (bool, the weight's shape) is the live set, whatever theta does."""
-        self.sign.mul_(live)
+    def fix(self, active: Tensor) -> None:
+        """Make `active` (bool, the weight's shape) the active set, whatever theta does later."""
+        self.sign.mul_(active)
         self.fixed = True
 
     def get_extra_state(self) -> bool:
@@ -148,11 +150,12 @@ class SamplingStage(Stage):
     def __init__(self, params: Params) -> None:
         super().__init__(params.train)
         self.params = params
-        self.wiring: Wiring | None = None
-        self.saved_live: Tensor | None = None
+        self.rewiring: Rewiring | None = None
+        self.saved_active: Tensor | None = None  # of an interrupted run
+        self.fixed = False  # whether rewiring is over
 
     def before_fit(self, run: Run) -> None:
-        self.wiring = self.saved_live = None
+        self.rewiring = self.saved_active = None
         counts = initial_counts(run, self.params.init)
         for name, module in prunable(run.model).items():
             weight = module.weight.detach()
@@ -162,32 +165,29 @@ class SamplingStage(Stage):
             theta = module.parametrizations.weight.original.data
             theta.clamp_(min=self.params.regrown_theta)  # a drawn weight may be 0 by chance
             theta.view(-1)[order[counts[name] :]] = 0.0
-        live = dict(zip(prunable(run.model), live_sets(run.model), strict=True))
-        run.connections = ConnectionLog(live, run.log_every)
+        active = dict(zip(prunable(run.model), active_masks(run.model), strict=True))
+        run.connections = ConnectionLog(active, run.log_every)
 
     def before_step(self, run: Run) -> None:
-        if self.wiring is None or not self.wiring.is_intact():
-            self._wire(run)
+        if self.rewiring is None or not self.rewiring.is_intact():
+            self._gather(run)
         if self.params.waking == "drift" and not self.fixed:
-            self.wiring.find_live()
+            self.rewiring.find_active()
         if self._rewiring_is_over(run) and not self.fixed:
             for layer, theta in zip(signed_layers(run.model), thetas(run.model), strict=True):
                 layer.fix(theta > 0)
             self.fixed = True
 
-    def _wire(self, run: Run) -> None:
-        """Gather all theta; the live ones are those of the network or of an interrupted run."""
-        live = self.saved_live
-        if live is None:
-            live = torch.cat([layer.flatten() for layer in live_sets(run.model)])
-            live = live.nonzero().squeeze(1)
+    def _gather(self, run: Run) -> None:
+        """Gather all theta; the active ones are those of the network or of an interrupted run."""
+        active = self.saved_active
+        if active is None:
+            active = torch.cat([mask.flatten() for mask in active_masks(run.model)])
+            active = active.nonzero().squeeze(1)
         layers = thetas(run.model)
         budget = keep_count(sum(theta.numel() for theta in layers), run.sparsity)
-        device = layers[0].device
-        self.wiring = Wiring(
-            layers, live.to(device), budget, run.generator, exact=steps_exactly(device)
-        )
-        self.saved_live = None
+        self.rewiring = rewiring_of(layers, active.to(layers[0].device), budget, run.generator)
+        self.saved_active = None
         self.fixed = all(layer.fixed for layer in signed_layers(run.model))
 
     def _rewiring_is_over(self, run: Run) -> bool:
@@ -196,40 +196,36 @@ class SamplingStage(Stage):
         return self.params.rewiring == "never"
 
     def after_step(self, run: Run) -> None:
-        wiring, params, may_wake = self.wiring, self.params, self.params.waking == "drift"
-        died = woken = drawn = wiring.live[:0]
+        rewiring, params, may_wake = self.rewiring, self.params, self.params.waking == "drift"
+        nothing = rewiring.active[:0]
+        changes = Changes(nothing, nothing, nothing)
         with torch.no_grad():
-            lives = wiring.move(self._noise(run), may_wake=may_wake)
+            survives = rewiring.move(self._noise(run), may_wake=may_wake)
             if not self.fixed:
-                died, woken, drawn = wiring.rewire(
-                    lives,
+                changes = rewiring.rewire(
+                    survives,
                     params.regrown_theta,
                     by_room=params.regrowth == "dormant",
                     may_wake=may_wake,
                 )
-            if params.momentum == "reset" and len(drawn):
-                states = [run.optimizer.state[theta] for theta in wiring.layers]
-                wiring.reset([state.get("momentum_buffer") for state in states], drawn)
-        run.connections.record(died, torch.cat([woken, drawn]))
+            if params.momentum == "reset" and len(changes.drawn):
+                states = [run.optimizer.state[theta] for theta in rewiring.layers]
+                rewiring.reset([state.get("momentum_buffer") for state in states], changes.drawn)
+        run.connections.record(changes.pruned, torch.cat([changes.woken, changes.drawn]))
 
     def _noise(self, run: Run) -> float:
-        """Standard deviation of the noise on a live theta."""
+        """Standard deviation of the noise on an active theta."""
         if self.params.temperature is not None:
             return (2 * run.lr * self.params.temperature) ** 0.5
         return run.lr * self.params.noise_scale
 
     def state(self) -> dict[str, Any]:
-        """The live positions: noise and draws go on in their order."""
-        live = self.saved_live if self.wiring is None else self.wiring.live
-        return {} if live is None else {"live": live.int()}
+        """The active positions: noise and draws go on in their order."""
+        active = self.saved_active if self.rewiring is None else self.rewiring.active
+        return {} if active is None else {"active": active.int()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.saved_live = state["live"].long() if state else None
-
-
-def steps_exactly(device: torch.device) -> bool:
-    """Whether a step may look at how many connections died: on a GPU the host would wait."""
-    return device.type == "cpu"
+        self.saved_active = state["active"].long() if state else None
 
 
 def thetas(model: nn.Module) -> list[Tensor]:
@@ -242,8 +238,8 @@ def signed_layers(model: nn.Module) -> list[SignedTheta]:
     return [module.parametrizations.weight[0] for module in prunable(model).values()]
 
 
-def live_sets(model: nn.Module) -> list[Tensor]:
-    """Where the weights of each prunable layer live (bool, the weight's shape)."""
+def active_masks(model: nn.Module) -> list[Tensor]:
+    """Where the weights of each prunable layer are active (bool, the weight's shape)."""
     return [
         layer.sign != 0 if layer.fixed else theta > 0
         for layer, theta in zip(signed_layers(model), thetas(model), strict=True)
@@ -264,7 +260,7 @@ def initial_counts(run: Run, init: str) -> dict[str, int]:
 
 
 def authors_counts(sizes: dict[str, int], arch: str, sparsity: float) -> dict[str, int]:
-    """The authors' initial live counts of layers with the given sizes, in forward order."""
+    """The authors' initial active counts of layers with the given sizes, in forward order."""
     names = list(sizes)
     table = {names[0]: 0.6, names[-1]: 0.6}
     for prefix, densities in AUTHORS_DENSITIES.items():

@@ -13,7 +13,7 @@ from torch import nn
 from robsparse.base.counts import density, keep_count
 from robsparse.method import bcs
 from robsparse.sparsity.masks import live_count, plain_state, prunable, weight_count
-from robsparse.sparsity.rewiring import Wiring
+from robsparse.sparsity.rewiring import Rewiring
 from robsparse.training.stages import Run
 
 
@@ -164,13 +164,13 @@ def test_between_update_and_rewiring_the_count_is_at_most_the_budget(monkeypatch
     stage, run = started(model, 0.6, noise_scale=1.0)
     budget, generator = keep_count(weight_count(model), 0.6), torch.Generator().manual_seed(1)
     counts = []
-    rewire = Wiring.rewire
+    rewire = Rewiring.rewire
 
     def counted(*args, **options):
         counts.append(live_count(model))
         return rewire(*args, **options)
 
-    monkeypatch.setattr(Wiring, "rewire", counted)
+    monkeypatch.setattr(Rewiring, "rewire", counted)
     for _ in range(20):
         step(stage, run, random_gradients(run, generator))
     assert max(counts) <= budget

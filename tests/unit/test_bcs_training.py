@@ -21,9 +21,9 @@ from robsparse.method import bcs
 from robsparse.method.bcs import (
     Params,
     SamplingStage,
+    active_masks,
     authors_counts,
     initial_counts,
-    live_sets,
     stages,
     thetas,
 )
@@ -31,6 +31,7 @@ from robsparse.method.bcs import (
     signed_layers as bcs_layers,
 )
 from robsparse.sparsity.masks import bake, live_count, plain_state, prunable, weight_count
+from robsparse.sparsity.rewiring import DeviceRewiring, HostRewiring
 from robsparse.study.cells import Cell, Layout
 from robsparse.training import loop
 from robsparse.training.loop import Trainer
@@ -330,11 +331,11 @@ def test_a_fixed_live_set_survives_a_checkpoint():
         assert torch.equal(module.weight, prunable(one)[name].weight)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", [HostRewiring, DeviceRewiring])
 def test_a_checkpoint_of_gathered_theta_goes_on_bit_for_bit_and_is_no_larger(
-    exact, tmp_path, monkeypatch
+    kind, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(bcs, "steps_exactly", lambda device: exact)
+    monkeypatch.setattr(bcs, "rewiring_of", kind)
     x = torch.rand(16, 60)
 
     def ready():
@@ -543,7 +544,7 @@ def test_step_gives_the_live_theta_of_every_layer_a_gradient(
     (stage,) = made.stages
     stage.before_fit(made.run)
     made.run.optimizer = torch.optim.SGD(stage.parameters(made.run.model), lr=0.0)
-    live = live_sets(made.run.model)
+    live = active_masks(made.run.model)
     take_step(made, stage, 32)
     for theta, own in zip(thetas(made.run.model), live, strict=True):
         assert theta.grad[own].abs().sum() > 0

@@ -1,4 +1,4 @@
-"""Where regrowths go: layers and positions in distribution, the budget, both ways of a step."""
+"""Where regrowths go: layers and positions in distribution, the budget, both kinds of rewiring."""
 
 import math
 
@@ -11,10 +11,10 @@ from scipy import stats
 from torch import nn
 
 from robsparse.method import bcs
-from robsparse.sparsity.rewiring import CANDIDATES, ROUNDS, Wiring
+from robsparse.sparsity.rewiring import CANDIDATES, ROUNDS, DeviceRewiring, HostRewiring
 from robsparse.training.stages import Run
 
-WAYS = pytest.mark.parametrize("exact", [True, False], ids=["exact", "blind"])
+KINDS = pytest.mark.parametrize("kind", [HostRewiring, DeviceRewiring])
 NEW = 1e-12
 
 
@@ -25,26 +25,26 @@ def fits(observed, expected=None):
     assert p_value > 0.01
 
 
-class Rewiring:
-    """Layers of given sizes with given live counts, rewired again and again."""
+class Repeated:
+    """Layers of given sizes with given active counts, rewired again and again."""
 
-    def __init__(self, sizes, live, budget, *, exact=True, by_room=False):
-        self.sizes, self.live, self.budget = sizes, live, budget
-        self.exact, self.by_room = exact, by_room
+    def __init__(self, sizes, active, budget, kind=HostRewiring, *, by_room=False):
+        self.sizes, self.active, self.budget = sizes, active, budget
+        self.kind, self.by_room = kind, by_room
         self.generator = torch.Generator().manual_seed(4)
 
     def draw(self):
         """Regrown positions (bool) of each layer."""
         layers = [torch.full((size,), -1.0) for size in self.sizes]
-        for layer, count in zip(layers, self.live, strict=True):
+        for layer, count in zip(layers, self.active, strict=True):
             layer[:count] = 1.0
-        live = (torch.cat(layers) > 0).nonzero().squeeze(1)
-        wiring = Wiring(layers, live, self.budget, self.generator, exact=self.exact)
-        lives = wiring.move(0.0, may_wake=False)
-        _, _, drawn = wiring.rewire(lives, NEW, by_room=self.by_room, may_wake=False)
+        active = (torch.cat(layers) > 0).nonzero().squeeze(1)
+        rewiring = self.kind(layers, active, self.budget, self.generator)
+        survives = rewiring.move(0.0, may_wake=False)
+        drawn = rewiring.rewire(survives, NEW, by_room=self.by_room, may_wake=False).drawn
         found = [(layer == NEW).numpy() for layer in layers]
         at = set(np.concatenate(found).nonzero()[0].tolist())
-        assert set(drawn.tolist()) - {wiring.nowhere} == at
+        assert set(drawn.tolist()) - {rewiring.none} == at
         return found
 
     def counts(self, times):
@@ -53,33 +53,33 @@ class Rewiring:
         for _ in range(times):
             for so_far, drawn in zip(total, self.draw(), strict=True):
                 np.add(so_far, drawn, out=so_far)
-        for so_far, live in zip(total, self.live, strict=True):
-            assert not so_far[:live].any()
+        for so_far, active in zip(total, self.active, strict=True):
+            assert not so_far[:active].any()
         return total
 
 
 # ---------------------------------------------------------------- layers
 
 
-@WAYS
-def test_regrowths_go_to_layers_by_size_not_by_dormant_positions(exact):
+@KINDS
+def test_regrowths_go_to_layers_by_size_not_by_dormant_positions(kind):
     # Layers of 40 and 60 with 5 and 55 dormant: by size 0.4, by dormant positions 0.083.
-    counts = [total.sum() for total in Rewiring([40, 60], [35, 5], 41, exact=exact).counts(1500)]
+    counts = [total.sum() for total in Repeated([40, 60], [35, 5], 41, kind).counts(1500)]
     assert sum(counts) == 1500
     fits(counts, [600, 900])
 
 
-@WAYS
-def test_regrowths_can_go_to_layers_by_dormant_positions(exact):
+@KINDS
+def test_regrowths_can_go_to_layers_by_dormant_positions(kind):
     # As above, but layers of 5 and 55 dormant positions get 1/12 and 11/12.
-    rewiring = Rewiring([40, 60], [35, 5], 41, exact=exact, by_room=True)
+    rewiring = Repeated([40, 60], [35, 5], 41, kind, by_room=True)
     fits([total.sum() for total in rewiring.counts(1500)], [1500 / 12, 1500 * 11 / 12])
 
 
-@WAYS
-def test_regrowths_of_a_step_are_spread_like_independent_draws(exact):
+@KINDS
+def test_regrowths_of_a_step_are_spread_like_independent_draws(kind):
     # Three draws over layers of equal size: the first gets Binomial(3, 1/2).
-    rewiring = Rewiring([50, 50], [10, 10], budget=23, exact=exact)
+    rewiring = Repeated([50, 50], [10, 10], 23, kind)
     observed = np.zeros(4)
     for _ in range(1200):
         observed[int(rewiring.draw()[0].sum())] += 1
@@ -88,7 +88,7 @@ def test_regrowths_of_a_step_are_spread_like_independent_draws(exact):
 
 def test_what_a_nearly_full_layer_cannot_take_goes_elsewhere():
     # 90 % of the draws aim at the large layer, which has two dormant positions.
-    rewiring = Rewiring([90, 10], [88, 0], budget=98)
+    rewiring = Repeated([90, 10], [88, 0], budget=98)
     for _ in range(20):
         large, small = rewiring.draw()
         assert int(large.sum() + small.sum()) == 10
@@ -111,12 +111,10 @@ def test_redrawn_remainder_follows_the_sizes_of_the_layers_with_room():
     fits(total[1:], [600, 200])
 
 
-@WAYS
-def test_a_full_layer_is_never_drawn(exact):
+@KINDS
+def test_a_full_layer_is_never_drawn(kind):
     # By size 96 % of the draws would go to the first layer; the others share them, 3 to 1.
-    counts = [
-        t.sum() for t in Rewiring([1000, 30, 10], [1000, 0, 0], 1001, exact=exact).counts(800)
-    ]
+    counts = [t.sum() for t in Repeated([1000, 30, 10], [1000, 0, 0], 1001, kind).counts(800)]
     assert counts[0] == 0
     fits(counts[1:], [600, 200])
 
@@ -124,39 +122,37 @@ def test_a_full_layer_is_never_drawn(exact):
 # ---------------------------------------------------------------- positions
 
 
-@WAYS
-def test_regrown_positions_are_uniform_over_the_dormant_ones_of_a_layer(exact):
-    total = Rewiring([12, 20], [4, 2], budget=11, exact=exact).counts(1500)
+@KINDS
+def test_regrown_positions_are_uniform_over_the_dormant_ones_of_a_layer(kind):
+    total = Repeated([12, 20], [4, 2], 11, kind).counts(1500)
     drawn = sum(counts.sum() for counts in total)
-    assert drawn == 5 * 1500 if exact else drawn > 4.99 * 1500
+    assert drawn == 5 * 1500 if kind is HostRewiring else drawn > 4.99 * 1500
     for counts, live in zip(total, (4, 2), strict=True):
         # Several are drawn without replacement in a step, which only narrows the spread.
         fits(counts[live:])
 
 
-@WAYS
-def test_positions_of_a_sparse_layer_are_found_by_trying_and_uniform(exact, monkeypatch):
-    monkeypatch.setattr(Wiring, "_counted_out", None)  # the last resort of both ways
-    monkeypatch.setattr(torch, "randperm", None)
-    if not exact:
-        monkeypatch.setattr(Wiring, "_counted_out", lambda self, layer: self._anywhere(layer))
-    (counts,) = Rewiring([60], [6], budget=8, exact=exact).counts(3000)
+@KINDS
+def test_positions_of_a_sparse_layer_are_found_by_trying_and_uniform(kind, monkeypatch):
+    monkeypatch.setattr(HostRewiring, "_count_out", None)  # the last resort
+    monkeypatch.setattr(DeviceRewiring, "_counted_out", lambda self, layer: self._anywhere(layer))
+    (counts,) = Repeated([60], [6], 8, kind).counts(3000)
     assert counts.sum() == 6000
     fits(counts[6:])
 
 
-@WAYS
-def test_positions_of_a_nearly_full_layer_are_counted_out_and_uniform(exact):
+@KINDS
+def test_positions_of_a_nearly_full_layer_are_counted_out_and_uniform(kind):
     # Two of 500 are dormant: 24 tries find one in 9 of 100 draws.
     assert (1 - 2 / 500) ** (CANDIDATES * ROUNDS) > 0.9
-    (counts,) = Rewiring([500], [498], budget=499, exact=exact).counts(1500)
+    (counts,) = Repeated([500], [498], 499, kind).counts(1500)
     assert counts.sum() == 1500
     fits(counts[498:])
 
 
-@WAYS
-def test_every_pair_of_positions_is_as_probable_as_any_other(exact):
-    rewiring, pairs = Rewiring([7], [2], budget=4, exact=exact), {}
+@KINDS
+def test_every_pair_of_positions_is_as_probable_as_any_other(kind):
+    rewiring, pairs = Repeated([7], [2], 4, kind), {}
     for _ in range(2000):
         pair = tuple(np.flatnonzero(rewiring.draw()[0]))
         pairs[pair] = pairs.get(pair, 0) + 1
@@ -167,7 +163,7 @@ def test_every_pair_of_positions_is_as_probable_as_any_other(exact):
 # ---------------------------------------------------------------- step after step
 
 
-def shaken(exact, seed, steps, *, sizes=(30, 200, 60), sparsity=0.7, interrupt=None):
+def shaken(kind, seed, steps, *, sizes=(30, 200, 60), sparsity=0.7, interrupt=None):
     """Values after steps that kill about a tenth, and (died, drawn) counts of each step."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.Generator().manual_seed(seed + 1)
@@ -177,82 +173,96 @@ def shaken(exact, seed, steps, *, sizes=(30, 200, 60), sparsity=0.7, interrupt=N
         layer.mul_(part)
     budget = int((1 - sparsity) * sum(sizes))
     live = mask.nonzero().squeeze(1)
-    wiring = Wiring(layers, live, budget, generator, exact=exact)
+    rewiring = kind(layers, live, budget, generator)
     history = []
     for step in range(steps):
         if step == interrupt:
             layers = [layer.clone() for layer in layers]
-            wiring = Wiring(layers, wiring.live.clone(), budget, generator, exact=exact)
+            rewiring = kind(layers, rewiring.active.clone(), budget, generator)
         for layer in layers:
             layer.sub_(torch.rand(layer.shape, generator=noise), alpha=0.3)
         before = torch.cat(layers) > 0
-        lives = wiring.move(1e-3, may_wake=False)
-        died, _, drawn = wiring.rewire(lives, 0.5, by_room=False, may_wake=False)
+        survives = rewiring.move(1e-3, may_wake=False)
+        pruned, _, drawn = rewiring.rewire(survives, 0.5, by_room=False, may_wake=False)
         now = torch.cat(layers) > 0
-        assert set(wiring.live.tolist()) - {wiring.nowhere} == set(now.nonzero()[:, 0].tolist())
-        assert len(before) == wiring.nowhere
-        died, drawn = (int((found < wiring.nowhere).sum()) for found in (died, drawn))
-        history.append((died, drawn, int(now.sum())))
+        assert set(rewiring.active.tolist()) - {rewiring.none} == set(now.nonzero()[:, 0].tolist())
+        assert len(before) == rewiring.none
+        pruned, drawn = (int((found < rewiring.none).sum()) for found in (pruned, drawn))
+        history.append((pruned, drawn, int(now.sum())))
     return torch.cat(layers), history, budget
 
 
-@WAYS
+@KINDS
 @given(seed=st.integers(0, 1000))
-def test_the_budget_is_met_step_after_step(exact, seed):
-    _, history, budget = shaken(exact, seed, 12)
+def test_the_budget_is_met_step_after_step(kind, seed):
+    _, history, budget = shaken(kind, seed, 12)
     left = [budget - live for _, _, live in history]
     assert max(live for _, _, live in history[2:]) <= max(budget, history[0][2])
-    if exact:
+    if kind is HostRewiring:
         assert all(missing <= 0 for missing in left)
-    # What the blind way leaves is drawn at the next step, so it does not add up.
+    # What device rewiring leaves is drawn at the next step, so it does not add up.
     assert sum(missing > 0 for missing in left) <= 1
     assert max(left) <= 1
     assert sum(died for died, _, _ in history) > 50
 
 
-@WAYS
-def test_an_interrupted_run_goes_on_as_the_uninterrupted_one(exact):
-    one, two = (shaken(exact, 3, 12, interrupt=at) for at in (None, 6))
+@KINDS
+def test_an_interrupted_run_goes_on_as_the_uninterrupted_one(kind):
+    one, two = (shaken(kind, 3, 12, interrupt=at) for at in (None, 6))
     assert torch.equal(one[0], two[0])
     assert one[1] == two[1]
 
 
-def test_the_blind_way_draws_no_more_than_its_lists_hold_and_the_rest_later():
+def test_device_rewiring_draws_no_more_than_its_lists_hold_and_the_rest_later():
     layers = [torch.zeros(40_000)]
     none = torch.zeros(0, dtype=torch.int64)
-    wiring = Wiring(layers, none, 3000, torch.Generator().manual_seed(0), exact=False)
+    rewiring = DeviceRewiring(layers, none, 3000, torch.Generator().manual_seed(0))
     found = []
     for _ in range(4):
-        wiring.rewire(wiring.move(0.0, may_wake=False), 1.0, by_room=False, may_wake=False)
+        rewiring.rewire(rewiring.move(0.0, may_wake=False), 1.0, by_room=False, may_wake=False)
         found.append(int((layers[0] > 0).sum()))
     assert found == [1024, 2048, 3000, 3000]
 
 
-@WAYS
-def test_values_that_are_not_finite_die_and_stop_nothing(exact):
+@pytest.mark.parametrize(("active", "slots"), [(0, 5), (3, 5), (4, 5), (6, 7)])
+def test_lists_of_device_rewiring_hold_the_budget_and_one_slot_that_stays_empty(active, slots):
+    layers = [torch.arange(8.0).flip(0) - 7.5 + active]
+    rewiring = DeviceRewiring(layers, torch.arange(active), 4, torch.Generator().manual_seed(0))
+    for _ in range(3):
+        survives = rewiring.move(0.0, may_wake=False)
+        rewiring.rewire(survives, 1.0, by_room=False, may_wake=False)
+        assert len(rewiring.active) == slots
+        assert rewiring.active[-1] == rewiring.none == 8
+    assert int((layers[0] > 0).sum()) == max(active, 4)
+    again = DeviceRewiring(layers, rewiring.active, 4, torch.Generator())
+    assert torch.equal(again.active, rewiring.active)  # of an interrupted run
+
+
+@KINDS
+def test_values_that_are_not_finite_die_and_stop_nothing(kind):
     layers = [torch.full((30,), math.nan), torch.ones(50)]
     live = torch.arange(40)
-    wiring = Wiring(layers, live, 40, torch.Generator().manual_seed(0), exact=exact)
+    rewiring = kind(layers, live, 40, torch.Generator().manual_seed(0))
     for _ in range(3):
-        wiring.rewire(wiring.move(0.1, may_wake=False), 1.0, by_room=False, may_wake=False)
+        rewiring.rewire(rewiring.move(0.1, may_wake=False), 1.0, by_room=False, may_wake=False)
     assert int((torch.cat(layers) > 0).sum()) == 40
 
 
-@WAYS
-def test_layers_that_were_replaced_are_noticed(exact):
+@KINDS
+def test_layers_that_were_replaced_are_noticed(kind):
     layers = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))]
-    wiring = Wiring(layers, torch.arange(7), 7, torch.Generator(), exact=exact)
-    assert wiring.is_intact()
+    rewiring = kind(layers, torch.arange(7), 7, torch.Generator())
+    assert rewiring.is_intact()
     layers[1].data = torch.zeros(3)
-    assert not wiring.is_intact()
+    assert not rewiring.is_intact()
 
 
-@WAYS
-def test_only_what_stands_at_the_positions_is_reset(exact):
+@KINDS
+def test_only_what_stands_at_the_positions_is_reset(kind):
     layers = [torch.ones(2, 2), torch.ones(3), torch.ones(2)]
-    wiring = Wiring(layers, torch.arange(9), 9, torch.Generator(), exact=exact)
+    rewiring = kind(layers, torch.arange(9), 9, torch.Generator())
     velocities = [torch.arange(1.0, 5.0).view(2, 2), torch.arange(5.0, 8.0), None]
-    wiring.reset(velocities, torch.tensor([3, 4, 9, 6, 8]))
+    rewiring.reset(velocities, torch.tensor([3, 4, 9, 6, 8]))
     assert [velocity.flatten().tolist() for velocity in velocities[:2]] == [[1, 2, 3, 0], [0, 6, 0]]
 
 
@@ -300,15 +310,15 @@ def test_a_step_never_makes_the_host_wait_for_the_gpu(switches):
         torch.cuda.set_sync_debug_mode("default")
     counted = sum(int((theta > 0).sum()) for theta in bcs.thetas(run.model))
     assert run.connections.steps().groupby("step").active.sum().iloc[-1] == counted
-    assert counted >= stage.wiring.budget - 2
+    assert counted >= stage.rewiring.budget - 2
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
-def test_both_ways_keep_the_log_of_a_training_true(switches, monkeypatch):
+def test_both_kinds_keep_the_log_of_a_training_true(switches, monkeypatch):
     logs = {}
-    for exact in (True, False):
+    for kind in (HostRewiring, DeviceRewiring):
         with monkeypatch.context() as patch:
-            patch.setattr(bcs, "steps_exactly", lambda device, exact=exact: exact)
+            patch.setattr(bcs, "rewiring_of", kind)
             _, run, step, steps = trained("cpu", 60, **SWITCHES[switches])
             for _ in range(steps):
                 step()
@@ -318,8 +328,8 @@ def test_both_ways_keep_the_log_of_a_training_true(switches, monkeypatch):
             assert live[name] == int((theta > 0).sum())
         lifetimes = run.connections.lifetimes()
         assert lifetimes.pruned.sum() + lifetimes.active.sum() == log.regrown.sum()
-        logs[exact] = log
+        logs[kind] = log
     one, two = (log.groupby("step")[["pruned", "regrown"]].sum().sum() for log in logs.values())
-    print(f"deaths and regrown: exact {one.tolist()}, blind {two.tolist()}")
+    print(f"pruned and regrown: on the host {one.tolist()}, on the device {two.tolist()}")
     assert two.pruned == pytest.approx(one.pruned, rel=0.1)
     assert two.regrown == pytest.approx(one.regrown, rel=0.1)
