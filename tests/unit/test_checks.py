@@ -420,7 +420,7 @@ def test_check_of_nonsense_exits_with_2_and_one_line(study_data, tmp_path):
     study_data["machine"]["threads"] = 10**6
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(study_data))
     code = (
-        "import sys, json; from robsparse.cli import main\n"
+        "import sys, json; from robsparse.cli.main import main\n"
         f"code = main(['check', {str(tmp_path / 'bad.yaml')!r}])\n"
         "print(json.dumps([code, 'torch' in sys.modules]))"
     )

@@ -193,7 +193,7 @@ def test_a_network_of_the_zoo_is_evaluated_like_any_other(project, python):
         "def load(name, p):\n"
         "    return digits('digits', registry.entry('dataset', 'digits').params())\n"
         "datasets.load = load\n"
-        "from robsparse.cli import main\n"
+        "from robsparse.cli.main import main\n"
         "sys.exit(main(['evaluate', '--zoo', 'Sehwag2020Hydra', '--dataset', 'cifar10',\n"
         "               '--attacks', 'clean', '--n-examples', '10']))\n"
     )

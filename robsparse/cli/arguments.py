@@ -1,0 +1,91 @@
+"""What several commands share: their type, arguments, the study and its cells."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from robsparse.base.errors import UsageError, nearest
+from robsparse.schema.sections import MOST_THREADS
+from robsparse.study import loading
+from robsparse.study.cells import Cell, Layout
+from robsparse.study.study import Study
+
+EXIT_FAILED, EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 1, 2, 75, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of `robsparse`.
+
+    text: one line of help; detail: what the command writes. config: whether the first argument is
+    a study file ("needed", "optional" or "none"). results: whether the command takes --results.
+    """
+
+    name: str
+    run: Callable[[argparse.Namespace], int | None]
+    text: str
+    detail: str
+    config: str = "needed"
+    results: bool = True
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number of at least 1")
+    return int(text)
+
+
+def thread_count(text: str) -> int:
+    number = positive(text)
+    if number > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{number}: expected at most {MOST_THREADS} threads")
+    return number
+
+
+def add_machine(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        help="where to compute (default: the study's machine.device)",
+    )
+    command.add_argument(
+        "--threads",
+        type=thread_count,
+        metavar="N",
+        help="CPU threads (default: the study's machine.threads)",
+    )
+
+
+def add_cell(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--cell",
+        required=True,
+        metavar="KEY",
+        help="dataset/arch/method/objective/s0.NNNN/seedN, as printed by plan",
+    )
+
+
+def add_selection(command: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    command.add_argument(
+        "--selection",
+        default="best_val",
+        choices=("best_val", "last"),
+        help="which saved weights (default: %(default)s)",
+    )
+
+
+def load_study(arguments: argparse.Namespace) -> tuple[Study, Layout]:
+    study = loading.load(arguments.config)
+    return study, Layout(getattr(arguments, "results", Path("results")) / study.study)
+
+
+def find_cell(study: Study, key: str) -> Cell:
+    cell, known = Cell.parse(key), study.cells()
+    if cell not in known:
+        keys = [other.key for other in known]
+        raise UsageError(
+            f"cell '{key}' is not part of the study '{study.study}'{nearest(key, keys)}"
+        )
+    return cell

@@ -1,0 +1,169 @@
+"""The command that attacks one network, of a study or from elsewhere."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+from robsparse.base.errors import UsageError
+from robsparse.cli.arguments import (
+    Command,
+    add_machine,
+    add_selection,
+    find_cell,
+    load_study,
+    positive,
+)
+from robsparse.study.cells import Layout
+from robsparse.study.targets import Target
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': expected numbers like 0.5,0.5,0.5") from None
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    add_machine(command)
+    command.add_argument(
+        "--fresh",
+        action="store_true",
+        help="attack from the start: throw away what a killed evaluation has kept",
+    )
+    cell = command.add_argument_group("a network of a study (with CONFIG)")
+    cell.add_argument("--cell", metavar="KEY", help="as printed by plan")
+    add_selection(cell)
+    cell.add_argument(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="weights to attack instead of the cell's own; the record is written beside them",
+    )
+    single = command.add_argument_group("any network (without CONFIG)")
+    single.add_argument(
+        "--weights", type=Path, metavar="FILE", help="safetensors, or a torch state dict"
+    )
+    single.add_argument("--zoo", metavar="NAME", help="a network of RobustBench's zoo instead")
+    single.add_argument(
+        "--callable",
+        metavar="MODULE:FUNCTION",
+        help="a function of yours that returns a torch module instead; it takes images in [0,1]",
+    )
+    single.add_argument("--arch", metavar="NAME", help="architecture of the weights")
+    single.add_argument(
+        "--arch-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the architecture, e.g. width=24; may be repeated",
+    )
+    single.add_argument("--dataset", metavar="NAME", help="data set whose test images are attacked")
+    single.add_argument("--data-dir", metavar="DIR", help="where the data set is")
+    single.add_argument(
+        "--norm", choices=("Linf", "L2"), default="Linf", help="(default: %(default)s)"
+    )
+    single.add_argument(
+        "--eps", default="8/255", help="radius, pixels in [0,1] (default: %(default)s)"
+    )
+    single.add_argument(
+        "--attacks",
+        default="clean,pgd,autoattack",
+        metavar="LIST",
+        help="attacks, with commas (default: %(default)s)",
+    )
+    single.add_argument(
+        "--n-examples", type=positive, default=1000, metavar="N", help="(default: %(default)s)"
+    )
+    single.add_argument(
+        "--batch-size", type=positive, default=250, metavar="N", help="(default: %(default)s)"
+    )
+    single.add_argument("--mean", type=_numbers, help="of each channel, e.g. 0.49,0.48,0.45")
+    single.add_argument("--std", type=_numbers, help="of each channel")
+    single.add_argument(
+        "--match",
+        choices=("names", "order"),
+        help="match the file's tensors by name, or by order (default: names)",
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    single = arguments.weights or arguments.zoo or arguments.callable
+    of_study = arguments.config is not None and arguments.cell is not None
+    if of_study == bool(single and arguments.dataset):
+        raise UsageError(
+            "expected CONFIG --cell KEY, or --weights FILE --arch NAME --dataset NAME "
+            "(--zoo NAME or --callable MODULE:FUNCTION instead of weights and arch)"
+        )
+    if single:
+        return _evaluate_single(arguments)
+    study, layout = load_study(arguments)
+    cell = find_cell(study, arguments.cell)
+    if arguments.selection not in study.evaluation.selections:
+        raise UsageError(
+            f"{arguments.config}: evaluation.selections has no '{arguments.selection}'"
+        )
+    source, target = study.source(cell.method), None
+    if arguments.model is not None:
+        target = Target.of_file(arguments.model, source.match)
+    evaluation = importlib.import_module("robsparse.evaluation.evaluate")
+    record = evaluation.evaluate_cell(
+        study,
+        cell,
+        arguments.selection,
+        layout,
+        target=target,
+        fresh=arguments.fresh,
+        device=arguments.device,
+        threads=arguments.threads,
+    )
+    print(f"evaluated {cell.key}: {record}")
+
+
+def _evaluate_single(arguments: argparse.Namespace) -> None:
+    wanted: tuple[str, ...] = (
+        "weights",
+        "zoo",
+        "callable",
+        "arch",
+        "arch_option",
+        "match",
+        "mean",
+        "std",
+    )
+    wanted += ("dataset", "data_dir", "norm", "eps", "n_examples", "batch_size")
+    options = {name: getattr(arguments, name) for name in wanted}
+    attacks = [name.strip() for name in arguments.attacks.split(",")]
+    study = importlib.import_module("robsparse.study.single").study_of(**options, attacks=attacks)
+    [cell] = study.cells()
+    source = study.source(cell.method)
+    if source.file is None:
+        target = Target.as_built(arguments.results, source)
+    else:
+        target = Target.of_file(source.file, source.match)
+    evaluation = importlib.import_module("robsparse.evaluation.evaluate")
+    record = evaluation.evaluate_cell(
+        study,
+        cell,
+        "last",
+        Layout(arguments.results / study.study),
+        target=target,
+        fresh=arguments.fresh,
+        device=arguments.device,
+        threads=arguments.threads,
+    )
+    print(evaluation.in_words(record))
+
+
+COMMANDS = (
+    Command(
+        "evaluate",
+        _evaluate,
+        "attack one network and write a record",
+        "With CONFIG: runs the attacks that the study lists for the selection and writes "
+        "DIR/STUDY/evaluations/KEY/SELECTION.json and the outcome of each image beside it. "
+        "Without: attacks the network of a file and writes the record beside the file.",
+        config="optional",
+        add_arguments=_add_evaluate,
+    ),
+)

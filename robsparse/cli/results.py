@@ -1,0 +1,67 @@
+"""Commands on finished records: collect, figures and export."""
+
+import argparse
+import importlib
+
+from robsparse.cli.arguments import Command, add_cell, add_selection, find_cell, load_study
+
+
+def add_partial(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--partial",
+        action="store_true",
+        help="write to DIR/STUDY/partial: what is there while networks are missing or failed",
+    )
+
+
+def _collect(arguments: argparse.Namespace) -> None:
+    study, layout = load_study(arguments)
+    collection = importlib.import_module("robsparse.collection.collect")
+    print(collection.collect(study, layout, layout.tables(arguments.partial)))
+
+
+def _figures(arguments: argparse.Namespace) -> None:
+    study, layout = load_study(arguments)
+    report = importlib.import_module("robsparse.figures.report")
+    print(report.write(study, layout, layout.tables(arguments.partial)))
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    add_cell(command)
+    add_selection(command)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    study, layout = load_study(arguments)
+    cell = find_cell(study, arguments.cell)
+    export = importlib.import_module("robsparse.tools.export")
+    path = export.model_info(study, cell, arguments.selection, layout)
+    print(f"{path}: fill in link, name, authors and venue")
+    print(f"{export.copy_weights(cell, arguments.selection, layout)}: the weights")
+
+
+COMMANDS = (
+    Command(
+        "collect",
+        _collect,
+        "gather all records into one table",
+        "Checks them and writes results.csv, results.parquet, layers.csv, curves.csv and "
+        "steps.parquet to DIR/STUDY; what is missing is listed.",
+        add_arguments=add_partial,
+    ),
+    Command(
+        "figures",
+        _figures,
+        "draw tables and plots from the collected results",
+        "Writes report.md, tables/ and plots/ to DIR/STUDY.",
+        add_arguments=add_partial,
+    ),
+    Command(
+        "export",
+        _export,
+        "write a result as an entry for RobustBench",
+        "Writes SELECTION.model_info.json and SELECTION.safetensors (the weights) to "
+        "DIR/STUDY/export/KEY.",
+        add_arguments=_add_export,
+    ),
+)

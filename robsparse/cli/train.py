@@ -1,0 +1,47 @@
+"""The command that trains one network."""
+
+import argparse
+import importlib
+import signal
+import sys
+
+from robsparse.cli.arguments import (
+    EXIT_INTERRUPTED,
+    EXIT_RESUME,
+    Command,
+    add_cell,
+    add_machine,
+    find_cell,
+    load_study,
+)
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    add_cell(command)
+    add_machine(command)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    study, layout = load_study(arguments)
+    cell = find_cell(study, arguments.cell)
+    training = importlib.import_module("robsparse.training.loop")
+    checkpoints = importlib.import_module("robsparse.training.checkpoints")
+    try:
+        training.train_cell(study, cell, layout, device=arguments.device, threads=arguments.threads)
+    except checkpoints.Interrupted as stopped:
+        print(f"robsparse: {stopped}", file=sys.stderr)
+        return EXIT_INTERRUPTED if stopped.signum == signal.SIGINT else EXIT_RESUME
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "train",
+        _train,
+        "train one cell",
+        "Writes best_val.safetensors, last.safetensors, training.json and steps.parquet to "
+        "DIR/STUDY/models/KEY. An interrupted run continues from DIR/STUDY/resume/KEY, bit for "
+        "bit.",
+        add_arguments=_add_train,
+    ),
+)
