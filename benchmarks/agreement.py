@@ -23,8 +23,9 @@ from robsparse import datasets, models
 from robsparse.base import registry
 from robsparse.compute.machine import device_name, pick_device, prepare
 from robsparse.datasets import Part
-from robsparse.evaluation.attacks import AttackContext, correct_flags
-from robsparse.evaluation.evaluate import first_examples
+from robsparse.evaluation.attacks import AttackContext
+from robsparse.evaluation.job import first_examples
+from robsparse.evaluation.tally import correct_flags
 from robsparse.fast import folding
 from robsparse.networks import construct, weights
 from robsparse.schema.fields import radius

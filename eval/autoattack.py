@@ -19,7 +19,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from robsparse.compute import perturb
-from robsparse.evaluation.attacks import AttackContext, AttackProgress, Outcome, Tally, in_batches
+from robsparse.evaluation.attacks import AttackContext, Outcome
+from robsparse.evaluation.tally import AttackProgress, Tally, in_batches
 from robsparse.schema import AttackParams
 
 LABEL = "AutoAttack"
@@ -136,7 +137,7 @@ def _run_component(
     if found := context.cache.get(key):
         done = int(found.pop("done"))
         warnings.take(json.loads(str(found.pop("warnings"))))
-        tally.take(found)
+        tally.restore(found)
         context.report(f"{name}: {done} of {len(alive)} images taken from an earlier run")
     progress = AttackProgress(name, len(alive), context.report)
 

@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from robsparse.datasets import Part
-from robsparse.evaluation.attacks import AttackContext, Outcome, correct_flags
+from robsparse.evaluation.attacks import AttackContext, Outcome
+from robsparse.evaluation.tally import correct_flags
 from robsparse.schema import Strict
 
 LABEL = "Clean"

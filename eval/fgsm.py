@@ -6,7 +6,8 @@ Source: Goodfellow et al., ICLR 2015. In L2 the step follows the gradient's dire
 from torch import Tensor, nn
 
 from robsparse.compute import perturb
-from robsparse.evaluation.attacks import AttackContext, Outcome, Tally
+from robsparse.evaluation.attacks import AttackContext, Outcome
+from robsparse.evaluation.tally import Tally
 from robsparse.schema import AttackParams
 
 LABEL = "FGSM"

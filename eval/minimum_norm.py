@@ -19,16 +19,11 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from robsparse.compute import perturb
+from robsparse.compute.perturb import length
 from robsparse.evaluation import fast_minimum_norm
-from robsparse.evaluation.attacks import (
-    AttackContext,
-    AttackProgress,
-    Outcome,
-    in_batches,
-    length,
-    outcome_from_distances,
-    random_search,
-)
+from robsparse.evaluation.attacks import AttackContext, Outcome, outcome_from_distances
+from robsparse.evaluation.random_search import random_search
+from robsparse.evaluation.tally import AttackProgress, in_batches
 from robsparse.schema import AttackParams
 
 LABEL = "Minimum norm"

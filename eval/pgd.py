@@ -13,7 +13,8 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from robsparse.compute import perturb
-from robsparse.evaluation.attacks import AttackContext, AttackProgress, Outcome, Tally
+from robsparse.evaluation.attacks import AttackContext, Outcome
+from robsparse.evaluation.tally import AttackProgress, Tally
 from robsparse.schema import AttackParams
 
 LABEL = "PGD"

@@ -7,14 +7,9 @@ AutoAttack has for it.
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from robsparse.evaluation.attacks import (
-    AttackContext,
-    AttackProgress,
-    Outcome,
-    Tally,
-    in_batches,
-    random_search,
-)
+from robsparse.evaluation.attacks import AttackContext, Outcome
+from robsparse.evaluation.random_search import random_search
+from robsparse.evaluation.tally import AttackProgress, Tally, in_batches
 from robsparse.schema import AttackParams
 
 LABEL = "Square"

@@ -11,7 +11,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from robsparse.compute import perturb
-from robsparse.evaluation.attacks import AttackContext, Outcome, Tally
+from robsparse.evaluation.attacks import AttackContext, Outcome
+from robsparse.evaluation.tally import Tally
 from robsparse.schema import AttackParams
 from robsparse.schema.fields import Name
 

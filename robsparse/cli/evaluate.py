@@ -29,7 +29,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fresh",
         action="store_true",
-        help="attack from the start: throw away what a killed evaluation has kept",
+        help="attack from the start: delete the cache of an interrupted evaluation first",
     )
     cell = command.add_argument_group("a network of a study (with CONFIG)")
     cell.add_argument("--cell", metavar="KEY", help="as printed by plan")
@@ -142,7 +142,7 @@ def _evaluate_single(arguments: argparse.Namespace) -> None:
     else:
         target = Target.of_file(source.file, source.match)
     evaluation = importlib.import_module("robsparse.evaluation.evaluate")
-    record = evaluation.evaluate_cell(
+    path = evaluation.evaluate_cell(
         study,
         cell,
         "last",
@@ -152,7 +152,7 @@ def _evaluate_single(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         threads=arguments.threads,
     )
-    print(evaluation.in_words(record))
+    print(importlib.import_module("robsparse.evaluation.record").summary(path))
 
 
 COMMANDS = (

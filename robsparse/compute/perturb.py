@@ -52,6 +52,12 @@ def uniform_start(x: Tensor, eps: float, generator: torch.Generator, norm: str =
     return (x + eps * radius.view(-1, *[1] * (x.ndim - 1)) * direction).clamp(0, 1)
 
 
+def length(change_NCHW: Tensor, norm: str) -> Tensor:
+    """Length of each perturbation in a norm, "Linf" or "L2" (float N)."""
+    flat = change_NCHW.flatten(1)
+    return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1)
+
+
 def _unit(change: Tensor) -> Tensor:
     """Each image's change scaled to L2 length 1; where it is 0 it stays so."""
     lengths = change.flatten(1).norm(dim=1).clamp(min=1e-12)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from robsparse.evaluation.attacks import length
+from robsparse.compute.perturb import length
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox wants a git, which is not used here
 import foolbox

@@ -1,4 +1,7 @@
-"""Signs that a network's robustness is not real, measured on every network that is evaluated.
+"""Sanity checks of an evaluation: does a network only withstand attacks because they fail on it?
+
+They run on every network that is evaluated; a network that does not pass is *potentially
+unreliable*.
 
 Sources: Athalye et al., ICML 2018, section 3.1 (signs of obfuscated gradients); Carlini et al., "On
 evaluating adversarial robustness", 2019; the checks of AutoAttack (Croce and Hein, ICML 2020).
@@ -11,29 +14,30 @@ from torch import Tensor, nn
 
 from robsparse.compute import perturb
 from robsparse.datasets import Part
-from robsparse.evaluation.attacks import Outcome, in_batches, random_search
+from robsparse.evaluation.attacks import Outcome
+from robsparse.evaluation.random_search import random_search
+from robsparse.evaluation.tally import in_batches
 from robsparse.schema.sections import Evaluation, Threat
 
-HUGE = 1.0  # an eps at which every image can become every other one
+HUGE = 1.0  # an L-inf eps at which every image can become any other image
 HUGE_STEPS = 20
 STEPS = (10, 50, 200)
-RANDOM = 1e-4  # largest difference of two passes' logits that counts as rounding
-ZEROS = 0.05  # share of images without a gradient
-_FAR = 1e9  # stands for an infinite difference
-GAP = 0.02  # share of images that a stronger search may still find
+RANDOM = 1e-4  # the largest difference of logits between two passes that counts as rounding
+ZEROS = 0.05  # the largest allowed share of images without a gradient
+_FAR = 1e9  # in place of an infinite difference, as a record holds finite numbers only
+GAP = 0.02  # the largest allowed share of images that a stronger attack breaks in addition
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Results of the sanity checks, and why the network is potentially unreliable.
+    """The results of the sanity checks, and the reasons why a network is potentially unreliable.
 
-    Numbers are shares of the examined images unless said otherwise.
-
-    numbers: `examined` images; `randomness` (largest difference of two passes' logits);
-        `probabilities` (1 if the outputs are); `nan_logits`; `correct`; `zero_gradient` (of the
-        images that are correct); `chance` (share of the largest class); `huge_eps` (still correct
-        under PGD at eps 1); `pgd_10`, `pgd_50`, `pgd_200` (still correct under so many steps);
-        `black_box_only` (survive 200 steps of PGD, but not random search).
+    numbers: `examined` (images), `randomness` (the largest difference of logits between two
+        passes), `probabilities` (1 if the outputs are probabilities), `nan_logits` (images), and
+        shares of the examined images: `correct`; `zero_gradient` (of the correct images);
+        `chance` (the largest class); `huge_eps` (still correct under PGD at eps 1); `pgd_10`,
+        `pgd_50`, `pgd_200` (still correct under PGD with so many steps); `black_box_only` (broken
+        by random search, but not by PGD with 200 steps).
     """
 
     numbers: dict[str, float] = field(default_factory=dict)
@@ -41,8 +45,8 @@ class Findings:
 
     def potentially_unreliable(self, outcomes: list[Outcome]) -> str:
         """All reasons: those of the sanity checks, and the warnings of the attacks themselves."""
-        said = [*self.reasons, *(text for outcome in outcomes for text in outcome.warnings)]
-        return "; ".join(dict.fromkeys(said))
+        warnings = [text for outcome in outcomes for text in outcome.warnings]
+        return "; ".join(dict.fromkeys([*self.reasons, *warnings]))
 
 
 def passes(settings: Evaluation) -> tuple[int, int]:
@@ -58,15 +62,15 @@ def examine(
     if not n:
         return Findings()
     part = Part(examples.x_NCHW[:n], examples.y_N[:n])
-    look = _Look(model, part, settings.batch_size, device)
+    checks = _Checks(model, part, settings.batch_size, device)
     with perturb.no_parameter_gradients(model):
-        numbers = {"examined": float(n), **look.outputs()}
-        numbers["zero_gradient"] = look.zero_gradients() / max(1, int(look.correct.sum()))
-        numbers["huge_eps"] = float(look.survive_pgd(HUGE, HUGE_STEPS).float().mean())
+        numbers = {"examined": float(n), **checks.outputs()}
+        numbers["zero_gradient"] = checks.zero_gradients() / max(1, int(checks.correct.sum()))
+        numbers["huge_eps"] = float(checks.survive_pgd(HUGE, HUGE_STEPS).float().mean())
         for steps in STEPS:
-            survive = look.survive_pgd(threat.eps, steps, threat.norm)
+            survive = checks.survive_pgd(threat.eps, steps, threat.norm)
             numbers[f"pgd_{steps}"] = float(survive.float().mean())
-        broken = look.broken_by_search(
+        broken = checks.broken_by_search(
             survive, threat, settings.sanity_checks.queries, settings.seed
         )
         numbers["black_box_only"] = float(broken) / n
@@ -74,7 +78,7 @@ def examine(
 
 
 def _reasons(numbers: dict[str, float]) -> list[str]:
-    """What the numbers say, in words. One image more than the limit is no reason yet."""
+    """The checks that failed, in words; one image above a limit is allowed."""
     n = numbers["examined"]
     one, found = 1.5 / n, []
     if numbers["nan_logits"]:
@@ -103,33 +107,32 @@ def _reasons(numbers: dict[str, float]) -> list[str]:
     return found
 
 
-class _Look:
-    """A network and the images that it is examined on."""
+class _Checks:
+    """The single checks of one network; `correct` (bool N) is set by `outputs`."""
 
     def __init__(self, model: nn.Module, part: Part, size: int, device: torch.device) -> None:
         self.model, self.part, self.size, self.device = model, part, size, device
         self.correct = torch.zeros(len(part), dtype=torch.bool)
 
     def outputs(self) -> dict[str, float]:
-        """What two passes over the images show; `correct` is set by the first."""
+        """Randomness, probabilities and NaN in the logits of two passes over the images."""
         found = {"randomness": 0.0, "probabilities": 1.0, "nan_logits": 0.0}
 
-        def look(where: slice) -> None:
+        def check(where: slice) -> None:
             x = self.part.x_NCHW[where].to(self.device)
             with torch.no_grad():
                 one, other = self.model(x), self.model(x)
             self.correct[where] = one.argmax(1).cpu() == self.part.y_N[where]
             apart = (one - other).abs().masked_fill(one.isnan() & other.isnan(), 0.0)
-            # A record holds finite numbers alone.
             worst = float(apart.nan_to_num(_FAR, _FAR).max())
             found["randomness"] = max(found["randomness"], worst)
             found["nan_logits"] += int(one.isnan().any(1).sum())
             summed = (one.sum(1) - 1).abs().max() < 1e-5
             found["probabilities"] *= float(one.min() > -1e-5 and bool(summed))
 
-        in_batches(len(self.part), self.size, look, print)
+        in_batches(len(self.part), self.size, check, print)
         found["correct"] = int(self.correct.sum()) / len(self.part)
-        # A network that takes every image for the largest class is right that often at any eps.
+        # A network that predicts the largest class for every image is this accurate at any eps.
         found["chance"] = int(self.part.y_N.bincount().max()) / len(self.part)
         return found
 
@@ -137,7 +140,7 @@ class _Look:
         """Correct images on which the loss has no gradient at all."""
         count = 0
 
-        def look(where: slice) -> None:
+        def check(where: slice) -> None:
             nonlocal count
             x = self.part.x_NCHW[where].to(self.device).requires_grad_(True)
             y = self.part.y_N[where].to(self.device)
@@ -145,16 +148,16 @@ class _Look:
             flat = gradient.flatten(1).abs().amax(1).cpu() == 0
             count += int((self.correct[where] & flat).sum())
 
-        in_batches(len(self.part), self.size, look, print)
+        in_batches(len(self.part), self.size, check, print)
         return count
 
     def survive_pgd(self, eps: float, steps: int, norm: str = "Linf") -> Tensor:
-        """Which images are correct and stay so under PGD from one random start."""
+        """Which images stay correct under PGD from one random start (bool N)."""
         generator = torch.Generator().manual_seed(0)
         start = perturb.uniform_start(self.part.x_NCHW, eps, generator, norm)
         survive = self.correct.clone()
 
-        def look(where: slice) -> None:
+        def check(where: slice) -> None:
             y = self.part.y_N[where].to(self.device)
             adversarial = perturb.ascend(
                 self.model,
@@ -169,15 +172,15 @@ class _Look:
             with torch.no_grad():
                 survive[where] &= (self.model(adversarial).argmax(1) == y).cpu()
 
-        in_batches(len(self.part), self.size, look, print)
+        in_batches(len(self.part), self.size, check, print)
         return survive
 
     def broken_by_search(self, among: Tensor, threat: Threat, queries: int, seed: int) -> int:
-        """How many of some images random search (Square) breaks, which needs no gradient."""
+        """How many of the images `among` (bool N) random search breaks; it needs no gradient."""
         index = among.nonzero().squeeze(1)
         broken = 0
 
-        def look(where: slice) -> None:
+        def check(where: slice) -> None:
             nonlocal broken
             x, y = self.part.x_NCHW[index[where]], self.part.y_N[index[where]]
             x, y = x.to(self.device), y.to(self.device)
@@ -194,5 +197,5 @@ class _Look:
             with torch.no_grad():
                 broken += int((self.model(found).argmax(1) != y).sum())
 
-        in_batches(len(index), self.size, look, print)
+        in_batches(len(index), self.size, check, print)
         return broken

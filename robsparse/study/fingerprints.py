@@ -145,10 +145,10 @@ def figures(study: Study, captions: list[Path]) -> Fingerprint:
     return _of(study, settings, code, always=True, beside="*.mplstyle")
 
 
-def part(network: str, attack: str, **decided: Any) -> str:
-    """What decides the outcome of a kept part of an attack, besides the attack's own parameters.
+def cached_attack(network: str, attack: str, **decided: Any) -> str:
+    """What decides the cached results of an attack, besides the attack's own parameters.
 
-    network: what is attacked and on which images, see `robsparse.evaluation.attacks.identity`.
+    network: what is attacked and on which images, see `robsparse.evaluation.cache.network_digest`.
     attack: its module. decided: all else, such as norm, eps, seed, batch size and device.
     """
     code = source_code.digest(f"{source_code.PACKAGE}.evaluation.evaluate", attack)

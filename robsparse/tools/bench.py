@@ -37,7 +37,7 @@ from robsparse.compute.machine import (
 )
 from robsparse.datasets import Part
 from robsparse.evaluation.attacks import AttackContext
-from robsparse.evaluation.evaluate import measure
+from robsparse.evaluation.measure import measure_network
 from robsparse.fast import folding
 from robsparse.schema import Crafting, Training
 from robsparse.schema.imagesets import Augmentation
@@ -381,7 +381,7 @@ def _passes(objective: str) -> float:
 def _macs(arch: str) -> int:
     """Multiply-accumulates of one image, dense."""
     model = _build(arch, torch.device("cpu")).eval()
-    return measure(model, _shape(arch)).columns["dense_macs"]
+    return measure_network(model, _shape(arch)).columns["dense_macs"]
 
 
 def _limit(arch: str, precision: str, passes: float, settings: Settings) -> float:

@@ -8,8 +8,9 @@ import torch
 from robsparse import models
 from robsparse.base import registry
 from robsparse.datasets import Part
-from robsparse.evaluation.attacks import AttackContext, Outcome, correct_flags
-from robsparse.evaluation.evaluate import attack_model
+from robsparse.evaluation.attacks import AttackContext, Outcome
+from robsparse.evaluation.runner import attack_model
+from robsparse.evaluation.tally import correct_flags
 from robsparse.schema import Crafting, Evaluation, Threat
 from robsparse.training import objectives
 

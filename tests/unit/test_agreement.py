@@ -15,8 +15,10 @@ from torch import nn
 from robsparse import models
 from robsparse.base import registry
 from robsparse.compute import perturb
+from robsparse.compute.perturb import length
 from robsparse.eval import autoattack, fgsm, fmn, pgd, square, transfer
-from robsparse.evaluation.attacks import AttackContext, Cache, length
+from robsparse.evaluation.attacks import AttackContext
+from robsparse.evaluation.cache import Cache
 from robsparse.networks import weights
 
 CPU = torch.device("cpu")

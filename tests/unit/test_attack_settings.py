@@ -1,15 +1,18 @@
 """What each attack does with its settings, on networks whose answers are known by hand."""
 
 import math
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from robsparse.compute import perturb
+from robsparse.compute.perturb import length
 from robsparse.eval import clean, fgsm, pgd, square
-from robsparse.evaluation import attacks
-from robsparse.evaluation.attacks import AttackContext, Tally, outcome_from_distances
+from robsparse.evaluation import random_search, tally
+from robsparse.evaluation.attacks import AttackContext, outcome_from_distances
+from robsparse.evaluation.tally import Tally
 
 CPU = torch.device("cpu")
 X = torch.tensor([[0.5, 0.5], [0.5, 0.4], [0.5, 0.1]]).view(3, 1, 1, 2)
@@ -134,7 +137,7 @@ def test_square_searches_with_the_settings_of_autoattack(monkeypatch):
             torch.rand(1)
             return x
 
-    monkeypatch.setattr(attacks, "SquareAttack", Search)
+    monkeypatch.setattr(random_search, "SquareAttack", Search)
     before = torch.get_rng_state()
     params = square.Params(queries=70, restarts=2)
     outcome = square.run(Slope(), X, Y, params, threat("L2", 0.3, seed=8))
@@ -176,14 +179,14 @@ def test_progress_and_result_are_reported(attack):
 
 
 def test_tally_keeps_pictures_of_broken_images_among_the_first(monkeypatch):
-    monkeypatch.setattr(attacks, "PICTURES", 2)
-    tally = Tally(X, Y, threat())
+    monkeypatch.setattr(tally, "PICTURES", 2)
+    found = Tally(X, Y, threat())
     moved = torch.tensor([[0.4, 0.6], [0.5, 0.4], [0.1, 0.9]]).view(3, 1, 1, 2)
-    tally.judge(Slope(), slice(0, 3), moved)
-    assert tally.robust.tolist() == [False, True, False]
-    assert list(tally.pictures) == [0]
-    assert torch.equal(tally.pictures[0].image, moved[0])
-    assert tally.pictures[0].taken_for == 0
+    found.judge(Slope(), slice(0, 3), moved)
+    assert found.robust.tolist() == [False, True, False]
+    assert list(found.pictures) == [0]
+    assert torch.equal(found.pictures[0].image, moved[0])
+    assert found.pictures[0].taken_for == 0
 
 
 def test_tally_counts_by_index_and_remembers_the_largest_change():
@@ -225,7 +228,7 @@ def test_tally_attacks_those_that_are_named_in_batches():
 
 def test_tally_comes_back_from_its_arrays_with_its_seconds(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(attacks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     tally = Tally(X, Y, threat())
     moved = X.clone()
     moved[0] += torch.tensor([-0.125, 0.125])
@@ -234,7 +237,7 @@ def test_tally_comes_back_from_its_arrays_with_its_seconds(monkeypatch):
     kept = tally.arrays()
     again = Tally(X, Y, threat())
     now[0] = 200.0
-    again.take(kept)
+    again.restore(kept)
     now[0] = 203.0
     assert again.seconds() == 10.0
     assert again.robust.tolist() == [False, True, True]
@@ -261,5 +264,5 @@ def test_smallest_perturbations_decide_by_eps():
 
 def test_lengths_by_hand():
     change = torch.tensor([[[[0.3, -0.4]]], [[[0.0, -0.1]]]])
-    assert attacks.length(change, "Linf").tolist() == pytest.approx([0.4, 0.1])
-    assert attacks.length(change, "L2").tolist() == pytest.approx([0.5, 0.1])
+    assert length(change, "Linf").tolist() == pytest.approx([0.4, 0.1])
+    assert length(change, "L2").tolist() == pytest.approx([0.5, 0.1])

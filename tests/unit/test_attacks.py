@@ -1,4 +1,6 @@
-"""What attacks share: kept parts, batches that shrink, tallies, progress."""
+"""What attacks share: the cache, batches that shrink, tallies, progress."""
+
+import time
 
 import numpy as np
 import pytest
@@ -8,54 +10,48 @@ from torch import nn
 from robsparse.base.errors import UsageError
 from robsparse.datasets import Part
 from robsparse.evaluation import attacks
-from robsparse.evaluation.attacks import (
-    AttackContext,
-    AttackProgress,
-    Cache,
-    Outcome,
-    Picture,
-    Tally,
-    in_batches,
-)
+from robsparse.evaluation.attacks import AttackContext, Outcome, Picture
+from robsparse.evaluation.cache import Cache, network_digest
+from robsparse.evaluation.tally import AttackProgress, Tally, correct_flags, in_batches
 
 CPU = torch.device("cpu")
 
 
-# ---------------------------------------------------------------- kept parts
+# ---------------------------------------------------------------- cache
 
 
-def test_parts_come_back_under_the_settings_they_were_made_with(tmp_path):
-    kept = Cache(tmp_path / "parts", "network").of("pgd", 0.1)
-    assert kept.get("one") is None
-    kept.put("one", flags=np.array([True, False]), done=np.array(3))
-    found = kept.get("one")
+def test_results_come_back_under_the_settings_they_were_made_with(tmp_path):
+    cache = Cache(tmp_path / "cache", "network pgd 0.1")
+    assert cache.get("one") is None
+    cache.put("one", flags=np.array([True, False]), done=np.array(3))
+    found = cache.get("one")
     assert found["flags"].tolist() == [True, False]
     assert int(found["done"]) == 3
-    assert kept.get("other") is None
-    assert Cache(tmp_path / "parts", "network").of("pgd", 0.2).get("one") is None
-    assert Cache(tmp_path / "parts", "another").of("pgd", 0.1).get("one") is None
+    assert cache.get("other") is None
+    assert Cache(tmp_path / "cache", "network pgd 0.2").get("one") is None
+    assert Cache(tmp_path / "cache", "another pgd 0.1").get("one") is None
 
 
-def test_damaged_part_is_made_again(tmp_path):
-    kept = Cache(tmp_path, "network")
-    kept.put("one", flags=np.ones(100))
+def test_damaged_result_is_not_used(tmp_path):
+    cache = Cache(tmp_path, "network")
+    cache.put("one", flags=np.ones(100))
     [path] = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:50])
-    assert kept.get("one") is None
+    assert cache.get("one") is None
 
 
-def test_part_that_wants_to_run_code_is_not_opened(tmp_path):
-    kept = Cache(tmp_path, "network")
-    kept.put("one", flags=np.ones(1))
+def test_file_that_wants_to_run_code_is_not_opened(tmp_path):
+    cache = Cache(tmp_path, "network")
+    cache.put("one", flags=np.ones(1))
     [path] = tmp_path.iterdir()
     with path.open("wb") as handle:
         np.savez(handle, flags=np.array([print], dtype=object))  # a pickle inside
-    assert kept.get("one") is None
+    assert cache.get("one") is None
 
 
-def test_full_disk_leaves_the_part_before_it_whole(tmp_path, monkeypatch):
-    kept = Cache(tmp_path, "network")
-    kept.put("one", flags=np.ones(3))
+def test_full_disk_leaves_the_earlier_result_whole(tmp_path, monkeypatch):
+    cache = Cache(tmp_path, "network")
+    cache.put("one", flags=np.ones(3))
 
     def full(handle, **arrays):
         handle.write(b"half")
@@ -63,27 +59,27 @@ def test_full_disk_leaves_the_part_before_it_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez_compressed", full)
     with pytest.raises(OSError, match="No space left"):
-        kept.put("one", flags=np.zeros(3))
-    assert kept.get("one")["flags"].tolist() == [1, 1, 1]
+        cache.put("one", flags=np.zeros(3))
+    assert cache.get("one")["flags"].tolist() == [1, 1, 1]
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_nothing_is_kept_nowhere():
-    kept = Cache(None)
-    kept.put("one", flags=np.ones(1))
-    assert kept.get("one") is None
+def test_cache_without_a_folder_stores_nothing():
+    cache = Cache(None)
+    cache.put("one", flags=np.ones(1))
+    assert cache.get("one") is None
 
 
-def test_identity_tells_weights_images_and_labels_apart():
+def test_digest_tells_weights_images_and_labels_apart():
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
     part = Part(torch.rand(3, 1, 1, 2), torch.tensor([0, 1, 1]))
-    first = attacks.identity(model, part, CPU)
-    assert attacks.identity(model, part, CPU) == first
-    assert attacks.identity(model, Part(part.x_NCHW, part.y_N.flip(0)), CPU) != first
-    assert attacks.identity(model, Part(part.x_NCHW + 1e-6, part.y_N), CPU) != first
+    first = network_digest(model, part, CPU)
+    assert network_digest(model, part, CPU) == first
+    assert network_digest(model, Part(part.x_NCHW, part.y_N.flip(0)), CPU) != first
+    assert network_digest(model, Part(part.x_NCHW + 1e-6, part.y_N), CPU) != first
     with torch.no_grad():
         model[1].bias[0] += 1e-6
-    assert attacks.identity(model, part, CPU) != first
+    assert network_digest(model, part, CPU) != first
 
 
 # ---------------------------------------------------------------- batches
@@ -135,7 +131,7 @@ def test_clean_flags_survive_an_image_size_that_does_not_fit(capsys):
             return torch.stack([x.flatten(1).sum(1), torch.zeros(len(x))], 1)
 
     part = Part(torch.ones(7, 1, 1, 1), torch.tensor([0, 1] * 3 + [0]))
-    assert attacks.correct_flags(Small(), part, 7, CPU).tolist() == [True, False] * 3 + [True]
+    assert correct_flags(Small(), part, 7, CPU).tolist() == [True, False] * 3 + [True]
     assert "out of memory" in capsys.readouterr().out
 
 
@@ -165,7 +161,7 @@ def test_tally_of_three_images_by_hand(norm, expected):
     tally.judge(Sum(), torch.tensor([2]), x[2:] + torch.nan)
     assert tally.nans == 2
     other = Tally(x, y, tally.context)
-    other.take(tally.arrays())
+    other.restore(tally.arrays())
     assert other.robust.tolist() == tally.robust.tolist()
     assert (other.largest, other.nans) == (tally.largest, 2)
     assert isinstance(other.pictures[0], Picture)
@@ -182,9 +178,9 @@ def test_outcome_comes_back_from_its_arrays(tmp_path):
         distances=torch.tensor([torch.inf, 0.5]),
         pictures={1: Picture(torch.full((1, 2, 2), 0.5), 7)},
     )
-    kept = Cache(tmp_path, "network")
-    kept.put("whole", **outcome.arrays(12.5))
-    found = Outcome.of_arrays(kept.get("whole"))
+    cache = Cache(tmp_path, "network")
+    cache.put("whole", **outcome.arrays(12.5))
+    found = Outcome.from_arrays(cache.get("whole"))
     assert list(found.components) == ["one", "two"]
     assert found.components["two"].tolist() == [True, False]
     assert (found.settings, found.warnings) == ({"steps": 3}, ["a warning"])
@@ -193,7 +189,7 @@ def test_outcome_comes_back_from_its_arrays(tmp_path):
     assert found.pictures[1].taken_for == 7
     assert torch.equal(found.pictures[1].image, outcome.pictures[1].image)
     assert found.earlier_seconds == 12.5
-    assert Outcome.of_arrays(Outcome({}).arrays(0.0)) == Outcome({})
+    assert Outcome.from_arrays(Outcome({}).arrays(0.0)) == Outcome({})
 
 
 # ---------------------------------------------------------------- progress
@@ -201,7 +197,7 @@ def test_outcome_comes_back_from_its_arrays(tmp_path):
 
 def test_plain_log_tells_images_robust_ones_seconds_and_the_rest(monkeypatch):
     now, told = [100.0], []
-    monkeypatch.setattr(attacks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = AttackProgress("apgd-ce", 40, told.append)
     progress.bar.disable = True
     progress.update(10, 9)

@@ -8,8 +8,7 @@ from torch import nn
 
 from robsparse.base import registry
 from robsparse.datasets import Part
-from robsparse.evaluation import evaluate
-from robsparse.evaluation.evaluate import attack_model
+from robsparse.evaluation.runner import attack_model
 from robsparse.records import provenance
 from robsparse.schema import Evaluation, Threat
 from robsparse.study import source_code
@@ -97,7 +96,7 @@ def runs(monkeypatch):
 
         return Counted
 
-    monkeypatch.setattr(evaluate.registry, "load", counting)
+    monkeypatch.setattr(registry, "load", counting)
     return found
 
 

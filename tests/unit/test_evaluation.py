@@ -15,15 +15,14 @@ from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum
 from robsparse.datasets import Part
 from robsparse.eval import autoattack, clean, pgd
-from robsparse.evaluation import evaluate
-from robsparse.evaluation.attacks import AttackContext, correct_flags
-from robsparse.evaluation.evaluate import (
-    attack_model,
-    evaluate_cell,
-    first_examples,
-    guessing,
-    measure,
-)
+from robsparse.evaluation import sanity_checks
+from robsparse.evaluation.attacks import AttackContext, Outcome
+from robsparse.evaluation.evaluate import evaluate_cell
+from robsparse.evaluation.job import first_examples
+from robsparse.evaluation.measure import magnitude_histogram, measure_network
+from robsparse.evaluation.record import chance_columns, image_outcomes, result_rows
+from robsparse.evaluation.runner import AttackResult, attack_model
+from robsparse.evaluation.tally import correct_flags
 from robsparse.networks import weights
 from robsparse.records.evaluation_record import read_record
 from robsparse.records.rows import Row, wilson_interval
@@ -50,7 +49,7 @@ def small_cnn(width=4, seed=0):
 
 def test_sizes_of_small_cnn_by_hand():
     # positions of the three convolutions: 8x8, 4x4, 2x2; 256 features of 4 channels * ... * 2x2
-    found = measure(small_cnn(), (1, 8, 8))
+    found = measure_network(small_cnn(), (1, 8, 8))
     sizes = [4 * 9, 8 * 4 * 9, 16 * 8 * 9, 16 * 4 * 10]
     positions = [64, 16, 4, 1]
     assert [layer["size"] for layer in found.layers] == sizes
@@ -72,7 +71,7 @@ def test_zeros_count_by_the_positions_they_are_used_at():
     with torch.no_grad():
         model[0].weight[0] = 0  # 9 of the weights used at 64 positions
         model[3].weight.flatten()[:100] = 0  # used at 16
-    columns = measure(model, (1, 8, 8)).columns
+    columns = measure_network(model, (1, 8, 8)).columns
     assert columns["nonzero"] == 2116 - 109
     assert columns["sparsity_reached"] == pytest.approx(109 / 2116)
     assert columns["dense_macs"] == 12_160
@@ -81,13 +80,13 @@ def test_zeros_count_by_the_positions_they_are_used_at():
 
 def test_grouped_convolution_counts_the_weights_it_has():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(8, 2)).eval()
-    assert measure(model, (4, 3, 3)).columns["dense_macs"] == 8 * 2 * 9 + 16
+    assert measure_network(model, (4, 3, 3)).columns["dense_macs"] == 8 * 2 * 9 + 16
 
 
 def test_measuring_leaves_the_network_as_it_was():
     model = small_cnn()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    measure(model, (1, 8, 8))
+    measure_network(model, (1, 8, 8))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -107,7 +106,7 @@ class Uneven(nn.Module):
 
 
 def test_a_layer_counts_as_often_as_it_is_used_which_may_be_never():
-    found = measure(Uneven().eval(), (2, 4, 5))
+    found = measure_network(Uneven().eval(), (2, 4, 5))
     positions = {layer["layer"]: layer["positions"] for layer in found.layers}
     assert positions == {"unused": 0, "twice": 2 * 20, "pixel": 20}
     assert found.columns["prunable"] == 35 + 36 + 6
@@ -115,7 +114,7 @@ def test_a_layer_counts_as_often_as_it_is_used_which_may_be_never():
 
 
 def test_a_network_without_prunable_layers_is_measured():
-    found = measure(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()).eval(), (1, 2, 2))
+    found = measure_network(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()).eval(), (1, 2, 2))
     assert found.layers == found.histogram == []
     assert set(found.columns.values()) == {0}
 
@@ -136,9 +135,9 @@ def test_first_examples_are_the_first_ones():
 
 def test_guessing_is_of_the_whole_test_set_and_its_classes():
     # Class 3 is not among the test images at all, class 1 is half of them.
-    found = guessing(part(torch.zeros(8, 1, 1, 1), torch.tensor([0, 0, 2, 2, 1, 1, 1, 1])), 4)
+    found = chance_columns(part(torch.zeros(8, 1, 1, 1), torch.tensor([0, 0, 2, 2, 1, 1, 1, 1])), 4)
     assert found == {"classes": 4, "chance": 0.5}
-    assert guessing(part(torch.zeros(2, 1, 1, 1), torch.tensor([0, 1])), 2)["chance"] == 0.5
+    assert chance_columns(part(torch.zeros(2, 1, 1, 1), torch.tensor([0, 1])), 2)["chance"] == 0.5
 
 
 def test_too_many_examples_are_refused():
@@ -276,10 +275,10 @@ def test_attacks_see_only_what_is_classified_correctly_and_flags_are_spread_over
     assert model.sizes[:2] == [9, 8]
     assert int(first.robust["all"].sum()) == 8
     assert second.robust["all"].tolist() == ROBUST.tolist()
-    assert first.threat.eps == 0.0
-    assert second.threat.eps == EPS
-    assert second.threat.seed == derive_seed("attack", "pgd", 0) % 2**31
-    arrays = second.arrays(Part(x, y))
+    assert first.context.eps == 0.0
+    assert second.context.eps == EPS
+    assert second.context.seed == derive_seed("attack", "pgd", 0) % 2**31
+    arrays = image_outcomes(second, Part(x, y))
     assert arrays["pgd.all"].tolist() == ROBUST.tolist()
     # The images that broke, as they were and as they broke, by their place among all of them.
     assert set(arrays["pgd.pictured"]) == {1, 5, 7, 8}
@@ -314,7 +313,7 @@ def test_model_in_train_mode_is_put_into_eval_mode_for_every_pass():
 
 
 def test_rows_of_an_attack_by_hand():
-    outcome = evaluate.Outcome(
+    outcome = Outcome(
         {"one": torch.tensor([True, True]), "two": torch.tensor([True, False])},
         {"version": "v"},
         ["first warning", "second warning"],
@@ -323,7 +322,7 @@ def test_rows_of_an_attack_by_hand():
     )
     flags = {"one": torch.tensor([1, 1, 0, 0]), "two": torch.tensor([1, 0, 0, 0])}
     robust = {name: value.bool() for name, value in flags.items()}
-    result = evaluate.AttackResult(
+    result = AttackResult(
         "mine", robust | {"all": robust["two"]}, outcome, threat(), 1.23456, torch.arange(2)
     )
     common = {
@@ -337,7 +336,7 @@ def test_rows_of_an_attack_by_hand():
         }
     }
     common |= {"sparsity": 0.5, "code_dirty": False}
-    one, two, whole = result.rows(common)
+    one, two, whole = result_rows(result, common)
     assert [row.component for row in (one, two, whole)] == ["one", "two", "all"]
     assert [row.n_correct for row in (one, two, whole)] == [2, 1, 1]
     assert [row.accuracy for row in (one, two, whole)] == [0.5, 0.25, 0.25]
@@ -608,13 +607,13 @@ def test_kept_parts_go_when_the_record_is_there_and_before_if_asked(
     parts, seen = layout.cache(cell, "last"), []
     parts.mkdir(parents=True)
     (parts / "kept.npz").write_bytes(b"of a killed run")
-    examine = evaluate.sanity_checks.examine
+    examine = sanity_checks.examine
 
     def looking(*words):
         seen.extend(path.name for path in parts.iterdir())
         return examine(*words)
 
-    monkeypatch.setattr(evaluate.sanity_checks, "examine", looking)
+    monkeypatch.setattr(sanity_checks, "examine", looking)
     evaluate_cell(study, cell, "last", layout, device="cpu", fresh=fresh)
     assert ("kept.npz" in seen) != fresh
     assert len(seen) == 2 + ("kept.npz" in seen)
@@ -625,7 +624,7 @@ def test_magnitudes_are_counted_in_tenths_of_a_decade():
     model = nn.Sequential(nn.Linear(6, 1, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.0, 1e-15, -0.5, 0.5, 1.0, -1e6]]))
-    found = evaluate.magnitude_histogram(model)
+    found = magnitude_histogram(model)
     assert [part["count"] for part in found] == [1, 2, 1, 1]
     assert (found[0]["low"], found[-1]["low"]) == (0.0, 100.0)
     assert found[1]["low"] <= 0.5 < found[1]["high"]

@@ -6,7 +6,7 @@ import torch
 from robsparse.base.errors import UsageError
 from robsparse.base.files import read_json
 from robsparse.eval.autoattack import Params
-from robsparse.evaluation import evaluate
+from robsparse.evaluation import record
 from robsparse.networks import weights
 from robsparse.records.evaluation_record import Record, write_record
 from robsparse.records.rows import Row
@@ -122,10 +122,10 @@ def test_the_standard_version_is_exported(recorded):
 
 def test_the_accuracies_of_a_record_say_what_ran(recorded):
     _, cell, layout = recorded("standard, apgd-ce only")
-    text = evaluate.in_words(layout.evaluation(cell, "last"))
+    text = record.summary(layout.evaluation(cell, "last"))
     assert "autoattack    50.00 % (version standard, apgd-ce only)" in text
     _, cell, layout = recorded("standard")
-    assert "version" not in evaluate.in_words(layout.evaluation(cell, "last"))
+    assert "version" not in record.summary(layout.evaluation(cell, "last"))
 
 
 def test_weights_are_copied_beside_the_model_info(recorded):

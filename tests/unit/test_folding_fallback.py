@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from robsparse.compute import perturb
 from robsparse.datasets import Part
 from robsparse.eval import clean, pgd
-from robsparse.evaluation.evaluate import attack_model
+from robsparse.evaluation.runner import attack_model
 from robsparse.fast import folded_layers, folding, proof, small_maps
 from robsparse.schema import Crafting, Evaluation, Threat
 from robsparse.training import objectives

@@ -9,8 +9,10 @@ from torch import nn
 
 from robsparse.datasets import Part
 from robsparse.eval import fmn, minimum_norm
-from robsparse.evaluation.attacks import AttackContext, Cache
-from robsparse.evaluation.evaluate import attack_model
+from robsparse.evaluation.attacks import AttackContext
+from robsparse.evaluation.cache import Cache
+from robsparse.evaluation.record import image_outcomes
+from robsparse.evaluation.runner import attack_model
 from robsparse.schema import Evaluation, Threat
 
 CPU = torch.device("cpu")
@@ -337,5 +339,5 @@ def test_part_is_given_by_the_evaluator(known_network, monkeypatch):
     )
     assert torch.equal(given[0], part.x_NCHW[:20])
     assert result.outcome.distances.shape == (1,)
-    lengths = result.arrays(Part(part.x_NCHW[:20], labels))["minimum_norm.distance"]
+    lengths = image_outcomes(result, Part(part.x_NCHW[:20], labels))["minimum_norm.distance"]
     assert np.flatnonzero(lengths).tolist() == [0]

@@ -276,14 +276,14 @@ def test_images_without_a_gradient_are_counted_among_the_correct_ones():
         def forward(self, x):
             return super().forward(x.where(x > 0.45, x.detach()))
 
-    look = sanity_checks._Look(Steps(), SLOPED, 3, CPU)
-    look.outputs()
-    assert look.correct.tolist() == [False, True, True, True]
-    assert look.zero_gradients() == 0
+    checks = sanity_checks._Checks(Steps(), SLOPED, 3, CPU)
+    checks.outputs()
+    assert checks.correct.tolist() == [False, True, True, True]
+    assert checks.zero_gradients() == 0
     flat = Part(SLOPED.x_NCHW * 0.8, SLOPED.y_N)  # of the first three nothing exceeds 0.45
-    look = sanity_checks._Look(Steps(), flat, 3, CPU)
-    look.outputs()
-    assert look.zero_gradients() == 2
+    checks = sanity_checks._Checks(Steps(), flat, 3, CPU)
+    checks.outputs()
+    assert checks.zero_gradients() == 2
 
 
 def test_pgd_steps_are_two_and_a_half_times_eps_together(monkeypatch):
@@ -294,9 +294,9 @@ def test_pgd_steps_are_two_and_a_half_times_eps_together(monkeypatch):
         return plain(model, x, start, loss, **options)
 
     monkeypatch.setattr(perturb, "ascend", ascend)
-    look = sanity_checks._Look(Slope(), SLOPED, 4, CPU)
-    look.outputs()
-    look.survive_pgd(0.2, 10, "L2")
+    checks = sanity_checks._Checks(Slope(), SLOPED, 4, CPU)
+    checks.outputs()
+    checks.survive_pgd(0.2, 10, "L2")
     assert seen == [{"eps": 0.2, "step_size": 2.5 * 0.2 / 10, "steps": 10, "norm": "L2"}]
 
 
@@ -308,9 +308,9 @@ def test_random_search_is_counted_among_the_survivors_alone(monkeypatch):
         return x.flip(3)  # the other class
 
     monkeypatch.setattr(sanity_checks, "random_search", search)
-    look = sanity_checks._Look(Slope(), SLOPED, 2, CPU)
+    checks = sanity_checks._Checks(Slope(), SLOPED, 2, CPU)
     among = torch.tensor([False, True, True, True])
-    assert look.broken_by_search(among, Threat(norm="L2", eps=0.3), 7, 5) == 3
+    assert checks.broken_by_search(among, Threat(norm="L2", eps=0.3), 7, 5) == 3
     options = {"norm": "L2", "eps": 0.3, "queries": 7, "restarts": 1, "seed": 5}
     assert seen == [(2, [1, 1], options), (1, [1], options)]
 
@@ -324,8 +324,8 @@ def test_passes_of_the_examination():
 
 def test_probabilities_are_told_by_range_and_sum():
     def of(model):
-        look = sanity_checks._Look(model, SLOPED, 3, CPU)
-        return look.outputs()["probabilities"]
+        checks = sanity_checks._Checks(model, SLOPED, 3, CPU)
+        return checks.outputs()["probabilities"]
 
     assert of(Wrapped(Slope(), after=lambda z: torch.softmax(z, 1))) == 1
     assert of(Wrapped(Slope(), after=lambda z: torch.softmax(z, 1) * 1.01)) == 0
@@ -340,5 +340,5 @@ def test_largest_difference_of_two_passes():
         calls.append(0)
         return z + len(calls) ** 2 * 0.25
 
-    look = sanity_checks._Look(Wrapped(Slope(), after=drift), SLOPED, 2, CPU)
-    assert look.outputs()["randomness"] == pytest.approx(1.75)  # 16 - 9 quarters, not 4 - 1
+    checks = sanity_checks._Checks(Wrapped(Slope(), after=drift), SLOPED, 2, CPU)
+    assert checks.outputs()["randomness"] == pytest.approx(1.75)  # 16 - 9 quarters, not 4 - 1

@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import nn
 
-from robsparse import models
+from robsparse import datasets, models
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum
@@ -360,7 +360,7 @@ def test_weights_that_are_drawn_anew_are_those_taken_in_and_the_record_says_so(b
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     weights.load_into(network, file)
     study = load(tmp_path / "study.yaml")
-    splits = evaluate.datasets.load("digits", study.datasets["digits"])
+    splits = datasets.load("digits", study.datasets["digits"])
     right = network(splits.test.x_NCHW[:12]).argmax(1) == splits.test.y_N[:12]
     assert all(flags.tolist() == right.tolist() for flags in found)
 

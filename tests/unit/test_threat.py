@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from robsparse import datasets
 from robsparse.base.errors import UsageError
 from robsparse.compute import perturb
+from robsparse.compute.perturb import length
 from robsparse.evaluation import evaluate
-from robsparse.evaluation.attacks import length
+from robsparse.evaluation.attacks import Outcome
+from robsparse.evaluation.job import first_examples
+from robsparse.evaluation.runner import attack_model
 from robsparse.networks import construct
 from robsparse.schema.fields import radius
 from robsparse.schema.sections import Threat, Training
@@ -109,16 +112,16 @@ def test_each_attack_goes_as_far_as_it_says_else_as_the_threat(study_data, load_
     cell = of(study, "bcs")
     splits = datasets.load("digits", study.datasets["digits"])
     model = construct.build(study, cell, splits.image_shape, splits.classes).eval()
-    found = evaluate.attack_model(
+    found = attack_model(
         model,
-        evaluate.first_examples(splits.test, 8, splits.classes),
+        first_examples(splits.test, 8, splits.classes),
         names,
         settings=study.evaluation,
         threat=study.threat,
         device=CPU,
     )
     expected = [("Linf", 0.0), ("Linf", 0.15), ("Linf", 0.5 / 255), ("L2", 2.5)]
-    assert [(result.threat.norm, result.threat.eps) for result in found] == expected
+    assert [(result.context.norm, result.context.eps) for result in found] == expected
     resolved = [study.attack_threat(name) for name in names[1:]]
     assert [(threat.norm, threat.eps) for threat in resolved] == expected[1:]
 
@@ -129,15 +132,15 @@ def test_a_variant_of_clean_perturbs_nothing(study_data, load_study):
     study = load_study(study_data)
     splits = datasets.load("digits", study.datasets["digits"])
     model = construct.build(study, of(study, "bcs"), splits.image_shape, splits.classes)
-    found = evaluate.attack_model(
+    found = attack_model(
         model.eval(),
-        evaluate.first_examples(splits.test, 8, splits.classes),
+        first_examples(splits.test, 8, splits.classes),
         ["untouched"],
         settings=study.evaluation,
         threat=study.threat,
         device=CPU,
     )
-    assert found[0].threat.eps == 0.0
+    assert found[0].context.eps == 0.0
 
 
 # ---------------------------------------------------------------- plan
@@ -293,7 +296,7 @@ def test_agreement_with_the_stock_package_runs_on_its_default_eps(repository, mo
         @staticmethod
         def run(view, x, y, params, threat):
             asked.append(threat.eps)
-            return evaluate.Outcome({"all": torch.ones(len(y), dtype=torch.bool)})
+            return Outcome({"all": torch.ones(len(y), dtype=torch.bool)})
 
     monkeypatch.setattr(agreement, "_shipped", lambda arguments: (model, part))
     monkeypatch.setattr(agreement, "_stock", stock)

@@ -133,7 +133,7 @@ def test_robustbench_counts_the_same_clean_accuracy(python):
         "import torch\n"
         "from robsparse import models; from robsparse.base import registry\n"
         "from robsparse.datasets import Part\n"
-        "from robsparse.evaluation.attacks import correct_flags\n"
+        "from robsparse.evaluation.tally import correct_flags\n"
         "from robsparse.thirdparty.robustbench_repair import import_robustbench\n"
         "import_robustbench()\n"
         "from robustbench.utils import clean_accuracy\n"

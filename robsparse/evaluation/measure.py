@@ -1,0 +1,92 @@
+"""The size of a network: its weights, nonzero weights and multiply-accumulates, layer by layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robsparse.sparsity.masks import prunable
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """The size of a network.
+
+    columns: of a result row. layers: of each prunable layer its size, nonzero weights and the
+    positions that it is applied at. histogram: counts of nonzero weights by magnitude.
+    """
+
+    columns: dict[str, Any]
+    layers: list[dict[str, Any]]
+    histogram: list[dict[str, float]]
+
+
+def measure_network(model: nn.Module, image_shape: tuple[int, int, int]) -> NetworkSize:
+    """Count nonzero weights and the multiply-accumulates of one image, dense and sparse.
+
+    The sparse count is that of an ideal sparse kernel; no such kernel is timed here. A layer
+    counts as often as it is used, also 0 times. Without prunable layers all counts are 0.
+    """
+    modules = prunable(model)
+    positions = _positions(model, modules, image_shape)
+    layers = [
+        {
+            "layer": name,
+            "size": module.weight.numel(),
+            "nonzero": int(module.weight.detach().count_nonzero()),
+            "positions": positions[name],
+        }
+        for name, module in modules.items()
+    ]
+    size, nonzero = (sum(layer[key] for layer in layers) for key in ("size", "nonzero"))
+    columns = {
+        "prunable": size,
+        "nonzero": nonzero,
+        "sparsity_reached": 1 - nonzero / size if size else 0.0,
+        "layers": len(layers),
+        "dense_macs": sum(layer["size"] * layer["positions"] for layer in layers),
+        "sparse_macs": sum(layer["nonzero"] * layer["positions"] for layer in layers),
+    }
+    return NetworkSize(columns, layers, magnitude_histogram(model))
+
+
+def _positions(
+    model: nn.Module, modules: dict[str, nn.Module], image_shape: tuple[int, int, int]
+) -> dict[str, int]:
+    """How often each layer applies its weights to one image; 0 for a layer that is not used."""
+    positions = dict.fromkeys(modules, 0)
+
+    def remember(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            positions[name] += output.numel() // module.weight.shape[0]
+
+        return hook
+
+    hooks = [module.register_forward_hook(remember(name)) for name, module in modules.items()]
+    device = next(iter([*model.parameters(), torch.zeros(0)])).device
+    with torch.no_grad():
+        model(torch.zeros(1, *image_shape, device=device))
+    for hook in hooks:
+        hook.remove()
+    return positions
+
+
+def magnitude_histogram(model: nn.Module) -> list[dict[str, float]]:
+    """Counts of nonzero prunable weights by magnitude: ten bins a decade, from 1e-12 to 100.
+
+    The smallest bin goes down to 0 and the largest up to infinity, so that every weight counts.
+    """
+    exponents = torch.arange(-120, 21, dtype=torch.float64) / 10
+    counts = torch.zeros(len(exponents) + 1, dtype=torch.int64)
+    for module in prunable(model).values():
+        size = module.weight.detach().abs()
+        place = torch.bucketize(size[size > 0].double().log10().cpu(), exponents, right=True)
+        counts += torch.bincount(place, minlength=len(counts))
+    edges = [0.0, *(10**exponents).tolist(), 1e3]
+    return [
+        {"low": low, "high": high, "count": count}
+        for low, high, count in zip(edges, edges[1:], counts.tolist(), strict=False)
+        if count
+    ]

@@ -1,0 +1,163 @@
+"""Builds and writes the results of an evaluation: the record, and the outcome of each image."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robsparse.base.files import atomic, file_checksum, read_json
+from robsparse.compute.machine import device_name
+from robsparse.datasets import Part
+from robsparse.evaluation.job import Job
+from robsparse.evaluation.measure import NetworkSize
+from robsparse.evaluation.runner import AttackResult
+from robsparse.evaluation.sanity_checks import Findings
+from robsparse.networks import weights
+from robsparse.records import provenance
+from robsparse.records.evaluation_record import Record, read_record, write_record
+from robsparse.records.rows import KEY, Row, wilson_interval
+
+
+def write(job: Job, size: NetworkSize, results: list[AttackResult], findings: Findings) -> None:
+    """Write the outcome of each image, and the record, which holds the checksum of that file."""
+    outcomes: dict[str, np.ndarray] = {}
+    for result in results:
+        outcomes |= image_outcomes(result, job.examples)
+    with atomic(job.outcomes) as temporary, temporary.open("wb") as handle:
+        np.savez_compressed(handle, labels=job.examples.y_N.numpy(), **outcomes)
+    reasons = findings.potentially_unreliable([result.outcome for result in results])
+    common = network_columns(job) | size.columns | {"potentially_unreliable": reasons}
+    rows = [row for result in results for row in result_rows(result, common)]
+    checksum = file_checksum(job.outcomes)
+    record = Record(rows, size.layers, size.histogram, findings.numbers, checksum)
+    write_record(job.record, record)
+
+
+def network_columns(job: Job) -> dict[str, Any]:
+    """The columns that all rows of one network share, without those of its size."""
+    return {
+        **{name: getattr(job.cell, name) for name in KEY if hasattr(job.cell, name)},
+        "selection": job.selection,
+        "origin": job.origin,
+        **(_training_columns(job.training, job.selection) if job.training else {}),
+        "model_bytes": weights.bytes_without_zeros(job.model.state_dict()),
+        "model_checksum": _checksum(job.model, job.weights),
+        "data_checksum": job.splits.checksum(),
+        **chance_columns(job.splits.test, job.splits.classes),
+        "eval_device": device_name(job.device),
+        "settings_digest": job.fingerprint.digest,
+        "code_digest": job.fingerprint.code,
+        **provenance.current(),
+    }
+
+
+def _checksum(model: nn.Module, file: Path | None) -> str:
+    """Checksum of the weights: of their file, or of all tensors where there is none."""
+    return weights.checksum(model.state_dict()) if file is None else file_checksum(file)
+
+
+def chance_columns(test: Part, classes: int) -> dict[str, Any]:
+    """The columns `classes` and `chance`, the accuracy of always predicting the largest class.
+
+    test: all test images, not only the attacked ones, among which a class may be missing.
+    """
+    largest = int(test.y_N.bincount().max())
+    return {"classes": classes, "chance": max(1 / classes, largest / len(test))}
+
+
+def _training_columns(path: Path, selection: str) -> dict[str, Any]:
+    """Cost of training, if this suite trained the weights."""
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    cost = record["cost"]
+    if cost is None:  # an external model
+        return {}
+    return {
+        "selected_epoch": record["selected"][selection]["epoch"],
+        "epochs": cost["epochs"],
+        "forward_passes": cost["forward_passes"],
+        "backward_passes": cost["backward_passes"],
+        "train_seconds": cost["seconds"],
+        "peak_active_weights": cost["peak_active_weights"],
+        "peak_memory_mb": cost["peak_memory_mb"],
+        "train_device": cost["device"],
+        "failure": record["failure"],
+    }
+
+
+def result_rows(result: AttackResult, common: dict[str, Any]) -> list[Row]:
+    """A row for each component of an attack, and one for the whole attack ("all").
+
+    common: the columns that all rows of the network share.
+    """
+    return [_row(result, name, flags, common) for name, flags in result.robust.items()]
+
+
+def _row(result: AttackResult, component: str, flags: Tensor, common: dict[str, Any]) -> Row:
+    n, correct = len(flags), int(flags.sum())
+    low, high = wilson_interval(correct, n)
+    outcome, context = result.outcome, result.context
+    whole = component == "all"
+    return Row(
+        **common,
+        attack=result.attack,
+        component=component,
+        accuracy=correct / n,
+        n_correct=correct,
+        n_examples=n,
+        ci_low=low,
+        ci_high=high,
+        norm=context.norm,
+        eps=context.eps,
+        **outcome.settings,
+        attack_seed=context.seed,
+        warnings="; ".join(outcome.warnings) if whole else "",
+        max_perturbation=outcome.max_perturbation if whole else None,
+        nan_count=outcome.nan_count if whole else 0,
+        attack_seconds=round(result.seconds, 3) if whole else None,
+        attacked_on=result.attacked_on,
+    )
+
+
+def image_outcomes(result: AttackResult, examples: Part) -> dict[str, np.ndarray]:
+    """Arrays named attack.component: which images are robust; also distances and pictures."""
+    attack, outcome = result.attack, result.outcome
+    found = {f"{attack}.{name}": value.numpy() for name, value in result.robust.items()}
+    if outcome.distances is not None:
+        # An image that is misclassified without an attack has distance 0.
+        lengths = torch.zeros(len(examples))
+        lengths[result.indices] = outcome.distances.float()
+        found[f"{attack}.distance"] = lengths.numpy()
+    pictures = {int(result.indices[i]): picture for i, picture in outcome.pictures.items()}
+    if pictures:
+        pairs = [torch.stack([examples.x_NCHW[i], p.image]) for i, p in pictures.items()]
+        found[f"{attack}.pictured"] = np.array(list(pictures))
+        found[f"{attack}.taken_for"] = np.array([p.taken_for for p in pictures.values()])
+        found[f"{attack}.pictures"] = torch.stack(pairs).half().numpy()
+    return found
+
+
+def summary(path: Path) -> str:
+    """The accuracies of a record, one a line, and where it is."""
+    rows = [row for row in read_record(path).rows if row.component == "all"]
+    first = rows[0]
+    reasons = first.potentially_unreliable
+    lines = [f"{row.attack:12s} {100 * row.accuracy:6.2f} %{_version(row)}" for row in rows]
+    return "\n".join(
+        [
+            f"{first.nonzero:,} of {first.prunable:,} prunable weights are nonzero "
+            f"(sparsity {first.sparsity_reached:.4f}); first {first.n_examples} test images, "
+            f"{rows[-1].norm} eps {rows[-1].eps:.5g}",
+            *lines,
+            *([f"potentially unreliable: {reasons}"] if reasons else []),
+            f"record: {path}",
+        ]
+    )
+
+
+def _version(row: Row) -> str:
+    """The version of an attack, unless it is the standard version."""
+    return "" if row.version in (None, "standard") else f" (version {row.version})"

@@ -1,0 +1,199 @@
+"""Runs the attacks of an evaluation on one network."""
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robsparse.base import registry
+from robsparse.base.errors import RunError, UsageError, in_a_line
+from robsparse.datasets import Part
+from robsparse.evaluation.attacks import AttackContext, Outcome, no_surrogate
+from robsparse.evaluation.cache import Cache, basis_of, network_digest
+from robsparse.fast import folding, proof
+from robsparse.schema import AttackParams, Evaluation, Threat
+from robsparse.study.cells import derive_seed
+
+
+class EvaluationError(RunError):
+    """An evaluation cannot go on, e.g. because the network fails on an image."""
+
+
+@contextmanager
+def failing_in(step: str) -> Iterator[None]:
+    """Turn an error of an attack or of the attacked network into an EvaluationError of one line."""
+    try:
+        yield
+    except (UsageError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise EvaluationError(
+            f"{step}: {in_a_line(error)} ({frame.filename}, line {frame.lineno}); finished parts "
+            "are cached for the next call"
+        ) from error
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """The outcome of one attack, for all images of the evaluation.
+
+    robust: for each component, and for "all", the images that stay robust (bool N); an image that
+        was not attacked is not robust. indices: the attacked images (int), to which `outcome`
+        refers. attacked_on: "view" or "network", whose passes the attack used.
+    """
+
+    attack: str
+    robust: dict[str, Tensor]
+    outcome: Outcome
+    context: AttackContext
+    seconds: float
+    indices: Tensor
+    attacked_on: str = "network"
+
+
+def attack_model(
+    model: nn.Module,
+    examples: Part,
+    names: list[str],
+    *,
+    settings: Evaluation,
+    threat: Threat,
+    device: torch.device,
+    cache: Path | None = None,
+    surrogate: Callable[[str], nn.Module] = no_surrogate,
+    folded: bool = False,
+) -> list[AttackResult]:
+    """Run the named attacks, `clean` first, on the images that are classified correctly.
+
+    Args:
+        cache: folder of finished parts; a later call with the same network, images and settings
+            takes them from there. None: no cache.
+        surrogate: surrogate(method) returns another network, for black-box transfer attacks.
+        folded: attack the network's folded view (the same outputs to rounding, faster); where that
+            fails, the network itself. A network of foreign code is attacked as it is.
+
+    Raises AssertionError if any module of the model is in train mode.
+    """
+    model.eval()
+    assert not any(module.training for module in model.modules()), "expected eval mode"
+    first = examples.x_NCHW[: proof.IMAGES].to(device)
+    run = _Run(
+        folding.view_of(model, first) if folded else model,
+        examples,
+        settings,
+        threat,
+        device,
+        surrogate,
+        cache,
+        network_digest(model, examples, device) if cache else "",
+    )
+    correct = torch.ones(len(examples), dtype=torch.bool)
+    results: list[AttackResult] = []
+    for name in names:
+        result = run.attack(name, correct)
+        results.append(result)
+        if name == "clean":
+            correct = result.robust["all"]
+    return results
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all attacks on one network share.
+
+    attacked: the network or its view. digest: of the network with the images, "" without a cache.
+    """
+
+    attacked: nn.Module
+    examples: Part
+    settings: Evaluation
+    threat: Threat
+    device: torch.device
+    surrogate: Callable[[str], nn.Module]
+    cache: Path | None
+    digest: str
+
+    def attack(self, name: str, correct: Tensor) -> AttackResult:
+        """Run one attack of the study on the images where `correct` is true (bool N)."""
+        params = self.settings.attacks[name]
+        registered = getattr(params, "base", name)
+        context = self._with_cache(self._context(name, params), registered, params)
+        module = registry.load("attack", registered)
+        images = self.examples.x_NCHW[correct], self.examples.y_N[correct]
+        with failing_in(name):
+            outcome, seconds = _outcome(module, self.attacked, images, params, context)
+        robust = {part: _spread(flags, correct) for part, flags in outcome.components.items()}
+        whole = list(robust.values())[-1]
+        robust.setdefault("all", whole)
+        print(f"{name}: {int(whole.sum())}/{len(whole)} correct, {seconds:.1f} s", flush=True)
+        indices = correct.nonzero().squeeze(1)
+        used = folding.runs_on(self.attacked)
+        return AttackResult(name, robust, outcome, context, seconds, indices, used)
+
+    def _context(self, name: str, params: Any) -> AttackContext:
+        """What the attack gets. An attack that perturbs nothing has eps 0."""
+        own = self.threat.adjusted(params)
+        return AttackContext(
+            own.norm,
+            own.eps if isinstance(params, AttackParams) else 0.0,
+            derive_seed("attack", name, self.settings.seed) % 2**31,
+            self.settings.batch_size,
+            self.device,
+            report=lambda text: print(f"{name}: {text}", flush=True),
+            surrogate=self.surrogate,
+            images=self.examples.x_NCHW,
+        )
+
+    def _with_cache(self, context: AttackContext, attack: str, params: Any) -> AttackContext:
+        """The context with the cache of this attack on this network, and on its surrogate."""
+        if self.cache is None:
+            return context
+        method = getattr(params, "surrogate", None)
+        other = method and network_digest(self.surrogate(method), self.examples, self.device)
+        basis = basis_of(
+            self.digest,
+            attack,
+            self.device,
+            norm=context.norm,
+            eps=context.eps,
+            seed=context.seed,
+            batch_size=context.batch_size,
+            attacked_on=folding.runs_on(self.attacked),
+            surrogate=other,
+        )
+        return replace(context, cache=Cache(self.cache, basis))
+
+
+def _outcome(
+    module: ModuleType,
+    model: nn.Module,
+    images: tuple[Tensor, Tensor],
+    params: Any,
+    context: AttackContext,
+) -> tuple[Outcome, float]:
+    """The outcome of one attack, from the cache if it is there, and the seconds that it took."""
+    name = params.model_dump_json()
+    if arrays := context.cache.get(name):
+        outcome = Outcome.from_arrays(arrays)
+        context.report("taken from an earlier run")
+        return outcome, outcome.earlier_seconds
+    began = time.perf_counter()
+    outcome = module.run(model, *images, params, context)
+    seconds = outcome.earlier_seconds + time.perf_counter() - began
+    context.cache.put(name, **outcome.arrays(seconds))
+    return outcome, seconds
+
+
+def _spread(flags: Tensor, attacked: Tensor) -> Tensor:
+    """Flags of the attacked images as flags of all images; the others are not robust (bool N)."""
+    spread = torch.zeros_like(attacked)
+    spread[attacked] = flags.cpu()
+    return spread
