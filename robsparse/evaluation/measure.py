@@ -1,6 +1,6 @@
 """The size of a network: its weights, nonzero weights and multiply-accumulates, layer by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,40 +31,44 @@ def measure_network(model: nn.Module, image_shape: tuple[int, int, int]) -> Netw
     """
     modules = prunable(model)
     positions = _positions(model, modules, image_shape)
+    sizes = {name: module.weight.numel() for name, module in modules.items()}
+    nonzero = {name: int(m.weight.detach().count_nonzero()) for name, m in modules.items()}
+    size = sum(sizes.values())
+    columns = {
+        "prunable": size,
+        "nonzero": sum(nonzero.values()),
+        "sparsity_reached": 1 - sum(nonzero.values()) / size if size else 0.0,
+        "layers": len(modules),
+        "dense_macs": sum(sizes[name] * positions[name] for name in modules),
+        "sparse_macs": sum(nonzero[name] * positions[name] for name in modules),
+    }
     layers = [
         {
             "layer": name,
-            "size": module.weight.numel(),
-            "nonzero": int(module.weight.detach().count_nonzero()),
+            "size": sizes[name],
+            "nonzero": nonzero[name],
             "positions": positions[name],
         }
-        for name, module in modules.items()
+        for name in modules
     ]
-    size, nonzero = (sum(layer[key] for layer in layers) for key in ("size", "nonzero"))
-    columns = {
-        "prunable": size,
-        "nonzero": nonzero,
-        "sparsity_reached": 1 - nonzero / size if size else 0.0,
-        "layers": len(layers),
-        "dense_macs": sum(layer["size"] * layer["positions"] for layer in layers),
-        "sparse_macs": sum(layer["nonzero"] * layer["positions"] for layer in layers),
-    }
     return NetworkSize(columns, layers, magnitude_histogram(model))
 
 
 def _positions(
-    model: nn.Module, modules: dict[str, nn.Module], image_shape: tuple[int, int, int]
+    model: nn.Module,
+    modules: Mapping[str, nn.Conv2d | nn.Linear],
+    image_shape: tuple[int, int, int],
 ) -> dict[str, int]:
     """How often each layer applies its weights to one image; 0 for a layer that is not used."""
     positions = dict.fromkeys(modules, 0)
 
-    def remember(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            positions[name] += output.numel() // module.weight.shape[0]
+    def hook_of(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            positions[name] += output.numel() // modules[name].weight.shape[0]
 
-        return hook
+        return count
 
-    hooks = [module.register_forward_hook(remember(name)) for name, module in modules.items()]
+    hooks = [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
     device = next(iter([*model.parameters(), torch.zeros(0)])).device
     with torch.no_grad():
         model(torch.zeros(1, *image_shape, device=device))
