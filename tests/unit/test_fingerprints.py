@@ -6,6 +6,7 @@ then runs too. A key or a file that stands in no row fails. docs/staleness.md is
 
 import copy
 import dataclasses
+import importlib.machinery
 from pathlib import Path
 
 import numpy as np
@@ -548,6 +549,17 @@ def test_entry_that_is_no_module_is_refused():
         source_code.digest("robsparse.nowhere")
 
 
+def closure_of(*entries):
+    """The closure as a new process finds it."""
+    cached = (source_code.closure, source_code._places, source_code._imported, source_code.digest)
+    for function in cached:
+        function.cache_clear()
+    found = source_code.closure(*entries)
+    for function in cached:
+        function.cache_clear()
+    return found
+
+
 @pytest.mark.parametrize("line", IMPORTS)
 def test_imports_are_found_however_they_are_written(line, tmp_path, monkeypatch):
     """In a package of the user, also where another module lies beside it."""
@@ -557,16 +569,48 @@ def test_imports_are_found_however_they_are_written(line, tmp_path, monkeypatch)
     (tmp_path / "own" / "net.py").write_text(f"import torch, json\n{line}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    kept = (source_code.closure, source_code._places, source_code._imported, source_code.digest)
-    for one in kept:
-        one.cache_clear()
-    found = source_code.closure("own.net")
-    for one in kept:
-        one.cache_clear()
+    found = closure_of("own.net")
     assert IMPORTS[line] in found
     assert "own" in found
     assert "own.outside" not in found
     assert not any(name.startswith(("torch", "json")) for name in found)
+
+
+def test_module_of_a_nested_package_finds_what_lies_beside_the_package(tmp_path, monkeypatch):
+    (tmp_path / "own" / "deep").mkdir(parents=True)
+    for name in ("own/__init__", "own/deep/__init__", "neighbour"):
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "own" / "deep" / "net.py").write_text("import neighbour\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "neighbour" in closure_of("own.deep.net")
+
+
+def test_installed_packages_do_not_count_as_code_of_one_another(tmp_path, monkeypatch):
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    (site / "installed_net.py").write_text("import installed_library\n")
+    (site / "installed_library.py").write_text("")
+    monkeypatch.syspath_prepend(site)
+    assert set(closure_of("installed_net")) == {"installed_net"}
+
+
+def test_compiled_module_has_no_source(tmp_path, monkeypatch):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / f"compiled_net{suffix}").write_bytes(b"")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert closure_of("compiled_net") == {}
+
+
+def test_content_of_a_folder_is_that_of_its_files_and_their_names(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "cat").mkdir(parents=True)
+    (folder / "cat" / "1.png").write_bytes(b"one")
+    digests = [fingerprints.content(str(folder))]
+    (folder / "cat" / "1.png").write_bytes(b"other")
+    digests.append(fingerprints.content(str(folder)))
+    (folder / "cat" / "1.png").rename(folder / "cat" / "2.png")
+    digests.append(fingerprints.content(str(folder)))
+    assert len(set(digests)) == len(digests)
 
 
 # ---------------------------------------------------------------- the document
