@@ -1,4 +1,4 @@
-"""What goes wrong by a user's input or in a training run, and the sentence it is reported in."""
+"""Errors that users see, and helpers that write their messages."""
 
 import difflib
 import json
@@ -6,24 +6,25 @@ from collections.abc import Iterable
 
 
 class UsageError(Exception):
-    """Bad input. The message is one line that says what, where, and what was expected.
+    """The input is wrong.
 
-    The command line prints it and exits with 2; nothing is written.
+    The message is one line. It says what is wrong, where, and what was expected. The command line
+    prints it, writes nothing and exits with code 2.
     """
 
 
 class RunError(Exception):
-    """A run that cannot go on. The message is one line; the command line exits with 1."""
+    """A run cannot continue. The message is one line; the command line exits with code 1."""
 
 
 class TrainingError(RunError):
-    """A training run cannot go on, e.g. because its loss is no longer finite."""
+    """A training run cannot continue, e.g. because its loss is not finite."""
 
 
 def in_a_line(error: BaseException) -> str:
-    """What somebody else's code raised, as one line of at most about 200 characters."""
-    said = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """Return the type and the message of an error in one line of about 200 characters at most."""
+    message = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -33,6 +34,6 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def cut(text: str) -> str:
-    """Text cut to a readable length, in one line."""
+    """Return a text in one line of at most 80 characters."""
     text = text if text.isprintable() else json.dumps(text)[1:-1]
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON, safetensors and checksums. No torch in here."""
+"""Atomic writing of files, JSON, safetensors and checksums. This module does not import torch."""
 
 import hashlib
 import json
@@ -16,10 +16,12 @@ from robsparse.base.errors import UsageError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; rename it to `path` only on success.
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds.
 
-    A reader sees the old file or the new one, never half of one. Raises UsageError when the folder
-    cannot be written to.
+    A reader sees the old file or the complete new file.
+
+    Raises:
+        UsageError: if the folder cannot be written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +39,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UsageError if no file can be written to a folder, before hours of work for it."""
+    """Raise UsageError if no file can be written to a folder. Call this before a long run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -57,7 +59,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file. Raises UsageError when it is missing or damaged."""
+    """Read a JSON file.
+
+    Raises:
+        UsageError: if the file is missing or damaged.
+    """
     try:
         return json.loads(path.read_text())
     except OSError as error:
@@ -67,14 +73,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, framework: Literal["np", "pt"] = "np") -> dict[str, Any]:
-    """Tensors of a safetensors file by name.
+    """Return the tensors of a safetensors file by name.
 
     Args:
         path: the file.
-        framework: "np" for NumPy arrays, "pt" for tensors of torch.
+        framework: "np" for NumPy arrays, "pt" for torch tensors.
 
     Raises:
-        UsageError: if an older version wrote the file, which packed sparse tensors.
+        UsageError: if an older version of robsparse wrote the file; it packed sparse tensors.
         OSError, SafetensorError: if the file is missing or damaged.
     """
     with safe_open(path, framework=framework) as stored:
@@ -87,6 +93,6 @@ def read_tensors(path: Path, framework: Literal["np", "pt"] = "np") -> dict[str,
 
 
 def file_checksum(path: Path) -> str:
-    """First 16 hex digits of the SHA-256 of a file."""
+    """Return the first 16 hex digits of the SHA-256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Names that may stand in a path and in a command as they are."""
+"""Names that can be part of a path and of a shell command without quotes."""
 
 import re
 
@@ -7,9 +7,9 @@ NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
 
 
 def is_name(text: str) -> bool:
-    """Whether a text may be part of a path and of a command as it is.
+    """Return whether a text can be part of a path and of a shell command without quotes.
 
-    It is of letters, digits, - and _, starts with a letter or digit and is not longer than
-    LONGEST_NAME.
+    Such a text has at most LONGEST_NAME letters, digits, - and _, and starts with a letter or a
+    digit.
     """
     return len(text) <= LONGEST_NAME and re.fullmatch(NAME, text) is not None

@@ -1,4 +1,4 @@
-"""The device, threads and precision of this process."""
+"""The device, the number of threads and the precision that this process computes with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,11 @@ from robsparse.base.errors import UsageError
 
 
 def pick_device(wanted: str) -> torch.device:
-    """ "auto" is the GPU when there is one. Raises UsageError for "cuda" where there is none."""
+    """Return the device for "auto", "cuda" or "cpu"; "auto" prefers the GPU.
+
+    Raises:
+        UsageError: if `wanted` is "cuda" and torch finds no GPU.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda': torch finds no GPU here, expected 'auto' or 'cpu'")
     available = wanted in ("cuda", "auto") and torch.cuda.is_available()
@@ -18,16 +22,17 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def prepare(threads: int) -> None:
-    """Limit torch to this many CPU threads, and let fp32 be fp32 on a GPU until told otherwise."""
+    """Limit torch to this number of CPU threads, and switch tf32 off on GPUs."""
     torch.set_num_threads(threads)
     _allow_tf32(False)
 
 
 def pick_precision(wanted: str, device: torch.device) -> str:
-    """What `wanted` comes to on a device: "fp32", "tf32" or "bf16".
+    """Return the precision that is used on a device: "fp32", "tf32" or "bf16".
 
-    "auto" is bf16 where matrix units make it several times faster (an x86 CPU with AMX, a GPU from
-    Ampere on), else fp32. Says so in one line where a wish cannot be had.
+    "auto" selects bf16 if the device has matrix units for it (an x86 CPU with AMX, or a GPU of the
+    generation Ampere or later), and fp32 otherwise. If the device has no tf32, the function prints
+    one line and returns "fp32".
     """
     on_gpu = device.type == "cuda"
     ampere = on_gpu and torch.cuda.get_device_capability(device)[0] >= 8
@@ -40,15 +45,14 @@ def pick_precision(wanted: str, device: torch.device) -> str:
 
 
 def _has_amx() -> bool:
-    known: dict[str, bool] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # not there before torch 2.10
+    # torch before 2.10 has no get_capabilities.
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("amx_bf16", False))
 
 
 @contextmanager
 def computing(precision: str, device: torch.device) -> Iterator[None]:
-    """Compute in fp32, tf32 or bf16 (autocast: weights stay fp32) inside the block."""
+    """Compute in fp32, tf32 or bf16 inside the block. bf16 uses autocast; weights stay fp32."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     _allow_tf32(precision == "tf32")
     try:
@@ -63,25 +67,26 @@ def _allow_tf32(allowed: bool) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as printed in records and under tables."""
+    """Return the name of a device that records and tables print."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
 
 
 def laid_out(x_NCHW: Tensor, precision: str) -> Tensor:
-    """Images as the convolutions of that precision want them: those of matrix units, channels last.
+    """Return images in the memory format that suits a precision.
 
-    (In fp32, on a CPU, some networks train faster one way and some the other.)
+    tf32 and bf16 use matrix units, which are faster with channels last. fp32 keeps channels first:
+    on a CPU some networks are faster with one format and some with the other.
     """
     last = torch.contiguous_format if precision == "fp32" else torch.channels_last
     return x_NCHW.contiguous(memory_format=last)
 
 
 def precision_note(crafting: str, training: str) -> str:
-    """What is said after a device's name about a network that was trained there; fp32 goes unsaid.
+    """Return what tables print about precision after the name of the training device.
 
-    E.g. ", bf16" or ", bf16 while crafting".
+    E.g. ", bf16" or ", bf16 while crafting"; empty for fp32.
     """
     if crafting == training:
         return "" if training == "fp32" else f", {training}"
@@ -90,14 +95,17 @@ def precision_note(crafting: str, training: str) -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process: allocated by torch on a GPU, resident on a CPU."""
+    """Return the peak memory of this process in MiB.
+
+    On a GPU it is the memory that torch allocated, on a CPU the resident memory.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # noqa: PLC0415 (not available on every platform torch runs on)
+    import resource  # noqa: PLC0415 (not every platform has this module)
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on a GPU or elsewhere."""
+    """Return whether an error says that the memory of the GPU or of the CPU was too small."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)

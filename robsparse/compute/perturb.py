@@ -1,6 +1,7 @@
 """Inner maximisation: projected gradient ascent inside the L-inf or L2 ball and the [0,1] box.
 
-Used while training and, with a different loss and more steps, by the PGD attack of the evaluation.
+Adversarial training uses it. The PGD attack of the evaluation uses it with another loss and more
+steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Length of all steps together, as a multiple of eps, of the BCS authors' evaluation.
+# Sum of the lengths of all steps in the BCS authors' evaluation, as a multiple of eps.
 RELATIVE_STEP = 2.5
 
 Loss = Callable[[Tensor], Tensor]  # logits_NK -> scalar to be maximised
@@ -31,7 +32,7 @@ def batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
 
 @contextmanager
 def no_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """Compute no parameter gradients inside the block, whatever the code there asks for."""
+    """Compute no gradients of parameters inside the block, even if its code asks for them."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -43,7 +44,7 @@ def no_parameter_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def uniform_start(x: Tensor, eps: float, generator: torch.Generator, norm: str = "Linf") -> Tensor:
-    """x plus a perturbation drawn uniformly from the ball, clipped to [0,1]."""
+    """Return x plus a perturbation that is drawn uniformly from the ball, clipped to [0,1]."""
     options: dict[str, Any] = {"generator": generator, "device": x.device, "dtype": x.dtype}
     if norm == "Linf":
         return (x + eps * (2 * torch.rand(x.shape, **options) - 1)).clamp(0, 1)
@@ -59,19 +60,22 @@ def length(change_NCHW: Tensor, norm: str) -> Tensor:
 
 
 def _unit(change: Tensor) -> Tensor:
-    """Each image's change scaled to L2 length 1; where it is 0 it stays so."""
+    """Scale the change of each image to L2 length 1; a change of 0 stays 0."""
     lengths = change.flatten(1).norm(dim=1).clamp(min=1e-12)
     return change / lengths.view(-1, *[1] * (change.ndim - 1))
 
 
 def _project(change: Tensor, eps: float) -> Tensor:
-    """Each image's change, shortened to L2 length eps if it is longer."""
+    """Shorten the change of each image to L2 length eps if it is longer."""
     lengths = change.flatten(1).norm(dim=1)
     return change * (eps / lengths.clamp(min=eps)).view(-1, *[1] * (change.ndim - 1))
 
 
 def gaussian_start(x: Tensor, eps: float, generator: torch.Generator, norm: str = "Linf") -> Tensor:
-    """x plus 0.001 * N(0, 1), the start of TRADES; the first projection brings it into the ball."""
+    """Return x + 0.001 * N(0, 1), the start of TRADES.
+
+    The result may lie outside the ball; the first projection corrects this.
+    """
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return x + 0.001 * noise
 
@@ -89,20 +93,24 @@ def ascend(
 ) -> Tensor:
     """Maximise `loss` of the logits by `steps` steps of the signed or normalised gradient.
 
+    Gradients of parameters are not computed and not changed.
+
     Args:
-        x: clean images x_NCHW in [0,1], the centre of the ball.
-        start: first iterate, same shape.
+        model: maps images x_NCHW to logits_NK.
+        x: clean images x_NCHW in [0,1], the centre of the ball. N may be 0.
+        start: first iterate, same shape as x.
         loss: maps logits_NK to a scalar.
-        eps: radius; step_size: length of all steps, or of each; in pixel units and the norm.
+        eps: radius of the ball in `norm`, in pixel units.
+        step_size: length of each step in `norm`, in pixel units; one value, or one for each step.
+        steps: number of steps.
         norm: "Linf" or "L2".
 
     Returns:
-        Images in [0,1] within eps of x, detached; of no images none. Parameter gradients are
-        neither computed nor touched.
+        Images in [0,1] within eps of x, detached.
 
     Source: Madry et al., ICLR 2018, section 2.1.
     """
-    if len(x) == 0:  # which not every layer can be given
+    if len(x) == 0:  # some layers fail on an empty batch
         return start.detach()
     sizes = [step_size] * steps if isinstance(step_size, float | int) else step_size
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
@@ -121,11 +129,11 @@ def ascend(
 
 
 def cross_entropy_of(y: Tensor) -> Loss:
-    """The sum over images of the cross entropy with labels y_N."""
+    """Return the loss: the sum over images of the cross entropy with labels y_N."""
     return lambda logits: F.cross_entropy(logits, y, reduction="sum")
 
 
 def divergence_from(clean_logits: Tensor) -> Loss:
-    """The sum over images of KL(clean || perturbed)."""
+    """Return the loss: the sum over images of KL(clean || perturbed)."""
     target = F.softmax(clean_logits.detach(), dim=1)
     return lambda logits: F.kl_div(F.log_softmax(logits, dim=1), target, reduction="sum")

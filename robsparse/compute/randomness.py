@@ -1,5 +1,6 @@
-"""The random numbers of the whole process, which a network or a method may draw without a generator
-of its own: those of torch (dropout), NumPy and Python.
+"""The global random number generators of torch, NumPy and Python.
+
+A network or a method may use them, e.g. in dropout layers.
 """
 
 import random
@@ -10,14 +11,17 @@ import torch
 
 
 def seed(number: int) -> None:
-    """Start all of them anew from a number >= 0."""
+    """Seed all global generators with a number >= 0."""
     torch.manual_seed(number)
-    np.random.seed(number % 2**32)  # noqa: NPY002 (these are the ones meant)
+    np.random.seed(number % 2**32)  # noqa: NPY002 (the global generator is meant)
     random.seed(number)
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """Where they are, in tensors and numbers; of GPUs that of `device`."""
+    """Return the states of all global generators as tensors and numbers.
+
+    Of all GPUs only the generator of `device` is included.
+    """
     numpy = np.random.get_state(legacy=False)  # noqa: NPY002
     key = numpy["state"]["key"].tolist()
     return {
@@ -29,7 +33,7 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any], device: torch.device) -> None:
-    """Go back to where `state` was taken."""
+    """Set all global generators to a state that the function `state` returned."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["device"], device)

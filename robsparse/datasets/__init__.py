@@ -1,7 +1,7 @@
 """Data sets, one file each: images as float32 x_NCHW in [0,1], labels as int64 y_N.
 
-Every split is fixed by the data set's own seed, never by the seed of a run, so that all methods
-and seeds are selected on the same validation images and tested on the same test images.
+The seed of a data set decides its splits; the seed of a run does not. All methods and seeds
+therefore use the same validation images and the same test images.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ class Part:
         return len(self.y_N)
 
     def to(self, device: torch.device) -> "Part":
-        """The same images on another device."""
+        """Return the same images and labels on another device."""
         return Part(self.x_NCHW.to(device), self.y_N.to(device))
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint training, validation and test images. Training code is never handed `test`."""
+    """Disjoint training, validation and test images. Training code never receives `test`."""
 
     train: Part
     validation: Part
@@ -41,12 +41,12 @@ class Splits:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
+        """Channels, height and width of an image."""
         channels, height, width = self.train.x_NCHW.shape[1:]
         return channels, height, width
 
     def checksum(self) -> str:
-        """SHA-256 over all images and labels, in order."""
+        """Return the first 16 hex digits of the SHA-256 of all images and labels, in order."""
         digest = hashlib.sha256()
         for part in (self.train, self.validation, self.test):
             digest.update(part.x_NCHW.contiguous().numpy().tobytes())
@@ -55,7 +55,10 @@ class Splits:
 
 
 def describe(name: str, params: Strict) -> Description:
-    """Shape and sizes of a data set; it is only loaded where they are not known in advance."""
+    """Return the image shape and the sizes of a data set.
+
+    The data set is loaded only if they are not known without it.
+    """
     known = params.description() if hasattr(params, "description") else None
     if known is not None and known.classes is not None:
         return known
@@ -65,5 +68,5 @@ def describe(name: str, params: Strict) -> Description:
 
 
 def load(name: str, params: Strict) -> Splits:
-    """The fixed splits of a registered data set."""
+    """Load the splits of a registered data set."""
     return registry.load("dataset", name).load(params)

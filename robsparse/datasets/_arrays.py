@@ -1,4 +1,4 @@
-"""From arrays to images: what is accepted, what is refused, how validation images are held out."""
+"""Converts arrays to images, checks them, and splits off the validation images."""
 
 import zipfile
 from pathlib import Path
@@ -13,9 +13,15 @@ from robsparse.schema.imagesets import Images
 
 
 def held_out(part: Part, params: Images, name: str) -> tuple[Part, Part]:
-    """Training and validation images, the latter stratified by class.
+    """Split images into training and validation images, stratified by class.
 
-    Raises UsageError when there are too few images for it.
+    Args:
+        part: the images to split.
+        params: number of validation images, and the seed that draws them.
+        name: of the data set, for messages.
+
+    Raises:
+        UsageError: if there are too few images.
     """
     try:
         train, validation = train_test_split(
@@ -26,20 +32,24 @@ def held_out(part: Part, params: Images, name: str) -> tuple[Part, Part]:
         )
     except ValueError as error:
         raise UsageError(
-            f"datasets.{name}.validation_examples = {params.validation_examples}: cannot be held "
-            f"out of {len(part)} training images ({error})"
+            f"datasets.{name}.validation_examples = {params.validation_examples}: cannot split "
+            f"{len(part)} training images like this ({error})"
         ) from None
     kept, held = torch.tensor(train), torch.tensor(validation)
     return Part(part.x_NCHW[kept], part.y_N[kept]), Part(part.x_NCHW[held], part.y_N[held])
 
 
 def as_part(images: np.ndarray, labels: np.ndarray, where: str, classes: int | None = None) -> Part:
-    """Images and labels as float32 x_NCHW in [0,1] and int64 y_N.
+    """Convert images and labels to float32 x_NCHW in [0,1] and int64 y_N.
 
-    images: uint8 0..255 or floats in [0,1], as N,H,W or N,H,W,C or N,C,H,W with C of 1 or 3.
-    labels: whole numbers from 0, below `classes` if that is given.
+    Args:
+        images: uint8 0..255 or floats in [0,1], as N,H,W or N,H,W,C or N,C,H,W with C of 1 or 3.
+        labels: integers from 0, one for each image.
+        where: start of error messages, e.g. the path of the file.
+        classes: number of classes, if it is known; labels are below it.
 
-    Raises UsageError that starts with `where` and says what was found.
+    Raises:
+        UsageError: if an array has another shape, type or range.
     """
     x_NCHW = _channels_first(images, where)
     if x_NCHW.dtype == np.uint8:
@@ -53,8 +63,8 @@ def as_part(images: np.ndarray, labels: np.ndarray, where: str, classes: int | N
         )
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise UsageError(
-            f"{where}: expected labels as whole numbers, one an image, found {labels.dtype} of "
-            f"shape {labels.shape}"
+            f"{where}: expected labels as whole numbers, one for each image, found {labels.dtype} "
+            f"of shape {labels.shape}"
         )
     if len(labels) != len(pixels):
         raise UsageError(f"{where}: found {len(pixels)} images but {len(labels)} labels")
@@ -88,9 +98,10 @@ def _channels_first(images: np.ndarray, where: str) -> np.ndarray:
 
 
 def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The wanted arrays of an npz file; nothing is unpickled.
+    """Read some arrays of an npz file. Nothing is unpickled.
 
-    Raises UsageError when the file is missing or damaged or lacks one.
+    Raises:
+        UsageError: if the file is missing or damaged, or if it lacks one of the arrays.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -111,9 +122,15 @@ def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def pseudo_labelled(path: Path, image_shape: tuple[int, int, int], classes: int) -> Part:
-    """Extra images for robust self-training: the arrays `images` and `labels` of an npz file.
+    """Read extra images for robust self-training from an npz file.
 
-    Raises UsageError when they are not of the data set's shape and classes.
+    Args:
+        path: the file, with the arrays `images` and `labels`.
+        image_shape: channels, height and width of the data set's images.
+        classes: number of classes of the data set.
+
+    Raises:
+        UsageError: if the file is not readable or does not fit the data set.
     """
     stored = read_npz(path, ("images", "labels"))
     part = as_part(stored["images"], stored["labels"], str(path), classes)

@@ -1,4 +1,4 @@
-"""Data sets that torchvision knows: its download and checksums, our splits."""
+"""Data sets of torchvision: torchvision downloads and checks them, this module splits them."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,17 @@ from robsparse.thirdparty.torchvision_repair import import_torchvision
 
 
 def load(name: str, class_name: str, params: Downloaded, **which: Any) -> Splits:
-    """Official training and test images of a data set; validation images come out of the former.
+    """Load a data set; split the validation images off the official training images.
 
-    name: as in a study. class_name: torchvision's. which: for "train" and "test", the arguments
-    that make torchvision's class give that part.
+    Args:
+        name: name of the data set in a study.
+        class_name: name of its class in torchvision.
+        params: where the data is and how it is split.
+        which: for "train" and "test", the arguments of torchvision's class for that part.
 
-    Raises UsageError that names the ways to supply the data when it is neither there nor to be had.
+    Raises:
+        UsageError: if the data is not on this machine and cannot be downloaded. The message names
+            the ways to supply it.
     """
     make = getattr(import_torchvision().datasets, class_name)
     folder = Path(params.data_dir)
@@ -34,26 +39,26 @@ def load(name: str, class_name: str, params: Downloaded, **which: Any) -> Splits
 
 
 def _present(make: Any, name: str, folder: Path, params: BaseModel, which: dict[str, Any]) -> Any:
-    """torchvision's data set from disk, downloaded first if it is not there."""
+    """Return torchvision's data set; download it if it is not on disk."""
     try:
         return make(root=folder, download=False, **which)
-    except RuntimeError:  # not there, or damaged
+    except RuntimeError:  # missing or damaged
         pass
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / f".{name}.lock"):  # jobs of a study start together
+        with filelock.FileLock(folder / f".{name}.lock"):  # several jobs may download at once
             return make(root=folder, download=True, **which)
     except (OSError, RuntimeError) as error:
         raise UsageError(
-            f"datasets.{name}: not in '{folder}' and not to be downloaded ({_short(error)}); "
-            f"supply it in one of three ways: an existing copy, named by datasets.{name}.data_dir; "
-            "a run of this command where there is a network, which downloads it there; or the same "
-            "images as the data set 'imagefolder' or 'npz'"
+            f"datasets.{name}: not found in '{folder}', and the download failed "
+            f"({_short(error)}); do one of three things: set datasets.{name}.data_dir to an "
+            "existing copy; run this command with an internet connection, which downloads it; or "
+            "supply the same images as the data set 'imagefolder' or 'npz'"
         ) from None
 
 
 def _labels(found: Any) -> np.ndarray:
-    """Class of each image, under the name that torchvision's class has for it."""
+    """Return the class of each image. torchvision calls it `targets` or `labels`."""
     return np.asarray(found.targets if hasattr(found, "targets") else found.labels)
 
 

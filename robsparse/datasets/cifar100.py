@@ -10,17 +10,17 @@ from robsparse.schema.imagesets import Augmentation, Description, Downloaded
 
 
 class Params(Downloaded):
-    """data_dir: where cifar-100-python/ or its archive is, or is downloaded to."""
+    """data_dir: folder of cifar-100-python/ or its archive; missing data is downloaded to it."""
 
     classes: ClassVar[int] = 100
     augmentation: Augmentation = Augmentation(kind="shift", flip=True)
 
     def description(self) -> Description:
-        """Known without the images."""
+        """Return shape and sizes, which are known without the images."""
         return self.described((3, 32, 32), self.classes, train=50_000, test=10_000)
 
 
 def load(params: Params) -> Splits:
-    """Official test images in their order; validation images come out of the training images."""
+    """Load the official test images in their order; split off validation from training images."""
     which = {"train": {"train": True}, "test": {"train": False}}
     return _torchvision.load("cifar100", "CIFAR100", params, **which)

@@ -14,7 +14,7 @@ from robsparse.schema.imagesets import Augmentation, Description
 
 
 class Params(Strict):
-    """Sizes of the held-out parts (stratified by class) and the seed that draws them."""
+    """Sizes of validation and test parts (stratified by class), and the seed that draws them."""
 
     validation_examples: int = Field(200, ge=10, le=800)
     test_examples: int = Field(400, ge=10, le=800)
@@ -22,13 +22,13 @@ class Params(Strict):
     augmentation: Augmentation = Augmentation()
 
     def description(self) -> Description:
-        """Known without the images."""
+        """Return shape and sizes, which are known without the images."""
         held_out = self.validation_examples, self.test_examples
         return Description((1, 8, 8), 10, 1797 - sum(held_out), *held_out)
 
 
 def load(params: Params) -> Splits:
-    """Split the digits; what is not held out is for training."""
+    """Split the digits into test, validation and training images."""
     digits = load_digits()
     rest, test = train_test_split(
         range(len(digits.target)),

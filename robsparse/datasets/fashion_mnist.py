@@ -12,7 +12,7 @@ from robsparse.base.files import atomic
 from robsparse.datasets import Splits, _torchvision
 from robsparse.schema.imagesets import Augmentation, Description, Downloaded
 
-# Where Debian's package dataset-fashion-mnist puts the four .gz files.
+# Debian's package dataset-fashion-mnist puts the four .gz files here.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FILES = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -20,29 +20,29 @@ FILES = tuple(
 
 
 class Params(Downloaded):
-    """data_dir: where FashionMNIST/raw/ is, or is put.
+    """data_dir: folder of FashionMNIST/raw/; missing data is downloaded or unpacked to it.
 
-    The four .gz files of the data set may also lie in data_dir itself, or be those of Debian's
-    package dataset-fashion-mnist.
+    The four .gz files of the data set may be in data_dir, or in the folder of Debian's package
+    dataset-fashion-mnist.
     """
 
     classes: ClassVar[int] = 10
     augmentation: Augmentation = Augmentation(kind="shift", flip=True)
 
     def description(self) -> Description:
-        """Known without the images."""
+        """Return shape and sizes, which are known without the images."""
         return self.described((1, 28, 28), self.classes, train=60_000, test=10_000)
 
 
 def load(params: Params) -> Splits:
-    """Official test images in their order; validation images come out of the training images."""
+    """Load the official test images in their order; split off validation from training images."""
     _unpack_local_copy(Path(params.data_dir))
     which = {"train": {"train": True}, "test": {"train": False}}
     return _torchvision.load("fashion_mnist", "FashionMNIST", params, **which)
 
 
 def _unpack_local_copy(folder: Path) -> None:
-    """Unpack .gz files found on this machine to where torchvision looks; it takes no links."""
+    """Unpack local .gz files to the folder that torchvision reads; it does not accept links."""
     raw = folder / "FashionMNIST" / "raw"
     for source in (folder, DEBIAN):
         if all((source / f"{name}.gz").exists() for name in FILES):

@@ -1,7 +1,7 @@
-"""Images of one's own in folders: train/<class>/* and test/<class>/*.
+"""Your own images in folders: train/<class>/* and test/<class>/*.
 
-All images have one size. They are decoded once; the pixels are kept in a cache file that is named
-by the content of all images, so that a changed image is never missed.
+All images have the same size. They are decoded once, and a cache file keeps the pixels. The name of
+the cache file is a digest of all images, so a changed image leads to a new cache file.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from robsparse.datasets._arrays import as_part, held_out
 from robsparse.schema.fields import CONTENT, PLACE
 from robsparse.schema.imagesets import Augmentation, Images
 
-NEEDED = ("data_dir",)  # parameters that name what has to be there
+NEEDED = ("data_dir",)  # parameters with a path that must exist
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp"}
 
 
 class Params(Images):
-    """data_dir holds train/ and test/; cache_dir keeps the decoded pixels."""
+    """data_dir: folder of train/ and test/. cache_dir: folder for the decoded pixels."""
 
     data_dir: Annotated[str, CONTENT]
     cache_dir: Annotated[str, PLACE] = "data/cache"
@@ -36,10 +36,14 @@ class Params(Images):
 
 
 def load(params: Params) -> Splits:
-    """Classes are the folders' names in order, grey images have one channel if all are grey.
+    """Load the images. The classes are the names of the folders in alphabetical order.
 
-    Test images come in one shuffled order, always the same, so that the first n of them are a fair
-    sample of the classes. Raises UsageError naming the folder or image that is wrong.
+    The images have one channel if all of them are grey, and three channels otherwise. Test images
+    are shuffled, always in the same way, so that the first n of them are a fair sample of the
+    classes.
+
+    Raises:
+        UsageError: if a folder or an image is wrong. The message names it.
     """
     root = Path(params.data_dir)
     classes = _classes(root)
@@ -58,25 +62,24 @@ def _classes(root: Path) -> list[str]:
     found = {}
     for part in ("train", "test"):
         if not (root / part).is_dir():
-            raise UsageError(f"{root / part}: no such folder, expected one folder a class in it")
+            raise UsageError(f"{root / part}: no such folder, expected one folder for each class")
         found[part] = sorted(p.name for p in (root / part).iterdir() if p.is_dir())
     if len(found["train"]) < 2:
         raise UsageError(
-            f"{root / 'train'}: expected at least two folders, one a class, found "
+            f"{root / 'train'}: expected at least two folders, one for each class, found "
             f"{len(found['train'])}"
         )
     odd = sorted(set(found["train"]) ^ set(found["test"]))
     if odd:
         where = "train" if odd[0] in found["train"] else "test"
         raise UsageError(
-            f"{root}: expected the same classes in train and test, found '{odd[0]}' in {where} "
-            "alone"
+            f"{root}: expected the same classes in train and test, found '{odd[0]}' only in {where}"
         )
     return found["train"]
 
 
 def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """Every image of a part with its label."""
+    """Return the path and the label of every image of a part."""
     found = []
     for label, name in enumerate(classes):
         images = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
@@ -91,13 +94,13 @@ def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 def _decoded(
     root: Path, files: dict[str, list[tuple[Path, int]]], cache_dir: Path
 ) -> dict[str, np.ndarray]:
-    """Pixels (uint8 N,H,W,C) and labels of both parts, from the cache or decoded into it."""
+    """Return pixels (uint8 N,H,W,C) and labels of both parts; fill the cache if it is empty."""
     cache = cache_dir / f"{_content(root, files)}.npz"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{cache_dir}: cannot keep decoded images here ({error})") from None
-    with filelock.FileLock(cache.with_suffix(".lock")):  # one of several jobs decodes
+        raise UsageError(f"{cache_dir}: cannot store decoded images here ({error})") from None
+    with filelock.FileLock(cache.with_suffix(".lock")):  # of several jobs only one decodes
         if not cache.exists():
             arrays: dict[str, Any] = dict(_decode(files))
             with atomic(cache) as temporary, temporary.open("wb") as handle:
@@ -107,7 +110,7 @@ def _decoded(
 
 
 def _content(root: Path, files: dict[str, list[tuple[Path, int]]]) -> str:
-    """Digest of the names and bytes of all images."""
+    """Return a digest of the names and bytes of all images."""
     digest = hashlib.sha256()
     for path, _ in _all(files):
         content = path.read_bytes()

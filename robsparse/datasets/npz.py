@@ -1,7 +1,7 @@
-"""Images of one's own in one npz file: train_images, train_labels, test_images, test_labels.
+"""Your own images in one npz file: train_images, train_labels, test_images, test_labels.
 
 Images are uint8 (0..255) or floats in [0,1], as N,H,W or N,H,W,C or N,C,H,W; labels are whole
-numbers from 0. The test images are attacked in the order of the file.
+numbers from 0. The evaluation attacks the test images in the order of the file.
 """
 
 from pathlib import Path
@@ -15,17 +15,17 @@ from robsparse.datasets._arrays import as_part, held_out, read_npz
 from robsparse.schema.fields import CONTENT
 from robsparse.schema.imagesets import Description, Images, image_shape, shapes_in_npz
 
-NEEDED = ("file",)  # parameters that name what has to be there
+NEEDED = ("file",)  # parameters with a path that must exist
 
 
 class Params(Images):
-    """file: where it is. validation_examples are held out of the training images."""
+    """file: path of the file. validation_examples: number taken from the training images."""
 
     file: Annotated[str, CONTENT]
     validation_examples: int = Field(1000, ge=10)
 
     def description(self) -> Description | None:
-        """What the headers of the file say; the number of classes is in the labels."""
+        """Return shape and sizes from the headers of the file, without the number of classes."""
         shapes = shapes_in_npz(self.file)
         train, test = shapes.get("train_images", ()), shapes.get("test_images", ())
         shape = image_shape(train)
@@ -33,7 +33,11 @@ class Params(Images):
 
 
 def load(params: Params) -> Splits:
-    """Read the file. Raises UsageError with what was found where something else was expected."""
+    """Read the file.
+
+    Raises:
+        UsageError: if an array is missing or wrong.
+    """
     path = Path(params.file)
     names = ("train_images", "train_labels", "test_images", "test_labels")
     stored = read_npz(path, names)

@@ -1,6 +1,9 @@
-"""Architectures. A file lists the names that it builds in NAMES and defines Params and `build`.
+"""Architectures. Each file defines these names:
 
-SMALLEST: pixels a side of the smallest images that it is for, a number or one for each name.
+NAMES: the architectures that the file builds.
+SMALLEST: the smallest side of the images in pixels; one number, or one for each name.
+Params: the parameters of the architectures.
+build: returns a network.
 """
 
 from torch import nn
@@ -10,8 +13,14 @@ from robsparse.schema import Strict
 
 
 def build(name: str, params: Strict, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A freshly initialised network that maps x_NCHW in [0,1] to logits_NK.
+    """Return a new network that maps x_NCHW in [0,1] to logits_NK.
 
-    The weights are drawn from torch's global generator: seed it first.
+    The initial weights are drawn from torch's global generator; seed it first.
+
+    Args:
+        name: of the architecture.
+        params: its parameters.
+        image_shape: channels, height and width of the images.
+        classes: number of logits.
     """
     return registry.load("arch", name).build(name, params, image_shape, classes)

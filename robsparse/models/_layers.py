@@ -1,4 +1,4 @@
-"""What the architectures share: normalisation, convolutions, a residual block, initial weights."""
+"""Parts of several architectures: normalisation, convolutions, residual block, initial weights."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from robsparse.schema.fields import Normalised
 
 
 class Normalise(nn.Module):
-    """(x - mean) / std of each channel: x_NCHW in [0,1] -> x_NCHW.
+    """Compute (x - mean) / std for each channel: x_NCHW in [0,1] -> x_NCHW.
 
-    mean and std are buffers of C values: saved with the weights, never trained. Weights that were
-    trained behind a normalisation are therefore refused by a network without one.
+    mean and std are buffers of C values. They are saved with the weights and never trained. A
+    network without this layer therefore refuses the weights of a network with it.
     """
 
     mean: Tensor
@@ -30,10 +30,10 @@ class Normalise(nn.Module):
 
 
 class TensorFlowConv2d(nn.Conv2d):
-    """3x3 convolution of stride 2, padded with zeros as TensorFlow's 'SAME' does.
+    """3x3 convolution of stride 2 with the zero padding of TensorFlow's 'SAME'.
 
-    x_NCHW -> (N, outputs, H/2, W/2), rounded up. Even sides are padded at the bottom and right
-    alone, odd ones at both ends, as by PyTorch's padding=1.
+    x_NCHW -> (N, outputs, H/2, W/2), rounded up. If a side is even, zeros are added only at the
+    bottom or right. If it is odd, zeros are added at both ends, as with PyTorch's padding=1.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -43,7 +43,7 @@ class TensorFlowConv2d(nn.Conv2d):
         return super().forward(self.padded(x_NCHW))
 
     def padded(self, x_NCHW: Tensor) -> Tensor:
-        """The images with the zeros that this convolution adds."""
+        """Return the images with the zeros that this convolution adds."""
         height, width = x_NCHW.shape[-2:]
         return functional.pad(x_NCHW, (width % 2, 1, height % 2, 1))
 
@@ -51,7 +51,9 @@ class TensorFlowConv2d(nn.Conv2d):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with BN, added to the input: x_NCHW -> (N, width, H/stride, W/stride).
 
-    Source: He et al. (CVPR 2016), figure 5, left; where the shape changes, option B of section 3.3.
+    If the shape changes, the shortcut is a 1x1 convolution with BN.
+
+    Source: He et al. (CVPR 2016), figure 5, left, with option B of section 3.3.
     """
 
     expansion = 1
@@ -71,26 +73,30 @@ class BasicBlock(nn.Module):
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, padding: str = "symmetric") -> nn.Conv2d:
-    """3x3 convolution without bias that keeps the size (stride 1) or halves it, rounded up (2)."""
+    """Return a 3x3 convolution without bias.
+
+    Stride 1 keeps the size; stride 2 halves it and rounds up. `padding` is "symmetric" or
+    "tensorflow".
+    """
     if stride == 2 and padding == "tensorflow":
         return TensorFlowConv2d(inputs, outputs)
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
 def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution without bias; with stride 2 it sees pixels 0, 2, 4, ... of each side."""
+    """Return a 1x1 convolution without bias; with stride 2 it reads every second pixel."""
     return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """What a residual block adds to its branch: the input, projected where the shape changes."""
+    """Return the shortcut of a residual block: the identity, or a projection to a new shape."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
 
 
 def mean_and_classify(features: int, classes: int) -> dict[str, nn.Module]:
-    """The end of a residual network: mean over the whole map, then one linear layer."""
+    """Return the last layers of a residual network: mean over the whole map, one linear layer."""
     return {
         "pool": nn.AdaptiveAvgPool2d(1),
         "flatten": nn.Flatten(),
@@ -101,9 +107,16 @@ def mean_and_classify(features: int, classes: int) -> dict[str, nn.Module]:
 def network(
     name: str, params: Normalised, channels: int, layers: dict[str, nn.Module]
 ) -> nn.Sequential:
-    """The layers in a row, freshly initialised, behind `normalise` if the parameters ask for it.
+    """Return a network of the layers in order, with new initial weights.
 
-    Raises UsageError unless there is a mean and a std for each channel of the images.
+    Args:
+        name: of the architecture, for messages.
+        params: if they contain mean and std, the first layer is `normalise`.
+        channels: number of channels of the images.
+        layers: the layers by name.
+
+    Raises:
+        UsageError: if mean and std do not have one value for each channel.
     """
     first: dict[str, nn.Module] = {}
     if params.mean is not None and params.std is not None:
@@ -130,10 +143,13 @@ def require_size(name: str, image_shape: tuple[int, int, int], side: int) -> Non
 
 
 def he_truncated_normal(module: nn.Module) -> None:
-    """Initialise one layer as He et al. (2015) do, from a normal cut at two standard deviations."""
+    """Draw the weights of a layer as in He et al. (2015); set its biases to 0.
+
+    The distribution is a normal one, truncated at two standard deviations.
+    """
     if isinstance(module, nn.Conv2d | nn.Linear):
         fan_in = module.weight[0].numel()
-        # Cutting at 2 sigma leaves this share of the standard deviation.
+        # The truncation multiplies the standard deviation by this number.
         std = (2 / fan_in) ** 0.5 / 0.87962566103423978
         with torch.no_grad():
             nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)

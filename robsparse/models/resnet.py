@@ -1,9 +1,12 @@
 """ResNet-18, 34 and 50 for 32x32 images: a 3x3 first convolution of stride 1, no max-pool.
 
 Source: the BCS authors' repository (IGITUGraz/SparseAdversarialTraining), behaviour of
-models/sparse_resnet.py. What differs: where a stride-2 convolution pads (`padding` can switch to
-the authors' way); PyTorch's batch norm keeps the unbiased variance in its running statistics,
-TensorFlow's the biased one; the final mean is over the whole map, whatever its size.
+models/sparse_resnet.py.
+
+Differs from the authors' code:
+- the padding of convolutions of stride 2 (`padding: tensorflow` is theirs);
+- the running variance of batch norm: PyTorch uses the unbiased variance, TensorFlow the biased one;
+- the last mean is over the whole map for images of any size.
 """
 
 from typing import Literal
@@ -27,10 +30,11 @@ SMALLEST = 8  # pixels a side of the images
 
 
 class Params(Normalised):
-    """padding: zeros around what a 3x3 convolution of stride 2 sees.
+    """padding: where a 3x3 convolution of stride 2 adds zeros.
 
-    "symmetric": one on every side. "tensorflow": on sides of even length at the bottom and right
-    alone, as the BCS authors' TensorFlow does. Trained weights fit one of the two.
+    "symmetric": one row or column on every side. "tensorflow": as the BCS authors' TensorFlow; if
+    a side is even, only at the bottom or right. Trained weights need the padding that they were
+    trained with.
     """
 
     padding: Literal["symmetric", "tensorflow"] = "symmetric"
@@ -39,7 +43,7 @@ class Params(Normalised):
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions with BN, added to the input.
 
-    x_NCHW -> (N, 4*width, H/stride, W/stride). The stride is that of the 3x3 convolution.
+    x_NCHW -> (N, 4*width, H/stride, W/stride). The 3x3 convolution has the stride.
     Source: He et al. (CVPR 2016), figure 5, right.
     """
 
@@ -63,7 +67,7 @@ class Bottleneck(nn.Module):
         return functional.relu(out + self.shortcut(x_NCHW))
 
 
-# The block and how many of them each of the four stages has.
+# The kind of block, and the number of blocks in each of the four stages.
 STAGES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -72,10 +76,12 @@ STAGES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
 
 
 def build(name: str, params: Params, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """conv1, stage1..stage4 of widths 64, 128, 256, 512, mean, classifier: x_NCHW -> logits_NK.
+    """Build conv1, stage1..stage4 (widths 64, 128, 256, 512), mean, classifier.
 
-    Stages 2 to 4 halve the map, rounding up. Raises UsageError for images smaller than 8 pixels a
-    side, and as `network` does.
+    x_NCHW in [0,1] -> logits_NK. Stages 2 to 4 halve the map and round up.
+
+    Raises:
+        UsageError: if a side of the images is below 8 pixels, or as `network` does.
     """
     require_size(name, image_shape, SMALLEST)
     block, depths = STAGES[name]

@@ -17,22 +17,26 @@ SMALLEST = {"small_cnn": 5, "small_resnet": 4}  # pixels a side of the images
 
 
 class Params(Normalised):
-    """width: channels of the first convolution, in 1..1024; the later ones have 2 and 4 times as
-    many.
+    """width: number of channels of the first convolution, in 1..1024.
+
+    Later convolutions have 2 and 4 times as many channels.
     """
 
     width: PositiveInt = Field(16, le=1024)
 
 
 def build(name: str, params: Params, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """One of the two networks, x_NCHW in [0,1] -> logits_NK.
+    """Build one of the two networks: x_NCHW in [0,1] -> logits_NK.
 
     small_cnn: three 3x3 convolutions (strides 1, 2, 2) with BN and ReLU, 2x2 mean pool, one linear
     layer. small_resnet: a 3x3 convolution, three basic residual blocks (strides 1, 2, 2), mean
     over the whole map, one linear layer.
 
-    Weights start from a truncated normal of variance 2 / fan_in, biases from 0. Raises UsageError
-    for images smaller than 5 (small_cnn) or 4 pixels a side, and as `network` does.
+    Initial weights are drawn from a truncated normal of variance 2 / fan_in; biases are 0.
+
+    Raises:
+        UsageError: if a side of the images is below 5 (small_cnn) or 4 pixels (small_resnet), or
+            as `network` does.
     """
     layers = _cnn if name == "small_cnn" else _resnet
     require_size(name, image_shape, SMALLEST[name])
@@ -45,7 +49,7 @@ def _cnn(width: int, image_shape: tuple[int, int, int], classes: int) -> dict[st
     for out, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
         layers += [conv3x3(channels, out, stride), nn.BatchNorm2d(out), nn.ReLU()]
         channels = out
-    # Two halvings leave 2x2 of 8x8 pixels: nothing to pool, and torch's pooling is slow at it.
+    # A map of 2x2 pixels needs no pooling, and torch's pooling to the same size is slow.
     if (-(-height // 4), -(-breadth // 4)) != (2, 2):
         layers.append(nn.AdaptiveAvgPool2d(2))
     layers += [nn.Flatten(), nn.Linear(4 * channels, classes)]

@@ -1,8 +1,11 @@
 """VGG16 for 32x32 images.
 
 Source: the BCS authors' repository (IGITUGraz/SparseAdversarialTraining), behaviour of
-models/sparse_vgg16.py. What differs: PyTorch's batch norm keeps the unbiased variance in its
-running statistics, TensorFlow's the biased one; images of another size than 32x32 are allowed.
+models/sparse_vgg16.py.
+
+Differs from the authors' code:
+- the running variance of batch norm: PyTorch uses the unbiased variance, TensorFlow the biased one;
+- images may have another size than 32x32.
 """
 
 from torch import nn
@@ -13,21 +16,23 @@ from robsparse.schema.fields import Normalised
 NAMES = ("vgg16",)
 SMALLEST = 16  # pixels a side of the images
 
-# Channels of the 3x3 convolutions; all blocks but the last end in a 2x2 max-pool.
+# Channels of the 3x3 convolutions. A 2x2 max-pool follows each block except the last.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 class Params(Normalised):
-    """Nothing but the normalisation of the images."""
+    """Only the normalisation of the images."""
 
 
 def build(name: str, params: Params, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """conv1..conv13 (3x3, no bias, BN, ReLU), then fc14, fc15, fc16: x_NCHW in [0,1] -> logits_NK.
+    """Build the network: x_NCHW in [0,1] -> logits_NK.
 
-    The last map of 32x32 images is 2x2. One of any other size is averaged to 2x2; a side of one
-    pixel (images of fewer than 32) is repeated.
+    Its layers are conv1..conv13 (3x3, no bias, BN, ReLU), fc14, fc15 and fc16. For images of 32x32
+    pixels the last map has 2x2 pixels. Maps of other sizes are averaged to 2x2; a side of one pixel
+    (from images below 32 pixels) is repeated.
 
-    Raises UsageError for images smaller than 16 pixels a side, and as `network` does.
+    Raises:
+        UsageError: if a side of the images is below 16 pixels, or as `network` does.
     """
     require_size(name, image_shape, SMALLEST)
     channels, height, width = image_shape
@@ -42,7 +47,7 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
             channels = out
         if block < len(BLOCKS):
             layers[f"pool{block}"] = nn.MaxPool2d(2)
-    if (height // 16, width // 16) != (2, 2):  # torch is slow at pooling to the size it has
+    if (height // 16, width // 16) != (2, 2):  # pooling to the same size is slow
         layers["mean"] = nn.AdaptiveAvgPool2d(2)
     layers |= {
         "flatten": nn.Flatten(),

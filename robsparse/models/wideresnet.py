@@ -1,10 +1,12 @@
 """Wide residual networks WRN-28-2, 28-4, 28-10 and 34-10: pre-activation blocks, no dropout.
 
 Source: the BCS authors' repository (IGITUGraz/SparseAdversarialTraining), behaviour of
-models/sparse_wideresnet.py; the design is that of Zagoruyko and Komodakis (BMVC 2016), table 1.
-What differs from the authors: where a stride-2 convolution pads (`padding` can switch to their
-way); PyTorch's batch norm keeps the unbiased variance in its running statistics, TensorFlow's the
-biased one; the final mean is over the whole map, whatever its size.
+models/sparse_wideresnet.py; design of Zagoruyko and Komodakis (BMVC 2016), table 1.
+
+Differs from the BCS authors' code:
+- the padding of convolutions of stride 2 (`padding: tensorflow` is theirs);
+- the running variance of batch norm: PyTorch uses the unbiased variance, TensorFlow the biased one;
+- the last mean is over the whole map for images of any size.
 """
 
 from typing import Literal
@@ -20,20 +22,21 @@ SMALLEST = 4  # pixels a side of the images
 
 
 class Params(Normalised):
-    """padding: zeros around what a 3x3 convolution of stride 2 sees.
+    """padding: where a 3x3 convolution of stride 2 adds zeros.
 
-    "symmetric": one on every side. "tensorflow": on sides of even length at the bottom and right
-    alone, as the BCS authors' TensorFlow does. Trained weights fit one of the two.
+    "symmetric": one row or column on every side. "tensorflow": as the BCS authors' TensorFlow; if
+    a side is even, only at the bottom or right. Trained weights need the padding that they were
+    trained with.
     """
 
     padding: Literal["symmetric", "tensorflow"] = "symmetric"
 
 
 class PreActivationBlock(nn.Module):
-    """Twice BN, ReLU and a 3x3 convolution, added to the input.
+    """BN, ReLU and a 3x3 convolution, twice; the result is added to the shortcut.
 
-    x_NCHW -> (N, outputs, H/stride, W/stride). Where the channels change, what is added is a 1x1
-    convolution of the input after its BN and ReLU.
+    x_NCHW -> (N, outputs, H/stride, W/stride). The shortcut is the input. If the number of channels
+    changes, it is a 1x1 convolution of the input after BN and ReLU.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, padding: str) -> None:
@@ -51,15 +54,17 @@ class PreActivationBlock(nn.Module):
         return out + (x_NCHW if self.shortcut is None else self.shortcut(active))
 
 
-# Depth (all convolutions, the three of the shortcuts included) and widening factor.
+# Depth (number of all convolutions, with the three of the shortcuts) and widening factor k.
 SIZES = {"wrn28_2": (28, 2), "wrn28_4": (28, 4), "wrn28_10": (28, 10), "wrn34_10": (34, 10)}
 
 
 def build(name: str, params: Params, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """conv1, block1..block3 of 16k, 32k, 64k channels, BN, ReLU, mean, classifier.
+    """Build conv1, block1..block3 of 16k, 32k, 64k channels, BN, ReLU, mean, classifier.
 
-    x_NCHW in [0,1] -> logits_NK. Blocks 2 and 3 halve the map, rounding up. Raises UsageError for
-    images smaller than 4 pixels a side, and as `network` does.
+    x_NCHW in [0,1] -> logits_NK. Blocks 2 and 3 halve the map and round up.
+
+    Raises:
+        UsageError: if a side of the images is below 4 pixels, or as `network` does.
     """
     require_size(name, image_shape, SMALLEST)
     depth, factor = SIZES[name]

@@ -1,1 +1,4 @@
-"""Repairs of two dependencies, each in one file; nothing else here imports them directly."""
+"""Everything that imports torchvision or robustbench, with a repair for each of the two.
+
+No other package imports them directly. Imports base only.
+"""

@@ -1,7 +1,8 @@
-"""Import robustbench, which expects an `autoattack` package that is not on the package index.
+"""Import robustbench, which needs a package `autoattack` that is not on the package index.
 
-Its `benchmark()` calls the attack with arguments that pyautoattack does not take: use its data,
-model zoo and `clean_accuracy`, and this suite's evaluator for attacks.
+Do not call `robustbench.benchmark()`: it calls the attack with arguments that pyautoattack does not
+accept. Its data, its model zoo and its `clean_accuracy` work. Use the evaluation of this project
+for attacks.
 """
 
 import importlib
@@ -25,9 +26,10 @@ _ALIASED = (
 
 
 def import_robustbench() -> ModuleType:
-    """Import and return robustbench with `autoattack` standing for pyautoattack.
+    """Import and return robustbench; it gets pyautoattack when it imports `autoattack`.
 
-    Raises UsageError when the extra is not installed.
+    Raises:
+        UsageError: if the extra `robustbench` is not installed.
     """
     import_torchvision()
     for suffix in _ALIASED:

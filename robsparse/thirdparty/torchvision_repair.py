@@ -1,8 +1,9 @@
-"""Import torchvision next to a torch that its compiled library does not fit.
+"""Import torchvision even if its compiled library does not fit the installed torch.
 
-The wheel on the package index is built for CUDA. Beside a CPU-only torch its library cannot load,
-and `import torchvision` then fails because the operators of the library are missing, although data
-sets and transforms need none of them. Declaring the two that the import looks up is enough.
+The wheel on the package index is built for CUDA. With a CPU-only torch its library cannot be
+loaded. `import torchvision` then fails because operators of the library are missing, although data
+sets and transforms do not need them. It is enough to declare the two operators that the import
+looks up.
 """
 
 import importlib
@@ -14,11 +15,11 @@ _MISSING = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_declared: list[torch.library.Library] = []  # a Library takes its operators with it when it dies
+_declared: list[torch.library.Library] = []  # its operators exist as long as a Library does
 
 
 def import_torchvision() -> ModuleType:
-    """Import and return torchvision; its missing operators are declared only if they must be."""
+    """Import and return torchvision; declare its operators only if the import needs them."""
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:

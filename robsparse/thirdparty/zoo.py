@@ -1,4 +1,4 @@
-"""Loads a network of RobustBench's model zoo by name; it is downloaded on first use."""
+"""Loads a network of RobustBench's model zoo by its name, and downloads it on first use."""
 
 import contextlib
 import importlib
@@ -10,14 +10,20 @@ from torch import nn
 from robsparse.base.errors import UsageError, in_a_line, nearest
 from robsparse.thirdparty.robustbench_repair import import_robustbench
 
-FOLDER = "data/robustbench"  # where downloads are kept
+FOLDER = "data/robustbench"  # downloaded files are stored here
 
 
 def load(name: str, dataset: str, norm: str) -> nn.Module:
-    """The network as the zoo has it, in eval mode; it takes images in [0,1].
+    """Return a network of the zoo in eval mode. Its inputs are images in [0,1].
 
-    Raises UsageError when the extra is not installed, when the zoo has no such name for the data
-    set and norm, or when the download fails.
+    Args:
+        name: name of the network in the zoo.
+        dataset: data set of the network, e.g. "cifar10".
+        norm: "Linf" or "L2".
+
+    Raises:
+        UsageError: if the extra `robustbench` is not installed, if the zoo has no such network for
+            the data set and the norm, or if the download fails.
     """
     import_robustbench()
     found = importlib.import_module("robustbench.model_zoo").model_dicts
@@ -34,9 +40,9 @@ def load(name: str, dataset: str, norm: str) -> nn.Module:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             model = load_model(name, model_dir=FOLDER, dataset=dataset, threat_model=norm)
-    except (Exception, SystemExit) as error:  # whatever its downloader meets without a network
+    except (Exception, SystemExit) as error:  # e.g. there is no internet connection
         raise UsageError(
-            f"{name}: RobustBench could not fetch it ({in_a_line(error)}); expected a "
-            f"network connection, or the file under {FOLDER}/{dataset}/{norm}"
+            f"{name}: RobustBench could not download it ({in_a_line(error)}); expected an "
+            f"internet connection, or the file under {FOLDER}/{dataset}/{norm}"
         ) from None
     return model.eval()

@@ -95,7 +95,10 @@ def one_class(root):
 
 BAD_FOLDERS = {
     "no train": (lambda root: remove(root / "train"), r"images/train: no such folder"),
-    "one class": (one_class, r"images/train: expected at least two folders, one a class, found 1"),
+    "one class": (
+        one_class,
+        r"images/train: expected at least two folders, one for each class, found 1",
+    ),
     "unreadable": (
         lambda root: (root / "test" / "a" / "3.png").write_text("not an image"),
         r"test/a/3\.png: not a readable image",
@@ -112,7 +115,7 @@ BAD_FOLDERS = {
     ),
     "other classes in test": (
         lambda root: (root / "test" / "b").rename(root / "test" / "c"),
-        r"expected the same classes in train and test, found 'b' in train alone",
+        r"expected the same classes in train and test, found 'b' only in train",
     ),
     "empty class": (
         lambda root: [path.unlink() for path in (root / "test" / "a").iterdir()],

@@ -158,7 +158,7 @@ def test_robustbench_counts_the_same_clean_accuracy(python):
     [
         ("Sehwag2020Hydr", "cifar10", "nearest match: 'Sehwag2020Hydra'"),
         ("Sehwag2020Hydra", "digits", "has no networks for digits"),
-        ("Sehwag2020Hydra", "cifar10", "could not fetch it (OSError: no network)"),
+        ("Sehwag2020Hydra", "cifar10", "could not download it (OSError: no network)"),
     ],
 )
 def test_zoo_refusals_are_one_line(name, dataset, said, python):
