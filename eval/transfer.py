@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from robsparse.compute import perturb
 from robsparse.evaluation.attacks import AttackContext, Outcome
 from robsparse.evaluation.tally import Tally
-from robsparse.schema import AttackParams
-from robsparse.schema.fields import Name
+from robsparse.schema import AttackParams, Name
 
 LABEL = "Black-box transfer attack"
 

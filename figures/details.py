@@ -16,7 +16,6 @@ from robsparse.figures import measures_distances, style
 from robsparse.figures.notes import UNRELIABLE, percent, plot_caption, radius, unreliable_note
 from robsparse.figures.summary import STRONGEST, Material
 from robsparse.figures.tidy import Group, cells_at, groups, methods, sparsities
-from robsparse.schema import AttackParams
 from robsparse.study.cells import Cell
 
 _FEW_CLASSES = 10
@@ -30,7 +29,7 @@ def accuracy_against_eps(material: Material) -> Figure:
     attack = next(iter(measures_distances(study)), None)
     if attack is None:
         return style.empty("No attack of this study measures smallest perturbations.", [general])
-    norm = study.attack_threat(attack).norm
+    norm = study.attacks[attack].norm
     names = ", ".join(study.label("attack", name) for name in _attacks_of(material, norm))
     caption = [
         f"Share of test images for which {names} found no perturbation of length eps or less, mean "
@@ -105,8 +104,7 @@ def _attacks_of(material: Material, norm: str) -> list[str]:
     return [
         name
         for name in study.evaluation.selections[material.primary]
-        if isinstance(study.evaluation.attacks[name], AttackParams)
-        and study.attack_threat(name).norm == norm
+        if study.attacks[name].eps and study.attacks[name].norm == norm
     ]
 
 
@@ -131,7 +129,7 @@ def smallest_perturbations(material: Material, cell: Cell, norm: str) -> np.ndar
     if not measured:
         return None
     bounds = [
-        np.where(robust, np.inf, study.attack_threat(name).eps)
+        np.where(robust, np.inf, study.attacks[name].eps)
         for name in names
         if (robust := outcomes.correct(cell, material.primary, name)) is not None
     ]

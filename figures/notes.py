@@ -184,7 +184,7 @@ def _bold(material: Material, group: Group) -> list[str]:
 def _budgets(study: Study) -> list[str]:
     """A sentence for each budget of training."""
     found = []
-    for block in study.blocks():
+    for block in study.blocks:
         if budget := block.budget:
             unit = {"epochs": "epochs", "passes": "passes over each training image"}[budget.unit]
             names = [study.label("method", n) for n in block.methods if not study.is_dense(n)]
@@ -200,7 +200,7 @@ def _other_settings(study: Study, group: Group) -> list[str]:
     general = _flat(study.training.model_dump(mode="json"))
     found: dict[str, dict[str, None]] = {}  # methods by their settings
     for cell in cells(study, group):
-        own = _flat(study.training_of(cell).model_dump(mode="json"))
+        own = _flat(study.planned[cell].training.model_dump(mode="json"))
         other = ", ".join(f"{key} {value}" for key, value in own.items() if general[key] != value)
         if other:
             found.setdefault(other, {})[study.label("method", cell.method)] = None

@@ -14,7 +14,7 @@ from robsparse.figures import published
 from robsparse.figures.notes import NONE, SMALL, UNRELIABLE, join, percent
 from robsparse.figures.summary import Material
 from robsparse.figures.tables import bullets, escape_latex, markdown
-from robsparse.schema import Table
+from robsparse.schema.grid import Table
 from robsparse.study.study import Study
 
 COLUMNS = [*published.KEYS, "ours", "published", "difference", "source", "potentially_unreliable"]
@@ -88,7 +88,6 @@ def _ours(material: Material, spec: Table, key: dict[str, Any]) -> tuple[float, 
 def _matching(theirs: pd.DataFrame, key: dict[str, Any], study: Study) -> list[tuple[float, str]]:
     """Published numbers of the same network under the same attack, with their sources."""
     wanted = key | {"method": study.base("method", key["method"])}
-    wanted |= {"sparsity": round(key["sparsity"], 4)}
     same = np.logical_and.reduce(
         [(theirs[k] == v) | ((k == "objective") & (theirs[k] == "")) for k, v in wanted.items()]
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from robsparse.base.errors import UsageError, nearest
+from robsparse.schema.fields import rounded_sparsity
 
 KEYS = ["dataset", "arch", "method", "objective", "sparsity", "attack"]
 COLUMNS = [
@@ -50,4 +51,4 @@ def read(path: Path) -> pd.DataFrame:
                 f"[{low}, {high}]"
             )
         table[column] = numbers
-    return table.assign(sparsity=table.sparsity.round(4), source=path.stem)
+    return table.assign(sparsity=table.sparsity.map(rounded_sparsity), source=path.stem)

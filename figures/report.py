@@ -237,9 +237,7 @@ def _group_sections(material: Material, group: Group) -> list[str]:
 def _reproduce(material: Material) -> str:
     study, results = material.study, material.tidy.results
     printed = ", ".join(percent(value) for value in sparsities(study))
-    settings = yaml.safe_dump(
-        study.model_dump(mode="json", exclude={"machine"}), sort_keys=False, width=90
-    )
+    settings = yaml.safe_dump(study.settings(), sort_keys=False, width=90)
     return f"""\
 ## How to reproduce
 

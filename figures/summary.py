@@ -12,7 +12,7 @@ import pandas as pd
 from robsparse.base.errors import UsageError
 from robsparse.figures import statistics
 from robsparse.figures.tidy import LINE, Group, Outcomes, Tidy, attacks, groups, lines, seeds
-from robsparse.schema import Selection
+from robsparse.schema.evaluation import Selection
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
 

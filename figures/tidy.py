@@ -137,8 +137,7 @@ def _table(path: Path) -> pd.DataFrame:
             f"{path}: no column {', '.join(missing)}; run `robsparse collect CONFIG` again"
         )
     words = {name: table[name].fillna("") for name in _WORDS if name in table}
-    # Sparsities of a study have at most four decimals and are compared as numbers.
-    return table.assign(sparsity=table.sparsity.astype(float).round(4), **words)
+    return table.assign(sparsity=table.sparsity.astype(float), **words)
 
 
 def groups(study: Study) -> list[Group]:

@@ -5,6 +5,10 @@ says so in a literal `NAMES`. An installed package adds a method by an entry poi
 `robsparse.methods` whose value is the module. What the workflow must know before torch is loaded
 (the names, the literals and the `Params` model) is read from the source text; `load` imports the
 module for real.
+
+Why the text is read, and not the module imported: a config is checked and a workflow is planned in
+a fraction of the time that torch takes to load, and a file that cannot be imported does not stop
+those who do not use it. The price is that a `Params` class may use few names (see _PARAMS_IMPORTS).
 """
 
 import ast
@@ -16,7 +20,7 @@ import importlib.metadata
 import importlib.util
 import traceback
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -34,13 +38,7 @@ PACKAGES = {
 }
 
 # A Params model may be built from these alone, so that it can be read without importing torch.
-_PARAMS_IMPORTS = (
-    "typing",
-    "pydantic",
-    "robsparse.schema",
-    "robsparse.schema.fields",
-    "robsparse.schema.imagesets",
-)
+_PARAMS_IMPORTS = ("typing", "pydantic", "robsparse.schema")
 
 
 _MAY = f"parameter classes may use literals and names from {', '.join(_PARAMS_IMPORTS)} alone"
@@ -50,8 +48,8 @@ _MAY = f"parameter classes may use literals and names from {', '.join(_PARAMS_IM
 class Entry:
     """One registered name and what its source text says of it.
 
-    `literals` holds the module's top-level constants (LABEL, STARTS_FROM, ...);
-    `params` is its pydantic model of parameters, with defaults.
+    `literals` holds the module's top-level constants (LABEL, STARTS_FROM, ...); `tree` is the
+    parsed text.
     """
 
     kind: str
@@ -59,7 +57,12 @@ class Entry:
     module: str
     path: Path
     literals: dict[str, Any]
-    params: type[BaseModel]
+    tree: ast.Module = field(repr=False, compare=False)
+
+    @functools.cached_property
+    def params(self) -> type[BaseModel]:
+        """The pydantic model of parameters, with defaults. Raises UsageError if there is none."""
+        return _params(self.tree, self.module, self.path)
 
     def blame(self, error: Exception) -> str:
         """In one line, what its code raised, and in which line of its file."""
@@ -81,7 +84,7 @@ def entry(kind: str, name: str, also: Iterable[str] = ()) -> Entry:
     """The entry called `name`.
 
     Raises UsageError with the nearest match, `also` among the candidates, when there is none, and
-    when its file lacks a part; a faulty file is no obstacle to who does not ask for it.
+    when its file lacks a part. A file that cannot be read stops only those who ask for its names.
     """
     found = _entries(kind)
     if name not in found:
@@ -93,6 +96,7 @@ def entry(kind: str, name: str, also: Iterable[str] = ()) -> Entry:
     item = found[name]
     if isinstance(item, UsageError):
         raise item
+    _ = item.params  # raises where the file has none
     return item
 
 
@@ -115,7 +119,7 @@ def load(kind: str, name: str) -> ModuleType:
 
 @functools.cache
 def _entries(kind: str) -> dict[str, Entry | UsageError]:
-    """Everything registered; a faulty file stands there as what is wrong with it."""
+    """Everything registered; in the place of a file that cannot be read, the error about it."""
     found: dict[str, Entry | UsageError] = {}
     for module, path, name in _files(kind):
         try:
@@ -150,9 +154,7 @@ def _files(kind: str) -> Iterator[tuple[str, Path, str | None]]:
 
 def _read(kind: str, module: str, path: Path, name: str | None) -> list[Entry]:
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: expected Python source in UTF-8") from None
+        tree = ast.parse(path.read_bytes(), str(path))
     except OSError:
         raise UsageError(
             f"{path}: the {kind} '{name}' of an installed package is not there"
@@ -162,11 +164,10 @@ def _read(kind: str, module: str, path: Path, name: str | None) -> list[Entry]:
     except (ValueError, MemoryError, RecursionError) as error:  # null bytes, deep nesting
         raise UsageError(f"{path}: expected Python source ({error})") from None
     literals = _literals(tree)
-    params = _params(tree, module, path)
     registered = (name,) if name else literals.get("NAMES", (path.stem,))
     if not isinstance(registered, tuple | list) or not all(isinstance(n, str) for n in registered):
         raise UsageError(f"{path}: NAMES = {registered!r}: expected a tuple of names")
-    return [Entry(kind, own, module, path, literals, params) for own in registered]
+    return [Entry(kind, own, module, path, literals, tree) for own in registered]
 
 
 def _literals(tree: ast.Module) -> dict[str, Any]:
@@ -189,9 +190,9 @@ def _literals(tree: ast.Module) -> dict[str, Any]:
 def _params(tree: ast.Module, module: str, path: Path) -> type[BaseModel]:
     """Build the module's `Params` from its pydantic classes alone.
 
-    Only imports from typing, pydantic and robsparse.schema, and classes that derive from those
-    names, are executed: the rest of the file, torch included, is not. Their validators may
-    therefore use no other names either.
+    Only imports from _PARAMS_IMPORTS, and classes that derive from pydantic models, are executed:
+    the rest of the file, torch included, is not. Their validators may therefore use no other names
+    either.
     """
     space: dict[str, Any] = {"__name__": module}
     used: list[tuple[str, int]] = []

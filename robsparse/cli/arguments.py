@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robsparse.base.errors import UsageError, nearest
-from robsparse.schema.sections import MOST_THREADS
+from robsparse.schema.machine import MOST_THREADS
 from robsparse.study import loading
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study

@@ -134,7 +134,9 @@ def _evaluate_single(arguments: argparse.Namespace) -> None:
     wanted += ("dataset", "data_dir", "norm", "eps", "n_examples", "batch_size")
     options = {name: getattr(arguments, name) for name in wanted}
     attacks = [name.strip() for name in arguments.attacks.split(",")]
-    study = importlib.import_module("robsparse.study.single").study_of(**options, attacks=attacks)
+    study = importlib.import_module("robsparse.tools.one_network").study_of(
+        **options, attacks=attacks
+    )
     [cell] = study.cells()
     source = study.source(cell.method)
     if source.file is None:

@@ -10,7 +10,7 @@ from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum, read_json
 from robsparse.records.evaluation_record import Record, read_flags, read_record
 from robsparse.records.rows import KEY, Row, contradiction
-from robsparse.schema import Selection
+from robsparse.schema.evaluation import Selection
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study

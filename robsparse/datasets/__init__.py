@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from robsparse.base import registry
-from robsparse.schema import Strict
-from robsparse.schema.imagesets import Description
+from robsparse.schema import Description, Strict
 
 
 @dataclass(frozen=True)

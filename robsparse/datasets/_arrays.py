@@ -9,7 +9,7 @@ from sklearn.model_selection import train_test_split
 
 from robsparse.base.errors import UsageError
 from robsparse.datasets import Part
-from robsparse.schema.imagesets import Images
+from robsparse.schema import Images
 
 
 def held_out(part: Part, params: Images, name: str) -> tuple[Part, Part]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from robsparse.base.errors import UsageError
 from robsparse.datasets import Splits
 from robsparse.datasets._arrays import as_part, held_out
-from robsparse.schema.imagesets import Downloaded
+from robsparse.schema import Downloaded
 from robsparse.thirdparty.torchvision_repair import import_torchvision
 
 

@@ -6,7 +6,7 @@ Source: Krizhevsky, "Learning multiple layers of features from tiny images", 200
 from typing import ClassVar
 
 from robsparse.datasets import Splits, _torchvision
-from robsparse.schema.imagesets import Augmentation, Description, Downloaded
+from robsparse.schema import Augmentation, Description, Downloaded
 
 
 class Params(Downloaded):

@@ -9,8 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from robsparse.datasets import Part, Splits
-from robsparse.schema import Strict
-from robsparse.schema.imagesets import Augmentation, Description
+from robsparse.schema import Augmentation, Description, Strict
 
 
 class Params(Strict):

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from robsparse.base.files import atomic
 from robsparse.datasets import Splits, _torchvision
-from robsparse.schema.imagesets import Augmentation, Description, Downloaded
+from robsparse.schema import Augmentation, Description, Downloaded
 
 # Debian's package dataset-fashion-mnist puts the four .gz files here.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -19,8 +19,7 @@ from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic
 from robsparse.datasets import Part, Splits
 from robsparse.datasets._arrays import as_part, held_out
-from robsparse.schema.fields import CONTENT, PLACE
-from robsparse.schema.imagesets import Augmentation, Images
+from robsparse.schema import CONTENT, PLACE, Augmentation, Images
 
 NEEDED = ("data_dir",)  # parameters with a path that must exist
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp"}

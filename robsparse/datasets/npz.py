@@ -12,8 +12,7 @@ from pydantic import Field
 from robsparse.base.errors import UsageError
 from robsparse.datasets import Splits
 from robsparse.datasets._arrays import as_part, held_out, read_npz
-from robsparse.schema.fields import CONTENT
-from robsparse.schema.imagesets import Description, Images, image_shape, shapes_in_npz
+from robsparse.schema import CONTENT, Description, Images, image_shape, shapes_in_npz
 
 NEEDED = ("file",)  # parameters with a path that must exist
 

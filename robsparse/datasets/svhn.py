@@ -8,7 +8,7 @@ Source: Netzer et al., "Reading digits in natural images with unsupervised featu
 from typing import ClassVar
 
 from robsparse.datasets import Splits, _torchvision
-from robsparse.schema.imagesets import Augmentation, Description, Downloaded
+from robsparse.schema import Augmentation, Description, Downloaded
 
 
 class Params(Downloaded):

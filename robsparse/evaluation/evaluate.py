@@ -11,7 +11,7 @@ from robsparse.evaluation import job as jobs
 from robsparse.evaluation import record, sanity_checks
 from robsparse.evaluation.measure import measure_network
 from robsparse.evaluation.runner import attack_model, failing_in
-from robsparse.schema import Selection
+from robsparse.schema.evaluation import Selection
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
 from robsparse.study.targets import Target

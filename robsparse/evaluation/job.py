@@ -13,7 +13,7 @@ from robsparse.base.errors import UsageError
 from robsparse.base.files import check_writable
 from robsparse.datasets import Part, Splits
 from robsparse.networks import construct, external
-from robsparse.schema import Selection
+from robsparse.schema.evaluation import Selection
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.fingerprints import Fingerprint

@@ -18,7 +18,8 @@ from robsparse.datasets import Part
 from robsparse.evaluation.attacks import AttackContext, Outcome, no_surrogate
 from robsparse.evaluation.cache import Cache, basis_of, network_digest
 from robsparse.fast import folding, proof
-from robsparse.schema import AttackParams, Evaluation, Threat
+from robsparse.schema.evaluation import Evaluation
+from robsparse.schema.threat import AttackParams, Threat
 from robsparse.study.cells import derive_seed
 
 

@@ -17,7 +17,8 @@ from robsparse.datasets import Part
 from robsparse.evaluation.attacks import Outcome
 from robsparse.evaluation.random_search import random_search
 from robsparse.evaluation.tally import in_batches
-from robsparse.schema.sections import Evaluation, Threat
+from robsparse.schema.evaluation import Evaluation
+from robsparse.schema.threat import Threat
 
 HUGE = 1.0  # an L-inf eps at which every image can become any other image
 HUGE_STEPS = 20

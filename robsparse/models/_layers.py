@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robsparse.base.errors import UsageError
-from robsparse.schema.fields import Normalised
+from robsparse.schema import Normalised
 
 
 class Normalise(nn.Module):

@@ -23,7 +23,7 @@ from robsparse.models._layers import (
     require_size,
     shortcut,
 )
-from robsparse.schema.fields import Normalised
+from robsparse.schema import Normalised
 
 NAMES = ("resnet18", "resnet34", "resnet50")
 SMALLEST = 8  # pixels a side of the images

@@ -10,7 +10,7 @@ from robsparse.models._layers import (
     network,
     require_size,
 )
-from robsparse.schema.fields import Normalised
+from robsparse.schema import Normalised
 
 NAMES = ("small_cnn", "small_resnet")
 SMALLEST = {"small_cnn": 5, "small_resnet": 4}  # pixels a side of the images

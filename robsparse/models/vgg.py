@@ -11,7 +11,7 @@ Differs from the authors' code:
 from torch import nn
 
 from robsparse.models._layers import conv3x3, network, require_size
-from robsparse.schema.fields import Normalised
+from robsparse.schema import Normalised
 
 NAMES = ("vgg16",)
 SMALLEST = 16  # pixels a side of the images

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robsparse.models._layers import conv1x1, conv3x3, mean_and_classify, network, require_size
-from robsparse.schema.fields import Normalised
+from robsparse.schema import Normalised
 
 NAMES = ("wrn28_2", "wrn28_4", "wrn28_10", "wrn34_10")
 SMALLEST = 4  # pixels a side of the images

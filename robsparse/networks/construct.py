@@ -12,7 +12,7 @@ from robsparse.base.errors import UsageError, in_a_line
 from robsparse.compute import perturb
 from robsparse.datasets import Splits
 from robsparse.networks import weights
-from robsparse.schema.sources import Match
+from robsparse.schema.external import Match
 from robsparse.study.cells import Cell
 from robsparse.study.study import Study
 from robsparse.thirdparty import zoo

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
-from robsparse.schema.fields import radius_fault
+from robsparse.schema.fields import radius_error
 
 Share = Field(ge=0, le=1)
 
@@ -96,8 +96,8 @@ class Row(BaseModel):
 
     @model_validator(mode="after")
     def _radius_is_one(self) -> "Row":
-        if fault := radius_fault(self.norm, self.eps):
-            raise ValueError(f"eps: {fault}")
+        if error := radius_error(self.norm, self.eps):
+            raise ValueError(f"eps: {error}")
         return self
 
 

@@ -1,42 +1,37 @@
-"""The sections of a config as pydantic models, and the names that a `Params` model may use.
+"""The sections of a config as pydantic models.
 
-Imports base alone and no torch.
+What is listed here are the names that a `Params` model may use; all other code imports a class from
+its own module. Imports base alone and no torch.
 """
 
-from robsparse.schema.fields import Name, Radius, Share, Sparsity, Strict
-from robsparse.schema.sections import (
-    AttackParams,
-    Crafting,
-    Evaluation,
-    Finetune,
-    Fit,
-    FromScratch,
-    Grid,
-    Machine,
-    Objective,
-    Selection,
-    Table,
-    Threat,
-    Training,
+from robsparse.schema.fields import CONTENT, PLACE, Name, Normalised, Radius, Share, Strict
+from robsparse.schema.imagesets import (
+    Augmentation,
+    Description,
+    Downloaded,
+    Images,
+    image_shape,
+    shapes_in_npz,
 )
+from robsparse.schema.threat import AttackParams
+from robsparse.schema.training import Finetune, Fit, FromScratch
 
 __all__ = [
+    "CONTENT",
+    "PLACE",
     "AttackParams",
-    "Crafting",
-    "Evaluation",
+    "Augmentation",
+    "Description",
+    "Downloaded",
     "Finetune",
     "Fit",
     "FromScratch",
-    "Grid",
-    "Machine",
+    "Images",
     "Name",
-    "Objective",
+    "Normalised",
     "Radius",
-    "Selection",
     "Share",
-    "Sparsity",
     "Strict",
-    "Table",
-    "Threat",
-    "Training",
+    "image_shape",
+    "shapes_in_npz",
 ]

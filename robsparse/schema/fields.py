@@ -21,6 +21,7 @@ from robsparse.base.errors import nearest
 from robsparse.base.names import LONGEST_NAME, is_name
 
 LARGEST = 2**31  # of any number in a configuration
+SPARSITY_DECIMALS = 4
 
 
 class Strict(BaseModel):
@@ -105,7 +106,7 @@ def _number(value: Any) -> float:
 def radius(value: Any) -> float:
     """A radius or a length of a step as a float: a number above 0, or a ratio as text.
 
-    Raises PydanticCustomError otherwise. What is too large depends on the norm: see `radius_fault`.
+    Raises PydanticCustomError otherwise. What is too large depends on the norm: see `radius_error`.
     """
     number = _number(_ratio(value))
     if not 0 < number < math.inf:
@@ -115,7 +116,7 @@ def radius(value: Any) -> float:
     return number
 
 
-def radius_fault(norm: str, value: float) -> str:
+def radius_error(norm: str, value: float) -> str:
     """What is wrong with a radius or a step in pixel units in a norm; "" if nothing is.
 
     In Linf no pixel can change by more than 1. In L2 the length of a perturbation may be above 1.
@@ -124,6 +125,11 @@ def radius_fault(norm: str, value: float) -> str:
         return ""
     hint = f"; nearest match: '{value:g}/255'" if value <= 255 else ""
     return f"expected a number in (0, 1] pixel units for Linf, like 0.15 or '8/255'{hint}"
+
+
+def rounded_sparsity(sparsity: float) -> float:
+    """The sparsity with as many decimals as a study has: cells and published numbers match."""
+    return round(sparsity, SPARSITY_DECIMALS)
 
 
 def _sparsity(value: Any) -> Any:
@@ -135,8 +141,8 @@ def _sparsity(value: Any) -> Any:
             "expected a share of zero weights in (0, 1), like 0.95 (0 is the method 'dense'){hint}",
             {"hint": hint},
         )
-    if round(number, 4) != number:
-        hint = f"; nearest match: {min(round(number, 4), 0.9999):g}"
+    if rounded_sparsity(number) != number:
+        hint = f"; nearest match: {min(rounded_sparsity(number), 0.9999):g}"
         raise PydanticCustomError(
             "sparsity", "expected at most four decimals, like 0.9950{hint}", {"hint": hint}
         )
@@ -177,3 +183,11 @@ Radius = Annotated[float, BeforeValidator(radius)]
 Sparsity = Annotated[float, BeforeValidator(_sparsity)]
 Claimed = Annotated[float, BeforeValidator(_claimed)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+
+
+def each_once(values: list[Any]) -> list[Any]:
+    """Return the list as it is; a repeated entry is an error of the config."""
+    if len(set(values)) != len(values):
+        raise PydanticCustomError("repeat", "expected each entry once", {})
+    return values

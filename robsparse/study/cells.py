@@ -8,6 +8,7 @@ from pathlib import Path
 
 from robsparse.base.errors import UsageError
 from robsparse.base.names import LONGEST_NAME, NAME, is_name
+from robsparse.schema.fields import SPARSITY_DECIMALS, rounded_sparsity
 
 _KEY = re.compile(
     f"(?P<dataset>{NAME})/(?P<arch>{NAME})/(?P<method>{NAME})/(?P<objective>{NAME})"
@@ -17,7 +18,10 @@ _KEY = re.compile(
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One network: sparsity is the share in [0,1) of prunable weights that are zero.
+    """One network.
+
+    sparsity: the share in [0,1) of prunable weights that are zero. It is rounded here, and nowhere
+        else, to the decimals that the key has.
 
     Raises UsageError when a name could not stand in a path and in a command of the workflow.
     """
@@ -36,13 +40,19 @@ class Cell:
                     f"{axis} {json.dumps(getattr(self, axis))}: expected a name of at most "
                     f"{LONGEST_NAME} letters, digits, - and _"
                 )
+        object.__setattr__(self, "sparsity", rounded_sparsity(self.sparsity))
+
+    @property
+    def sparsity_text(self) -> str:
+        """The sparsity as keys and seeds have it: 0.9500."""
+        return f"{self.sparsity:.{SPARSITY_DECIMALS}f}"
 
     @property
     def key(self) -> str:
         """The readable name, also its path: digits/small_cnn/bcs/at/s0.9500/seed0."""
         return (
             f"{self.dataset}/{self.arch}/{self.method}/{self.objective}"
-            f"/s{self.sparsity:.4f}/seed{self.seed}"
+            f"/s{self.sparsity_text}/seed{self.seed}"
         )
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from robsparse.schema.sections import Training
+from robsparse.schema.training import Training
 
 # Forward and backward passes over a batch that one step of each objective costs.
 PASSES: dict[str, Callable[[int], tuple[float, float]]] = {

@@ -19,10 +19,11 @@ from pydantic import BaseModel
 
 from robsparse.base.files import file_checksum
 from robsparse.records import provenance
+from robsparse.schema.evaluation import Selection
 from robsparse.schema.fields import Decides
-from robsparse.schema.sections import Selection
 from robsparse.study import source_code
 from robsparse.study.cells import Cell
+from robsparse.study.planned import Attack
 from robsparse.study.study import Study
 
 # Settings that decide no number: names in print, and what is resolved before.
@@ -90,20 +91,21 @@ def training(study: Study, cell: Cell) -> Fingerprint:
 def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
     """What decides the outcome of attacking the saved weights of `cell`."""
     others = study.surrogates(cell, selection)
-    attacks = study.attacks_of(selection)
+    planned = study.planned[cell]
+    attacks = planned.attacks[selection]
     settings = {
         "training": training(study, cell).settings,
         "selection": selection,
         "evaluation": study.evaluation.model_dump(
             mode="json", include={"n_examples", "batch_size", "seed"}
         ),
-        "threat": _settings(study.threat),
-        "attacks": {name: _attack_settings(study, name) for name in attacks},
+        "threat": _settings(planned.sanity_check_threat),
+        "attacks": {attack.name: _attack_settings(attack) for attack in attacks},
         "sanity_checks": _settings(study.evaluation.sanity_checks),
         "surrogates": [training(study, other).settings for other in others],
     }
     code = {f"{source_code.PACKAGE}.evaluation.evaluate"}
-    code |= {study.entry("attack", name).module for name in attacks}
+    code |= {study.entry("attack", attack.name).module for attack in attacks}
     return _of(study, settings, code.union(*(_training_code(study, c) for c in (cell, *others))))
 
 
@@ -127,12 +129,12 @@ def figures(study: Study, captions: list[Path]) -> Fingerprint:
     captions: files of text that Snakemake's own report shows beside them.
     """
     settings = {
-        "study": study.model_dump(mode="json", exclude={"machine"}),
+        "study": study.settings(),
         "cells": [cell.key for cell in study.cells()],
         "labels": {
             kind: {name: study.label(kind, name) for name in names}
             for kind, names in {
-                "attack": study.evaluation.attacks,
+                "attack": study.attacks,
                 "method": {**study.methods, **study.models},
                 **{kind: getattr(study, _KINDS[kind]) for kind in ("dataset", "arch")},
             }.items()
@@ -141,7 +143,7 @@ def figures(study: Study, captions: list[Path]) -> Fingerprint:
         "captions": [content(str(path)) for path in captions],
     }
     code = {f"{source_code.PACKAGE}.figures.report"}
-    code |= {study.entry("attack", name).module for name in study.evaluation.attacks}
+    code |= {study.entry("attack", name).module for name in study.attacks}
     return _of(study, settings, code, always=True, beside="*.mplstyle")
 
 
@@ -188,23 +190,22 @@ def _training_settings(study: Study, cell: Cell) -> dict[str, Any]:
     """Resolved settings of one training run, and of the one that it starts from."""
     plan, start = study.planned[cell], study.starting_cell(cell)
     unread = {name for name, readers in _READ_BY.items() if cell.objective not in readers}
-    augmentation = plan.training.augmentation or study.datasets[cell.dataset].augmentation
     return {
         "cell": cell.key,
         "dataset": _settings(study.datasets[cell.dataset], {"augmentation"}),
-        "augmentation": _settings(augmentation),
+        "augmentation": _settings(plan.augmentation),
         "arch": _settings(study.archs[cell.arch]),
         "method": _settings(plan.params),
-        "threat": _settings(study.training_threat(cell)),
+        "threat": _settings(plan.training_threat),
         "training": _settings(plan.training, {*unread, "augmentation", "eps"}),
         "start": _training_settings(study, start) if start else None,
     }
 
 
-def _attack_settings(study: Study, name: str) -> dict[str, Any]:
+def _attack_settings(attack: Attack) -> dict[str, Any]:
     """Settings of an attack, and how far it may go."""
-    params = study.evaluation.attacks[name]
-    return _settings(params, {"norm", "eps"}) | _settings(study.attack_threat(name))
+    reach = {"norm": attack.norm, "eps": attack.eps}
+    return _settings(attack.params, {"norm", "eps"}) | reach
 
 
 def _external_settings(study: Study, cell: Cell) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from robsparse.schema.sources import Match, Source
+from robsparse.schema.external import Match, Source
 from robsparse.study.cells import Cell, Layout
 
 

@@ -39,8 +39,9 @@ from robsparse.datasets import Part
 from robsparse.evaluation.attacks import AttackContext
 from robsparse.evaluation.measure import measure_network
 from robsparse.fast import folding
-from robsparse.schema import Crafting, Training
 from robsparse.schema.imagesets import Augmentation
+from robsparse.schema.threat import Crafting
+from robsparse.schema.training import Training
 from robsparse.sparsity.masks import erk_keep_counts, prunable, random_masks
 from robsparse.study.cost import PASSES
 from robsparse.tools.stopwatch import Row, Side, Stopwatch, copy_rate, multiply_rate

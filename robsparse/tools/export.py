@@ -8,7 +8,7 @@ from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic, read_tensors, write_json
 from robsparse.figures.notes import radius
 from robsparse.records.evaluation_record import read_record
-from robsparse.schema import Selection
+from robsparse.schema.evaluation import Selection
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
 

@@ -16,8 +16,8 @@ from robsparse.compute.machine import computing, device_name, pick_device, pick_
 from robsparse.evaluation import sanity_checks
 from robsparse.fast import folding
 from robsparse.networks import construct
+from robsparse.schema.evaluation import Selection
 from robsparse.schema.imagesets import Description
-from robsparse.schema.sections import Selection
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.cost import PASSES
 from robsparse.study.study import Study
@@ -44,7 +44,7 @@ class Clock:
 
     def step(self, cell: Cell) -> float:
         """Training step of the dense network, per image."""
-        training = self.study.training_of(cell)
+        training = self.study.planned[cell].training
         objective = objectives.of(cell.objective, training)
         attacker = objectives.attacker_of(self.study, cell, torch.Generator(self.device))
         # One crafting step is timed; the others cost as much as the gradient pass that it is.
@@ -90,7 +90,7 @@ class Clock:
             assert data.classes is not None  # `describe` reads the labels where nothing else tells
             model = construct.build(self.study, cell, data.image_shape, data.classes)
             model = model.to(self.device)
-            size = min(self.study.training_of(cell).batch_size, data.train_examples)
+            size = min(self.study.planned[cell].training.batch_size, data.train_examples)
             x = torch.rand(size, *data.image_shape, device=self.device)
             y = torch.zeros(size, dtype=torch.int64, device=self.device)
             self.timed[key] = _seconds_per_image(lambda n: work(model, x[:n], y[:n]), size)
@@ -144,8 +144,8 @@ def training_seconds(clock: Clock, cell: Cell) -> float:
     if study.is_external(cell.method):
         return SECONDS_TO_START_A_JOB
     method = registry.load("method", study.base("method", cell.method))
-    fits = [s.fit for s in method.stages(study.planned[cell].params)]
-    training = study.training_of(cell)
+    fits = [stage.fit for stage in method.stages(study.planned[cell].params)]
+    training = study.planned[cell].training
     size, examples = training.batch_size, clock.data(cell.dataset).train_examples
     labelled = size - int(size * training.rst_fraction) * (cell.objective == "rst")
     steps = max(1, examples // labelled)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robsparse.schema.sections import Fit
+from robsparse.schema.training import Fit
 from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.masks import erk_keep_counts, prunable, random_masks, rankable
 from robsparse.training.stages import Run, Stage

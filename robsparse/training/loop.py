@@ -35,7 +35,7 @@ from robsparse.datasets._arrays import pseudo_labelled
 from robsparse.fast.structure import runs
 from robsparse.networks import construct, external, weights
 from robsparse.records import provenance
-from robsparse.schema import Fit
+from robsparse.schema.training import Fit
 from robsparse.sparsity.history import ConnectionLog, no_lifetimes, no_steps
 from robsparse.sparsity.masks import effective_weights, plain_state
 from robsparse.study import fingerprints

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from robsparse.compute import perturb
 from robsparse.compute.machine import computing, pick_precision
 from robsparse.fast import folding
-from robsparse.schema import Crafting, Training
+from robsparse.schema.threat import Crafting
+from robsparse.schema.training import Training
 from robsparse.study.cells import Cell
 from robsparse.study.study import Study
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robsparse.schema import Fit
+from robsparse.schema.training import Fit
 from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.masks import (
     apply_masks,

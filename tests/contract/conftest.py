@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from robsparse import datasets, models
 from robsparse.base import registry
 from robsparse.networks import weights
-from robsparse.schema import Fit
+from robsparse.schema.training import Fit
 from robsparse.study import loading
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study

@@ -9,7 +9,7 @@ from torch import nn
 from robsparse import models
 from robsparse.base import registry
 from robsparse.method import bcs
-from robsparse.schema import Crafting
+from robsparse.schema.threat import Crafting
 from robsparse.sparsity.masks import effective_weights, live_count, prunable
 from robsparse.training import objectives
 from robsparse.training.stages import Run

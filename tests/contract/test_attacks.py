@@ -11,7 +11,8 @@ from robsparse.datasets import Part
 from robsparse.evaluation.attacks import AttackContext, Outcome
 from robsparse.evaluation.runner import attack_model
 from robsparse.evaluation.tally import correct_flags
-from robsparse.schema import Crafting, Evaluation, Threat
+from robsparse.schema.evaluation import Evaluation
+from robsparse.schema.threat import Crafting, Threat
 from robsparse.training import objectives
 
 ATTACKS = registry.names("attack")

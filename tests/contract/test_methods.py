@@ -15,7 +15,7 @@ from robsparse.base import registry
 from robsparse.base.counts import keep_count
 from robsparse.compute import randomness
 from robsparse.datasets import load as load_dataset
-from robsparse.schema import Objective
+from robsparse.schema.training import Objective
 from robsparse.sparsity.masks import live_count, prunable, weight_count
 from robsparse.training import loop
 from robsparse.training.checkpoints import Interrupted

@@ -14,7 +14,7 @@ from robsparse import models
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
 from robsparse.datasets import Part
-from robsparse.schema import Crafting
+from robsparse.schema.threat import Crafting
 from robsparse.study import loading
 from robsparse.study.study import Study
 from robsparse.training import objectives

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robsparse.datasets import Part
-from robsparse.schema import Fit
+from robsparse.schema.training import Fit
 from robsparse.study.cells import Layout, derive_seed
 from robsparse.training import augment, batches
 from robsparse.training.checkpoints import StopRequest

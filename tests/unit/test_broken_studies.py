@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from robsparse.base.errors import UsageError
 from robsparse.cli.main import main
+from robsparse.schema.study_file import StudyFile
 from robsparse.study import loading
-from robsparse.study.study import Study
 
 EXAMPLES = int(os.environ.get("ROBSPARSE_BROKEN_STUDIES", "300"))
 VALUES = [
@@ -59,7 +59,7 @@ def filled_in(data, folder):
     """The study as it is understood: with all defaults, so that every key can be broken."""
     path = folder / "whole.yaml"
     path.write_text(yaml.safe_dump(data))
-    whole = loading.load(path).model_dump(mode="json")
+    whole = loading.load(path).settings()
     for block in whole["grid"]:
         block["training"] = block["training"] or {}
     whole["models"] = data["models"]
@@ -130,7 +130,7 @@ def check(path):
 
 
 KEY = re.compile(
-    rf"({'|'.join(Study.model_fields)})\b|.* = .*: unknown key, |not valid YAML: |.*\.py"
+    rf"({'|'.join(StudyFile.model_fields)})\b|.* = .*: unknown key, |not valid YAML: |.*\.py"
 )
 
 

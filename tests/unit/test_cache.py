@@ -10,7 +10,8 @@ from robsparse.base import registry
 from robsparse.datasets import Part
 from robsparse.evaluation.runner import attack_model
 from robsparse.records import provenance
-from robsparse.schema import Evaluation, Threat
+from robsparse.schema.evaluation import Evaluation
+from robsparse.schema.threat import Threat
 from robsparse.study import source_code
 
 CPU = torch.device("cpu")

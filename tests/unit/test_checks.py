@@ -11,12 +11,13 @@ import yaml
 
 from robsparse import datasets, figures
 from robsparse.base import registry
+from robsparse.base.names import LONGEST_NAME
 from robsparse.cli.main import main
-from robsparse.schema import sections
-from robsparse.schema.fields import LARGEST, LONGEST_NAME
+from robsparse.schema.fields import LARGEST
+from robsparse.schema.grid import OWN_TABLES
 from robsparse.schema.imagesets import Description
-from robsparse.schema.sections import Fit
-from robsparse.study import faults, loading
+from robsparse.schema.training import Fit
+from robsparse.study import loading
 
 TABLE = {
     "name": "table4",
@@ -223,7 +224,7 @@ def test_stages_hold_their_rules_without_a_config_too(key):
 
 
 def test_tables_of_every_study_are_known_to_the_configuration():
-    assert {Path(name).stem for name in figures.TABLES} == set(sections.OWN_TABLES)
+    assert {Path(name).stem for name in figures.TABLES} == set(OWN_TABLES)
 
 
 # ---------------------------------------------------------------- sizes of data
@@ -411,7 +412,7 @@ def test_text_that_yaml_fails_at_is_one_line(what, refused):
 def test_limits_leave_room_for_every_study_of_the_repository(repository):
     for path in sorted((repository / "config").glob("*.yaml")):
         assert loading.load(path)
-    assert faults.DEEPEST >= 32
+    assert loading.DEEPEST >= 32
     assert LARGEST >= 2**31
 
 

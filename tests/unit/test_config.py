@@ -8,7 +8,7 @@ import yaml
 
 from robsparse.base import registry
 from robsparse.base.errors import UsageError, nearest
-from robsparse.schema import Fit
+from robsparse.schema.training import Fit
 from robsparse.study import fingerprints, loading
 from robsparse.study.cells import Cell
 
@@ -265,7 +265,7 @@ def test_parameters_left_out_are_the_defaults(study_data, load_study):
     study = load_study(study_data)
     assert study.methods["bcs"].train.epochs == 200
     assert study.methods["lwm"].finetune.lr == 0.01
-    assert study.evaluation.attacks["pgd"].restarts == 2
+    assert study.attacks["pgd"].params.restarts == 2
     study_data["methods"] = {"bcs": None}
     assert load_study(study_data).methods["bcs"] == study.methods["bcs"]
 
@@ -275,7 +275,7 @@ def test_starting_methods_and_clean_get_their_parameters_too(study_data, load_st
     study = load_study(study_data)
     assert "dense" not in study.grid[0].methods
     assert study.methods["dense"].pretrain.epochs == 1
-    assert "clean" in study.evaluation.attacks
+    assert "clean" in study.attacks
 
 
 def test_settings_cannot_be_changed(study_data, load_study):
@@ -435,7 +435,7 @@ def test_data_sets_archs_and_attacks_have_variants_too(study_data, load_study):
     assert {(c.dataset, c.arch) for c in study.cells()} == {("digits", "wide"), ("mine", "wide")}
     assert study.base("dataset", "mine") == "digits"
     assert study.archs["wide"].width == 6
-    assert study.evaluation.attacks["weak"].steps == 1
+    assert study.attacks["weak"].params.steps == 1
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,7 @@ def test_self_training_of_a_block_takes_the_images_of_the_block(
     blocks = two_blocks(study_data)
     blocks[1] |= {"objectives": ["rst"], "training": {"rst_file": str(tmp_path / "extra.npz")}}
     study = load_study(study_data)
-    [rst] = {study.training_of(c).rst_file for c in study.cells() if c.objective == "rst"}
+    [rst] = {study.planned[c].training.rst_file for c in study.cells() if c.objective == "rst"}
     assert rst == str(tmp_path / "extra.npz")
     study_data["training"]["rst_file"] = str(tmp_path / "extra.npz")
     blocks[1]["training"] = {"rst_file": "none.npz"}
@@ -741,7 +741,7 @@ def test_training_of_a_block_is_merged_over_that_of_the_study(study_data, load_s
     blocks = two_blocks(study_data)
     blocks[1]["training"] = {"eps": 0.1, "crafting": {"bn_mode": "train"}}
     study = load_study(study_data)
-    found = {c.sparsity: study.training_of(c) for c in study.cells() if c.method == "bcs"}
+    found = {c.sparsity: study.planned[c].training for c in study.cells() if c.method == "bcs"}
     one, two = found.values()
     assert (one.eps, one.crafting.bn_mode) == (None, "eval")
     assert (two.eps, two.crafting.bn_mode) == (0.1, "train")

@@ -26,7 +26,8 @@ from robsparse.evaluation.tally import correct_flags
 from robsparse.networks import weights
 from robsparse.records.evaluation_record import read_record
 from robsparse.records.rows import Row, wilson_interval
-from robsparse.schema import Evaluation, Threat
+from robsparse.schema.evaluation import Evaluation
+from robsparse.schema.threat import Threat
 from robsparse.sparsity.masks import prunable
 from robsparse.study.cells import Layout, derive_seed
 

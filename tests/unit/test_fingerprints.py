@@ -7,6 +7,7 @@ then runs too. A key or a file that stands in no row fails. docs/staleness.md is
 import copy
 import dataclasses
 import importlib.machinery
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from robsparse.schema.grid import Grid
+from robsparse.schema.study_file import StudyFile
 from robsparse.study import fingerprints, loading, source_code
+from robsparse.study.parts import Block
 from robsparse.study.study import Study
 
 STAGES = ("training", "evaluation", "collect", "figures")
@@ -270,14 +274,23 @@ def expected_of(key: str) -> str:
     return KEYS[next(name for name in reversed(names) if name in KEYS)][0]
 
 
+def written_keys(value: Study | Block) -> set[str]:
+    """The keys that a file has for a study or a block of its grid."""
+    if isinstance(value, Study):
+        return set(StudyFile.model_fields)
+    return set(Grid.model_fields) - (set() if value.own_training else {"training"})
+
+
 def keys_of(value: object, prefix: str = "") -> list[str]:
     """Every key of a study with its defaults, down to single values."""
     parted = ("datasets", "archs", "methods", "models", "evaluation.attacks")
-    if isinstance(value, BaseModel):
+    if isinstance(value, Study | Block):
+        found = {name: getattr(value, name) for name in written_keys(value)}
+    elif isinstance(value, BaseModel):
         found = {name: getattr(value, name) for name in type(value).model_fields}
-    elif isinstance(value, dict) and prefix in parted:
+    elif isinstance(value, Mapping) and prefix in parted:
         found = value
-    elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+    elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel | Block):
         found = {str(i): one for i, one in enumerate(value)}
     else:
         return [prefix]
@@ -299,10 +312,10 @@ def put(data: dict, key: str, value: object) -> None:
 def get(study: Study, key: str) -> object:
     value = study
     for name in key.split("."):
-        if isinstance(value, list):
+        if isinstance(value, tuple):
             value = value[int(name)]
         else:
-            value = value[name] if isinstance(value, dict) else getattr(value, name)
+            value = value[name] if isinstance(value, Mapping) else getattr(value, name)
     return value
 
 
@@ -423,7 +436,8 @@ FILES = {
     "figures": "figures/*",
     "nothing": """
         robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/study/checks
-        robsparse/study/loading robsparse/study/single robsparse/training/dynamic
+        robsparse/study/loading robsparse/study/resolving robsparse/schema/study_file
+        robsparse/training/dynamic
         robsparse/evaluation/fast_minimum_norm robsparse/models/resnet robsparse/models/vgg
         robsparse/models/wideresnet baselines/* eval/* robsparse/datasets/*
     """,

@@ -12,7 +12,7 @@ from robsparse import models
 from robsparse.base import registry
 from robsparse.compute import perturb
 from robsparse.fast import backends, folded_layers, folding
-from robsparse.schema import Crafting
+from robsparse.schema.threat import Crafting
 from robsparse.sparsity.masks import apply_masks, bake, magnitude_masks, prunable
 from robsparse.training import objectives
 

@@ -14,7 +14,8 @@ from robsparse.datasets import Part
 from robsparse.eval import clean, pgd
 from robsparse.evaluation.runner import attack_model
 from robsparse.fast import folded_layers, folding, proof, small_maps
-from robsparse.schema import Crafting, Evaluation, Threat
+from robsparse.schema.evaluation import Evaluation
+from robsparse.schema.threat import Crafting, Threat
 from robsparse.training import objectives
 
 SHAPE = (1, 8, 8)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from robsparse.baselines import hydra
-from robsparse.schema import Fit
+from robsparse.schema.training import Fit
 from robsparse.sparsity.masks import live_count, magnitude_masks, plain_state, prunable
 from robsparse.training.stages import FixedMaskStage, Run
 

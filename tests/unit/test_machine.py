@@ -9,7 +9,7 @@ from torch import nn
 
 from robsparse.compute import machine
 from robsparse.fast import folding
-from robsparse.schema import Crafting
+from robsparse.schema.threat import Crafting
 from robsparse.study.cells import Layout
 from robsparse.training import objectives
 from robsparse.training.loop import train_cell

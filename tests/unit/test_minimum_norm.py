@@ -13,7 +13,8 @@ from robsparse.evaluation.attacks import AttackContext
 from robsparse.evaluation.cache import Cache
 from robsparse.evaluation.record import image_outcomes
 from robsparse.evaluation.runner import attack_model
-from robsparse.schema import Evaluation, Threat
+from robsparse.schema.evaluation import Evaluation
+from robsparse.schema.threat import Threat
 
 CPU = torch.device("cpu")
 EPS = 0.1

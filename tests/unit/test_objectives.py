@@ -9,7 +9,7 @@ from torch import nn
 
 from robsparse.compute import perturb
 from robsparse.fast import folding
-from robsparse.schema import Crafting
+from robsparse.schema.threat import Crafting
 from robsparse.sparsity.masks import apply_masks, effective_weights, magnitude_masks
 from robsparse.study.cost import PASSES
 from robsparse.training import objectives

@@ -11,7 +11,7 @@ from robsparse.base.errors import UsageError
 from robsparse.figures import papers, published
 from robsparse.figures.summary import Material
 from robsparse.figures.tidy import Outcomes, Tidy
-from robsparse.schema import Table
+from robsparse.schema.grid import Table
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 HEADER = ",".join(published.COLUMNS)

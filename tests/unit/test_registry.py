@@ -217,8 +217,7 @@ def test_validator_that_needs_more_than_may_be_read_is_one_line(name, what, pack
     line = 1 + text.splitlines().index(f"        assert {what.format(name)}")
     assert refusal() == (
         f"{folder / 'mine.py'}: line {line}: the name '{name}' is not known here; parameter "
-        "classes may use literals and names from typing, pydantic, robsparse.schema, "
-        "robsparse.schema.fields, robsparse.schema.imagesets alone"
+        "classes may use literals and names from typing, pydantic, robsparse.schema alone"
     )
 
 

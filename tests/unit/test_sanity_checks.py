@@ -11,8 +11,8 @@ from robsparse.compute import perturb
 from robsparse.datasets import Part
 from robsparse.evaluation import sanity_checks
 from robsparse.evaluation.attacks import Outcome
-from robsparse.schema import Evaluation, Threat
-from robsparse.schema.sections import SanityChecks
+from robsparse.schema.evaluation import Evaluation, SanityChecks
+from robsparse.schema.threat import Threat
 
 CPU = torch.device("cpu")
 EPS = 0.1

@@ -1,5 +1,6 @@
 """Where networks come from: one answer for training, workflow, evaluation and figures."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -17,9 +18,10 @@ from robsparse.collection import overlap
 from robsparse.evaluation import evaluate
 from robsparse.networks import external, weights
 from robsparse.records.evaluation_record import read_record
-from robsparse.schema.sources import Source
+from robsparse.schema.external import Source
 from robsparse.study.cells import Layout
 from robsparse.study.loading import load
+from robsparse.study.planned import planned_cells
 from robsparse.study.targets import Target
 
 COMMON = {"dataset": "digits", "objective": "at"}
@@ -428,10 +430,12 @@ def test_in_a_study_and_without_one_the_outcome_is_the_same_image_for_image(
 def test_live_sets_of_foreign_code_are_compared_with_nobodys(from_everywhere, own_nets):
     own_nets(LINEAR)
     study, layout = from_everywhere
-    for name, sparsity in (("given", 0.5), ("made", 0.5)):
-        entry = study.models[name].model_copy(update={"sparsity": sparsity})
-        study.models[name] = entry
-    study.__dict__.pop("planned", None)
+    half = {
+        name: model.model_copy(update={"sparsity": 0.5}) if name in ("given", "made") else model
+        for name, model in study.models.items()
+    }
+    study = dataclasses.replace(study, models=half)
+    study = dataclasses.replace(study, planned=planned_cells(study, study.attacks))
     for name in ("given", "made"):
         external.take_in(study, cell_of(study, name), layout)
     assert overlap.mask_overlaps(study, layout) == []

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from robsparse.schema import Fit
+from robsparse.schema.training import Fit
 from robsparse.sparsity.masks import live_count
 from robsparse.training.stages import FixedMaskStage, Stage, remaining_weights, schedule_factor
 

@@ -17,7 +17,8 @@ from robsparse.evaluation.job import first_examples
 from robsparse.evaluation.runner import attack_model
 from robsparse.networks import construct
 from robsparse.schema.fields import radius
-from robsparse.schema.sections import Threat, Training
+from robsparse.schema.threat import Threat
+from robsparse.schema.training import Training
 from robsparse.study.cells import Layout
 from robsparse.tools import planning
 from robsparse.training.loop import train_cell
@@ -122,8 +123,8 @@ def test_each_attack_goes_as_far_as_it_says_else_as_the_threat(study_data, load_
     )
     expected = [("Linf", 0.0), ("Linf", 0.15), ("Linf", 0.5 / 255), ("L2", 2.5)]
     assert [(result.context.norm, result.context.eps) for result in found] == expected
-    resolved = [study.attack_threat(name) for name in names[1:]]
-    assert [(threat.norm, threat.eps) for threat in resolved] == expected[1:]
+    resolved = [study.attacks[name] for name in names]
+    assert [(attack.norm, attack.eps) for attack in resolved] == expected
 
 
 def test_a_variant_of_clean_perturbs_nothing(study_data, load_study):
@@ -248,7 +249,7 @@ def test_l2_radii_may_be_above_one(study_data, load_study):
     study_data["training"]["crafting"]["step_size"] = 1.1
     study = load_study(study_data)
     assert study.threat == Threat(norm="L2", eps=1.5)
-    assert study.training_threat(of(study, "bcs")) == Threat(norm="L2", eps=1.25)
+    assert study.planned[of(study, "bcs")].training_threat == Threat(norm="L2", eps=1.25)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from robsparse import datasets, models
 from robsparse.base.errors import UsageError
 from robsparse.compute import perturb
 from robsparse.networks import weights
-from robsparse.schema import Crafting, Fit
+from robsparse.schema.threat import Crafting
+from robsparse.schema.training import Fit
 from robsparse.sparsity.masks import live_count, plain_state, prunable, weight_count
 from robsparse.study.cells import Cell, Layout, derive_seed
 from robsparse.training import loop, validation

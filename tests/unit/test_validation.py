@@ -6,7 +6,7 @@ from torch import nn
 
 from robsparse.compute import perturb
 from robsparse.datasets import Part
-from robsparse.schema import Crafting
+from robsparse.schema.threat import Crafting
 from robsparse.study.cells import derive_seed
 from robsparse.training import validation
 from robsparse.training.objectives import Attacker

@@ -1,4 +1,4 @@
-"""One network from a file, a zoo or a function, attacked without a study file."""
+"""A study of one network from a file, a zoo or a function, which has no study file."""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,38 @@
+"""Which attacks see which saved weights, on how many test images. No torch in here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from robsparse.schema.fields import Name, Seed, Strict, each_once
+
+Selection = Literal["best_val", "last"]
+
+
+class SanityChecks(Strict):
+    """Tests of every network for obfuscated gradients: `robsparse.evaluation.sanity_checks`."""
+
+    n_examples: NonNegativeInt = Field(
+        100, description="the first n images of the evaluation; 0: no sanity checks"
+    )
+    queries: PositiveInt = Field(500, description="of the black-box attack, for each image")
+
+
+class Evaluation(Strict):
+    """Which attacks see which saved weights, on how many test images."""
+
+    n_examples: PositiveInt = Field(description="the first n images of the test split")
+    batch_size: PositiveInt = 250
+    seed: Seed = 0
+    selections: dict[Selection, Annotated[list[Name], Field(min_length=1)]] = Field(
+        min_length=1, description="attacks to run on the weights of each selection"
+    )
+    attacks: dict[Name, Any] = Field(default_factory=dict)
+    sanity_checks: SanityChecks = SanityChecks()
+
+    @field_validator("selections")
+    @classmethod
+    def _no_repeats(cls, selections: dict[str, list[str]]) -> dict[str, list[str]]:
+        for names in selections.values():
+            each_once(names)
+        return selections

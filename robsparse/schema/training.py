@@ -1,0 +1,126 @@
+"""How networks are trained: stages, and what all methods share. No torch in here."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
+
+from robsparse.schema.fields import CONTENT, Radius, Share, Strict
+from robsparse.schema.imagesets import Augmentation
+from robsparse.schema.threat import Crafting, Precision
+
+Objective = Literal["natural", "at", "mat", "trades", "mart", "rst"]
+
+MOST_EPOCHS, LARGEST_LR = 100_000, 1000
+
+
+class Fit(Strict):
+    """How one stage is optimised: SGD with momentum, a learning-rate schedule, weight decay.
+
+    schedule: "cosine" falls at every step; "cosine_epochs" once an epoch and an epoch late, as
+        HYDRA's authors have it: epoch e = 0, 1, ... of E has (1 + cos(pi (e - 1) / E)) / 2.
+    velocity: "torch" sums up gradients and multiplies the sum by the current lr; "tensorflow" sums
+    up lr * gradient, so that a drop of lr does not shorten the steps already under way. The same
+    while lr is constant.
+    decay: "coupled" adds weight_decay*w to the gradient (torch SGD); "sgdw" shrinks every trained
+    tensor by (1 - weight_decay * lr / lr_0) before the step and is *not* multiplied by lr, as in
+    the optimiser of the BCS authors (equal to "coupled" in steady state when lr is 0.1
+    and momentum 0.9).
+    """
+
+    epochs: PositiveInt
+    lr: PositiveFloat
+    schedule: Literal["constant", "cosine", "cosine_epochs", "step"] = "cosine"
+    milestones: tuple[Share, ...] = Field(
+        (0.5, 0.75), description="step schedule: shares of all steps after which lr drops"
+    )
+    gamma: float = Field(0.1, gt=0, le=1, description="step schedule: factor of each drop")
+    warmup: NonNegativeInt = Field(0, description="epochs in which lr rises linearly from 0")
+    clean_passes: Literal[0, 1, 2] = Field(
+        0,
+        description="further passes over the clean batch at each step, in train mode: they move "
+        "the statistics of batch norm and are counted as cost; 1: before crafting (HARP's and "
+        "ADMM's authors), 2: also after the passes of the loss (HYDRA's authors)",
+    )
+    momentum: Share = 0.9
+    velocity: Literal["torch", "tensorflow"] = "torch"
+    weight_decay: float = Field(1e-4, ge=0)
+    decay: Literal["coupled", "sgdw"] = "coupled"
+
+    @model_validator(mode="after")
+    def _can_be(self) -> "Fit":
+        """Here rather than in the fields, so that it also holds for fields that are redefined."""
+        drops = list(self.milestones)
+        for key, wrong, expected in (
+            ("epochs", self.epochs > MOST_EPOCHS, f"at most {MOST_EPOCHS} epochs"),
+            ("lr", self.lr > LARGEST_LR, f"a learning rate of at most {LARGEST_LR}"),
+            ("weight_decay", self.weight_decay >= 1, "less than 1: the share that a step takes"),
+            ("milestones", drops != sorted(set(drops)), "ascending shares, like [0.5, 0.75]"),
+            (
+                "warmup",
+                self.warmup >= self.epochs,
+                f"fewer epochs of warm-up than the {self.epochs} of the stage",
+            ),
+        ):
+            if wrong:
+                context = {"key": key, "expected": expected}
+                raise PydanticCustomError("stage", "expected {expected}", context)
+        return self
+
+
+class FromScratch(Fit):
+    """The usual schedule of adversarial training from scratch: 200 epochs, lr 0.1, drops at 50 and
+    75 %, weight decay 5e-4 (Rice et al., ICML 2020; the BCS authors' in steady state).
+    """
+
+    epochs: PositiveInt = 200
+    lr: PositiveFloat = 0.1
+    schedule: Literal["constant", "cosine", "cosine_epochs", "step"] = "step"
+    weight_decay: float = Field(5e-4, ge=0)
+
+
+class Finetune(Fit):
+    """HYDRA's finetuning of a pruned network: 100 epochs, lr 0.01, cosine, weight decay 1e-4."""
+
+    epochs: PositiveInt = 100
+    lr: PositiveFloat = 0.01
+
+
+class Validation(Strict):
+    """Robust accuracy on held-out training images, by which `best_val` is selected."""
+
+    steps: PositiveInt = 10
+    every: PositiveInt = Field(1, description="epochs between two validations")
+
+
+class Training(Strict):
+    """What every method shares while it trains."""
+
+    batch_size: PositiveInt = 128
+    crafting: Crafting
+    precision: Precision = Field(
+        "auto", description="what the training pass computes in (weights and updates: fp32)"
+    )
+    eps: Radius | None = Field(
+        None,
+        description="radius that is trained and validated against, if it is not the threat's",
+    )
+    augmentation: Augmentation | None = Field(
+        None, description="how training images are varied, if not as the data set says"
+    )
+    beta: PositiveFloat = Field(6.0, description="weight of the KL term of TRADES and MART")
+    rst_file: Annotated[str | None, CONTENT] = Field(
+        None, description="rst: npz of pseudo-labelled extra images, arrays `images` and `labels`"
+    )
+    rst_fraction: Share = Field(
+        0.5, description="rst: share of each batch that is pseudo-labelled, in [0,1)"
+    )
+    collapse_after: NonNegativeInt = Field(
+        10,
+        description="stop, and mark the result, when held-out accuracy has been that of guessing "
+        "the largest class for so many validations in a row; 0: never",
+    )
+    log_every: PositiveInt = Field(
+        1, description="steps that one row of the log of rewiring sums up"
+    )
+    validation: Validation = Validation()
