@@ -83,7 +83,7 @@ def started_from(study: Study) -> str:
     )
 
 
-def threat(study: Study, results: pd.DataFrame) -> str:
+def threat_in_words(study: Study, results: pd.DataFrame) -> str:
     """Norm, radius and the budget of each attack."""
     parts = [f"{study.threat.norm}, eps {radius(study.threat.eps)} in [0,1] pixel units"]
     for attack, rows in results[results.attack != "clean"].groupby("attack", sort=False):
@@ -142,7 +142,7 @@ def table_notes(material: Material, group: Group) -> list[str]:
         *_external_models(study, group, results),
         *_attacked_without_view(study, results),
         _selections(study),
-        f"Threat: {threat(study, results)}.",
+        f"Threat: {threat_in_words(study, results)}.",
         f"Nonzero weights: prunable weights that are not zero, of {join(results.prunable)} "
         "(biases and batch norm are not prunable), mean over seeds. Peak active weights: the "
         "largest number of prunable weights that training held in any epoch.",

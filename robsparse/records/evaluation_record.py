@@ -51,6 +51,11 @@ def read_record(path: Path) -> Record:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] in ("extra_forbidden", "missing"):
+            raise UsageError(
+                f"{path}: '{key}': its columns are those of another version of robsparse; evaluate "
+                "this network again"
+            ) from None
         raise UsageError(f"{path}: {key} = {fault['input']!r}: {fault['msg']}") from None
 
 

@@ -274,7 +274,7 @@ def _warm_ups(study: Study) -> Iterator[str]:
 
 
 def _surrogates(study: Study) -> Iterator[str]:
-    """Attacks without a network to transfer from."""
+    """Black-box transfer attacks without a surrogate network."""
     for cell in study.cells():
         for selection in study.evaluation.selections:
             try:

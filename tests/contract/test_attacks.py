@@ -71,7 +71,7 @@ def _trained():
 def attack(name, model, x_NCHW, y_N, *, seed=5, batch_size=3, eps=EPS) -> Outcome:
     eps = 0.0 if name == "clean" else eps
     surrogate = copy.deepcopy(model)
-    threat = AttackContext(
+    context = AttackContext(
         "Linf",
         eps,
         seed,
@@ -81,7 +81,7 @@ def attack(name, model, x_NCHW, y_N, *, seed=5, batch_size=3, eps=EPS) -> Outcom
         surrogate=lambda wanted: surrogate,
     )
     params = registry.entry("attack", name).params()
-    return registry.load("attack", name).run(model, x_NCHW, y_N, params, threat)
+    return registry.load("attack", name).run(model, x_NCHW, y_N, params, context)
 
 
 def few(known, n=IMAGES):

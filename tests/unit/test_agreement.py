@@ -27,7 +27,7 @@ WEIGHTS = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
 JPEG = "ROBSPARSE_CIFAR10_JPEG"  # folder of real images to use instead of seeded ones
 
 
-def threat(norm="Linf", eps=EPS, batch_size=40, **changes):
+def attack_context(norm="Linf", eps=EPS, batch_size=40, **changes):
     changes = {"report": lambda text: None} | changes
     return AttackContext(norm, eps, 3, batch_size, CPU, **changes)
 
@@ -68,7 +68,7 @@ def stock(kind, model, images, context, names):
 @pytest.mark.parametrize("batch_size", [50, 200])
 def test_cascade_equals_one_stock_call(norm, eps, batch_size, quick, known_network):
     model, part = known_network
-    context = threat(norm, eps, batch_size)
+    context = attack_context(norm, eps, batch_size)
     found = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), context)
     expected = stock(Quick, model, (part.x_NCHW, part.y_N), context, found.components)
     flags = list(found.components.values())
@@ -81,8 +81,8 @@ def test_whole_standard_version_on_some_images(known_network):
     """No step or query less than the package's own."""
     model, part = known_network
     x, y = part.x_NCHW[:12], part.y_N[:12]
-    found = autoattack.run(model, x, y, autoattack.Params(), threat())
-    expected = stock(AutoAttack, model, (x, y), threat(), found.components)
+    found = autoattack.run(model, x, y, autoattack.Params(), attack_context())
+    expected = stock(AutoAttack, model, (x, y), attack_context(), found.components)
     assert torch.equal(list(found.components.values())[-1], expected)
     assert 0 < int(expected.sum()) < 12
 
@@ -117,7 +117,7 @@ def test_shipped_resnet_survivors_equal_the_stock_packages(quick):
     with torch.no_grad():
         right = model(x).argmax(1) == y
     x, y = x[right], y[right]
-    context = threat(eps=0.5 / 255, batch_size=5)
+    context = attack_context(eps=0.5 / 255, batch_size=5)
     ours = autoattack.run(model, x, y, autoattack.Params(), context).components
     assert torch.equal(ours["square"], stock(Quick, model, (x, y), context, ours))
     assert 0 < int(ours["square"].sum()) < len(y)
@@ -125,9 +125,9 @@ def test_shipped_resnet_survivors_equal_the_stock_packages(quick):
 
 def test_subset_of_components_gives_what_the_whole_had_then(quick, known_network):
     model, part = known_network
-    whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), threat())
+    whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context())
     params = autoattack.Params(components=("apgd-ce", "apgd-t"))
-    some = autoattack.run(model, part.x_NCHW, part.y_N, params, threat())
+    some = autoattack.run(model, part.x_NCHW, part.y_N, params, attack_context())
     assert list(some.components) == ["apgd-ce", "apgd-t"]
     for name, flags in some.components.items():
         assert torch.equal(flags, whole.components[name])
@@ -142,7 +142,7 @@ def test_rand_version_equals_the_package(monkeypatch, known_network):
     monkeypatch.setattr(autoattack, "AutoAttack", Short)
     model, part = known_network
     params = autoattack.Params(version="rand")
-    found = autoattack.run(model, part.x_NCHW, part.y_N, params, threat())
+    found = autoattack.run(model, part.x_NCHW, part.y_N, params, attack_context())
     attack = Short(model, norm="Linf", eps=EPS, version="rand", seed=3, device="cpu")
     with torch.random.fork_rng():
         _, y_adv = attack.run_standard_evaluation(part.x_NCHW, part.y_N, batch_size=40)
@@ -181,7 +181,7 @@ def test_killed_and_resumed_evaluation_equals_an_uninterrupted_one(
     kills, quick, known_network, tmp_path, monkeypatch
 ):
     model, part = known_network
-    whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), threat())
+    whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context())
     saved = Cache(tmp_path, "network").of("autoattack")
     calls, killed = [], []
     searcher = autoattack._searcher
@@ -199,14 +199,14 @@ def test_killed_and_resumed_evaluation_equals_an_uninterrupted_one(
         return once
 
     monkeypatch.setattr(autoattack, "_searcher", counted)
-    context = threat(cache=saved)
+    context = attack_context(cache=saved)
     with pytest.raises(Killed):
         autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), context)
     found = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), context)
     assert outcome_of(found) == outcome_of(whole)
     calls_of_both = len(calls)
     calls.clear()
-    autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), threat())
+    autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context())
     assert calls_of_both == len(calls) + 1  # only the batch that was killed is done twice
 
 
@@ -216,7 +216,7 @@ def test_longer_evaluation_takes_over_what_a_shorter_one_found(
     model, part = known_network
     saved = Cache(tmp_path, "network").of("autoattack")
     short = autoattack.Params(components=("apgd-ce", "apgd-t"))
-    autoattack.run(model, part.x_NCHW, part.y_N, short, threat(cache=saved))
+    autoattack.run(model, part.x_NCHW, part.y_N, short, attack_context(cache=saved))
     ran = []
     searcher = autoattack._searcher
 
@@ -229,12 +229,12 @@ def test_longer_evaluation_takes_over_what_a_shorter_one_found(
 
     monkeypatch.setattr(autoattack, "_searcher", counted)
     told = []
-    context = threat(cache=saved, report=told.append)
+    context = attack_context(cache=saved, report=told.append)
     found = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), context)
     assert any("taken from an earlier run" in text for text in told)
     monkeypatch.undo()
     monkeypatch.setattr(autoattack, "AutoAttack", Quick)
-    whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), threat())
+    whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context())
     assert outcome_of(found) == outcome_of(whole)
 
 
@@ -242,8 +242,10 @@ def test_outcome_of_other_components_before_is_not_taken(quick, known_network, t
     model, part = known_network
     saved = Cache(tmp_path, "network").of("autoattack")
     alone = autoattack.Params(components=("square",))
-    first = autoattack.run(model, part.x_NCHW, part.y_N, alone, threat(cache=saved))
-    whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), threat(cache=saved))
+    first = autoattack.run(model, part.x_NCHW, part.y_N, alone, attack_context(cache=saved))
+    whole = autoattack.run(
+        model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context(cache=saved)
+    )
     assert int(whole.components["square"].sum()) < int(first.components["square"].sum())
     assert len({json.dumps(f.tolist()) for f in whole.components.values()}) > 1
 
@@ -265,10 +267,12 @@ def test_memory_that_runs_out_halves_the_batches_of_a_component(quick, known_net
     monkeypatch.setattr(autoattack, "_searcher", tight)
     told = []
     found = autoattack.run(
-        model, part.x_NCHW, part.y_N, autoattack.Params(), threat(report=told.append)
+        model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context(report=told.append)
     )
     monkeypatch.setattr(autoattack, "_searcher", searcher)
-    small = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), threat(batch_size=20))
+    small = autoattack.run(
+        model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context(batch_size=20)
+    )
     assert outcome_of(found)[0] == outcome_of(small)[0]
     assert "out of memory: batches of 20 images from here on" in told
 
@@ -294,7 +298,9 @@ class GivenL2(foolbox.attacks.L2PGD):
 def test_pgd_breaks_the_images_that_foolboxs_breaks(norm, eps, known_network):
     model, part = known_network
     params = pgd.Params(steps=20, restarts=1)
-    ours = pgd.run(model, part.x_NCHW, part.y_N, params, threat(norm, eps)).components["all"]
+    ours = pgd.run(model, part.x_NCHW, part.y_N, params, attack_context(norm, eps)).components[
+        "all"
+    ]
     kind = Given if norm == "Linf" else GivenL2
     theirs = kind(abs_stepsize=2.5 * eps / 20, steps=20, random_start=True)
     generator = torch.Generator().manual_seed(3)
@@ -308,7 +314,7 @@ def test_pgd_breaks_the_images_that_foolboxs_breaks(norm, eps, known_network):
 
 def test_fgsm_is_foolboxs(known_network):
     model, part = known_network
-    ours = fgsm.run(model, part.x_NCHW, part.y_N, fgsm.Params(), threat()).components["all"]
+    ours = fgsm.run(model, part.x_NCHW, part.y_N, fgsm.Params(), attack_context()).components["all"]
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     attack = foolbox.attacks.FGSM()
     _, _, broken = attack(wrapped, part.x_NCHW, part.y_N, epsilons=EPS)
@@ -320,7 +326,7 @@ def test_steps_that_shrink_along_a_cosine(known_network):
     model, part = known_network
     steps = {"steps": 10, "restarts": 1}
     each = (pgd.Params(**steps), pgd.Params(rule="cosine", relative_step=5, **steps))
-    found = [pgd.run(model, part.x_NCHW, part.y_N, params, threat()) for params in each]
+    found = [pgd.run(model, part.x_NCHW, part.y_N, params, attack_context()) for params in each]
     counts = [int(outcome.components["all"].sum()) for outcome in found]
     assert abs(counts[0] - counts[1]) <= 20
     sizes = pgd._step_sizes(pgd.Params(steps=4, rule="cosine"), 0.4)
@@ -332,7 +338,7 @@ def test_steps_that_shrink_along_a_cosine(known_network):
 def test_start_at_the_image_itself_is_the_same_for_every_seed(known_network):
     model, part = known_network
     params = pgd.Params(steps=3, restarts=1, start="image")
-    one = pgd.run(model, part.x_NCHW, part.y_N, params, threat())
+    one = pgd.run(model, part.x_NCHW, part.y_N, params, attack_context())
     other = pgd.run(model, part.x_NCHW, part.y_N, params, AttackContext("Linf", EPS, 99, 40, CPU))
     assert torch.equal(one.components["all"], other.components["all"])
 
@@ -359,7 +365,7 @@ def test_smallest_perturbations_of_a_linear_network_are_known(norm, dual):
     x = (0.5 + margins[:, None] * direction).view(-1, 1, 2, 2)
     y = (margins > 0).long()
     params = fmn.Params(steps=300, max_stepsize=0.3)
-    found = fmn.run(model, x, y, params, threat(norm, 0.1))
+    found = fmn.run(model, x, y, params, attack_context(norm, 0.1))
     expected = margins.abs() / model.weight.detach().norm(dual)
     assert torch.allclose(found.distances, expected, rtol=0.03)
     assert found.components["all"].tolist() == (expected > 0.1).tolist()
@@ -368,8 +374,10 @@ def test_smallest_perturbations_of_a_linear_network_are_known(norm, dual):
 
 def test_minimum_norm_attack_agrees_with_autoattack_about_most_images(quick, known_network):
     model, part = known_network
-    distances = fmn.run(model, part.x_NCHW, part.y_N, fmn.Params(steps=200), threat()).distances
-    robust = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), threat())
+    distances = fmn.run(
+        model, part.x_NCHW, part.y_N, fmn.Params(steps=200), attack_context()
+    ).distances
+    robust = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context())
     flags = list(robust.components.values())[-1]
     assert int((flags != (distances > EPS)).sum()) <= 20  # neither searches for long here
 
@@ -380,8 +388,8 @@ def test_minimum_norm_attack_agrees_with_autoattack_about_most_images(quick, kno
 def test_square_alone_finds_what_autoattacks_square_finds(quick, known_network):
     model, part = known_network
     params = autoattack.Params(components=("square",))
-    theirs = autoattack.run(model, part.x_NCHW, part.y_N, params, threat())
-    ours = square.run(model, part.x_NCHW, part.y_N, square.Params(queries=100), threat())
+    theirs = autoattack.run(model, part.x_NCHW, part.y_N, params, attack_context())
+    ours = square.run(model, part.x_NCHW, part.y_N, square.Params(queries=100), attack_context())
     assert torch.equal(ours.components["all"], theirs.components["square"])
 
 
@@ -397,13 +405,13 @@ def test_transfer_sees_the_attacked_network_once_an_image(known_network):
 
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
     params = transfer.Params(surrogate="mine", steps=5)
-    outcome = transfer.run(other, part.x_NCHW, part.y_N, params, threat(surrogate=network))
+    outcome = transfer.run(other, part.x_NCHW, part.y_N, params, attack_context(surrogate=network))
     hook.remove()
     assert asked == ["mine"]
     assert sum(seen) == 5 * len(part)  # crafted on the surrogate alone
     assert outcome.max_perturbation <= EPS + 1e-6
-    same = transfer.run(model, part.x_NCHW, part.y_N, params, threat(surrogate=network))
-    white = pgd.run(model, part.x_NCHW, part.y_N, pgd.Params(steps=5, restarts=1), threat())
+    same = transfer.run(model, part.x_NCHW, part.y_N, params, attack_context(surrogate=network))
+    white = pgd.run(model, part.x_NCHW, part.y_N, pgd.Params(steps=5, restarts=1), attack_context())
     assert torch.equal(same.components["all"], white.components["all"])
 
 

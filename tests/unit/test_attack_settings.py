@@ -30,7 +30,7 @@ class Slope(nn.Module):
         return torch.stack([torch.zeros_like(a), a - b + 0.05], dim=1)
 
 
-def threat(norm="Linf", eps=0.1, batch_size=2, seed=3, **changes):
+def attack_context(norm="Linf", eps=0.1, batch_size=2, seed=3, **changes):
     changes = {"report": lambda text: None} | changes
     return AttackContext(norm, eps, seed, batch_size, CPU, **changes)
 
@@ -56,13 +56,13 @@ def ascents(monkeypatch):
 )
 @pytest.mark.parametrize("attack", [fgsm, pgd])
 def test_gradient_attacks_break_what_is_within_reach(attack, eps, robust):
-    outcome = attack.run(Slope(), X, Y, attack.Params(), threat(eps=eps))
+    outcome = attack.run(Slope(), X, Y, attack.Params(), attack_context(eps=eps))
     assert outcome.components["all"].tolist() == [bool(r) for r in robust]
     assert outcome.max_perturbation == pytest.approx(eps, rel=1e-5)
 
 
 def test_fgsm_is_one_step_of_eps_from_the_image(ascents):
-    outcome = fgsm.run(Slope(), X, Y, fgsm.Params(), threat("L2", 0.2))
+    outcome = fgsm.run(Slope(), X, Y, fgsm.Params(), attack_context("L2", 0.2))
     assert [len(x) for x, _, _ in ascents] == [2, 1]
     for x, start, options in ascents:
         assert torch.equal(x, start)
@@ -77,7 +77,7 @@ def test_fgsm_is_one_step_of_eps_from_the_image(ascents):
 )
 def test_pgd_steps_by_hand(rule, shares, ascents):
     params = pgd.Params(steps=4, restarts=1, relative_step=3.0, rule=rule)
-    outcome = pgd.run(Slope(), X, Y, params, threat("L2", 0.2))
+    outcome = pgd.run(Slope(), X, Y, params, attack_context("L2", 0.2))
     options = ascents[0][2]
     assert options["step_size"] == pytest.approx([3.0 * 0.2 / 4 * share for share in shares])
     assert (options["eps"], options["steps"], options["norm"]) == (0.2, 4, "L2")
@@ -86,13 +86,13 @@ def test_pgd_steps_by_hand(rule, shares, ascents):
 
 
 def test_pgd_defaults_are_those_of_the_authors(ascents):
-    pgd.run(Slope(), X, Y, pgd.Params(), threat(eps=0.01))
+    pgd.run(Slope(), X, Y, pgd.Params(), attack_context(eps=0.01))
     assert len(ascents) == 10 * 2  # restarts, batches
     assert ascents[0][2]["step_size"] == pytest.approx([2.5 * 0.01 / 50] * 50)
 
 
 def test_pgd_restart_sees_the_survivors_alone_from_a_start_of_its_own(ascents):
-    pgd.run(Slope(), X, Y, pgd.Params(steps=5, restarts=2), threat(eps=0.1, batch_size=3))
+    pgd.run(Slope(), X, Y, pgd.Params(steps=5, restarts=2), attack_context(eps=0.1, batch_size=3))
     assert torch.equal(ascents[0][0], X)
     assert torch.equal(ascents[1][0], X[2:])
     generator = torch.Generator().manual_seed(3)
@@ -103,21 +103,21 @@ def test_pgd_restart_sees_the_survivors_alone_from_a_start_of_its_own(ascents):
 
 
 def test_pgd_starts_in_the_norm_of_the_threat(ascents):
-    pgd.run(Slope(), X, Y, pgd.Params(steps=1, restarts=1), threat("L2", 0.1, batch_size=3))
+    pgd.run(Slope(), X, Y, pgd.Params(steps=1, restarts=1), attack_context("L2", 0.1, batch_size=3))
     expected = perturb.uniform_start(X, 0.1, torch.Generator().manual_seed(3), "L2")
     assert torch.equal(ascents[0][1], expected)
 
 
 def test_pgd_from_the_image_itself(ascents):
     params = pgd.Params(steps=1, restarts=2, start="image")
-    pgd.run(Slope(), X, Y, params, threat(eps=0.01, batch_size=3))
+    pgd.run(Slope(), X, Y, params, attack_context(eps=0.01, batch_size=3))
     assert all(torch.equal(x, start) for x, start, _ in ascents)
 
 
 def test_gradient_attacks_compute_no_gradients_of_weights():
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
     for attack in (fgsm, pgd):
-        attack.run(model, X, Y, attack.Params(), threat())
+        attack.run(model, X, Y, attack.Params(), attack_context())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -140,7 +140,7 @@ def test_square_searches_with_the_settings_of_autoattack(monkeypatch):
     monkeypatch.setattr(random_search, "SquareAttack", Search)
     before = torch.get_rng_state()
     params = square.Params(queries=70, restarts=2)
-    outcome = square.run(Slope(), X, Y, params, threat("L2", 0.3, seed=8))
+    outcome = square.run(Slope(), X, Y, params, attack_context("L2", 0.3, seed=8))
     assert torch.equal(torch.get_rng_state(), before)
     assert len(made) == 2  # batches
     assert made[0] == {
@@ -160,7 +160,7 @@ def test_square_searches_with_the_settings_of_autoattack(monkeypatch):
 
 
 def test_clean_perturbs_nothing():
-    outcome = clean.run(Slope(), X, torch.tensor([1, 0, 1]), clean.Params(), threat())
+    outcome = clean.run(Slope(), X, torch.tensor([1, 0, 1]), clean.Params(), attack_context())
     assert outcome.components["all"].tolist() == [True, False, True]
     assert (outcome.max_perturbation, outcome.pictures) == (0.0, {})
     assert clean.passes(clean.Params()) == (0, 1)
@@ -170,7 +170,7 @@ def test_clean_perturbs_nothing():
 def test_progress_and_result_are_reported(attack):
     said = []
     params = attack.Params(queries=50) if attack is square else attack.Params()
-    attack.run(Slope(), X, Y, params, threat(eps=0.01, report=said.append))
+    attack.run(Slope(), X, Y, params, attack_context(eps=0.01, report=said.append))
     if attack is not fgsm:  # one step needs no line
         assert said[-1].startswith(f"{attack.LABEL}: 3 of 3 still robust")
 
@@ -180,7 +180,7 @@ def test_progress_and_result_are_reported(attack):
 
 def test_tally_keeps_pictures_of_broken_images_among_the_first(monkeypatch):
     monkeypatch.setattr(tally, "PICTURES", 2)
-    found = Tally(X, Y, threat())
+    found = Tally(X, Y, attack_context())
     moved = torch.tensor([[0.4, 0.6], [0.5, 0.4], [0.1, 0.9]]).view(3, 1, 1, 2)
     found.judge(Slope(), slice(0, 3), moved)
     assert found.robust.tolist() == [False, True, False]
@@ -190,7 +190,7 @@ def test_tally_keeps_pictures_of_broken_images_among_the_first(monkeypatch):
 
 
 def test_tally_counts_by_index_and_remembers_the_largest_change():
-    tally = Tally(X, Y, threat("L2"))
+    tally = Tally(X, Y, attack_context("L2"))
     tally.judge(
         Slope(), torch.tensor([2, 0]), torch.tensor([[0.5, 0.4], [0.1, 0.8]]).view(2, 1, 1, 2)
     )
@@ -202,7 +202,7 @@ def test_tally_counts_by_index_and_remembers_the_largest_change():
 
 
 def test_tally_counts_numbers_that_are_none():
-    tally = Tally(X, Y, threat())
+    tally = Tally(X, Y, attack_context())
     bad = X.clone()
     bad[1, 0, 0, 0] = math.nan
     tally.judge(Slope(), slice(0, 3), bad)
@@ -217,7 +217,7 @@ def test_tally_attacks_those_that_are_named_in_batches():
         seen.append((x.clone(), y.tolist(), index.tolist()))
         return x
 
-    tally = Tally(X, torch.tensor([1, 0, 1]), threat(batch_size=1))
+    tally = Tally(X, torch.tensor([1, 0, 1]), attack_context(batch_size=1))
     tally.attack(Slope(), craft, torch.tensor([2, 1]))
     assert [(y, index) for _, y, index in seen] == [([1], [2]), ([0], [1])]
     assert torch.equal(seen[0][0], X[2:])
@@ -229,13 +229,13 @@ def test_tally_attacks_those_that_are_named_in_batches():
 def test_tally_comes_back_from_its_arrays_with_its_seconds(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    tally = Tally(X, Y, threat())
+    tally = Tally(X, Y, attack_context())
     moved = X.clone()
     moved[0] += torch.tensor([-0.125, 0.125])
     tally.judge(Slope(), slice(0, 3), moved)
     now[0] = 107.0
     kept = tally.arrays()
-    again = Tally(X, Y, threat())
+    again = Tally(X, Y, attack_context())
     now[0] = 200.0
     again.restore(kept)
     now[0] = 203.0

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 EPS = 0.1
 
 
-def threat(eps=EPS, seed=3, batch_size=4):
+def attack_context(eps=EPS, seed=3, batch_size=4):
     return AttackContext("Linf", eps, seed, batch_size, CPU, report=lambda text: None)
 
 
@@ -199,7 +199,7 @@ ROBUST = (MARGINS.abs() > EPS * 3.5) & (MARGINS != -0.1)
 
 def test_clean_accuracy_by_hand():
     x, y = line_images()
-    outcome = clean.run(Line(), x, y, clean.Params(), threat(0.0))
+    outcome = clean.run(Line(), x, y, clean.Params(), attack_context(0.0))
     assert outcome.components["all"].tolist() == [True] * 6 + [False] + [True] * 2
     assert outcome.max_perturbation == 0.0
 
@@ -209,7 +209,7 @@ def test_pgd_finds_exactly_the_images_that_can_be_broken(batch_size):
     x, y = line_images()
     right = torch.arange(len(y)) != 6
     params = pgd.Params(steps=10, restarts=2)
-    outcome = pgd.run(Line(), x[right], y[right], params, threat(batch_size=batch_size))
+    outcome = pgd.run(Line(), x[right], y[right], params, attack_context(batch_size=batch_size))
     assert outcome.components["all"].tolist() == ROBUST[right].tolist()
     assert outcome.max_perturbation == pytest.approx(EPS)
     assert outcome.settings == {"steps": 10, "restarts": 2}
@@ -222,7 +222,7 @@ def test_pgd_takes_steps_of_the_relative_length():
     for relative, expected in ((2.5, ROBUST[:2]), (1e-3, torch.tensor([True, True]))):
         torch.manual_seed(0)
         params = pgd.Params(steps=1, restarts=1, relative_step=relative)
-        outcome = pgd.run(Line(), x[:2], y[:2], params, threat())
+        outcome = pgd.run(Line(), x[:2], y[:2], params, attack_context())
         assert outcome.components["all"].tolist() == expected.tolist()
 
 
@@ -232,9 +232,9 @@ def test_largest_perturbation_is_that_of_all_batches():
     params = pgd.Params(steps=10, restarts=1)
     for order in ([0, 1], [1, 0]):
         y = torch.zeros(2, dtype=torch.int64)
-        outcome = pgd.run(Line(), x[order], y, params, threat(batch_size=1))
+        outcome = pgd.run(Line(), x[order], y, params, attack_context(batch_size=1))
         assert outcome.max_perturbation == pytest.approx(EPS)
-    alone = pgd.run(Line(), x[1:], y[:1], params, threat(batch_size=1))
+    alone = pgd.run(Line(), x[1:], y[:1], params, attack_context(batch_size=1))
     assert alone.max_perturbation < 0.99 * EPS
 
 
@@ -243,7 +243,7 @@ def test_restart_attacks_only_what_survived():
     model = Line()
     right = torch.arange(len(y)) != 6
     params = pgd.Params(steps=3, restarts=3)
-    pgd.run(model, x[right], y[right], params, threat(batch_size=100))
+    pgd.run(model, x[right], y[right], params, attack_context(batch_size=100))
     assert model.sizes[:4] == [8] * 4
     assert model.sizes[4] == 4
     assert sum(model.sizes) == 8 * 4 + 2 * 4 * 4
@@ -253,7 +253,9 @@ def test_restart_attacks_only_what_survived():
 def test_more_restarts_never_leave_more_images(restarts):
     model, x, y = trained()
     fewer, more = (
-        pgd.run(model, x, y, pgd.Params(steps=2, restarts=n), threat(0.08)).components["all"]
+        pgd.run(model, x, y, pgd.Params(steps=2, restarts=n), attack_context(0.08)).components[
+            "all"
+        ]
         for n in (restarts, restarts + 2)
     )
     assert not (more & ~fewer).any()
@@ -324,7 +326,7 @@ def test_rows_of_an_attack_by_hand():
     flags = {"one": torch.tensor([1, 1, 0, 0]), "two": torch.tensor([1, 0, 0, 0])}
     robust = {name: value.bool() for name, value in flags.items()}
     result = AttackResult(
-        "mine", robust | {"all": robust["two"]}, outcome, threat(), 1.23456, torch.arange(2)
+        "mine", robust | {"all": robust["two"]}, outcome, attack_context(), 1.23456, torch.arange(2)
     )
     common = {
         name: 1 if field.annotation in (int, float) else "x"
@@ -390,7 +392,7 @@ def test_flags_of_pgd_do_not_depend_on_the_batch_size(batch_size):
     model, x, y = trained()
     params = pgd.Params(steps=3, restarts=3)
     flags = [
-        pgd.run(model, x, y, params, threat(0.08, batch_size=size)).components["all"]
+        pgd.run(model, x, y, params, attack_context(0.08, batch_size=size)).components["all"]
         for size in (batch_size, 100)
     ]
     assert 0 < int(flags[0].sum()) < 16  # else they would be equal anyway
@@ -417,7 +419,7 @@ def test_pgd_agrees_with_a_slow_loop_over_single_images():
             survives &= int(model(image).argmax()) == int(y[i])
         expected.append(survives)
     model.zero_grad(set_to_none=True)
-    found = pgd.run(model, x, y, params, threat(eps)).components["all"]
+    found = pgd.run(model, x, y, params, attack_context(eps)).components["all"]
     assert found.tolist() == expected
 
 
@@ -442,7 +444,9 @@ def quick(monkeypatch):
 @pytest.mark.parametrize(("eps", "batch_size"), [(0.09, 5), (0.08, 100)])
 def test_components_run_alone_give_the_outcome_of_one_stock_run(eps, batch_size, quick):
     model, x, y = trained()
-    found = autoattack.run(model, x, y, autoattack.Params(), threat(eps, batch_size=batch_size))
+    found = autoattack.run(
+        model, x, y, autoattack.Params(), attack_context(eps, batch_size=batch_size)
+    )
     names = ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert list(found.components) == names
     for n in range(1, 5):
@@ -472,7 +476,7 @@ def test_fewer_than_ten_classes_have_fewer_targets(quick):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
     x = torch.rand(6, 1, 8, 8)
     y = model(x).argmax(1)
-    found = autoattack.run(model, x, y, autoattack.Params(), threat(0.001))
+    found = autoattack.run(model, x, y, autoattack.Params(), attack_context(0.001))
     assert list(found.components) == ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
@@ -493,7 +497,7 @@ def test_warnings_of_the_package_are_captured_once_each(root_level, quick):
     before = root.level
     root.setLevel(root_level)
     try:
-        outcome = autoattack.run(model, x, y, autoattack.Params(), threat(1e-3))
+        outcome = autoattack.run(model, x, y, autoattack.Params(), attack_context(1e-3))
     finally:
         root.setLevel(before)
     found = [text for text in outcome.warnings if "probability distribution" in text]
@@ -504,13 +508,16 @@ def test_warnings_of_the_package_are_captured_once_each(root_level, quick):
 
 def test_network_without_faults_gets_no_warning(quick):
     model, x, y = trained()
-    assert autoattack.run(model, x[:4], y[:4], autoattack.Params(), threat(1e-3)).warnings == []
+    assert (
+        autoattack.run(model, x[:4], y[:4], autoattack.Params(), attack_context(1e-3)).warnings
+        == []
+    )
 
 
 def test_warnings_are_not_printed_as_well(quick, caplog):
     model, x, y = softmax_net()
     with caplog.at_level(logging.DEBUG):
-        autoattack.run(model, x, y, autoattack.Params(), threat(1e-3))
+        autoattack.run(model, x, y, autoattack.Params(), attack_context(1e-3))
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -520,9 +527,9 @@ def test_logger_of_the_package_is_left_as_it_was(fails, quick):
     before = logger_state()
     if fails:
         with pytest.raises(RuntimeError):
-            autoattack.run(model, x[:, :, :3, :1], y, autoattack.Params(), threat())
+            autoattack.run(model, x[:, :, :3, :1], y, autoattack.Params(), attack_context())
     else:
-        autoattack.run(model, x, y, autoattack.Params(), threat(1e-3))
+        autoattack.run(model, x, y, autoattack.Params(), attack_context(1e-3))
     assert logger_state() == before
 
 
@@ -548,7 +555,7 @@ class SquareBreaksTwo(AutoAttack):
 def test_square_that_beats_the_white_box_attacks_is_told(monkeypatch):
     monkeypatch.setattr(autoattack, "AutoAttack", SquareBreaksTwo)
     model, x, y = trained()
-    outcome = autoattack.run(model, x, y, autoattack.Params(), threat())
+    outcome = autoattack.run(model, x, y, autoattack.Params(), attack_context())
     assert [int(flags.sum()) for flags in outcome.components.values()] == [16, 16, 16, 14]
     (warning,) = outcome.warnings
     assert warning.startswith("Square broke 2 of the 16 images")

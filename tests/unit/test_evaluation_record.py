@@ -43,6 +43,20 @@ def test_damaged_record_is_one_line_with_its_path(damage, tmp_path, row_values):
     assert "\n" not in str(caught.value)
 
 
+def test_record_of_another_version_is_refused_in_one_line(tmp_path, row_values):
+    path = tmp_path / "r.json"
+    write_record(path, Record([Row(**row_values)], [], [], {}, "f"))
+    content = json.loads(path.read_text())
+    content["rows"][0]["suspicious"] = content["rows"][0].pop("potentially_unreliable")
+    content["doubts"] = content.pop("sanity_checks")
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError) as caught:
+        read_record(path)
+    assert str(caught.value).startswith(f"{path}: 'suspicious': ")
+    assert str(caught.value).endswith("evaluate this network again")
+    assert "\n" not in str(caught.value)
+
+
 def test_wrong_field_is_named(tmp_path, row_values):
     path = tmp_path / "r.json"
     write_record(path, Record([Row(**row_values)], [], [], {}, "f"))

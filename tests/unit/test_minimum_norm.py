@@ -21,14 +21,14 @@ EPS = 0.1
 QUICK = {"fmn_steps": 10, "steps": 8, "queries": 20}
 
 
-def threat(norm="Linf", eps=EPS, **options) -> AttackContext:
+def attack_context(norm="Linf", eps=EPS, **options) -> AttackContext:
     options = {"seed": 3, "batch_size": 40, "report": lambda text: None} | options
     return AttackContext(norm=norm, eps=eps, device=CPU, **options)
 
 
 def distances(model, x, y, params=None, **options) -> torch.Tensor:
     params = params or minimum_norm.Params(**QUICK)
-    return minimum_norm.run(model, x, y, params, threat(**options)).distances
+    return minimum_norm.run(model, x, y, params, attack_context(**options)).distances
 
 
 class Linear(nn.Module):
@@ -116,7 +116,7 @@ def test_without_gradients_fmn_fails_and_the_other_searches_do_not(
     model = Wrapped(network, **BLIND[name]).eval()
     right = model(part.x_NCHW).argmax(1) == part.y_N
     x, y = part.x_NCHW[right][:80], part.y_N[right][:80]
-    alone = fmn.run(model, x, y, fmn.Params(steps=20), threat(norm)).distances
+    alone = fmn.run(model, x, y, fmn.Params(steps=20), attack_context(norm)).distances
     together = distances(model, x, y, norm=norm)
     assert (alone > 0.8 * longest).float().mean() > 0.9
     assert (together <= longest).all()
@@ -130,7 +130,9 @@ def test_every_search_alone_shortens_what_is_known(known_network):
     params = minimum_norm.Params(**QUICK)
 
     def search() -> minimum_norm._Search:
-        return minimum_norm._Search(model, part.x_NCHW, part.y_N, params, threat(batch_size=200))
+        return minimum_norm._Search(
+            model, part.x_NCHW, part.y_N, params, attack_context(batch_size=200)
+        )
 
     towards, ascent, query, adaptive = search(), search(), search(), search()
     towards.towards(part.x_NCHW, part.y_N)
@@ -165,7 +167,7 @@ def test_a_constant_network_cannot_be_broken():
         x,
         torch.ones(6, dtype=torch.int64),
         minimum_norm.Params(**QUICK),
-        threat(),
+        attack_context(),
     )
     assert found.distances.tolist() == [float("inf")] * 6
     assert found.components["all"].all()
@@ -197,7 +199,7 @@ def test_it_is_no_weaker_than_its_parts(norm, eps, known_network):
     x, y = part.x_NCHW[:80], part.y_N[:80]
     together = distances(model, x, y, norm=norm, eps=eps)
     params = fmn.Params(steps=QUICK["fmn_steps"])
-    alone = fmn.run(model, x, y, params, threat(norm, eps)).distances
+    alone = fmn.run(model, x, y, params, attack_context(norm, eps)).distances
     assert (together <= alone).all()
     assert (together < 0.98 * alone).any()
 
@@ -250,7 +252,7 @@ def test_a_killed_run_goes_on_to_the_same_distances(known_network, tmp_path, mon
     model, part = known_network
     params = minimum_norm.Params(**QUICK)
     x, y = part.x_NCHW[:45], part.y_N[:45]
-    whole = minimum_norm.run(model, x, y, params, threat(batch_size=20))
+    whole = minimum_norm.run(model, x, y, params, attack_context(batch_size=20))
     searched = minimum_norm._Search.distances
     calls = itertools.count()
 
@@ -262,14 +264,14 @@ def test_a_killed_run_goes_on_to_the_same_distances(known_network, tmp_path, mon
     monkeypatch.setattr(minimum_norm._Search, "distances", killed)
     kept = {"cache": Cache(tmp_path, "one network"), "batch_size": 20}
     with pytest.raises(Killed):
-        minimum_norm.run(model, x, y, params, threat(**kept))
+        minimum_norm.run(model, x, y, params, attack_context(**kept))
     told = []
-    resumed = minimum_norm.run(model, x, y, params, threat(**kept, report=told.append))
+    resumed = minimum_norm.run(model, x, y, params, attack_context(**kept, report=told.append))
     assert "40 of 45 images taken from an earlier run" in told
     assert next(calls) == 4  # one batch alone was searched again
     assert torch.equal(resumed.distances, whole.distances)
     other = minimum_norm.Params(**QUICK | {"steps": 11})
-    minimum_norm.run(model, x[:1], y[:1], other, threat(**kept))
+    minimum_norm.run(model, x[:1], y[:1], other, attack_context(**kept))
     assert next(calls) == 6  # other settings take nothing over
 
 
@@ -300,7 +302,7 @@ def test_passes_are_what_an_image_that_survives_costs():
 
     x, y = torch.rand(8, 1, 6, 6), torch.zeros(8, dtype=torch.int64)
     params = minimum_norm.Params(fmn_steps=7, radii=4, steps=5, restarts=2, queries=30)
-    minimum_norm.run(Constant().eval(), x, y, params, threat())
+    minimum_norm.run(Constant().eval(), x, y, params, attack_context())
     backward, forward = minimum_norm.passes(params)
     assert backward == 2 * 7 + 4 * 5 * 2
     # Nothing is found, so nothing is made shorter. Random search asks a few times more.
