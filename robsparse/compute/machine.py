@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from robsparse.base.errors import UsageError
 
@@ -73,14 +72,13 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
 
 
-def laid_out(x_NCHW: Tensor, precision: str) -> Tensor:
-    """Return images in the memory format that suits a precision.
+def fast_memory_format(precision: str) -> torch.memory_format:
+    """Return the memory format of images that suits a precision.
 
     tf32 and bf16 use matrix units, which are faster with channels last. fp32 keeps channels first:
     on a CPU some networks are faster with one format and some with the other.
     """
-    last = torch.contiguous_format if precision == "fp32" else torch.channels_last
-    return x_NCHW.contiguous(memory_format=last)
+    return torch.contiguous_format if precision == "fp32" else torch.channels_last
 
 
 def precision_note(crafting: str, training: str) -> str:

@@ -16,7 +16,7 @@ from robsparse.base.files import atomic, file_checksum, read_json, write_json
 from robsparse.datasets import Splits
 from robsparse.networks import construct, weights
 from robsparse.records import provenance
-from robsparse.sparsity.history import no_lifetimes, no_steps
+from robsparse.sparsity.history import empty_lifetimes, empty_steps
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
@@ -39,7 +39,7 @@ def take_in(study: Study, cell: Cell, layout: Layout) -> None:
     state = _tensors(network, str(source))
     for selection in ("best_val", "last"):
         weights.save(layout.model(cell, selection), state)
-    tables = {layout.steps(cell): no_steps(), layout.lifetimes(cell): no_lifetimes()}
+    tables = {layout.steps(cell): empty_steps(), layout.lifetimes(cell): empty_lifetimes()}
     for path, table in tables.items():
         with atomic(path) as temporary:
             table.to_parquet(temporary)

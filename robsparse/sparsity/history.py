@@ -1,4 +1,4 @@
-"""What becomes of single connections while a method rewires: deaths, regrowths, ages, lifetimes."""
+"""The history of single connections while a method rewires: prunings, regrowths and ages."""
 
 from typing import Any
 
@@ -9,87 +9,90 @@ from torch import Tensor
 
 from robsparse.records.columns import LIFETIME_COLUMNS, STEP_COLUMNS
 
-# Steps are taken in so many at a time, or when their lists together are this long.
+# Steps are processed so many at a time, or when their lists together are this long.
 STEPS_AT_ONCE, POSITIONS_AT_ONCE = 256, 1 << 20
 
 
 class ConnectionLog:
-    """Follows the live connections of every layer from step to step.
+    """The active connections of every layer from step to step.
 
-    Ages are in training steps; a connection of the initial network is born at step 0. A row of
-    the log sums up `every` steps (pruned, regrown) or holds their end (active, age).
+    Ages are in training steps; a connection of the initial network is active since step 0. A row of
+    the log sums up `every` steps (pruned, regrown) or describes the last of them (active, age).
 
-    A position counts through the layers' weights, one layer after the other. The one after the
-    last stands for nowhere and is never in a table: a method whose lists have a fixed length
-    fills them with it. Many steps are taken in together, at the cost of their changes, and the
-    host never waits for the device.
+    A position is an index into the weights of all layers, one layer after the other. The position
+    after the last weight is padding: a method whose lists have a fixed length fills them with it,
+    and no table counts it. Many steps are processed together, in a time that depends on the number
+    of changed connections alone. The CPU never waits for the GPU.
     """
 
-    def __init__(self, live: dict[str, Tensor], every: int = 1) -> None:
-        """Start from the live sets (bool, any shape) of the layers, by name."""
-        self.names, self.every, self.step = list(live), every, 0
-        device = next(iter(live.values())).device
-        nowhere = torch.full((1,), -1, dtype=torch.int32, device=device)
-        # The step at which each connection was born, -1 where there is none.
-        born = [mask.flatten().to(torch.int32) - 1 for mask in live.values()]
-        self.born = torch.cat([*born, nowhere])
-        self.ends = torch.tensor([mask.numel() for mask in live.values()]).cumsum(0).to(device)
-        # Of each layer and of nowhere: all deaths and regrowths so far, live ones, their births.
-        self.totals = torch.zeros(len(live) + 1, 4, dtype=torch.float64, device=device)
-        self.totals[:-1, 2] = torch.stack([mask.sum() for mask in live.values()])
-        self.died_at = torch.zeros(1024, dtype=torch.int64, device=device)
+    def __init__(self, active: dict[str, Tensor], every: int = 1) -> None:
+        """Start from the masks of active connections (bool, any shape) of the layers, by name."""
+        self.names, self.every, self.step = list(active), every, 0
+        device = next(iter(active.values())).device
+        padding = torch.full((1,), -1, dtype=torch.int32, device=device)
+        # The step since which each connection is active, -1 where it is dormant.
+        since = [mask.flatten().to(torch.int32) - 1 for mask in active.values()]
+        self.active_since = torch.cat([*since, padding])
+        self.ends = torch.tensor([mask.numel() for mask in active.values()]).cumsum(0).to(device)
+        # Of each layer and of the padding: connections pruned and regrown so far, active ones, and
+        # the sum of the steps since which these are active.
+        self.totals = torch.zeros(len(active) + 1, 4, dtype=torch.float64, device=device)
+        self.totals[:-1, 2] = torch.stack([mask.sum() for mask in active.values()])
+        self.pruned_at_age = torch.zeros(1024, dtype=torch.int64, device=device)
         self.rows: list[Tensor] = [self.totals[:-1]]
-        # Died and regrown of each step that is not taken in yet.
-        self.waiting: list[Tensor] = []
+        # Pruned and regrown positions of each step that is not processed yet.
         self.length = 0
+        self.pending: list[Tensor] = []
 
-    def record(self, died: Tensor, regrown: Tensor) -> None:
-        """Note one step: the positions (int64) that died and those that came alive."""
+    def record(self, pruned: Tensor, regrown: Tensor) -> None:
+        """Add one step: the positions (int64) that were pruned and those that were regrown."""
         self.step += 1
-        self.waiting += [died, regrown]
-        self.length += len(died) + len(regrown)
-        if self.length >= POSITIONS_AT_ONCE or len(self.waiting) >= 2 * STEPS_AT_ONCE:
-            self._take_in()
+        self.pending += [pruned, regrown]
+        self.length += len(pruned) + len(regrown)
+        if self.length >= POSITIONS_AT_ONCE or len(self.pending) >= 2 * STEPS_AT_ONCE:
+            self._process()
 
-    def record_by_layer(self, died: list[Tensor], regrown: list[Tensor]) -> None:
-        """Note one step given as each layer's own flat positions."""
+    def record_by_layer(self, pruned: list[Tensor], regrown: list[Tensor]) -> None:
+        """Add one step, given as flat positions inside each layer."""
         starts = [0, *self.ends.tolist()]
         both = (
             torch.cat([own + start for own, start in zip(positions, starts, strict=False)])
-            for positions in (died, regrown)
+            for positions in (pruned, regrown)
         )
         self.record(*both)
 
-    def _take_in(self) -> None:
-        """Work off the steps that wait: events in order of position, and there of time."""
-        waiting, self.waiting, self.length = self.waiting, [], 0
-        if not waiting:
+    def _process(self) -> None:
+        """Process the pending steps: their events by position, and by time at each position."""
+        pending, self.pending, self.length = self.pending, [], 0
+        if not pending:
             return
-        first, steps = self.step - len(waiting) // 2 + 1, len(waiting) // 2
-        kinds = [torch.full_like(positions, i) for i, positions in enumerate(waiting)]
-        position, order = torch.cat(waiting).sort(stable=True)
-        kind = torch.cat(kinds)[order]  # 0: died at the first step, 1: regrown then, 2: died, ...
-        step, dies = first + kind // 2, kind % 2 == 0
-        # A connection that dies was born by the event before at its position, or before them all.
+        first, steps = self.step - len(pending) // 2 + 1, len(pending) // 2
+        kinds = [torch.full_like(positions, i) for i, positions in enumerate(pending)]
+        position, order = torch.cat(pending).sort(stable=True)
+        kind = torch.cat(kinds)[
+            order
+        ]  # 0: pruned at the first step, 1: regrown then, 2: pruned, ...
+        step, prunes = first + kind // 2, kind % 2 == 0
+        # A pruned connection is active since the event before at its position, if there is one.
         again = position[1:] == position[:-1]
-        birth = self.born[position].long()
-        birth[1:] = torch.where(again, step[:-1], birth[1:])
-        self._count(steps, (kind // 2, position), dies, torch.where(dies, -birth, step))
-        nowhere = len(self.born) - 1
-        self._count_lifetimes((step - birth) * (dies & (birth > 0) & (position < nowhere)))
-        # The last event at a position decides; all others write to nowhere.
+        since = self.active_since[position].long()
+        since[1:] = torch.where(again, step[:-1], since[1:])
+        self._count(steps, (kind // 2, position), prunes, torch.where(prunes, -since, step))
+        padding = len(self.active_since) - 1
+        self._count_lifetimes((step - since) * (prunes & (since > 0) & (position < padding)))
+        # The last event at a position counts; all others are written to the padding.
         last = position.clone()
-        last[:-1].masked_fill_(again, nowhere)
-        self.born.index_copy_(0, last, step.masked_fill(dies, -1).int())
-        self.born[-1:].fill_(-1)
+        last[:-1].masked_fill_(again, padding)
+        self.active_since.index_copy_(0, last, step.masked_fill(prunes, -1).int())
+        self.active_since[-1:].fill_(-1)
 
     def _count(
-        self, steps: int, where: tuple[Tensor, Tensor], dies: Tensor, births: Tensor
+        self, steps: int, where: tuple[Tensor, Tensor], prunes: Tensor, since: Tensor
     ) -> None:
-        """Add events to the totals, step by step, and keep the rows that the log is to have."""
+        """Add events to the totals, step by step, and keep the rows of the logged steps."""
         step, position = where
         layer = torch.bucketize(position, self.ends, right=True)
-        change = torch.stack([dies, ~dies, 1 - 2 * dies.long(), births], dim=1).double()
+        change = torch.stack([prunes, ~prunes, 1 - 2 * prunes.long(), since], dim=1).double()
         cells = change.new_zeros(steps * len(self.totals), 4)
         cells.index_add_(0, step * len(self.totals) + layer, change)
         totals = cells.view(steps, len(self.totals), 4).cumsum(0) + self.totals
@@ -99,21 +102,24 @@ class ConnectionLog:
         self.rows += [totals[i, :-1].clone() for i in reversed(ends)]
 
     def _count_lifetimes(self, ages: Tensor) -> None:
-        """Add the ages of regrown connections that died; those of all else are 0."""
-        while self.step >= len(self.died_at):
-            self.died_at = torch.cat([self.died_at, torch.zeros_like(self.died_at)])
-        self.died_at.index_add_(0, ages, torch.ones_like(ages))
-        self.died_at[:1].zero_()
+        """Count the ages of regrown connections that were pruned; 0 stands for all other events."""
+        while self.step >= len(self.pruned_at_age):
+            self.pruned_at_age = torch.cat(
+                [self.pruned_at_age, torch.zeros_like(self.pruned_at_age)]
+            )
+        self.pruned_at_age.index_add_(0, ages, torch.ones_like(ages))
+        self.pruned_at_age[:1].zero_()
 
     def steps(self) -> pd.DataFrame:
-        """One row a logged step and layer; those of step 0 are the initial network."""
-        self._take_in()
+        """One row for each logged step and layer; step 0 is the initial network."""
+        self._process()
         values = torch.stack(self.rows).cpu()  # rows x layers x totals
         steps = torch.arange(len(self.rows), dtype=torch.int32) * self.every
-        live, births = values[:, :, 2:3], values[:, :, 3:]
+        active, since = values[:, :, 2:3], values[:, :, 3:]
         changes = values[:, :, :2].diff(dim=0, prepend=values[:1, :, :2])
-        age = torch.where(live > 0, steps[:, None, None] - births / live.clamp(min=1), torch.nan)
-        values = torch.cat([changes, live, age], dim=2)
+        mean = since / active.clamp(min=1)
+        age = torch.where(active > 0, steps[:, None, None] - mean, torch.nan)
+        values = torch.cat([changes, active, age], dim=2)
         table = pd.DataFrame(values.flatten(0, 1).numpy(), columns=list(STEP_COLUMNS[2:]))
         table = table.astype(dict.fromkeys(("pruned", "regrown", "active"), "int32"))
         table.insert(0, "layer", pd.Categorical(self.names * len(self.rows), self.names))
@@ -122,45 +128,46 @@ class ConnectionLog:
 
     def lifetimes(self) -> pd.DataFrame:
         """Regrown connections by age: how many were pruned at it, how many are active with it."""
-        self._take_in()
-        born = self.born.cpu()
-        ages = (self.step - born[born > 0]).long()
-        active = torch.bincount(ages, minlength=len(self.died_at)).numpy()
+        self._process()
+        since = self.active_since.cpu()
+        ages = (self.step - since[since > 0]).long()
+        active = torch.bincount(ages, minlength=len(self.pruned_at_age)).numpy()
         pruned = np.zeros_like(active)
-        pruned[: len(self.died_at)] = self.died_at.cpu()
+        pruned[: len(self.pruned_at_age)] = self.pruned_at_age.cpu()
         table = pd.DataFrame({"age": np.arange(len(active)), "pruned": pruned, "active": active})
         return table[(table.pruned > 0) | (table.active > 0)].reset_index(drop=True)
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        self._take_in()
+        """Everything that a resumed run needs."""
+        self._process()
         return {
             "names": self.names,
             "sizes": self.ends.diff(prepend=self.ends.new_zeros(1)).tolist(),
             "every": self.every,
             "step": self.step,
-            "born": self.born,
+            "active_since": self.active_since,
             "totals": self.totals,
-            "died_at": self.died_at,
+            "pruned_at_age": self.pruned_at_age,
             "rows": torch.stack(self.rows),
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> "ConnectionLog":
         """The log that `state` was taken from."""
-        born = state["born"].to(device)
-        layers = (born[:-1] >= 0).split(state["sizes"])
+        since = state["active_since"].to(device)
+        layers = (since[:-1] >= 0).split(state["sizes"])
         log = cls(dict(zip(state["names"], layers, strict=True)), state["every"])
-        log.step, log.born, log.totals = state["step"], born, state["totals"].to(device)
-        log.died_at, log.rows = state["died_at"].to(device), [*state["rows"].to(device)]
+        log.step, log.active_since, log.totals = state["step"], since, state["totals"].to(device)
+        log.pruned_at_age = state["pruned_at_age"].to(device)
+        log.rows = [*state["rows"].to(device)]
         return log
 
 
-def no_steps() -> pd.DataFrame:
+def empty_steps() -> pd.DataFrame:
     """The log of a method that never rewires."""
     return pd.DataFrame(columns=list(STEP_COLUMNS))
 
 
-def no_lifetimes() -> pd.DataFrame:
+def empty_lifetimes() -> pd.DataFrame:
     """The lifetimes of a method that never rewires."""
     return pd.DataFrame(columns=list(LIFETIME_COLUMNS))

@@ -30,7 +30,7 @@ from robsparse.base.files import check_writable, write_json
 from robsparse.compute.machine import (
     computing,
     device_name,
-    laid_out,
+    fast_memory_format,
     pick_device,
     pick_precision,
     prepare,
@@ -47,8 +47,8 @@ from robsparse.study.cost import PASSES
 from robsparse.tools.stopwatch import Row, Side, Stopwatch, copy_rate, multiply_rate
 from robsparse.training import augment, objectives
 from robsparse.training.batches import Source, Stored
-from robsparse.training.loop import descend, optimizer_of, update
-from robsparse.training.stages import Run, Stage
+from robsparse.training.loop import compute_gradients, update
+from robsparse.training.stages import Run, Stage, begin_stage
 
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
 CLASSES = 10
@@ -201,7 +201,7 @@ def perturb(settings: Settings) -> Iterator[Row]:
         model, attacker = _build(arch, settings.device), _attacker(precision, settings.device)
         yield settings.watch.compare(
             case,
-            Side(functools.partial(attacker.attack_labels, model, laid_out(x, precision), y)),
+            Side(functools.partial(attacker.attack_labels, model, _laid_out(x, precision), y)),
             Side(functools.partial(textbook.pgd, model, x, y, (EPS, STEP, STEPS))),
             "textbook",
             count=len(x),
@@ -268,7 +268,7 @@ def data(settings: Settings) -> Iterator[Row]:
     images = random.integers(0, 256, (EPOCH, 32, 32, 3), dtype=np.uint8)
     labels = random.integers(0, CLASSES, EPOCH)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).contiguous()
-    stored = Stored.of(Part(x, torch.from_numpy(labels)), settings.device)
+    stored = Stored.from_part(Part(x, torch.from_numpy(labels)), settings.device)
     augmentation = Augmentation(kind="crop", flip=True)
 
     def ours() -> None:
@@ -391,6 +391,10 @@ def _limit(arch: str, precision: str, passes: float, settings: Settings) -> floa
         return multiply_rate(settings.device, precision) / (2 * _macs(arch) * passes)
 
 
+def _laid_out(x_NCHW: Tensor, precision: str) -> Tensor:
+    return x_NCHW.contiguous(memory_format=fast_memory_format(precision))
+
+
 def _attacker(precision: str, device: torch.device) -> objectives.Attacker:
     crafting = Crafting(steps=STEPS, step_size=STEP)
     generator = torch.Generator(device).manual_seed(0)
@@ -403,22 +407,21 @@ def _started(kind: Step, device: torch.device) -> tuple[Stage, Run]:
     stage = registry.load("method", kind.method).stages(params)[0]
     generator = torch.Generator(device).manual_seed(0)
     run = Run(_build(kind.arch, device), kind.sparsity, generator, kind.arch, kind.precision)
-    stage.before_fit(run)
-    run.optimizer = optimizer_of(stage, run.model)
-    run.lr, run.lr_factor, run.steps = 0.1, 1.0, 1000
+    begin_stage(run, stage, steps=1000)
+    run.lr = 0.1
     return stage, run
 
 
 def _our_step(kind: Step, settings: Settings) -> Side:
     stage, run = _started(kind, settings.device)
     training = Training(crafting=Crafting(steps=STEPS, step_size=STEP))
-    loss = objectives.of(kind.objective, training)
+    objective = objectives.make_objective(kind.objective, training)
     attacker = _attacker(kind.precision, settings.device)
     x, y = _images(kind.arch, settings)
-    x = laid_out(x, kind.precision)
+    x = _laid_out(x, kind.precision)
 
     def step() -> None:
-        descend(run, stage, lambda: loss(run.model, x, y, attacker), x)
+        compute_gradients(run, stage, objective, attacker, (x, y))
         update(run, stage)
 
     return Side(step)

@@ -1,7 +1,7 @@
 """Random shifts, crops and flips of whole batches, on the device that trains.
 
-What happens to each image is drawn for a whole epoch at once, so that it depends neither on the
-size of a batch nor on where an interrupted run goes on.
+The random numbers of a whole epoch are drawn at once. They depend neither on the size of a batch
+nor on the step at which an interrupted run is resumed.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from robsparse.schema.imagesets import Augmentation
 
 @dataclass(frozen=True)
 class Draws:
-    """One epoch's randomness of n images.
+    """The random shift and flip of each of n images in one epoch.
 
-    offset_N2: (down, right) by which the image's content is looked up away from its place, in
-    shares of the side (shift) or whole pixels (crop); flip_N: whether it is mirrored.
+    offset_N2: (down, right) from a pixel to the place in the image whose value it gets, in shares
+    of the side (shift) or whole pixels (crop); flip_N: whether the image is mirrored.
     """
 
     offset_N2: Tensor
@@ -33,7 +33,7 @@ class Draws:
 
 
 def draw(n: int, settings: Augmentation, generator: torch.Generator) -> Draws:
-    """Draw what happens to n images. The generator is on the CPU, so all devices draw the same."""
+    """Draw for n images. The generator is on the CPU, so that all devices draw the same."""
     offset_N2, flip_N = torch.zeros(n, 2), torch.zeros(n, dtype=torch.bool)
     if settings.kind == "shift":
         offset_N2 = settings.shift * (2 * torch.rand(n, 2, generator=generator) - 1)
@@ -46,7 +46,7 @@ def draw(n: int, settings: Augmentation, generator: torch.Generator) -> Draws:
 
 
 def apply(x_NCHW: Tensor, draws: Draws, settings: Augmentation) -> Tensor:
-    """The images x_NCHW in [0,1], each changed as drawn; the same tensor if nothing is to be."""
+    """The images x_NCHW in [0,1], shifted, cropped and flipped as drawn."""
     if settings.kind == "shift":
         x_NCHW = _shifted(x_NCHW, draws.offset_N2)
     if settings.kind == "crop":
@@ -58,8 +58,8 @@ def apply(x_NCHW: Tensor, draws: Draws, settings: Augmentation) -> Tensor:
 
 def _shifted(x_NCHW: Tensor, offset_N2: Tensor) -> Tensor:
     """Pixel (i, j) becomes the bilinear sample at (i + down, j + right), edges repeated."""
-    # With aligned corners 0 off, a grid's coordinates of -1 and 1 are the outer edges of the
-    # corner pixels: one side is 2 long, so a share of the side is twice that in the grid.
+    # Without align_corners, the coordinates -1 and 1 of a grid are the outer edges of the corner
+    # pixels. A side has length 2, so a share of the side is twice that share in the grid.
     theta = torch.eye(2, 3, device=x_NCHW.device, dtype=x_NCHW.dtype).repeat(len(x_NCHW), 1, 1)
     theta[:, :, 2] = 2 * offset_N2.flip(1).to(x_NCHW.dtype)  # the grid wants (right, down)
     grid = functional.affine_grid(theta, list(x_NCHW.shape), align_corners=False)

@@ -1,7 +1,8 @@
-"""Training batches: their order, augmentation and extra images, decided by seed and epoch alone.
+"""Training batches: their order, augmentation and extra images depend on seed and epoch alone.
 
-Every method sees the same batches, and a resumed run sees those that it would have seen. Images lie
-on the training device as bytes and become numbers, shifted and flipped, a batch at a time.
+Every method sees the same batches, and a resumed run sees the same ones as an uninterrupted run.
+The images are kept on the training device as bytes. Each batch is converted to numbers, shifted and
+flipped when it is used.
 """
 
 from dataclasses import dataclass
@@ -15,15 +16,15 @@ from robsparse.study.cells import Cell, derive_seed
 from robsparse.study.study import Study
 from robsparse.training import augment
 
-LEVELS = (255, 16)  # grey levels of a pixel above 0: of photographs, of the digits
-SHARE_OF_MEMORY = 0.5  # of what is free on a GPU, for images to be kept there
+LEVELS = (255, 16)  # largest pixel value of photographs, and of the 8x8 digits
+SHARE_OF_MEMORY = 0.5  # images may fill that share of a GPU's free memory
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Images and labels where training takes them from.
+    """Images and labels as they are kept in memory.
 
-    x_NCHW: uint8 of 0..levels that stand for [0,1], or the numbers themselves if levels is None.
+    x_NCHW: uint8 in 0..levels, which mean [0,1]; or floats in [0,1] if levels is None.
     """
 
     x_NCHW: Tensor
@@ -31,8 +32,8 @@ class Stored:
     levels: int | None
 
     @classmethod
-    def of(cls, part: Part, device: torch.device) -> "Stored":
-        """As bytes if these are exact, on the device if its memory has room for them."""
+    def from_part(cls, part: Part, device: torch.device) -> "Stored":
+        """Keep the images as bytes if these are exact, and on the device if its memory suffices."""
         x_NCHW, levels = part.x_NCHW, None
         for number in LEVELS:
             whole = (part.x_NCHW * number).round()
@@ -76,20 +77,40 @@ class Source:
         return augment.apply(x_NCHW, self.draws[index], self.augmentation), y_N
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """The batches of one epoch: labelled images, then extra ones if there are any."""
+
+    sources: list[Source]
+    memory_format: torch.memory_format
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The whole batch at a step: x_NCHW in [0,1] in the memory format, y_N."""
+        images, labels = zip(*(source.batch(step) for source in self.sources), strict=True)
+        return torch.cat(images).contiguous(memory_format=self.memory_format), torch.cat(labels)
+
+
 class Batches:
     """The batches of one cell's training run.
 
     train: labelled images; an epoch goes through them once, the last partial batch is dropped.
     extra: pseudo-labelled images that fill the share `rst_fraction` of each batch, or None.
-    device: where batches are wanted.
+    device, memory_format: where batches are used, and how their images lie in memory.
     """
 
     def __init__(
-        self, study: Study, cell: Cell, train: Part, extra: Part | None, device: torch.device
+        self,
+        study: Study,
+        cell: Cell,
+        train: Part,
+        extra: Part | None,
+        device: torch.device,
+        *,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        self.cell, self.device = cell, device
-        self.train = Stored.of(train, device)
-        self.extra = Stored.of(extra, device) if extra is not None else None
+        self.cell, self.device, self.memory_format = cell, device, memory_format
+        self.train = Stored.from_part(train, device)
+        self.extra = Stored.from_part(extra, device) if extra is not None else None
         training = study.training_of(cell)
         self.augmentation = training.augmentation or study.datasets[cell.dataset].augmentation
         size = min(training.batch_size, len(train))
@@ -97,26 +118,20 @@ class Batches:
         self.size = size - self.extra_size
         self.steps = len(train) // self.size
 
-    def epoch(self, index: int) -> list[Source]:
-        """Where the batches of an epoch come from: labelled images, then extra ones if any."""
+    def epoch(self, index: int) -> Epoch:
+        """The batches of an epoch of the run, counted from 0 over all stages."""
         sources = [self._source("order", self.train, self.size, index)]
         if self.extra is not None and self.extra_size:
             sources.append(self._source("extra", self.extra, self.extra_size, index))
-        return sources
+        return Epoch(sources, self.memory_format)
 
     def _source(self, name: str, stored: Stored, size: int, epoch: int) -> Source:
         device = self.device
         axes = (self.cell.dataset, self.cell.seed, epoch)
         generator = torch.Generator().manual_seed(derive_seed(name, *axes))
         needed, order = self.steps * size, torch.randperm(len(stored), generator=generator)
-        while len(order) < needed:  # fewer extra images than an epoch takes: go round again
+        while len(order) < needed:  # an epoch takes more extra images than there are: repeat them
             order = torch.cat([order, torch.randperm(len(stored), generator=generator)])
         generator = torch.Generator().manual_seed(derive_seed("augment", name, *axes))
         draws = augment.draw(len(stored), self.augmentation, generator).to(device)
         return Source(stored, order[:needed].to(device), draws, self.augmentation, size, device)
-
-
-def mixed(sources: list[Source], step: int) -> tuple[Tensor, Tensor]:
-    """The whole batch at a step of an epoch: x_NCHW in [0,1], y_N."""
-    images, labels = zip(*(source.batch(step) for source in sources), strict=True)
-    return torch.cat(images), torch.cat(labels)

@@ -7,13 +7,11 @@ import signal
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import filelock
 import torch
-from torch import Tensor
 
 from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic
@@ -29,31 +27,23 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-@dataclass
-class Progress:
-    """Everything a run must remember besides the model: where it is and what it has seen."""
-
-    stage: int = 0
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    seconds: float = 0.0
-    forward_passes: float = 0
-    backward_passes: float = 0
-    peak_live: int = 0
-    collapsed: int = 0  # validations in a row at the accuracy of guessing
-    failure: str = ""
-    crafted_on: list[str] = field(default_factory=list)  # "network", "view" or both
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    best_state: dict[str, Tensor] = field(default_factory=dict)
-
-
 class StopRequest:
-    """Remembers the first of SIGINT, SIGTERM, SIGUSR1 so that the loop can stop between steps."""
+    """Tells the loop when to stop between steps: after a signal, or after `max_steps` steps.
 
-    def __init__(self) -> None:
+    The signals are SIGINT, SIGTERM and SIGUSR1. A stop after `max_steps` counts as SIGTERM.
+    """
+
+    def __init__(self, max_steps: int | None = None) -> None:
         self.signum: int | None = None
+        self.steps_left = max_steps
+
+    def after_step(self) -> int | None:
+        """Count a finished step; the signal to stop by now, or None."""
+        if self.steps_left is not None:
+            self.steps_left -= 1
+            if self.steps_left == 0 and self.signum is None:
+                self.signum = signal.SIGTERM
+        return self.signum
 
     @contextmanager
     def listen(self) -> Iterator["StopRequest"]:
@@ -117,11 +107,11 @@ class Checkpoint:
         One line says of each state that is there why it is not used.
         """
         for path, otherwise in (
-            (self.path, "the state before it is looked at"),
+            (self.path, "the state before it is tried"),
             (self.previous, "training starts afresh"),
         ):
             if path.exists():
-                state = _whole(path)
+                state = _read_intact(path)
                 if state is None:
                     reason = "damaged"
                 elif state.get("digest") != self.digest:
@@ -138,7 +128,7 @@ class Checkpoint:
                 path.unlink()
 
 
-def _whole(path: Path) -> dict[str, Any] | None:
+def _read_intact(path: Path) -> dict[str, Any] | None:
     """What a state file holds; None unless every byte is as it was written."""
     try:
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Dynamic sparse training: a mask of fixed size whose smallest weights give way to new ones.
+"""Dynamic sparse training: a mask of fixed size, in which new weights replace the smallest ones.
 
 Shared by the methods that prune and regrow every so many steps (SET, RigL, Flying Bird, gradual
 magnitude pruning); BCS rewires at every step and by other rules.
@@ -17,7 +17,7 @@ NEW_WEIGHT = 1e-12
 
 
 class _PassGradient(torch.autograd.Function):
-    """w * mask, with a gradient that reaches masked weights too."""
+    """w * mask; masked weights get a gradient too."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
@@ -29,9 +29,9 @@ class _PassGradient(torch.autograd.Function):
 
 
 class OpenMask(nn.Module):
-    """Parametrisation w -> w * mask that shows the stage what gradient a masked weight would get.
+    """Parametrisation w -> w * mask in which masked weights get the gradient of an unmasked weight.
 
-    The stage must take that gradient away before the optimiser sees it: `MaskedStage` does.
+    The stage must set that gradient to 0 before the optimiser's step: `MaskedStage` does.
     """
 
     mask: Tensor
@@ -74,18 +74,18 @@ class MaskedStage(Stage):
 
 
 class DynamicStage(MaskedStage):
-    """Every so often drop the smallest weights of each layer and grow as many elsewhere.
+    """At some steps, drop the smallest weights of each layer and grow as many elsewhere.
 
-    A method says when (`due`), how many (`fraction`) and where (`growth_scores`). New weights have
-    no momentum and the value NEW_WEIGHT, which is 0 to every sum but still counts as live where no
-    gradient comes. A connection that is dropped and grown in the same update has not changed: it
-    keeps its value and its momentum, so an update leaves a layer without zeros as it is. (That is
-    what the authors of RigL do, `reinit_when_same=False`, and those of Flying Bird.)
+    A method defines when (`due`), how many (`fraction`) and where (`growth_scores`). New weights
+    have no momentum and the value NEW_WEIGHT, which is too small to change a sum, but is nonzero
+    even without a gradient. A connection that is dropped and grown in the same update has not
+    changed: it keeps its value and its momentum, so an update does not change a dense layer. (The
+    authors of RigL do so, `reinit_when_same=False`, and those of Flying Bird.)
     """
 
-    # Whether the step of an update changes the mask in place of the weights.
+    # Whether an update of the mask replaces the step of the optimiser.
     update_replaces_step = False
-    # Whether a connection that is dropped and grown in the same update starts again as a new one.
+    # Whether a connection that is dropped and grown in the same update is a new one.
     restarts_regrown = False
 
     def __init__(self, fit: Fit) -> None:
@@ -103,27 +103,27 @@ class DynamicStage(MaskedStage):
         raise NotImplementedError
 
     def fraction(self, run: Run) -> float:
-        """Share of a layer's live weights that is exchanged."""
+        """Share of a layer's active weights that an update drops."""
         raise NotImplementedError
 
     def dropped_count(self, run: Run, mask: Tensor) -> int:
-        """How many of a layer's live weights give way, rounded down."""
+        """How many of a layer's active weights an update drops, rounded down."""
         return int(self.fraction(run) * int(mask.sum()))
 
     def to_drop(self, run: Run, weight: Tensor, mask: Tensor) -> Tensor:
-        """Flat positions of the live weights that give way: the smallest ones."""
+        """Flat positions of the active weights to drop: the smallest ones."""
         count = self.dropped_count(run, mask)
         size = torch.where(mask, weight.abs(), torch.inf).flatten()
         return size.topk(count, largest=False).indices
 
     def growth_scores(self, run: Run, gradient: Tensor) -> Tensor:
-        """Among masked positions those with the largest scores come alive."""
+        """Scores of all positions; the masked ones with the largest scores become active."""
         raise NotImplementedError
 
     def before_fit(self, run: Run) -> None:
         super().before_fit(run)
-        live = {name: layer.mask for name, _, layer in masked_layers(run.model)}
-        run.connections = ConnectionLog(live, run.log_every)
+        active = {name: layer.mask for name, _, layer in masked_layers(run.model)}
+        run.connections = ConnectionLog(active, run.log_every)
 
     def before_masking(self, run: Run) -> None:
         self.is_due = self.due(run)
@@ -131,7 +131,7 @@ class DynamicStage(MaskedStage):
             self._update(run)
             for group in run.optimizer.param_groups:
                 for parameter in group["params"]:
-                    parameter.grad = None  # which leaves it out of this step altogether
+                    parameter.grad = None  # the optimiser skips it then
         elif self.is_due:
             self.gradients = {n: w.grad.clone() for n, w, _ in masked_layers(run.model)}
 
@@ -162,13 +162,13 @@ class DynamicStage(MaskedStage):
         mask.view(-1)[grown] = True
         new = mask.flatten()
         if not self.restarts_regrown:
-            dropped, grown = _where(old & ~new), _where(new & ~old)
+            dropped, grown = _positions(old & ~new), _positions(new & ~old)
         weight.view(-1)[dropped] = 0.0
         weight.view(-1)[grown] = NEW_WEIGHT
         velocity = run.optimizer.state[weight].get("momentum_buffer")
         if velocity is not None:
             velocity.view(-1)[torch.cat([dropped, grown])] = 0.0
-        return _where(old & ~new), _where(new & ~old)
+        return _positions(old & ~new), _positions(new & ~old)
 
 
 def masked_layers(model: nn.Module) -> list[tuple[str, nn.Parameter, OpenMask]]:
@@ -190,5 +190,5 @@ def set_masks(run: Run, masks: dict[str, Tensor]) -> None:
                 velocity.mul_(layer.mask)
 
 
-def _where(mask: Tensor) -> Tensor:
+def _positions(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)

@@ -20,15 +20,15 @@ from robsparse.study.cells import Cell
 from robsparse.study.study import Study
 
 # (x, eps, generator, norm) -> first iterate
-Start = Callable[[Tensor, float, torch.Generator, str], Tensor]
+RandomStart = Callable[[Tensor, float, torch.Generator, str], Tensor]
 
 
 @dataclass(frozen=True)
 class Attacker:
     """Crafts training examples under the threat of the study with its own random numbers.
 
-    `precision` is what the passes compute in: fp32, tf32 or bf16. `scale` in (0, 1] shortens eps
-    and step_size alike, for a warm-up. `crafted_on` collects what the passes used so far: "view",
+    `precision` is what the passes compute in: fp32, tf32 or bf16. `scale` in (0, 1] multiplies
+    eps and step_size, for a warm-up. `crafted_on` collects what the passes used so far: "view",
     "network" or both.
     """
 
@@ -41,11 +41,11 @@ class Attacker:
     crafted_on: set[str] = field(default_factory=set, compare=False)
 
     def scaled(self, scale: float) -> "Attacker":
-        """The same attacker, its random numbers shared, with a shorter reach."""
+        """The same attacker with smaller eps and step_size; both share their random numbers."""
         return replace(self, scale=scale)
 
     def attack_labels(
-        self, model: nn.Module, x: Tensor, y: Tensor, start: Start = perturb.uniform_start
+        self, model: nn.Module, x: Tensor, y: Tensor, start: RandomStart = perturb.uniform_start
     ) -> Tensor:
         """Maximise the cross entropy with y_N, from a uniform random start unless told."""
         return self._craft(model, x, start, perturb.cross_entropy_of(y))
@@ -56,7 +56,7 @@ class Attacker:
             clean_logits = view(x)
         return self._craft(model, x, perturb.gaussian_start, perturb.divergence_from(clean_logits))
 
-    def _craft(self, model: nn.Module, x: Tensor, start: Start, loss: perturb.Loss) -> Tensor:
+    def _craft(self, model: nn.Module, x: Tensor, start: RandomStart, loss: perturb.Loss) -> Tensor:
         eps = self.scale * self.eps
         with self._view(model, x) as view:
             return perturb.ascend(
@@ -86,8 +86,12 @@ class Attacker:
                 self.crafted_on.add(folding.runs_on(view))
 
 
-def attacker_of(study: Study, cell: Cell, generator: torch.Generator) -> Attacker:
-    """What crafts the training examples of a cell, on the device of the generator."""
+# (model, x_NCHW, y_N, attacker) -> loss of the batch
+Objective = Callable[[nn.Module, Tensor, Tensor, Attacker], Tensor]
+
+
+def make_attacker(study: Study, cell: Cell, generator: torch.Generator) -> Attacker:
+    """The attacker of a cell's training, on the device of the generator."""
     crafting, threat = study.training_of(cell).crafting, study.training_threat(cell)
     precision = pick_precision(crafting.precision, generator.device)
     return Attacker(threat.eps, crafting, generator, threat.norm, precision)
@@ -164,7 +168,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def of(name: str, training: Training) -> Callable[[nn.Module, Tensor, Tensor, Attacker], Tensor]:
-    """The named objective with beta filled in."""
+def make_objective(name: str, training: Training) -> Objective:
+    """The objective of that name, with beta of the settings."""
     function, beta = OBJECTIVES[name], training.beta
     return lambda model, x, y, attacker: function(model, x, y, attacker, beta)

@@ -9,7 +9,7 @@ and, when it starts from another cell's weights, the literal `STARTS_FROM = "den
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from robsparse.sparsity.masks import (
 
 @dataclass
 class Run:
-    """What a stage's hooks may look at and change while it trains.
+    """What a stage's hooks may read and change while it trains.
 
     `step` counts from 0 through all epochs of the stage, which has `steps` in all; `lr` is its
     learning rate, `lr_factor` the ratio to the stage's initial one. In before_step and after_step
@@ -38,9 +38,10 @@ class Run:
     of the last one. In before_fit `step` is 0 and `lr` the initial one. A resumed run shows the
     hooks the same as one that was never interrupted.
 
-    `generator` lives on the model's device and serves the method's own randomness. `precision`
-    is that of the training pass. A stage that rewires sets `connections` in before_fit and records
-    each step there, one row for every `log_every` steps.
+    `generator` lives on the model's device and serves the method's own randomness. `optimizer` is
+    made after before_fit, where there is none. `precision` is that of the training pass. A stage
+    that rewires sets `connections` in before_fit and records each step there, one row for every
+    `log_every` steps.
     """
 
     model: nn.Module
@@ -50,7 +51,7 @@ class Run:
     precision: str = "fp32"
     log_every: int = 1
     connections: ConnectionLog | None = None
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: torch.optim.Optimizer = field(init=False, repr=False, compare=False)
     lr: float = 0.0
     lr_factor: float = 1.0
     epoch: int = 0
@@ -101,8 +102,11 @@ class Stage:
         bake(run.model)
 
     def active_weights(self, run: Run) -> int:
-        """Prunable weights that training must hold now; more than the forward pass uses if the
-        method scores or regularises weights that it masks."""
+        """Number of prunable weights that training must hold now.
+
+        These are more than the forward pass uses if the method scores or regularises weights that
+        it masks.
+        """
         return live_count(run.model)
 
     def state(self) -> dict[str, Any]:
@@ -110,11 +114,26 @@ class Stage:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
 
     def lr_factor(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step as a multiple of the initial one."""
         return schedule_factor(self.fit, step, steps_per_epoch)
+
+
+def begin_stage(run: Run, stage: Stage, steps: int) -> None:
+    """Let a stage of so many steps prepare the network, and make its optimiser."""
+    fit = stage.fit
+    run.epoch, run.step, run.steps = 0, 0, steps
+    run.lr, run.lr_factor = fit.lr, 1.0
+    vars(run).pop("optimizer", None)  # that of the stage before
+    stage.before_fit(run)
+    run.optimizer = torch.optim.SGD(
+        stage.parameters(run.model),
+        lr=fit.lr,
+        momentum=fit.momentum,
+        weight_decay=fit.weight_decay if fit.decay == "coupled" else 0.0,
+    )
 
 
 Masks = Callable[[Run], dict[str, Tensor]]

@@ -46,6 +46,6 @@ def correct_count(model: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> int:
         return int((model(x_NCHW).argmax(1) == y_N).sum())
 
 
-def largest_class(part: Part) -> float:
+def guessing_accuracy(part: Part) -> float:
     """Accuracy of guessing the largest class of the images, whatever they show."""
     return int(part.y_N.bincount().max()) / len(part)

@@ -17,9 +17,10 @@ from robsparse.compute import randomness
 from robsparse.datasets import load as load_dataset
 from robsparse.schema.training import Objective
 from robsparse.sparsity.masks import live_count, prunable, weight_count
-from robsparse.training import loop
+from robsparse.training import loop, resuming
+from robsparse.training import session as training_session
 from robsparse.training.checkpoints import Interrupted
-from robsparse.training.loop import Trainer
+from robsparse.training.session import prepare_session
 from robsparse.training.validation import validate
 
 METHODS = registry.names("method")
@@ -122,11 +123,11 @@ def test_export_has_the_accuracy_its_record_tells(method, selection, trained):
     record = record_of(case, layout)
     told = record["selected"][selection]
     point = next(p for p in record["curve"] if p["epoch"] == told["epoch"])
-    trainer = Trainer(case.study, case.cell, layout, CPU)
+    session = prepare_session(case.study, case.cell, layout, CPU)
     found = validate(
         case.network(layout, selection),
         load_dataset("digits", case.study.datasets["digits"]).validation,
-        trainer.attacker,
+        session.attacker,
         case.study.training.validation.steps,
     )
     assert found["val_robust"] == told["val_robust"] == point["val_robust"]
@@ -210,7 +211,7 @@ def seen(stage, run):
 
     return {
         "place": (run.epoch, run.step, run.steps, run.lr, run.lr_factor),
-        "optimizer": run.optimizer is not None,
+        "optimizer": hasattr(run, "optimizer"),
         "connections": run.connections and run.connections.step,
         "model": digest(run.model.state_dict()),
         "stage": digest(stage.state()),
@@ -224,7 +225,7 @@ def hooks_seen(monkeypatch):
 
     A call that a resumed run repeats must see what it saw before.
     """
-    calls, ordinary = {}, Trainer._stages
+    calls, ordinary = {}, training_session.make_stages
 
     def watched(index, stage, name, hook):
         def call(run):
@@ -234,8 +235,8 @@ def hooks_seen(monkeypatch):
 
         return call
 
-    def stages(self, method):
-        made = ordinary(self, method)
+    def make_stages(*given):
+        made = ordinary(*given)
         for index, stage in enumerate(made):
             for name in ("before_fit", "before_epoch", "before_step", "after_step", "finalize"):
                 setattr(stage, name, watched(index, stage, name, getattr(stage, name)))
@@ -243,7 +244,7 @@ def hooks_seen(monkeypatch):
 
     def begin():
         calls.clear()
-        monkeypatch.setattr(Trainer, "_stages", stages)
+        monkeypatch.setattr(training_session, "make_stages", make_stages)
         return calls
 
     return begin
@@ -261,21 +262,21 @@ def test_a_run_stopped_and_killed_at_every_step_equals_an_uninterrupted_one(
     whole = dict(calls)
     layout.training(case.cell).unlink()
     layout.model(case.cell, "last").unlink()
-    step = Trainer._step
+    ordinary = loop.compute_gradients
 
-    def die(self, stage, *batch):
+    def die(*_):
         raise MemoryError
 
-    monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(resuming, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     stops = 0
     while not layout.training(case.cell).exists():
         assert not layout.model(case.cell, "last").exists()
-        monkeypatch.setattr(Trainer, "_step", step)
+        monkeypatch.setattr(loop, "compute_gradients", ordinary)
         with contextlib.suppress(Interrupted):
             case.train(layout, max_steps=1)
             stops -= 1  # not reached by a run that is stopped
         stops += 1
-        monkeypatch.setattr(Trainer, "_step", die)
+        monkeypatch.setattr(loop, "compute_gradients", die)
         with contextlib.suppress(MemoryError):
             case.train(layout)
     assert stops == case.steps
@@ -335,10 +336,10 @@ def test_nothing_to_resume_is_left_when_done(method, trained):
 
 
 def weights_before_training(case, layout, masked=True):
-    trainer = Trainer(case.study, case.cell, layout, CPU)
+    session = prepare_session(case.study, case.cell, layout, CPU)
     if masked:
-        trainer.stages[0].before_fit(trainer.run)
-    return {name: module.weight.detach() for name, module in prunable(trainer.run.model).items()}
+        session.stages[0].before_fit(session.run)
+    return {name: module.weight.detach() for name, module in prunable(session.run.model).items()}
 
 
 @pytest.mark.parametrize("method", SCRATCH)
@@ -357,14 +358,14 @@ def test_methods_from_scratch_start_from_the_weights_of_dense(method, trained):
 def test_pruning_methods_start_from_the_last_weights_of_dense(method, trained):
     case, layout = trained(method)
     dense, dense_layout = trained("dense")
-    start = Trainer(case.study, case.cell, layout, CPU).run.model.state_dict()
+    start = prepare_session(case.study, case.cell, layout, CPU).run.model.state_dict()
     last = dense.network(dense_layout, "last").state_dict()
     assert all(torch.equal(start[name], value) for name, value in last.items())
 
 
 def batches(case, layout, epoch):
-    trainer = Trainer(case.study, case.cell, layout, CPU)
-    return [source.order.tolist() for source in trainer.batches.epoch(epoch)]
+    session = prepare_session(case.study, case.cell, layout, CPU)
+    return [source.order.tolist() for source in session.batches.epoch(epoch).sources]
 
 
 @pytest.mark.parametrize("method", METHODS)

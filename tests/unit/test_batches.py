@@ -10,7 +10,9 @@ from robsparse.schema.training import Fit
 from robsparse.study.cells import Layout, derive_seed
 from robsparse.training import augment, batches
 from robsparse.training.checkpoints import StopRequest
-from robsparse.training.loop import Trainer
+from robsparse.training.loop import train
+from robsparse.training.resuming import RunState
+from robsparse.training.session import prepare_session
 from robsparse.training.stages import Stage
 
 CPU = torch.device("cpu")
@@ -23,7 +25,7 @@ def part_of(x_NCHW):
 @pytest.mark.parametrize("levels", batches.LEVELS)
 def test_grey_levels_are_kept_as_bytes_and_come_back_to_the_bit(levels):
     x_NCHW = torch.arange(levels + 1).float().view(-1, 1, 1, 1).repeat(1, 1, 2, 2) / levels
-    stored = batches.Stored.of(part_of(x_NCHW), CPU)
+    stored = batches.Stored.from_part(part_of(x_NCHW), CPU)
     assert (stored.x_NCHW.dtype, stored.levels) == (torch.uint8, levels)
     index = torch.randperm(levels + 1)
     images, labels = stored[index]
@@ -34,13 +36,13 @@ def test_grey_levels_are_kept_as_bytes_and_come_back_to_the_bit(levels):
 
 def test_what_bytes_cannot_hold_stays_as_it_is():
     x_NCHW = torch.rand(5, 1, 2, 2)
-    stored = batches.Stored.of(part_of(x_NCHW), CPU)
+    stored = batches.Stored.from_part(part_of(x_NCHW), CPU)
     assert stored.levels is None
     assert torch.equal(stored[torch.arange(5)][0], x_NCHW)
 
 
 def test_all_black_images_are_bytes_of_photographs():
-    stored = batches.Stored.of(part_of(torch.zeros(3, 1, 2, 2)), CPU)
+    stored = batches.Stored.from_part(part_of(torch.zeros(3, 1, 2, 2)), CPU)
     assert stored.levels == 255
     assert not stored[:][0].any()
 
@@ -51,7 +53,7 @@ def test_images_that_do_not_fit_stay_off_the_gpu(monkeypatch, capsys, free, ther
     moved = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, where: moved.append(where) or self)
     part = part_of(torch.rand(10, 1, 10, 10))  # 4,000 bytes
-    batches.Stored.of(part, torch.device("cuda"))
+    batches.Stored.from_part(part, torch.device("cuda"))
     assert [device.type for device in moved] == ["cuda" if there else "cpu"] * 2
     assert ("stay off the GPU" in capsys.readouterr().out) != there
 
@@ -59,12 +61,11 @@ def test_images_that_do_not_fit_stay_off_the_gpu(monkeypatch, capsys, free, ther
 def test_an_epoch_is_the_same_from_bytes_and_from_floats(study_data, load_study, tmp_path):
     study_data["training"]["augmentation"] = {"kind": "shift", "shift": 0.1, "flip": True}
     study = load_study(study_data)
-    trainer = Trainer(study, study.cells()[0], Layout(tmp_path), CPU)
-    made = trainer.batches
+    made = prepare_session(study, study.cells()[0], Layout(tmp_path), CPU).batches
     assert made.train.x_NCHW.dtype == torch.uint8
-    from_bytes = [batches.mixed(made.epoch(3), step) for step in range(made.steps)]
+    from_bytes = [made.epoch(3).batch(step) for step in range(made.steps)]
     made.train = batches.Stored(*made.train[:], None)
-    from_floats = [batches.mixed(made.epoch(3), step) for step in range(made.steps)]
+    from_floats = [made.epoch(3).batch(step) for step in range(made.steps)]
     for (x, y), (other_x, other_y) in zip(from_bytes, from_floats, strict=True):
         assert torch.equal(x, other_x)
         assert torch.equal(y, other_y)
@@ -93,8 +94,7 @@ def make_batches(study_data, load_study):
 
 
 def labels_of(made, epoch):
-    sources = made.epoch(epoch)
-    return [batches.mixed(sources, step)[1].tolist() for step in range(made.steps)]
+    return [made.epoch(epoch).batch(step)[1].tolist() for step in range(made.steps)]
 
 
 def test_an_epoch_takes_each_image_once_and_drops_the_last_partial_batch(make_batches):
@@ -103,9 +103,9 @@ def test_an_epoch_takes_each_image_once_and_drops_the_last_partial_batch(make_ba
     taken = labels_of(made, 0)
     assert [len(labels) for labels in taken] == [16] * 4
     assert len({label for labels in taken for label in labels}) == 64
-    images, labels = batches.mixed(made.epoch(0), 1)
+    images, labels = made.epoch(0).batch(1)
     assert torch.equal(images[:, 0, 0, 0], labels / 1000)
-    assert len(made.epoch(0)) == 1
+    assert len(made.epoch(0).sources) == 1
 
 
 def test_order_depends_on_seed_and_epoch_alone(make_batches):
@@ -137,7 +137,7 @@ def test_extra_images_fill_their_share_and_go_round_again(make_batches):
 def test_extra_images_without_a_share_are_not_taken(make_batches):
     made = make_batches(numbered(60), numbered(7), batch_size=10, rst_fraction=0.01)
     assert (made.size, made.extra_size) == (10, 0)
-    assert len(made.epoch(0)) == 1
+    assert len(made.epoch(0).sources) == 1
 
 
 def test_augmentation_is_drawn_anew_for_every_epoch_and_kind_of_image(make_batches):
@@ -145,9 +145,9 @@ def test_augmentation_is_drawn_anew_for_every_epoch_and_kind_of_image(make_batch
     made = make_batches(
         numbered(40), numbered(40), batch_size=20, rst_fraction=0.5, augmentation=augmentation
     )
-    own, extra = made.epoch(0)
-    later, _ = made.epoch(1)
-    assert torch.equal(own.draws.offset_N2, made.epoch(0)[0].draws.offset_N2)
+    own, extra = made.epoch(0).sources
+    later, _ = made.epoch(1).sources
+    assert torch.equal(own.draws.offset_N2, made.epoch(0).sources[0].draws.offset_N2)
     assert not torch.equal(own.draws.offset_N2, later.draws.offset_N2)
     assert not torch.equal(own.draws.offset_N2, extra.draws.offset_N2)
     generator = torch.Generator().manual_seed(derive_seed("augment", "order", "digits", 0, 0))
@@ -158,7 +158,7 @@ def test_augmentation_is_drawn_anew_for_every_epoch_and_kind_of_image(make_batch
 
 def test_augmentation_of_an_image_is_its_own_wherever_it_stands(make_batches):
     made = make_batches(numbered(40), batch_size=8, augmentation={"kind": "shift", "shift": 0.25})
-    source = made.epoch(0)[0]
+    source = made.epoch(0).sources[0]
     x, labels = source.batch(2)
     index = source.order[16:24]
     assert torch.equal(labels, index)
@@ -183,9 +183,9 @@ def test_a_training_run_asks_for_one_epoch_after_the_other(study_data, load_stud
     study_data["training"]["batch_size"] = 200
     study = load_study(study_data)
     (cell,) = (cell for cell in study.cells() if cell.method == "dense")
-    trainer = Trainer(study, cell, Layout(tmp_path), CPU)
-    trainer.stages = [Stage(Fit(epochs=2, lr=0.1)), Stage(Fit(epochs=3, lr=0.1))]
-    asked, epoch = [], trainer.batches.epoch
-    trainer.batches.epoch = lambda index: asked.append(index) or epoch(index)
-    trainer.run_stages(StopRequest(), None)
+    stages = [Stage(Fit(epochs=2, lr=0.1)), Stage(Fit(epochs=3, lr=0.1))]
+    session = replace(prepare_session(study, cell, Layout(tmp_path), CPU), stages=stages)
+    asked, epoch = [], session.batches.epoch
+    session.batches.epoch = lambda index: asked.append(index) or epoch(index)
+    train(session, RunState(session), StopRequest())
     assert asked == list(range(5))

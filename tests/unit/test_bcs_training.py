@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from robsparse.sparsity.masks import bake, live_count, plain_state, prunable, we
 from robsparse.sparsity.rewiring import DeviceRewiring, HostRewiring
 from robsparse.study.cells import Cell, Layout
 from robsparse.training import loop
-from robsparse.training.loop import Trainer
+from robsparse.training.session import prepare_session
 from robsparse.training.stages import Run
 
 CPU = torch.device("cpu")
@@ -87,10 +88,17 @@ def counts_at_start(model, sparsity, init):
     return initial_counts(Run(model, sparsity, torch.Generator().manual_seed(0)), init)
 
 
+def no_gradient(model, *_):
+    """An objective whose gradients are 0."""
+    return 0 * sum(p.sum() for p in model.parameters())
+
+
 def take_step(made, stage, n, factor=1.0):
-    """One step of a trainer on the first n training images."""
-    made._set_lr(stage.fit, factor)
-    return made._step(stage, *made.batches.train[:n])
+    """One step of a session on the first n training images."""
+    loop.set_learning_rate(made.run, stage, factor)
+    batch = made.batches.train[:n]
+    loop.compute_gradients(made.run, stage, made.objective, made.attacker, batch)
+    loop.update(made.run, stage)
 
 
 def sgd_step(stage, run, loss):
@@ -482,18 +490,18 @@ def test_one_stage_from_scratch():
     assert stage.selectable
 
 
-# ---------------------------------------------------------------- through the trainer
+# ---------------------------------------------------------------- through the prepared
 
 
 @pytest.fixture
-def trainer(study_data, load_study, tmp_path):
-    """trainer(**changes of bcs.train) -> a Trainer whose first stage is ready."""
+def prepared(study_data, load_study, tmp_path):
+    """prepared(**changes of bcs.train) -> a session and its first stage, which is ready."""
 
     def make(**fit):
         study_data["methods"]["bcs"]["train"] |= fit
         study_data["methods"]["bcs"]["noise_scale"] = 0.0
         cell = Cell("digits", "small_cnn", "bcs", "at", 0.9, 0)
-        made = Trainer(load_study(study_data), cell, Layout(tmp_path / "run"), CPU)
+        made = prepare_session(load_study(study_data), cell, Layout(tmp_path / "run"), CPU)
         stage = made.stages[0]
         stage.before_fit(made.run)
         made.run.optimizer = torch.optim.SGD(stage.parameters(made.run.model), lr=stage.fit.lr)
@@ -504,15 +512,15 @@ def trainer(study_data, load_study, tmp_path):
 
 @pytest.mark.parametrize("lr_factor", [1.0, 0.1])
 def test_sgdw_shrinks_every_trained_tensor_by_weight_decay_times_the_factor_alone(
-    trainer, lr_factor, monkeypatch
+    prepared, lr_factor, monkeypatch
 ):
-    made, stage = trainer(lr=0.02, weight_decay=0.25, decay="sgdw")
+    made, stage = prepared(lr=0.02, weight_decay=0.25, decay="sgdw")
     run = made.run
     with torch.no_grad():
         run.model.get_parameter("1.bias").fill_(3.0)
     before = [p.detach().clone() for p in run.model.parameters()]
     # A loss without gradient: what is left is the decay, and it is not multiplied by lr.
-    made.objective = lambda model, x, y, attacker: 0 * sum(p.sum() for p in model.parameters())
+    made = replace(made, objective=no_gradient)
     take_step(made, stage, 8, lr_factor)
     for old, new in zip(before, run.model.parameters(), strict=True):
         assert torch.allclose(new, old * (1 - 0.25 * lr_factor))
@@ -521,9 +529,9 @@ def test_sgdw_shrinks_every_trained_tensor_by_weight_decay_times_the_factor_alon
     )
 
 
-def test_coupled_decay_is_multiplied_by_the_learning_rate(trainer):
-    made, stage = trainer(lr=0.02, weight_decay=0.25, decay="coupled")
-    made.objective = lambda model, x, y, attacker: 0 * sum(p.sum() for p in model.parameters())
+def test_coupled_decay_is_multiplied_by_the_learning_rate(prepared):
+    made, stage = prepared(lr=0.02, weight_decay=0.25, decay="coupled")
+    made = replace(made, objective=no_gradient)
     run = made.run
     run.optimizer = torch.optim.SGD(
         stage.parameters(run.model), lr=0.02, weight_decay=stage.fit.weight_decay
@@ -540,7 +548,7 @@ def test_step_gives_the_live_theta_of_every_layer_a_gradient(
 ):
     study_data["grid"] |= {"objectives": [objective], "sparsities": [0.5]}
     cell = Cell("digits", "small_cnn", "bcs", objective, 0.5, 0)
-    made = Trainer(load_study(study_data), cell, Layout(tmp_path / "run"), CPU)
+    made = prepare_session(load_study(study_data), cell, Layout(tmp_path / "run"), CPU)
     (stage,) = made.stages
     stage.before_fit(made.run)
     made.run.optimizer = torch.optim.SGD(stage.parameters(made.run.model), lr=0.0)
@@ -559,7 +567,7 @@ def test_peak_active_weights_tell_of_an_authors_start_above_the_budget(
     study_data["methods"]["bcs"]["train"] |= {"lr": 0.5}  # so that many die in the one epoch
     study = load_study(study_data)
     cell, layout = study.cells()[0], Layout(tmp_path / "run")
-    run = Trainer(study, cell, layout, CPU).run
+    run = prepare_session(study, cell, layout, CPU).run
     started_with = sum(initial_counts(run, "authors").values())
     assert started_with > keep_count(weight_count(run.model), 0.95)
     loop.train_cell(study, cell, layout, device="cpu")

@@ -84,6 +84,21 @@ def test_signal_is_remembered_and_the_old_handlers_come_back(signum):
     assert {s: signal.getsignal(s) for s in before} == before
 
 
+@pytest.mark.parametrize("max_steps", [1, 3])
+def test_stop_is_requested_after_so_many_steps(max_steps):
+    stop = StopRequest(max_steps)
+    for _ in range(max_steps - 1):
+        assert stop.after_step() is None
+    assert stop.after_step() == signal.SIGTERM
+
+
+def test_stop_is_requested_by_a_signal_alone_where_no_number_of_steps_is_given():
+    with StopRequest().listen() as stop:
+        assert [stop.after_step() for _ in range(5)] == [None] * 5
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.after_step() == signal.SIGUSR1
+
+
 def test_interrupted_names_the_signal_and_where_to_resume(tmp_path):
     error = Interrupted(signal.SIGTERM, tmp_path / "state.pt")
     assert "SIGTERM" in str(error)
@@ -211,7 +226,7 @@ def test_one_flipped_byte_is_never_resumed_from(where, two, capsys):
         assert step_of(two.load()) == expected
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == [
-        f"{two.path}: damaged; the state before it is looked at",
+        f"{two.path}: damaged; the state before it is tried",
         f"{two.previous}: damaged; training starts afresh",
     ]
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robsparse.sparsity import history
-from robsparse.sparsity.history import ConnectionLog, no_lifetimes, no_steps
+from robsparse.sparsity.history import ConnectionLog, empty_lifetimes, empty_steps
 
 SIZES = {"first": 7, "second": 12}
 
@@ -84,5 +84,5 @@ def compare_with_slow_bookkeeping(seed, count, every):
 def test_tables_of_a_method_that_never_rewires_have_the_same_columns():
     log = ConnectionLog({"only": torch.ones(3, dtype=torch.bool)})
     log.record(torch.tensor([0]), torch.tensor([0]))
-    assert list(log.steps()) == list(no_steps())
-    assert list(log.lifetimes()) == list(no_lifetimes())
+    assert list(log.steps()) == list(empty_steps())
+    assert list(log.lifetimes()) == list(empty_lifetimes())

@@ -235,7 +235,7 @@ def test_stronger_crafting_raises_the_loss():
 
 def test_study_fills_in_beta(study_data, load_study):
     study_data["training"]["beta"] = 0.5
-    objective = objectives.of("trades", load_study(study_data).training)
+    objective = objectives.make_objective("trades", load_study(study_data).training)
     found = objective(linear(), X, Y, attacker()).item()
     assert found == pytest.approx(loss_of("trades", linear(), beta=0.5, x=X, y=Y).item())
 
@@ -477,5 +477,5 @@ def test_mat_attacks_the_first_half_and_weighs_both_the_same():
 def test_objective_of_a_training_has_its_beta(study_data, load_study):
     study_data["training"]["beta"] = 2.5
     training = load_study(study_data).training
-    one = objectives.of("trades", training)(linear(), X, Y, attacker())
+    one = objectives.make_objective("trades", training)(linear(), X, Y, attacker())
     assert torch.equal(one, loss_of("trades", linear(), beta=2.5, x=X, y=Y))

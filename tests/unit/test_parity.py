@@ -5,6 +5,7 @@ the initial weights, signs and images, and the state of the random generator bef
 it then draws for itself, with the same calls in the same order.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +18,12 @@ from robsparse.method import bcs
 from robsparse.sparsity.masks import prunable
 from robsparse.study import loading
 from robsparse.study.cells import Layout
+from robsparse.training import loop
 from robsparse.training.batches import Stored
 from robsparse.training.checkpoints import StopRequest
-from robsparse.training.loop import Trainer, train_cell
+from robsparse.training.loop import compute_gradients, train_cell, update
+from robsparse.training.resuming import RunState
+from robsparse.training.session import prepare_session
 
 STRIDES = (1, 2, 2)
 SPARSITY, BN_EPS, BN_MOMENTUM = 0.5, 1e-5, 0.1
@@ -175,45 +179,58 @@ def same_norms(model, net):
     return pairs
 
 
-class Compared(Trainer):
-    """The real loop in double precision, with a slow side run beside it after every step."""
+class Comparison:
+    """Slow sides, one a stage by name, which take the same steps as the real loop."""
 
-    def _step(self, stage, x_NCHW, y_N):
+    def __init__(self, sides):
+        self.sides, self.seen = sides, {}
+
+    def gradients(self, run, stage, objective, attacker, batch):
+        """The real gradients, and a step of the slow side."""
         if stage.name not in self.seen:
-            self.seen[stage.name] = SimpleNamespace(
-                slow=self.sides[stage.name](self.run, stage), steps=0, worst=0.0
-            )
+            slow = self.sides[stage.name](run, stage)
+            self.seen[stage.name] = SimpleNamespace(slow=slow, steps=0, worst=0.0)
+        x_NCHW, y_N = batch
+        self.seen[stage.name].slow.step(x_NCHW.numpy(), y_N.numpy(), run.lr)
+        return compute_gradients(run, stage, objective, attacker, batch)
+
+    def update(self, run, stage):
+        """The real update; keeps the largest difference of both sides."""
+        update(run, stage)
         seen = self.seen[stage.name]
-        seen.slow.step(x_NCHW.numpy(), y_N.numpy(), self.run.lr)
-        loss = super()._step(stage, x_NCHW, y_N)
         seen.steps += 1
-        pairs = seen.slow.pairs(self.run.model)
+        pairs = seen.slow.pairs(run.model)
         worst = max(np.abs(a.detach().numpy() - b).max() for a, b in pairs)
         seen.worst = max(seen.worst, worst)
-        return loss
 
 
 def compared(study, cell, layout, sides):
-    """Train a cell in double precision beside the slow sides of its stages."""
-    trainer = Compared(study, cell, layout, torch.device("cpu"))
-    trainer.sides, trainer.seen = sides, {}
-    trainer.run.model.double()
-    trainer.run.slow_attack = None
+    """Train a cell in double precision beside the slow sides of its stages.
+
+    Returns the slow sides by stage, and the record of the training.
+    """
+    session = prepare_session(study, cell, layout, torch.device("cpu"))
+    session.run.model.double()
+    session.run.slow_attack = None
     if cell.objective == "at":
-        crafting, generator = trainer.attacker.crafting, torch.Generator()
-        generator.set_state(trainer.attacker.generator.get_state())
-        trainer.run.slow_attack = SimpleNamespace(
-            eps=trainer.attacker.eps,
+        crafting, generator = session.attacker.crafting, torch.Generator()
+        generator.set_state(session.attacker.generator.get_state())
+        session.run.slow_attack = SimpleNamespace(
+            eps=session.attacker.eps,
             step_size=crafting.step_size,
             steps=crafting.steps,
             generator=generator,
         )
-    x_NCHW, y_N = trainer.batches.train[:]
-    trainer.batches.train = Stored(x_NCHW.double(), y_N, None)
-    held = trainer.validation
-    trainer.validation = Part(held.x_NCHW[:20].double(), held.y_N[:20])
-    trainer.run_stages(StopRequest(), None)
-    return trainer
+    x_NCHW, y_N = session.batches.train[:]
+    session.batches.train = Stored(x_NCHW.double(), y_N, None)
+    held = session.held_out
+    session = replace(session, held_out=Part(held.x_NCHW[:20].double(), held.y_N[:20]))
+    comparison, state = Comparison(sides), RunState(session)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compute_gradients", comparison.gradients)
+        patch.setattr(loop, "update", comparison.update)
+        loop.train(session, state, StopRequest())
+    return comparison.seen, state.record
 
 
 # ---------------------------------------------------------------- BCS
@@ -396,9 +413,9 @@ def test_seventy_two_steps_equal_the_slow_side(variant, study_data, load_study, 
     study_data["methods"]["bcs"] = {"train": {"epochs": 12, "weight_decay": 5e-3}}
     study_data["methods"]["bcs"] |= VARIANTS[variant]
     study: loading.Study = load_study(study_data)
-    trainer = compared(study, study.cells()[0], Layout(tmp_path), {"train": SlowSampling})
-    seen = trainer.seen["train"]
-    lr = [point["lr"] for point in trainer.progress.curve]
+    sides, record = compared(study, study.cells()[0], Layout(tmp_path), {"train": SlowSampling})
+    seen = sides["train"]
+    lr = [point["lr"] for point in record.curve]
     assert [round(x, 9) for x in (lr[0], lr[6], lr[9])] == [0.1, 0.01, 0.001]
     found = f"{seen.steps} steps, {seen.slow.regrown} regrown"
     print(f"{variant}: {found}, largest difference {seen.worst:.1e}")
@@ -558,7 +575,7 @@ def test_baselines_equal_their_slow_side(name, study_data, load_study, tmp_path)
     dense, cell = study.cells()
     layout = Layout(tmp_path)
     train_cell(study, dense, layout, device="cpu")
-    seen = compared(study, cell, layout, case["sides"]).seen
+    seen, _ = compared(study, cell, layout, case["sides"])
     for stage, side in seen.items():
         print(f"{name} {stage}: {side.steps} steps, largest difference {side.worst:.1e}")
         assert side.steps == 6 * study.planned[cell].params.model_dump()[stage]["epochs"]

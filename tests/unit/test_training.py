@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,20 +14,22 @@ import torch
 import torch.nn.functional as F
 
 from robsparse import datasets, models
-from robsparse.base.errors import UsageError
+from robsparse.base.errors import TrainingError, UsageError
 from robsparse.compute import perturb
-from robsparse.networks import weights
+from robsparse.datasets import Part
+from robsparse.networks import construct, weights
 from robsparse.schema.threat import Crafting
 from robsparse.schema.training import Fit
 from robsparse.sparsity.masks import live_count, plain_state, prunable, weight_count
 from robsparse.study.cells import Cell, Layout, derive_seed
-from robsparse.training import loop, validation
-from robsparse.training.batches import mixed
+from robsparse.training import loop, objectives, recorder, validation
+from robsparse.training import session as training_session
 from robsparse.training.checkpoints import Interrupted, StopRequest
-from robsparse.training.loop import Trainer, TrainingError
 from robsparse.training.objectives import Attacker
+from robsparse.training.resuming import Position, RunState
+from robsparse.training.session import prepare_session
 from robsparse.training.stages import FixedMaskStage, Stage, schedule_factor
-from robsparse.training.validation import largest_class, validate
+from robsparse.training.validation import guessing_accuracy, validate
 
 CPU = torch.device("cpu")
 
@@ -44,14 +47,18 @@ def one(study_data, load_study, tmp_path):
     return make
 
 
-def take_step(trainer, stage, batch, factor=1.0):
+def take_step(session, stage, index, factor=1.0):
     """One step on the training images of these numbers."""
-    trainer._set_lr(stage.fit, factor)
-    return trainer._step(stage, *trainer.batches.train[batch])
+    loop.set_learning_rate(session.run, stage, factor)
+    batch = session.batches.train[index]
+    attacker = loop.attacker_at(session, Position())
+    loss = loop.compute_gradients(session.run, stage, session.objective, attacker, batch)
+    loop.update(session.run, stage)
+    return loss
 
 
 def fresh(study, cell):
-    """The initial network and the splits, without the trainer."""
+    """The initial network and the splits, without the session."""
     splits = datasets.load("digits", study.datasets["digits"])
     torch.manual_seed(derive_seed("init", "small_cnn", cell.seed))
     model = models.build("small_cnn", study.archs["small_cnn"], splits.image_shape, splits.classes)
@@ -123,11 +130,11 @@ def test_dense_training_equals_a_slow_loop(decay, schedule, study_data, one):
 def test_adversarial_training_crafts_each_batch_from_its_own_random_numbers(study_data, one):
     """One step of `at` written out, with the generator that is named after data and objective."""
     study, cell, layout = one("dense")
-    trainer = Trainer(study, cell, layout, CPU)
-    (stage,) = trainer.stages
-    trainer.run.optimizer = torch.optim.SGD(trainer.run.model.parameters(), lr=stage.fit.lr)
+    session = prepare_session(study, cell, layout, CPU)
+    (stage,) = session.stages
+    session.run.optimizer = torch.optim.SGD(session.run.model.parameters(), lr=stage.fit.lr)
     batch = torch.arange(16)
-    found = take_step(trainer, stage, batch)
+    found = take_step(session, stage, batch)
     model, splits = fresh(study, cell)
     generator = torch.Generator().manual_seed(derive_seed("craft", "digits", "at", 0))
     attacker = Attacker(study.threat.eps, study.training.crafting, generator)
@@ -138,11 +145,12 @@ def test_adversarial_training_crafts_each_batch_from_its_own_random_numbers(stud
 
 def test_loss_that_is_not_finite_stops_with_stage_and_epoch(one):
     study, cell, layout = one("dense")
-    trainer = Trainer(study, cell, layout, CPU)
-    trainer.objective = lambda model, x, y, attacker: model(x).sum() * float("nan")
+    session = prepare_session(study, cell, layout, CPU)
+    session = replace(session, objective=lambda model, x, *_: model(x).sum() * float("nan"))
+    state = RunState(session)
     with pytest.raises(TrainingError, match="loss is nan in stage pretrain, epoch 1"):
-        trainer.run_stages(StopRequest(), None)
-    assert trainer.progress.step == 1  # at once, not at the end of the epoch
+        loop.train(session, state, StopRequest())
+    assert state.position.step == 1  # at once, not at the end of the epoch
     assert not layout.model(cell, "last").exists()
 
 
@@ -168,7 +176,7 @@ def test_a_last_step_that_spoils_the_network_is_no_result(tensor, one, monkeypat
 
 def test_scores_that_are_not_finite_are_one_line_with_cell_stage_and_epoch(one, monkeypatch):
     study, cell, layout = one("snip", objectives=["natural"])
-    ordinary = loop.descend
+    ordinary = loop.compute_gradients
 
     def spoil(run, stage, *rest):
         loss = ordinary(run, stage, *rest)
@@ -176,7 +184,7 @@ def test_scores_that_are_not_finite_are_one_line_with_cell_stage_and_epoch(one, 
             parameter.grad.fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(loop, "descend", spoil)
+    monkeypatch.setattr(loop, "compute_gradients", spoil)
     with pytest.raises(TrainingError) as caught:
         loop.train_cell(study, cell, layout, device="cpu")
     assert str(caught.value).startswith(f"{cell.key}: ")
@@ -198,12 +206,12 @@ class Rolls(torch.nn.Module):
 @pytest.fixture
 def restless(monkeypatch):
     """Every network has dropout and draws global random numbers while it trains."""
-    build = loop.networks.build
+    build = construct.build
 
     def built(*args):
         return torch.nn.Sequential(torch.nn.Dropout(0.2), Rolls(), *build(*args))
 
-    monkeypatch.setattr(loop.networks, "build", built)
+    monkeypatch.setattr(construct, "build", built)
 
 
 @pytest.mark.usefixtures("restless")
@@ -238,7 +246,7 @@ def test_momentum_comes_back_to_its_own_parameter_after_a_masked_stage(
         FixedMaskStage("prune", Fit(epochs=1, lr=0.1)),
         Stage(Fit(epochs=1, lr=0.1, momentum=0.9)),
     ]
-    monkeypatch.setattr(Trainer, "_stages", lambda self, method: stages)
+    monkeypatch.setattr(training_session, "make_stages", lambda *_: stages)
     study_data["training"]["batch_size"] = 200
     study, cell, layout = one("dense", objectives=["natural"])
     loop.train_cell(study, cell, layout, device="cpu")
@@ -275,8 +283,8 @@ def load(study, cell, layout):
 def test_hydra_prune_stage_moves_scores_and_batch_norm_and_nothing_else(pruned):
     study, cell, layout = pruned("hydra")
     dense = load(study, study.starting_cell(cell), layout)
-    trainer = Trainer(study, cell, layout, CPU)
-    prune, run = trainer.stages[0], trainer.run
+    session = prepare_session(study, cell, layout, CPU)
+    prune, run = session.stages[0], session.run
     with torch.no_grad():
         run.model[-1].bias.fill_(0.5)
     prune.before_fit(run)
@@ -284,7 +292,7 @@ def test_hydra_prune_stage_moves_scores_and_batch_norm_and_nothing_else(pruned):
     run.optimizer = torch.optim.SGD(prune.parameters(run.model), lr=0.5, weight_decay=0.1)
     first = [module.weight != 0 for module in prunable(run.model).values()]
     for i in range(10):
-        take_step(trainer, prune, torch.arange(32 * i, 32 * (i + 1)))
+        take_step(session, prune, torch.arange(32 * i, 32 * (i + 1)))
     for name, module in prunable(run.model).items():
         original = module.parametrizations.weight.original
         assert torch.equal(original, dense.get_parameter(f"{name}.weight"))
@@ -317,8 +325,8 @@ def test_admm_pulls_the_weights_towards_their_projection(pruned, study_data):
     study_data["methods"]["admm"] |= {"rho": 5.0}
     study_data["methods"]["admm"]["admm"] |= {"epochs": 3}
     study, cell, layout = pruned("admm")
-    trainer = Trainer(study, cell, layout, CPU)
-    stage, run = trainer.stages[0], trainer.run
+    session = prepare_session(study, cell, layout, CPU)
+    stage, run = session.stages[0], session.run
     stage.before_fit(run)
     run.optimizer = torch.optim.SGD(stage.parameters(run.model), lr=0.02, momentum=0.9)
 
@@ -330,7 +338,7 @@ def test_admm_pulls_the_weights_towards_their_projection(pruned, study_data):
 
     before = gap()
     for i in range(15):
-        take_step(trainer, stage, torch.arange(32 * i, 32 * (i + 1)))
+        take_step(session, stage, torch.arange(32 * i, 32 * (i + 1)))
     assert gap() < 0.2 * before
 
 
@@ -339,7 +347,7 @@ def test_pruning_starts_from_the_last_weights_and_not_from_the_best(study_data, 
     study, cell, layout = one("lwm", objectives=["natural"])
     networks = told([0.9, 0.1, 0.1])
     loop.train_cell(study, study.starting_cell(cell), layout, device="cpu")
-    start = Trainer(study, cell, layout, CPU).run.model.state_dict()
+    start = prepare_session(study, cell, layout, CPU).run.model.state_dict()
     assert all(torch.equal(start[name], value) for name, value in networks[1].items())
     assert not all(torch.equal(start[name], value) for name, value in networks[0].items())
 
@@ -394,7 +402,7 @@ def test_accuracies_are_those_of_the_images_in_eval_mode(one):
 def test_missing_start_is_one_line_that_says_what_to_train(one):
     study, cell, layout = one("lwm")
     with pytest.raises(UsageError, match=r"train --cell digits/small_cnn/dense/at/s0\.0000/seed0"):
-        Trainer(study, cell, layout, CPU)
+        prepare_session(study, cell, layout, CPU)
 
 
 def test_validation_equals_a_slow_one(one, monkeypatch):
@@ -440,7 +448,9 @@ def test_curve_has_the_mean_loss_of_each_epoch_and_the_rate_that_it_starts_with(
     study, cell, layout = one("dense", objectives=["natural"])
     losses = itertools.count(1)
     monkeypatch.setattr(
-        Trainer, "_step", lambda *_: torch.tensor(float(next(losses)), dtype=torch.float64)
+        loop,
+        "compute_gradients",
+        lambda *_: torch.tensor(float(next(losses)), dtype=torch.float64),
     )
     loop.train_cell(study, cell, layout, device="cpu")
     curve = json.loads(layout.training(cell).read_text())["curve"]
@@ -463,11 +473,11 @@ def test_clean_passes_move_batch_norm_and_are_counted(study_data, one):
 
 
 def test_accuracy_of_the_largest_class_itself_is_guessing(one, monkeypatch):
-    monkeypatch.setattr(loop, "largest_class", lambda part: 0.25)
-    trainer = Trainer(*one("dense"), CPU)
+    monkeypatch.setattr(recorder, "guessing_accuracy", lambda part: 0.25)
+    made = recorder.Recorder(prepare_session(*one("dense"), CPU), recorder.TrainingRecord())
     for accuracy, count in ((0.25, 1), (0.2, 2), (0.26, 0)):
-        trainer._watch_for_collapse({"epoch": 1, "stage": "x", "val_clean": accuracy})
-        assert trainer.progress.collapsed == count
+        made._check_collapse({"epoch": 1, "stage": "x", "val_clean": accuracy})
+        assert made.record.collapsed == count
 
 
 def test_random_numbers_are_named_after_what_they_are_for(study_data, load_study, tmp_path):
@@ -478,11 +488,11 @@ def test_random_numbers_are_named_after_what_they_are_for(study_data, load_study
     study, made = load_study(study_data), {}
     for method, sparsity, seed, objective in itertools.product(*grid.values()):
         cell = Cell("digits", "small_cnn", method, objective, sparsity, seed)
-        trainer = Trainer(study, cell, Layout(tmp_path), CPU)
+        session = prepare_session(study, cell, Layout(tmp_path), CPU)
         made[method, sparsity, seed, objective] = (
-            trainer.run.model[0].weight.detach().numpy().tobytes(),
-            trainer.attacker.generator.initial_seed(),
-            trainer.run.generator.initial_seed(),
+            session.run.model[0].weight.detach().numpy().tobytes(),
+            session.attacker.generator.initial_seed(),
+            session.run.generator.initial_seed(),
         )
     for key, (initial, crafting, own) in made.items():
         for other, (initial_2, crafting_2, own_2) in made.items():
@@ -502,7 +512,7 @@ def told(monkeypatch):
             networks.append(plain_state(model))
             return {"val_clean": 0.9, "val_robust": left.pop(0)}
 
-        monkeypatch.setattr(loop, "validate", validate)
+        monkeypatch.setattr(recorder, "validate", validate)
         return networks
 
     return tell
@@ -549,7 +559,7 @@ def test_peak_active_weights_are_those_of_any_stage_and_epoch(largest, one, monk
             return counts.pop(0)
 
     stages = [Counted(Fit(epochs=2, lr=0.1)) for _ in range(2)]
-    monkeypatch.setattr(Trainer, "_stages", lambda self, method: stages)
+    monkeypatch.setattr(training_session, "make_stages", lambda *_: stages)
     study, cell, layout = one("dense", objectives=["natural"])
     loop.train_cell(study, cell, layout, device="cpu")
     record = json.loads(layout.training(cell).read_text())
@@ -599,24 +609,23 @@ def test_learning_rate_warms_up_by_hand():
 def test_eps_warms_up_in_networks_from_scratch_alone(study_data, one, pruned):
     study_data["training"]["crafting"]["eps_warmup"] = 1
     study, cell, layout = pruned("lwm")
-    scratch = Trainer(study, study.starting_cell(cell), layout, CPU)
+    scratch = prepare_session(study, study.starting_cell(cell), layout, CPU)
     steps = scratch.batches.steps
     found = []
     for done in (0, 1, steps - 1, steps):
-        scratch.progress.step = done
-        found.append(scratch._attacker().scale)
+        found.append(loop.attacker_at(scratch, Position(step=done)).scale)
     assert found == pytest.approx([1 / steps, 2 / steps, 1, 1])
-    assert Trainer(study, cell, layout, CPU)._attacker().scale == 1
+    pruning = prepare_session(study, cell, layout, CPU)
+    assert loop.attacker_at(pruning, Position()).scale == 1
 
 
 def test_eps_warms_up_in_the_first_stage_alone_and_over_its_epochs(study_data, one):
     study_data["methods"]["dense"]["pretrain"]["epochs"] = 3
     study_data["training"]["crafting"]["eps_warmup"] = 2
-    trainer = Trainer(*one("dense"), CPU)
-    steps, found = trainer.batches.steps, []
+    session = prepare_session(*one("dense"), CPU)
+    steps, found = session.batches.steps, []
     for stage, epoch, step in [(0, 0, 0), (0, 1, 0), (0, 1, steps - 1), (0, 2, 0), (1, 0, 0)]:
-        trainer.progress.stage, trainer.run.epoch, trainer.progress.step = stage, epoch, step
-        found.append(trainer._attacker().scale)
+        found.append(loop.attacker_at(session, Position(stage, epoch, step)).scale)
     assert found == pytest.approx([1 / (2 * steps), (steps + 1) / (2 * steps), 1, 1, 1])
 
 
@@ -632,15 +641,15 @@ def test_scaled_attacker_stays_within_the_shorter_reach():
 def test_velocity_across_a_drop_of_the_learning_rate(velocity, study_data, one):
     fit = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "velocity": velocity, "epochs": 1}
     study_data["methods"]["dense"]["pretrain"] = fit
-    trainer = Trainer(*one("dense"), CPU)
-    (stage,) = trainer.stages
-    bias = trainer.run.model.get_parameter("10.bias")
-    trainer.run.optimizer = torch.optim.SGD(trainer.run.model.parameters(), lr=0.1, momentum=0.5)
-    trainer.objective = lambda model, x, y, attacker: bias.sum()  # gradient 1
+    session = prepare_session(*one("dense"), CPU)
+    (stage,) = session.stages
+    bias = session.run.model.get_parameter("10.bias")
+    session.run.optimizer = torch.optim.SGD(session.run.model.parameters(), lr=0.1, momentum=0.5)
+    session = replace(session, objective=lambda *_: bias.sum())  # gradient 1
     path, sums, v = [], [], 0.0
     position, total = 0.0, 0.0
     for factor in (1.0, 1.0, 0.1, 0.1):
-        take_step(trainer, stage, torch.arange(4), factor)
+        take_step(session, stage, torch.arange(4), factor)
         lr = 0.1 * factor
         v = 0.5 * v - lr  # learning rate inside the velocity
         total = 0.5 * total + 1  # learning rate outside
@@ -657,9 +666,9 @@ def test_velocity_across_a_drop_of_the_learning_rate(velocity, study_data, one):
 def guessing(monkeypatch):
     """Every validation finds a network that only guesses; returns how good guessing is."""
     monkeypatch.setattr(
-        loop, "validate", lambda model, part, *_: {"val_clean": 0.1, "val_robust": 0.0}
+        recorder, "validate", lambda model, part, *_: {"val_clean": 0.1, "val_robust": 0.0}
     )
-    monkeypatch.setattr(loop, "largest_class", lambda part: 0.11)
+    monkeypatch.setattr(recorder, "guessing_accuracy", lambda part: 0.11)
 
 
 @pytest.mark.usefixtures("guessing")
@@ -689,11 +698,11 @@ def test_the_guard_can_be_turned_off(study_data, one):
 
 
 def test_one_good_validation_starts_the_count_again(one):
-    trainer = Trainer(*one("dense"), CPU)
+    made = recorder.Recorder(prepare_session(*one("dense"), CPU), recorder.TrainingRecord())
     point = {"epoch": 1, "stage": "pretrain"}
     for accuracy in [0.1] * 9 + [0.5] + [0.1] * 9:
-        trainer._watch_for_collapse(point | {"val_clean": accuracy})
-    assert trainer.progress.failure == ""
+        made._check_collapse(point | {"val_clean": accuracy})
+    assert made.record.failure == ""
 
 
 def test_a_network_that_starts_from_a_failed_one_says_so(pruned):
@@ -707,9 +716,9 @@ def test_a_network_that_starts_from_a_failed_one_says_so(pruned):
     assert said == "started from a failed network: training collapsed: x"
 
 
-def test_largest_class():
+def test_guessing_accuracy():
     y_N = torch.tensor([0, 1, 1, 2])
-    assert largest_class(datasets.Part(torch.zeros(4, 1, 2, 2), y_N)) == 0.5
+    assert guessing_accuracy(Part(torch.zeros(4, 1, 2, 2), y_N)) == 0.5
 
 
 # ---------------------------------------------------------------- robust self-training
@@ -720,12 +729,12 @@ def test_self_training_mixes_pseudo_labelled_images_into_each_batch(study_data, 
     np.savez(tmp_path / "extra.npz", images=images, labels=np.arange(30) % 10)
     study_data["training"] |= {"rst_file": str(tmp_path / "extra.npz"), "rst_fraction": 0.25}
     study, cell, layout = one("dense", objectives=["rst"])
-    trainer = Trainer(study, cell, layout, CPU)
-    assert (trainer.batches.size, trainer.batches.extra_size) == (48, 16)
-    assert trainer.batches.steps == len(trainer.batches.train) // 48
-    sources, seen = trainer.batches.epoch(0), []
-    for step in range(trainer.batches.steps):
-        x_NCHW, y_N = mixed(sources, step)
+    session = prepare_session(study, cell, layout, CPU)
+    assert (session.batches.size, session.batches.extra_size) == (48, 16)
+    assert session.batches.steps == len(session.batches.train) // 48
+    epoch, seen = session.batches.epoch(0), []
+    for step in range(session.batches.steps):
+        x_NCHW, y_N = epoch.batch(step)
         white = (x_NCHW == 1).flatten(1).all(dim=1)
         assert white.tolist() == [False] * 48 + [True] * 16
         seen += y_N[white].tolist()
@@ -739,7 +748,7 @@ def test_extra_images_of_another_shape_are_refused(study_data, one, tmp_path):
     np.savez(tmp_path / "extra.npz", images=images, labels=np.arange(30) % 10)
     study_data["training"]["rst_file"] = str(tmp_path / "extra.npz")
     with pytest.raises(UsageError, match=r"extra\.npz: expected images of 1x8x8 .* found 1x9x9"):
-        Trainer(*one("dense", objectives=["rst"]), CPU)
+        prepare_session(*one("dense", objectives=["rst"]), CPU)
 
 
 # ---------------------------------------------------------------- what images are crafted on
@@ -764,7 +773,7 @@ class Tutorial(torch.nn.Module):
 def test_networks_of_any_code_train_and_the_record_says_on_what(  # noqa: PLR0917
     hooked, used, precision, study_data, one, monkeypatch, capsys
 ):
-    monkeypatch.setattr(loop.networks, "build", lambda *_: Tutorial(hooked))
+    monkeypatch.setattr(construct, "build", lambda *_: Tutorial(hooked))
     study_data["training"]["precision"] = precision
     study_data["training"]["crafting"]["precision"] = precision
     study, cell, layout = one("dense")
@@ -777,29 +786,26 @@ def test_networks_of_any_code_train_and_the_record_says_on_what(  # noqa: PLR091
     assert out.count("folded view: not used for this network, 'conv' has hooks") == 2 * hooked
 
 
+@pytest.mark.parametrize(("network", "lines"), [(Tutorial, 1), (torch.nn.Conv2d, 0)])
 def test_network_that_takes_no_channels_last_gets_its_images_with_channels_first(
-    one, make_run, capsys
+    network, lines, make_run, capsys
 ):
-    study, cell, layout = one("dense")
-    trainer = Trainer(study, cell, layout, torch.device("cpu"))
-    x = torch.rand(9, 3, 8, 8)
-    for model, said in ((Tutorial(channels=3), 1), (torch.nn.Conv2d(3, 4, 3), 0)):
-        trainer.run, trainer.takes_layout = make_run(model.train(), 0.0), None
-        trainer.run.precision = "bf16"
-        before = torch.get_rng_state()
-        for _ in range(2):
-            laid = trainer._laid_out(x)
-            assert laid.is_contiguous() == bool(said)
-            model(laid)
-        assert capsys.readouterr().out.count("layout: channels first") == said
-        assert model.training
-        assert torch.equal(torch.get_rng_state(), before)
+    model = network(channels=3) if network is Tutorial else network(3, 4, 3)
+    run, x = make_run(model.train(), 0.0), torch.rand(9, 3, 8, 8)
+    run.precision = "bf16"
+    before = torch.get_rng_state()
+    chosen = training_session.pick_memory_format(run, Part(x, torch.zeros(9)), CPU)
+    assert chosen == (torch.contiguous_format if lines else torch.channels_last)
+    model(x.contiguous(memory_format=chosen))
+    assert capsys.readouterr().out.count("layout: channels first") == lines
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_was_crafted_on_before_a_stop_is_remembered(study_data, one, monkeypatch):
     study, cell, layout = one("dense")
     with monkeypatch.context() as patch, contextlib.suppress(Interrupted):
-        patch.setattr(loop.objectives.folding, "view_of", lambda model, *_: model)
+        patch.setattr(objectives.folding, "view_of", lambda model, *_: model)
         loop.train_cell(study, cell, layout, device="cpu", max_steps=3)
     loop.train_cell(study, cell, layout, device="cpu")
     assert json.loads((layout.training(cell)).read_text())["crafted_on"] == "network and view"

@@ -81,6 +81,6 @@ def test_start_is_drawn_from_a_seed_of_the_number_of_images(monkeypatch):
     assert seen[0][1] == {"eps": 0.1, "step_size": 0.03, "steps": 7, "norm": "L2"}
 
 
-def test_largest_class_and_correct_count_by_hand():
-    assert validation.largest_class(Part(PART.x_NCHW, torch.tensor([0, 2, 2, 1]))) == 0.5
+def test_guessing_accuracy_and_correct_count_by_hand():
+    assert validation.guessing_accuracy(Part(PART.x_NCHW, torch.tensor([0, 2, 2, 1]))) == 0.5
     assert validation.correct_count(Slope().eval(), PART.x_NCHW, PART.y_N) == 3

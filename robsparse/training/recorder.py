@@ -1,0 +1,185 @@
+"""What a training run records: the curve, the cost, the best weights, and the files of the end."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from robsparse.base.files import atomic, file_checksum, write_json
+from robsparse.compute.machine import device_name, peak_memory_mb, precision_note
+from robsparse.networks import weights
+from robsparse.records import provenance
+from robsparse.sparsity.history import ConnectionLog, empty_lifetimes, empty_steps
+from robsparse.sparsity.masks import plain_state
+from robsparse.study.cost import PASSES
+from robsparse.training.session import Session
+from robsparse.training.stages import Stage
+from robsparse.training.validation import guessing_accuracy, validate
+
+
+@dataclass
+class TrainingRecord:
+    """What a run has cost and reached so far; a checkpoint keeps all of it.
+
+    peak_active: largest number of connections held. collapsed: validations in a row at the
+    accuracy of guessing. failure: why training was given up, or "". crafted_on: what images were
+    crafted on, "network", "view" or both. curve: a point for each epoch. best, best_state: epoch,
+    accuracy and weights of the best validation.
+    """
+
+    seconds: float = 0.0
+    forward_passes: float = 0
+    backward_passes: float = 0
+    peak_active: int = 0
+    collapsed: int = 0
+    failure: str = ""
+    crafted_on: list[str] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+
+    def count_active(self, number: int) -> None:
+        """Take a number of active connections into the peak."""
+        self.peak_active = max(self.peak_active, number)
+
+
+class Recorder:
+    """Adds each step and each epoch of a session to its record. `began`: the clock's last start."""
+
+    def __init__(self, session: Session, record: TrainingRecord) -> None:
+        self.session, self.record, self.began = session, record, 0.0
+
+    def start_clock(self) -> None:
+        """Start to measure time that counts as training."""
+        self.began = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Add the time since the start to the record."""
+        self.record.seconds += time.perf_counter() - self.began
+
+    def end_step(self, stage: Stage) -> None:
+        """Count the passes of a step, and note what its images were crafted on."""
+        session, record = self.session, self.record
+        forward, backward = PASSES[session.cell.objective](session.attacker.crafting.steps)
+        record.forward_passes += forward + stage.fit.clean_passes
+        record.backward_passes += backward
+        record.crafted_on = sorted({*record.crafted_on, *session.attacker.crafted_on})
+
+    def end_epoch(self, stage: Stage, loss: float) -> None:
+        """Add a point to the curve; keep the exported weights if they are the best so far.
+
+        loss: the mean of the epoch. A collapse of the training sets `record.failure`.
+        """
+        session, record, run = self.session, self.record, self.session.run
+        active = stage.active_weights(run)
+        record.count_active(active)
+        steps, validation = session.batches.steps, session.settings.validation
+        point = {
+            "epoch": session.start.cost.get("epochs", 0) + len(record.curve) + 1,
+            "stage": stage.name,
+            "lr": stage.fit.lr * stage.lr_factor(run.epoch * steps, steps),
+            "loss": loss,
+            "active_weights": active,
+        }
+        if run.epoch % validation.every == 0 or run.epoch + 1 == stage.fit.epochs:
+            point |= validate(run.model, session.held_out, session.attacker, validation.steps)
+            self._keep_best(stage, point)
+            self._check_collapse(point)
+        record.curve.append(point)
+        self._print(stage, point)
+
+    def _keep_best(self, stage: Stage, point: dict[str, Any]) -> None:
+        record = self.record
+        if stage.selectable and point["val_robust"] > record.best.get("val_robust", -1.0):
+            record.best = {"epoch": point["epoch"], "val_robust": point["val_robust"]}
+            record.best_state = plain_state(self.session.run.model)
+
+    def _check_collapse(self, point: dict[str, Any]) -> None:
+        """Set the failure when the network has only guessed for too many validations in a row."""
+        record, patience = self.record, self.session.settings.collapse_after
+        guessing = guessing_accuracy(self.session.held_out)
+        record.collapsed = record.collapsed + 1 if point["val_clean"] <= guessing else 0
+        if patience and record.collapsed >= patience:
+            record.failure = (
+                f"training collapsed: held-out accuracy was no better than guessing the largest "
+                f"class ({guessing:.3f}) in {patience} validations up to epoch {point['epoch']} "
+                f"({point['stage']}); a warm-up (warmup, eps_warmup) or a smaller lr may help"
+            )
+            print(f"{self.session.cell.key}: {record.failure}", file=sys.stderr, flush=True)
+
+    def _print(self, stage: Stage, point: dict[str, Any]) -> None:
+        """About ten plain lines a stage where there is no terminal for a progress bar."""
+        done, epochs = self.session.run.epoch + 1, stage.fit.epochs
+        if not sys.stderr.isatty() and (done % max(1, epochs // 10) == 0 or done == epochs):
+            numbers = " ".join(
+                f"{name} {point[name]:.3f}"
+                for name in ("loss", "val_clean", "val_robust")
+                if name in point
+            )
+            print(
+                f"{stage.name} epoch {done}/{epochs}: {numbers} active {point['active_weights']}",
+                flush=True,
+            )
+
+
+def write_results(session: Session, record: TrainingRecord) -> None:
+    """Write the weights (best_val and last), the log of connections and the training record."""
+    cell, layout, start = session.cell, session.layout, session.start
+    last_state = plain_state(session.run.model)
+    # A collapsed run may have had no epoch in a stage that can be selected.
+    states = {"best_val": record.best_state or last_state, "last": last_state}
+    for selection, state in states.items():
+        weights.save(layout.model(cell, selection), state)
+    _write_connections(session, session.run.connections)
+    last_point = {key: record.curve[-1][key] for key in ("epoch", "val_robust")}
+    write_json(
+        layout.training(cell),
+        {
+            "cell": cell.key,
+            "selected": {"best_val": record.best or last_point, "last": last_point},
+            "failure": _failure(start.failure, record.failure),
+            "crafted_on": " and ".join(record.crafted_on) or None,
+            "cost": _cost(session, record),
+            "curve": start.curve + record.curve,
+            "data_checksum": session.data_checksum,
+            "start_checksum": file_checksum(start.weights) if start.weights else None,
+            **provenance.current(),
+            **session.fingerprint.kept(),
+            "weights": {s: file_checksum(layout.model(cell, s)) for s in states},
+        },
+    )
+
+
+def _write_connections(session: Session, log: ConnectionLog | None) -> None:
+    """Write the history of the connections; empty tables for a method that never rewires."""
+    tables = {
+        session.layout.steps(session.cell): log.steps() if log else empty_steps(),
+        session.layout.lifetimes(session.cell): log.lifetimes() if log else empty_lifetimes(),
+    }
+    for path, table in tables.items():
+        with atomic(path) as temporary:
+            table.to_parquet(temporary, compression="zstd")
+
+
+def _failure(of_start: str, own: str) -> str:
+    """Why this network, or the one that it started from, failed; empty if neither did."""
+    return own or (of_start and f"started from a failed network: {of_start}")
+
+
+def _cost(session: Session, record: TrainingRecord) -> dict[str, Any]:
+    """Cost of this run and of the one that it started from, added up."""
+    before, device = session.start.cost, session.device
+    own = {
+        "epochs": len(record.curve),
+        "seconds": round(record.seconds, 3),
+        "forward_passes": round(record.forward_passes),
+        "backward_passes": round(record.backward_passes),
+    }
+    precision = precision_note(session.attacker.precision, session.run.precision)
+    return {key: value + before.get(key, 0) for key, value in own.items()} | {
+        "peak_active_weights": max(record.peak_active, before.get("peak_active_weights", 0)),
+        "peak_memory_mb": max(peak_memory_mb(device), before.get("peak_memory_mb", 0.0)),
+        "device": device_name(device) + precision,
+    }

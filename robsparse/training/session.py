@@ -1,0 +1,202 @@
+"""What the training of one cell needs, prepared before its first step."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robsparse import datasets
+from robsparse.base import registry
+from robsparse.base.errors import TrainingError, UsageError
+from robsparse.base.files import read_json
+from robsparse.compute import randomness
+from robsparse.compute.machine import fast_memory_format, pick_precision
+from robsparse.datasets import Part, Splits
+from robsparse.datasets._arrays import pseudo_labelled
+from robsparse.fast.proof import IMAGES
+from robsparse.fast.structure import runs
+from robsparse.networks import construct, weights
+from robsparse.schema.training import Training
+from robsparse.study import fingerprints
+from robsparse.study.cells import Cell, Layout, derive_seed
+from robsparse.study.study import Study
+from robsparse.training.batches import Batches
+from robsparse.training.checkpoints import Interrupted
+from robsparse.training.objectives import Attacker, Objective, make_attacker, make_objective
+from robsparse.training.stages import Run, Stage
+
+
+@dataclass(frozen=True)
+class StartingNetwork:
+    """The network that a run starts from: its weights and what its own training recorded.
+
+    All fields are empty for a network that is trained from scratch.
+    """
+
+    weights: Path | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    cost: dict[str, Any] = field(default_factory=dict)
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Session:
+    """The fixed parts of one cell's training run.
+
+    Only the state inside `run`, the stages and the generator of the attacker changes later.
+    `held_out` are the images for validation, on the device of the training.
+    """
+
+    cell: Cell
+    layout: Layout
+    device: torch.device
+    settings: Training
+    fingerprint: fingerprints.Fingerprint
+    data_checksum: str
+    batches: Batches
+    held_out: Part
+    objective: Objective
+    attacker: Attacker
+    start: StartingNetwork
+    run: Run
+    stages: list[Stage]
+    method_path: Path
+
+
+def prepare_session(study: Study, cell: Cell, layout: Layout, device: torch.device) -> Session:
+    """Read the data and make the network, the objective, the attacker and the stages of a cell.
+
+    Raises UsageError when data or starting weights are missing or do not fit, TrainingError when
+    the method's file cannot be used.
+    """
+    settings = study.training_of(cell)
+    fingerprint = fingerprints.training(study, cell)
+    splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
+    extra = _read_extra_images(cell, settings, splits)
+    crafting = _generator(device, cell, "craft", cell.dataset, cell.objective)
+    attacker = make_attacker(study, cell, crafting)
+    start = _read_start(study, cell, layout)
+    run = _prepare_run(study, cell, splits, start, device)
+    memory_format = pick_memory_format(run, splits.train, device)
+    batches = Batches(study, cell, splits.train, extra, device, memory_format=memory_format)
+    method = study.entry("method", cell.method)
+    return Session(
+        cell=cell,
+        layout=layout,
+        device=device,
+        settings=settings,
+        fingerprint=fingerprint,
+        data_checksum=splits.checksum(),
+        batches=batches,
+        held_out=splits.validation.to(device),
+        objective=make_objective(cell.objective, settings),
+        attacker=attacker,
+        start=start,
+        run=run,
+        stages=make_stages(study, cell, method.path),
+        method_path=method.path,
+    )
+
+
+def _generator(device: torch.device, cell: Cell, *axes: str) -> torch.Generator:
+    """Random numbers on the device that depend on these names and the seed of the cell."""
+    return torch.Generator(device).manual_seed(derive_seed(*axes, cell.seed))
+
+
+def _read_extra_images(cell: Cell, settings: Training, splits: Splits) -> Part | None:
+    """Pseudo-labelled images for robust self-training."""
+    if cell.objective != "rst":
+        return None
+    return pseudo_labelled(Path(settings.rst_file or ""), splits.image_shape, splits.classes)
+
+
+def _read_start(study: Study, cell: Cell, layout: Layout) -> StartingNetwork:
+    """The last weights of the cell that this one starts from, and their record."""
+    start = study.starting_cell(cell)
+    if start is None:
+        return StartingNetwork()
+    path = layout.model(start, "last")
+    if not path.exists():
+        raise UsageError(
+            f"{path}: the weights that '{cell.method}' starts from are missing; "
+            f"train --cell {start.key} first"
+        )
+    record = read_json(layout.training(start))
+    return StartingNetwork(path, record["curve"], record["cost"], record["failure"])
+
+
+def _prepare_run(
+    study: Study, cell: Cell, splits: Splits, start: StartingNetwork, device: torch.device
+) -> Run:
+    """The network before its first step, and what else the hooks of a stage see."""
+    settings, method = study.training_of(cell), study.base("method", cell.method)
+    return Run(
+        model=_initial_network(study, cell, splits, start).to(device),
+        sparsity=cell.sparsity,
+        # Variants of a method draw the same random numbers until their settings differ.
+        generator=_generator(device, cell, "method", method, f"{cell.sparsity:.4f}"),
+        arch=study.base("arch", cell.arch),
+        precision=pick_precision(settings.precision, device),
+        log_every=settings.log_every,
+    )
+
+
+def _initial_network(study: Study, cell: Cell, splits: Splits, start: StartingNetwork) -> nn.Module:
+    """The same initial weights for every method: seeded by arch and seed alone."""
+    randomness.seed(derive_seed("init", cell.arch, cell.seed))
+    model = construct.build(study, cell, splits.image_shape, splits.classes)
+    if start.weights is not None:
+        weights.load_into(model, start.weights)
+    return model
+
+
+def pick_memory_format(run: Run, train: Part, device: torch.device) -> torch.memory_format:
+    """The layout of images that is fast at the precision, if the network's code accepts it."""
+    fast = fast_memory_format(run.precision)
+    x_NCHW = train.x_NCHW[:IMAGES].to(device)
+    changed_NCHW = x_NCHW.contiguous(memory_format=fast)
+    accepted = changed_NCHW is x_NCHW or runs(run.model, changed_NCHW)
+    return fast if accepted else torch.contiguous_format
+
+
+def make_stages(study: Study, cell: Cell, path: Path) -> list[Stage]:
+    try:
+        module = registry.load("method", study.base("method", cell.method))
+    except UsageError as error:  # the file of the method is wrong, not the user's input
+        raise TrainingError(f"{cell.key}: {error}") from error
+    with method_errors(cell, path):
+        return module.stages(study.planned[cell].params)
+
+
+@contextmanager
+def method_errors(cell: Cell, path: Path) -> Iterator[None]:
+    """Turn an error in the code of the method's file into one line with that file and line."""
+    try:
+        yield
+    except (TrainingError, UsageError, Interrupted, OSError):
+        raise
+    except Exception as error:
+        trace = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in trace if frame.filename == str(path)]
+        if not lines:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise TrainingError(f"{cell.key}: {path}, line {lines[-1]}: {reason}") from error
+
+
+@contextmanager
+def stage_errors(session: Session, stage: Stage) -> Iterator[None]:
+    """As `method_errors`; a TrainingError gets the cell, the stage and the epoch."""
+    with method_errors(session.cell, session.method_path):
+        try:
+            yield
+        except TrainingError as error:
+            place = f"stage {stage.name}, epoch {session.run.epoch + 1}"
+            raise TrainingError(
+                f"{session.cell.key}: {error} in {place}; a smaller lr may help"
+            ) from error
