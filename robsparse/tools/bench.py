@@ -44,7 +44,7 @@ from robsparse.schema.threat import Crafting
 from robsparse.schema.training import Training
 from robsparse.sparsity.masks import erk_keep_counts, prunable, random_masks
 from robsparse.study.cost import PASSES
-from robsparse.tools.stopwatch import Row, Side, Stopwatch, copy_rate, multiply_rate
+from robsparse.tools.stopwatch import Comparison, Side, Stopwatch, copy_rate, multiply_rate
 from robsparse.training import augment, objectives
 from robsparse.training.batches import Source, Stored
 from robsparse.training.loop import compute_gradients, update
@@ -143,11 +143,11 @@ def run(case: str, settings: Settings, file: Path | None) -> str:
     return "\n".join(["", *_table(rows), *([f"rows: {file}"] if file else [])])
 
 
-def _line(row: Row) -> str:
+def _line(row: Comparison) -> str:
     return f"{row.case}: {row.ours:.4g} {row.unit}, {row.rival_name} {row.rival:.4g}"
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[Comparison]) -> list[str]:
     lines = [
         "| case | ours | rival | ratio | share of the limit | memory, ours and rival |",
         "|---|---|---|---|---|---|",
@@ -155,10 +155,10 @@ def _table(rows: list[Row]) -> list[str]:
     for row in rows:
         share = "n/a" if row.limit_share is None else f"{row.limit_share:.0%}"
         memory = [row.memory_mb, row.rival_memory_mb]
-        said = "n/a" if None in memory else ", ".join(f"{value:.0f} MB" for value in memory)
+        sizes = "n/a" if None in memory else ", ".join(f"{value:.0f} MB" for value in memory)
         lines.append(
             f"| {row.case} | {row.ours:.4g} {row.unit} | {row.rival_name}: {row.rival:.4g} "
-            f"| {row.ratio:.2f} | {share} | {said} |"
+            f"| {row.ratio:.2f} | {share} | {sizes} |"
         )
     return lines
 
@@ -166,7 +166,7 @@ def _table(rows: list[Row]) -> list[str]:
 # ---------------------------------------------------------------- cases
 
 
-def train(settings: Settings) -> Iterator[Row]:
+def train(settings: Settings) -> Iterator[Comparison]:
     """Training steps of PGD-10 `at` and of TRADES: dense, masked, BCS, HYDRA's pruning. BCS is
     compared with our own dense step too.
     """
@@ -190,7 +190,7 @@ def train(settings: Settings) -> Iterator[Row]:
             yield compare(dense, "our dense step", count=count)
 
 
-def perturb(settings: Settings) -> Iterator[Row]:
+def perturb(settings: Settings) -> Iterator[Comparison]:
     """Crafting with PGD-10 on a dense network."""
     textbook = _textbook()
     for arch, precision in itertools.product(settings.archs, settings.precisions):
@@ -209,7 +209,7 @@ def perturb(settings: Settings) -> Iterator[Row]:
         )
 
 
-def evaluate(settings: Settings) -> Iterator[Row]:
+def evaluate(settings: Settings) -> Iterator[Comparison]:
     """AutoAttack standard on images that all survive, against one call of the stock package."""
     module = registry.load("attack", "autoattack")
     gradients, forwards = module.passes(module.Params())
@@ -239,7 +239,7 @@ def evaluate(settings: Settings) -> Iterator[Row]:
         )
 
 
-def rewire(settings: Settings) -> Iterator[Row]:
+def rewire(settings: Settings) -> Iterator[Comparison]:
     """Noise, deaths and regrowths of BCS after a step, without the step; and their share of one."""
     textbook = _textbook()
     for arch, sparsity in itertools.product(settings.archs, (0.9, 0.99)):
@@ -261,7 +261,7 @@ def rewire(settings: Settings) -> Iterator[Row]:
             )
 
 
-def data(settings: Settings) -> Iterator[Row]:
+def data(settings: Settings) -> Iterator[Comparison]:
     """An epoch of cropped and flipped 32x32 images."""
     textbook, size = _textbook(), settings.batch_size
     random = np.random.default_rng(0)
@@ -291,7 +291,7 @@ def data(settings: Settings) -> Iterator[Row]:
         )
 
 
-def together(settings: Settings) -> Iterator[Row]:
+def together(settings: Settings) -> Iterator[Comparison]:
     """Dense steps of PGD-10 `at` for one network a thread: a process of one thread each, against
     one process with all threads that takes them in turn, or all at once by vmap. Raises UsageError
     for one thread: there is nothing to share out.
@@ -323,7 +323,7 @@ def _repeat(steps: list[Callable[[], None]]) -> None:
             step()
 
 
-CASES: dict[str, Callable[[Settings], Iterator[Row]]] = {
+CASES: dict[str, Callable[[Settings], Iterator[Comparison]]] = {
     "train": train,
     "perturb": perturb,
     "evaluate": evaluate,

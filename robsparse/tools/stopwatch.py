@@ -1,20 +1,27 @@
-"""Compares two ways of doing one thing here: in turn, warmed up, by medians and peak memory."""
+"""Compares two ways of doing one thing here: in turn, warmed up, by medians and peak memory.
+
+The clock is that of `torch.utils.benchmark`, which waits for the device. Its own `Timer` measures
+one side only and does at least two runs before each that it measures: here the two sides take
+turns, so that both see the same load of the machine, and AutoAttack is too long to run it thrice.
+"""
 
 import ctypes
 import functools
+import gc
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import benchmark
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One comparison of ours with a rival, both in `unit`, e.g. images a second.
 
     limit: what the machine's measured rate would allow at the precision of ours, limit_share: ours
@@ -60,28 +67,25 @@ class Stopwatch:
         unit: str = "images/s",
         limit: float | None = None,
         warm_up: bool = True,
-    ) -> Row:
+    ) -> Comparison:
         """Median rates of `count` things each; memory is that of the last time."""
         seconds: tuple[list[float], list[float]] = ([], [])
         memory: list[float | None] = [None, None]
         for turn in range(self.repeats + warm_up):
             for number, side in enumerate((ours, theirs)):
-                side.prepare()
-                taken, memory[number] = self.time(side.work)
+                taken, memory[number] = self.time(side)
                 if turn >= warm_up:
                     seconds[number].append(taken)
         mine, other = (count / statistics.median(values) for values in seconds)
         share = None if limit is None else mine / limit
-        return Row(case, unit, mine, other, rival_name, mine / other, limit, share, *memory)
+        ratio = mine / other
+        return Comparison(case, unit, mine, other, rival_name, ratio, limit, share, *memory)
 
-    def time(self, work: Callable[[], Any]) -> tuple[float, float | None]:
+    def time(self, side: Side) -> tuple[float, float | None]:
         """Seconds, and the peak memory in MB beyond what lay there before."""
+        side.prepare()
         before = self._start_peak()
-        began = time.perf_counter()
-        work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        taken = time.perf_counter() - began
+        taken = timeit.Timer(side.work, gc.enable, benchmark.timer).timeit(1)
         return taken, None if before is None else self._peak() - before
 
     def _start_peak(self) -> float | None:
@@ -121,13 +125,18 @@ def multiply_rate(device: torch.device, precision: str) -> float:
     n = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
-    clock = Stopwatch(device, 1)
-    return max(2 * n**3 / clock.time(lambda: a @ b)[0] for _ in range(5))
+    return 2 * n**3 / _shortest(lambda: a @ b)
 
 
 @functools.cache
 def copy_rate(device: torch.device) -> float:
     """Bytes a second that copying reads and writes, the best of several."""
     block = torch.rand(2**26, device=device)
-    clock = Stopwatch(device, 1)
-    return max(2 * block.nbytes / clock.time(block.clone)[0] for _ in range(5))
+    return 2 * block.nbytes / _shortest(block.clone)
+
+
+def _shortest(work: Callable[[], Any]) -> float:
+    """Seconds of one run, the least of those of half a second."""
+    threads = torch.get_num_threads()
+    timer = benchmark.Timer("work()", globals={"work": work}, num_threads=threads)
+    return min(timer.blocked_autorange(min_run_time=0.5).times)

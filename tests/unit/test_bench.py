@@ -1,21 +1,24 @@
 """The textbook loop is right, the stopwatch counts what it says, every case of `bench` runs."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import benchmark
 
 from robsparse.base.errors import UsageError
 from robsparse.compute import perturb
 from robsparse.tools import bench
-from robsparse.tools.stopwatch import Row, Side, Stopwatch, copy_rate, multiply_rate
+from robsparse.tools.stopwatch import Comparison, Side, Stopwatch, copy_rate, multiply_rate
 
 CPU = torch.device("cpu")
 ROW_KEYS = ["case", "unit", "ours", "rival", "rival_name", "ratio", "limit", "limit_share"]
@@ -143,10 +146,10 @@ def test_stopwatch_takes_turns_and_leaves_out_the_first():
 
 def test_rates_shares_and_medians(monkeypatch):
     taken = iter([9, 9, 1, 4, 2, 2, 5, 8])
-    monkeypatch.setattr(Stopwatch, "time", lambda self, work: (next(taken), 7.0))
+    monkeypatch.setattr(Stopwatch, "time", lambda self, side: (next(taken), 7.0))
     sides = [Side(lambda: None)] * 2
     row = Stopwatch(CPU, 3).compare("case", *sides, "rival", count=20, limit=40)
-    assert row == Row("case", "images/s", 10, 5, "rival", 2, 40, 0.25, 7.0, 7.0)
+    assert row == Comparison("case", "images/s", 10, 5, "rival", 2, 40, 0.25, 7.0, 7.0)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
@@ -154,14 +157,24 @@ def test_memory_is_the_peak_of_the_work_alone():
     clock = Stopwatch(CPU, 1)
     kept = torch.ones(2**24)
     for megabytes in (80, 20):
-        _, memory = clock.time(lambda megabytes=megabytes: torch.ones(megabytes * 2**18).sum())
+        _, memory = clock.time(Side(lambda mb=megabytes: torch.ones(mb * 2**18).sum()))
         assert memory == pytest.approx(megabytes, abs=5)
     assert len(kept)
 
 
 def test_limits_are_rates_of_a_machine():
-    assert multiply_rate(CPU, "fp32") > 1e8
-    assert copy_rate(CPU) > 1e7
+    assert 1e8 < multiply_rate(CPU, "fp32") < 1e14
+    assert 1e7 < copy_rate(CPU) < 1e13
+
+
+def test_only_the_work_is_timed_and_a_limit_is_the_rate_of_the_shortest_run(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(benchmark, "timer", lambda: next(clock))
+    side = Side(lambda: next(clock), lambda: [next(clock) for _ in range(100)])
+    assert Stopwatch(CPU, 1).time(side)[0] == 2
+    runs = SimpleNamespace(times=[3.0, 2.0, 5.0])
+    monkeypatch.setattr(benchmark.Timer, "blocked_autorange", lambda self, **_: runs)
+    assert multiply_rate.__wrapped__(CPU, "fp32") == 2048**3
 
 
 # ---------------------------------------------------------------- the command
