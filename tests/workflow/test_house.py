@@ -238,6 +238,22 @@ def test_continuous_integration_runs_the_test_command_alone(repository):
 def test_files_that_the_guide_for_contributors_names_exist(repository):
     text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:[\w.]+/)+[\w.]*|[\w.]+\.(?:md|py|toml|txt|yaml))`", text)
-    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     assert len(named) > 15
-    assert [name for name in (*named, *linked) if not (repository / name).exists()] == []
+    assert [name for name in named if not (repository / name).exists()] == []
+
+
+def test_files_and_pages_that_a_document_names_exist(repository):
+    """Files in folders of the repository, except those that the reader of a page writes."""
+    by_reader = {"baselines/scaled_magnitude.py", "config/mine.yaml"}
+    folders = "robsparse|method|baselines|eval|figures|tests|docs|config|benchmarks"
+    named = re.compile(rf"`((?:{folders})/[\w./]*)`")
+    linked = re.compile(r"\]\((?!https?:)([^)#]+)\)")
+    missing = []
+    for document in sorted([*repository.glob("*.md"), *(repository / "docs").glob("*.md")]):
+        if document.name == "CHANGELOG.md":  # it names files of earlier versions
+            continue
+        text = document.read_text(encoding="utf-8")
+        paths = [repository / name for name in named.findall(text) if name not in by_reader]
+        paths += [document.parent / name for name in linked.findall(text)]
+        missing += [f"{document.name}: {path}" for path in paths if not path.exists()]
+    assert missing == []
