@@ -107,10 +107,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     "cells": (),
     "study": ("unit/test_config.py", "unit/test_threat.py"),
     "overlap": (),
-    "figures.statistics": FIGURES,
-    "figures.summary": FIGURES,
-    "figures.compare": FIGURES,
-    "figures.tidy": FIGURES,
+    "figures.data.statistics": FIGURES,
+    "figures.data.summary": FIGURES,
+    "figures.data.compare": FIGURES,
+    "figures.data.tidy": FIGURES,
 }
 SENTENCES = {"print", "warn"}
 

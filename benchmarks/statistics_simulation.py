@@ -1,4 +1,4 @@
-"""Are the intervals and tests of robsparse.figures.statistics right? Simulated, beside older ways.
+"""Simulates whether intervals and tests of robsparse.figures.data.statistics keep their level.
 
     python benchmarks/statistics_simulation.py --replications 1000
 
@@ -20,7 +20,7 @@ import pandas as pd
 from scipy.stats import chi2, norm
 from scipy.stats import t as student
 
-from robsparse.figures import statistics
+from robsparse.figures.data import statistics
 
 OLDER = 5  # of so many replications one is looked at by the bootstrap, too
 GUESSING = 0.1  # accuracy of a network whose training collapsed

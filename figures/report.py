@@ -11,9 +11,11 @@ import yaml
 from matplotlib.figure import Figure
 
 from robsparse.base.files import atomic
-from robsparse.figures import (
-    REPORT,
-    TABLES,
+from robsparse.figures import REPORT, TABLES, plots_of
+from robsparse.figures.data import tidy
+from robsparse.figures.data.summary import STRONGEST, Material, make_material
+from robsparse.figures.data.tidy import Group, groups, seeds, sparsities
+from robsparse.figures.plots import (
     connections,
     costs,
     curves,
@@ -21,23 +23,12 @@ from robsparse.figures import (
     finals,
     images,
     leaderboard,
-    papers,
-    plots_of,
     style,
-    tables,
-    tidy,
 )
-from robsparse.figures.notes import (
-    SMALL,
-    code,
-    device,
-    interval_note,
-    join,
-    percent,
-    table_notes,
-)
-from robsparse.figures.summary import STRONGEST, Material, make_material
-from robsparse.figures.tidy import Group, groups, seeds, sparsities
+from robsparse.figures.tables import papers, study_tables
+from robsparse.figures.text.captions import interval_note
+from robsparse.figures.text.formats import SMALL, code, device, join, percent
+from robsparse.figures.text.notes import table_notes
 from robsparse.study.cells import Layout
 from robsparse.study.study import Study
 
@@ -117,8 +108,8 @@ def write(study: Study, layout: Layout, folder: Path) -> str:
 
 def _write_tables(material: Material, root: Path) -> None:
     contents = {
-        "main.md": tables.main_markdown(material),
-        "main.tex": tables.main_latex(material),
+        "main.md": study_tables.main_markdown(material),
+        "main.tex": study_tables.main_latex(material),
         "main.csv": material.summary.to_csv(index=False),
         "per_class.csv": details.class_accuracies(material).to_csv(index=False),
         "disagreements.csv": images.disagreements(material).to_csv(index=False),
@@ -171,7 +162,7 @@ def _plot(name: str) -> str:
 
 def _section(heading: str, text: str, table: pd.DataFrame | None) -> list[str]:
     """Heading, text and table; nothing if there is no table."""
-    return [] if table is None else [heading, text, tables.markdown(table)]
+    return [] if table is None else [heading, text, study_tables.markdown(table)]
 
 
 def _ranks(material: Material) -> list[str]:
@@ -183,7 +174,7 @@ def _ranks(material: Material) -> list[str]:
         "ruled out: smallest and largest rank that the paired differences of all pairs in a cell "
         "do not rule out (p < 0.05, Holm), mean over cells. Ranks do not show how large a "
         "difference is.",
-        tables.rank_table(material),
+        study_tables.rank_table(material),
     )
 
 
@@ -191,15 +182,15 @@ def _group_sections(material: Material, group: Group) -> list[str]:
     label = material.study.label("attack", STRONGEST)
     return [
         f"## Main table: {group}",
-        tables.markdown(tables.main(material, group)),
-        tables.bullets(table_notes(material, group)),
+        study_tables.markdown(study_tables.main(material, group)),
+        study_tables.bullets(table_notes(material, group)),
         "Also as [LaTeX](tables/main.tex) and [CSV](tables/main.csv).",
         *_section(
             f"### Components of {label}: {group}",
             "The components run one after the other on the images that are still robust. So the "
             "accuracy after a component counts all components before it, and the last one is the "
             "accuracy of the main table. Mean over seeds.",
-            tables.component_table(material, group),
+            study_tables.component_table(material, group),
         ),
         *_section(
             f"### Sanity checks: {group}",
@@ -207,14 +198,14 @@ def _group_sections(material: Material, group: Group) -> list[str]:
             "the seeds. PGD runs with the given number of steps and one restart. A network that "
             "is robust has gradients, falls to chance at eps 1, and is broken by gradients rather "
             "than by random search. The reasons for a mark are below the main table.",
-            tables.sanity_checks_table(material, group),
+            study_tables.sanity_checks_table(material, group),
         ),
         *_section(
             f"### Cost of training: {group}",
             "Mean over seeds, including everything that a method starts from. A pass is a forward "
             "or backward pass over one batch, including those of crafting. Seconds and memory "
             "were measured on this device, which may have run other work.",
-            tables.cost_table(material, group),
+            study_tables.cost_table(material, group),
         ),
         *_section(
             f"### Comparison under {label}: {group}",
@@ -224,12 +215,12 @@ def _group_sections(material: Material, group: Group) -> list[str]:
             "the number of rows, and the verdict follows from it. Detectable: a true difference "
             'of this size gets p < 0.05 with probability 0.8; "not separated" says nothing about '
             "smaller differences. The dense network is the same in every row.",
-            tables.comparison_table(material, group),
+            study_tables.comparison_table(material, group),
         ),
         *_section(
             f"### Ablations under {label}: {group}",
             "Each variant against the method without changes; brackets as above.",
-            tables.ablation_table(material, group),
+            study_tables.ablation_table(material, group),
         ),
     ]
 

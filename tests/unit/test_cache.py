@@ -146,7 +146,7 @@ def test_another_version_of_a_library_answers_anew(library, tmp_path, runs, monk
         ("robsparse.eval.fgsm", 0),
         ("robsparse.fast.small_maps", 1),
         ("robsparse.compute.perturb", 1),
-        ("robsparse.figures.tables", 0),
+        ("robsparse.figures.tables.study_tables", 0),
     ],
 )
 def test_edited_code_answers_anew_where_it_is_used(module, again, tmp_path, runs, edited):

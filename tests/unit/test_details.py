@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from robsparse.figures import details
-from robsparse.figures.summary import Material
-from robsparse.figures.tidy import Group
+from robsparse.figures.data.summary import Material
+from robsparse.figures.data.tidy import Group
+from robsparse.figures.plots import details
 from robsparse.study import loading
 from robsparse.study.cells import Cell
 

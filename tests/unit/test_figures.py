@@ -19,24 +19,11 @@ import yaml
 from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum, write_json
 from robsparse.collection import plausibility
-from robsparse.figures import (
-    PLOTS,
-    REPORT,
-    TABLES,
-    compare,
-    connections,
-    costs,
-    curves,
-    finals,
-    leaderboard,
-    notes,
-    report,
-    statistics,
-    style,
-    summary,
-    tables,
-    tidy,
-)
+from robsparse.figures import PLOTS, REPORT, TABLES, report
+from robsparse.figures.data import compare, statistics, summary, tidy
+from robsparse.figures.plots import connections, costs, curves, finals, leaderboard, style
+from robsparse.figures.tables import study_tables
+from robsparse.figures.text import formats, notes
 from robsparse.records.columns import COLLECTED, MANIFEST, OVERLAP_COLUMNS
 from robsparse.records.rows import Row, wilson_interval
 from robsparse.study import loading
@@ -273,7 +260,7 @@ def group(material: summary.Material) -> tidy.Group:
 
 @pytest.fixture
 def main(material: summary.Material, group: tidy.Group) -> pd.DataFrame:
-    return tables.main(material, group)
+    return study_tables.main(material, group)
 
 
 @pytest.fixture(autouse=True)
@@ -452,11 +439,11 @@ def test_summary_holds_fractions_and_intervals(material):
 def test_cells_without_results_are_printed_as_not_available(tmp_path):
     material = prepare(tmp_path, skip=lambda cell: cell.method == "lwm" and cell.sparsity == 0.95)
     [group] = tidy.groups(material.study)
-    main = tables.main(material, group)
+    main = study_tables.main(material, group)
     line = main[(main.Method == "LWM") & (main.Sparsity == "95 %")].iloc[0]
     assert line.Seeds == "0 of 2"
     assert line.drop(["Method", "Sparsity", "Selection", "Seeds"]).unique().tolist() == ["n/a"]
-    assert "Incomplete: 4 of 20 networks" in tables.main_markdown(material)
+    assert "Incomplete: 4 of 20 networks" in study_tables.main_markdown(material)
     pair = compare.compare(material, group).set_index(["sparsity", "theirs"]).loc[0.95, "lwm"]
     assert np.isnan(pair.difference)
     assert pair.verdict == ""
@@ -467,7 +454,7 @@ def test_cells_without_results_are_printed_as_not_available(tmp_path):
 def test_one_seed_has_no_spread(tmp_path):
     material = prepare(tmp_path, skip=lambda cell: cell.seed == 1)
     [group] = tidy.groups(material.study)
-    line = tables.main(material, group).iloc[0]
+    line = study_tables.main(material, group).iloc[0]
     assert line["Clean (%)"] == "80.0"
     assert line.Seeds == "1 of 2"
 
@@ -480,10 +467,10 @@ def test_an_attack_that_one_selection_lacks_is_not_available(tmp_path):
     results[~lacking].to_csv(layout.root / "results.csv", index=False)
     material = summary.make_material(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
-    main = tables.main(material, group)
+    main = study_tables.main(material, group)
     assert set(main[main.Selection == "last"]["AutoAttack (%)"]) == {"n/a"}
     assert "n/a" not in set(main[main.Selection == "best_val"]["AutoAttack (%)"])
-    after = tables.component_table(material, group)
+    after = study_tables.component_table(material, group)
     assert set(after[after.Selection == "last"]["after apgd-ce (%)"]) == {"n/a"}
 
 
@@ -494,8 +481,8 @@ def test_number_of_a_weak_autoattack_is_marked_and_explained(tmp_path):
 
     material = prepare(tmp_path, correct=weak)
     [group] = tidy.groups(material.study)
-    main = tables.main(material, group)
-    marked = main[main["AutoAttack (%)"].str.contains(notes.UNRELIABLE)]
+    main = study_tables.main(material, group)
+    marked = main[main["AutoAttack (%)"].str.contains(formats.UNRELIABLE)]
     assert set(zip(marked.Method, marked.Selection, strict=True)) == {("LWM", "last")}
     [note] = notes.marks(material, group)
     assert "LWM 95 % last, seed 1: pgd breaks 3 more images than AutoAttack" in note
@@ -506,20 +493,20 @@ def test_attacked_numbers_of_potentially_unreliable_networks_are_marked_in_table
 ):
     material = prepare(tmp_path, potentially_unreliable="no gradient on 12% of the images")
     [group] = tidy.groups(material.study)
-    main = tables.main(material, group)
+    main = study_tables.main(material, group)
     for column in ("AutoAttack (%)", "PGD (%)"):
-        assert main[column].str.endswith(notes.UNRELIABLE).all()
-    assert not main["Clean (%)"].str.contains(notes.UNRELIABLE).any()
+        assert main[column].str.endswith(formats.UNRELIABLE).all()
+    assert not main["Clean (%)"].str.contains(formats.UNRELIABLE).any()
     others = (
-        tables.component_table(material, group)["after apgd-ce (%)"],
-        tables.cost_table(material, group)["AutoAttack (%)"],
-        tables.comparison_table(material, group)["Accuracy (%)"],
-        tables.comparison_table(material, group)["Baseline accuracy (%)"],
+        study_tables.component_table(material, group)["after apgd-ce (%)"],
+        study_tables.cost_table(material, group)["AutoAttack (%)"],
+        study_tables.comparison_table(material, group)["Accuracy (%)"],
+        study_tables.comparison_table(material, group)["Baseline accuracy (%)"],
     )
     for column in others:
-        assert column.str.endswith(notes.UNRELIABLE).all()
+        assert column.str.endswith(formats.UNRELIABLE).all()
     [note] = notes.marks(material, group)
-    assert note.startswith(notes.UNRELIABLE)
+    assert note.startswith(formats.UNRELIABLE)
     reason = "no gradient on 12% of the images"
     assert f"Dense last, seed 0: {reason}; seed 1: {reason}." in note
 
@@ -530,7 +517,7 @@ def test_potentially_unreliable_networks_are_marked_in_plots(draw, tmp_path):
         passes = {"forward_passes": 10.0, "backward_passes": 10.0}
         material = dataclasses.replace(material, summary=material.summary.assign(**passes))
         texts = [text for panel in draw(material).axes for text in panel.texts]
-        return [text for text in texts if text.get_text() == notes.UNRELIABLE]
+        return [text for text in texts if text.get_text() == formats.UNRELIABLE]
 
     assert daggers(prepare(tmp_path, potentially_unreliable="")) == []
     found = daggers(prepare(tmp_path, potentially_unreliable="no gradient"))
@@ -567,7 +554,7 @@ def test_notes_say_how_it_was_measured(material, group):
 
 
 def test_latex_is_balanced_and_escaped(material):
-    text = tables.main_latex(material)
+    text = study_tables.main_latex(material)
     assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
     assert re.findall(r"\\begin{(\w+)}", text) == ["table", "tabular"]
     assert re.findall(r"\\end{(\w+)}", text) == ["tabular", "table"]
@@ -582,19 +569,21 @@ def test_latex_is_balanced_and_escaped(material):
 
 
 def test_latex_escapes_every_special_character():
-    assert tables.escape_latex("a_b & 5 % ± {x} †") == r"a\_b \& 5 \% $\pm$ \{x\} $^{\dagger}$"
-    assert tables.escape_latex("\\") == r"\textbackslash{}"
+    assert (
+        study_tables.escape_latex("a_b & 5 % ± {x} †") == r"a\_b \& 5 \% $\pm$ \{x\} $^{\dagger}$"
+    )
+    assert study_tables.escape_latex("\\") == r"\textbackslash{}"
 
 
 def test_markdown_keeps_trailing_zeros(material, group):
-    text = tables.markdown(tables.main(material, group))
+    text = study_tables.markdown(study_tables.main(material, group))
     assert "| 45.0 ± 7.1 |" in re.sub(" +", " ", text)
 
 
 def test_several_groups_get_a_table_and_a_row_of_panels_each(tmp_path):
     material = prepare(tmp_path, grid={"objectives": ["at", "trades"]})
-    assert tables.main_markdown(material).count("\n| Dense") == 4
-    assert tables.main_latex(material).count(r"\begin{tabular}") == 2
+    assert study_tables.main_markdown(material).count("\n| Dense") == 4
+    assert study_tables.main_latex(material).count(r"\begin{tabular}") == 2
     assert len(finals.robust_accuracy(material).axes) == 2
     assert len(curves.active_weights(material).axes) == 4
 
@@ -622,7 +611,7 @@ def test_comparison_is_of_bcs_with_every_baseline(material, group):
     assert 0 < pair.low < 0.2 < pair.high < 0.45
     assert pair.p < pair.p_holm < 0.05
     assert (pair.seeds, pair.verdict) == (2, "ahead")
-    assert "+20.0 [+" in tables.markdown(tables.comparison_table(material, group))
+    assert "+20.0 [+" in study_tables.markdown(study_tables.comparison_table(material, group))
 
 
 def test_study_without_autoattack_has_no_comparison_and_an_empty_plot(tmp_path):
@@ -637,8 +626,8 @@ def test_study_without_autoattack_has_no_comparison_and_an_empty_plot(tmp_path):
     results[results.attack != "autoattack"].to_csv(layout.root / "results.csv", index=False)
     material = summary.make_material(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
-    assert tables.component_table(material, group) is None
-    assert set(tables.comparison_table(material, group)["Verdict"]) == {"n/a"}
+    assert study_tables.component_table(material, group) is None
+    assert set(study_tables.comparison_table(material, group)["Verdict"]) == {"n/a"}
     assert "No AutoAttack accuracy" in words(finals.robust_accuracy(material))
 
 
@@ -650,7 +639,11 @@ def test_a_part_of_autoattack_is_never_printed_as_autoattack(tmp_path):
     study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     material = summary.make_material(study, layout, tidy.read(layout.root))
-    texts = [report.report(material), tables.main_markdown(material), tables.main_latex(material)]
+    texts = [
+        report.report(material),
+        study_tables.main_markdown(material),
+        study_tables.main_latex(material),
+    ]
     texts += [words(finals.robust_accuracy(material)), words(costs.cost(material))]
     texts += [words(leaderboard.published(material))]
     for text in texts:
@@ -718,7 +711,7 @@ def test_without_outcome_files_there_are_means_but_no_intervals(tmp_path):
     assert drawn(panel, "LWM").get_ydata() == pytest.approx([30, 30])
     assert drawn(panel, "chance").get_ydata()[0] == pytest.approx(12.5)
     [group] = tidy.groups(study)
-    table = tables.comparison_table(material, group)
+    table = study_tables.comparison_table(material, group)
     assert set(table["Difference (points)"]) == {"−20.0", "+20.0"}
     assert set(table["Verdict"]) == {"n/a"}
 
@@ -770,7 +763,7 @@ def test_a_study_without_step_logs_gets_a_figure_in_words(tmp_path):
     material = prepare(tmp_path, grid={"methods": ["dense", "lwm"]})
     assert "No method of this study rewires" in words(curves.rewiring(material))
     [group] = tidy.groups(material.study)
-    assert tables.comparison_table(material, group) is None
+    assert study_tables.comparison_table(material, group) is None
 
 
 @pytest.mark.parametrize("name", ["layers.csv", "curves.csv"])
@@ -786,7 +779,12 @@ def test_empty_tables_give_figures_in_words(tmp_path, name):
 @pytest.mark.parametrize("draw", [draw for draw, _ in report._DRAW.values()])
 def test_every_plot_carries_its_caption(material, draw):
     text = words(draw(material))
-    for fact in ("seeds 0, 1 (n = 2)", "Epochs: 4 (Dense); 8 (LWM, BCS)", "eps 8/255", notes.SMALL):
+    for fact in (
+        "seeds 0, 1 (n = 2)",
+        "Epochs: 4 (Dense); 8 (LWM, BCS)",
+        "eps 8/255",
+        formats.SMALL,
+    ):
         assert fact in text
     assert "cpu (1 thread)" in text
     assert "election" in text
@@ -862,8 +860,8 @@ def test_a_failed_training_is_marked_everywhere(tmp_path):
     results.to_csv(layout.root / "results.csv", index=False)
     material = summary.make_material(study, layout, tidy.read(layout.root))
     [group] = tidy.groups(study)
-    main = tables.main(material, group)
-    marked = main[main["Clean (%)"].str.contains(notes.FAILED)]
+    main = study_tables.main(material, group)
+    marked = main[main["Clean (%)"].str.contains(formats.FAILED)]
     assert set(zip(marked.Method, marked.Sparsity, strict=True)) == {("BCS", "90 %")}
     text = " ".join(notes.marks(material, group))
     assert "BCS 90 % best_val, seed 1: training collapsed: it only guessed" in text
@@ -874,10 +872,10 @@ def test_a_failed_training_is_marked_everywhere(tmp_path):
 def test_a_missed_budget_is_marked(tmp_path):
     material = prepare(tmp_path, layers=[("0", 40), ("3", 160), ("11", 201)])
     [group] = tidy.groups(material.study)
-    assert not tables.main(material, group)["Clean (%)"].str.contains(notes.MISSED).any()
+    assert not study_tables.main(material, group)["Clean (%)"].str.contains(formats.MISSED).any()
     material.summary.loc[2, "budget"] = "seed 0: 50 nonzero weights, 40 asked"
     assert "50 nonzero weights, 40 asked" in " ".join(notes.marks(material, group))
-    assert tables.main(material, group)["Clean (%)"][2].endswith(notes.MISSED)
+    assert study_tables.main(material, group)["Clean (%)"][2].endswith(formats.MISSED)
 
 
 def test_variants_are_compared_with_the_plain_method(tmp_path):
@@ -933,11 +931,11 @@ def test_every_method_looks_different_and_the_same_in_every_study(tmp_path):
     ("eps", "text"), [(8 / 255, "8/255"), (0.15, "0.15"), (1 / 255, "1/255"), (1.0, "255/255")]
 )
 def test_radius(eps, text):
-    assert notes.radius(eps) == text
+    assert formats.radius(eps) == text
 
 
 def test_sparsities_are_printed_unrounded():
-    assert [notes.percent(s) for s in (0.9, 0.995, 0.57, 0.9999)] == [
+    assert [formats.percent(s) for s in (0.9, 0.995, 0.57, 0.9999)] == [
         "90 %",
         "99.5 %",
         "57 %",
@@ -968,7 +966,11 @@ def test_p_values_and_intervals_never_contradict_each_other(tmp_path):
     assert pair.low < 0 < pair.high
     assert pair.p > 0.05
     assert pair.verdict == "not separated"
-    assert not tables.main(material, group)["AutoAttack (%)"].str.contains("**", regex=False).any()
+    assert (
+        not study_tables.main(material, group)["AutoAttack (%)"]
+        .str.contains("**", regex=False)
+        .any()
+    )
     assert compare.ranks(material)[["low", "high"]].to_numpy().tolist() == [[1, 2], [1, 2]]
 
 
@@ -979,11 +981,15 @@ def test_one_seed_gives_no_evidence_about_methods(tmp_path):
         correct=robust({"bcs": 18, "lwm": 1}),
     )
     [group] = tidy.groups(material.study)
-    shown = tables.comparison_table(material, group)
+    shown = study_tables.comparison_table(material, group)
     assert set(shown["p"]) == set(shown["p (Holm)"]) == {"n/a (one seed)"}
     assert set(shown["Verdict"]) == {"one seed"}
     assert shown["Difference (points)"].str.contains("[", regex=False).all()
-    assert not tables.main(material, group)["AutoAttack (%)"].str.contains("**", regex=False).any()
+    assert (
+        not study_tables.main(material, group)["AutoAttack (%)"]
+        .str.contains("**", regex=False)
+        .any()
+    )
     assert compare.ranks(material)[["low", "high"]].to_numpy().tolist() == [[1, 2], [1, 2]]
     assert any(note.startswith("One seed:") for note in notes.table_notes(material, group))
     assert "over test images only, because there is one seed" in report.report(material)
@@ -1010,14 +1016,16 @@ def test_a_winner_is_bold_only_when_every_difference_says_so(tmp_path):
         (tmp_path / name).mkdir()
     clear = prepare(tmp_path / "a", correct=robust({"bcs": 18}))
     [group] = tidy.groups(clear.study)
-    shown = tables.main(clear, group)
+    shown = study_tables.main(clear, group)
     bold = shown["AutoAttack (%)"].str.startswith("**")
     wanted = (shown.Method == "BCS") & (shown.Selection == clear.primary)
     assert bold.tolist() == wanted.tolist()
     assert any(note.startswith("Bold:") for note in notes.table_notes(clear, group))
-    assert r"\textbf{90.0" in tables.main_latex(clear)
+    assert r"\textbf{90.0" in study_tables.main_latex(clear)
     close = prepare(tmp_path / "b", correct=robust({"bcs": 11}))
-    assert not tables.main(close, group)["AutoAttack (%)"].str.contains("*", regex=False).any()
+    assert (
+        not study_tables.main(close, group)["AutoAttack (%)"].str.contains("*", regex=False).any()
+    )
 
 
 def test_ranks_share_ties(tmp_path):
@@ -1042,7 +1050,7 @@ def test_ranks_that_differences_rule_out(tmp_path):
     assert found.index.tolist() == ["bcs", "lwm_b", "lwm"]
     assert found["low"].to_dict() == {"bcs": 1, "lwm_b": 2, "lwm": 2}
     assert found["high"].to_dict() == {"bcs": 1, "lwm_b": 3, "lwm": 3}
-    assert tables.rank_table(material)["Not ruled out"].tolist() == [
+    assert study_tables.rank_table(material)["Not ruled out"].tolist() == [
         "1.0 to 1.0",
         "2.0 to 3.0",
         "2.0 to 3.0",
@@ -1095,13 +1103,13 @@ def test_failed_networks_are_printed_as_failed(tmp_path):
     )
     summed = summary.summarise(material.study, changed, material.outcomes)
     material = dataclasses.replace(material, tidy=changed, summary=summed)
-    shown = tables.main(material, group).set_index("Method")
-    assert set(shown.loc["LWM", "AutoAttack (%)"]) == {f"failed {notes.FAILED}"}
+    shown = study_tables.main(material, group).set_index("Method")
+    assert set(shown.loc["LWM", "AutoAttack (%)"]) == {f"failed {formats.FAILED}"}
     said = " ".join(notes.table_notes(material, group))
     assert f"seed {lost[0].seed}: it broke" in said
 
 
 def test_cost_table_and_plot_show_every_line(material, group):
-    table = tables.cost_table(material, group)
+    table = study_tables.cost_table(material, group)
     assert len(table) == len(tidy.lines(material.study, group))
     assert set(table["Peak active weights"][table.Method == "BCS"]) != {"n/a"}

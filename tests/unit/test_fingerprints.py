@@ -433,7 +433,7 @@ FILES = {
         robsparse/records/evaluation_record robsparse/records/rows robsparse/study/targets
     """,
     "collect": "robsparse/collection/*",
-    "figures": "figures/*",
+    "figures": "figures/* figures/data/* figures/plots/* figures/tables/* figures/text/*",
     "nothing": """
         robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/study/checks
         robsparse/study/loading robsparse/study/resolving robsparse/schema/study_file
@@ -461,7 +461,7 @@ def files_of_the_package(repository: Path) -> dict[str, Path]:
         paths = (repository / package).rglob("*.py")
         found |= {p.relative_to(repository).as_posix(): p for p in paths}
     style = repository / "figures" / "robsparse.mplstyle"
-    found["figures/robsparse.mplstyle"] = style
+    found["figures/plots/robsparse.mplstyle"] = style
     return {name: path for name, path in found.items() if not name.startswith("robsparse/method/")}
 
 

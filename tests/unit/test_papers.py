@@ -8,9 +8,10 @@ import pytest
 
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
-from robsparse.figures import papers, published
-from robsparse.figures.summary import Material
-from robsparse.figures.tidy import Outcomes, Tidy
+from robsparse.figures.data import published
+from robsparse.figures.data.summary import Material
+from robsparse.figures.data.tidy import Outcomes, Tidy
+from robsparse.figures.tables import papers
 from robsparse.schema.grid import Table
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
@@ -164,7 +165,7 @@ def test_two_networks_in_one_place_are_an_error(material, source):
 
 
 def test_the_tables_of_the_paper_can_be_drawn_before_anything_is_measured(repository, tmp_path):
-    from robsparse.figures.summary import summarise  # noqa: PLC0415
+    from robsparse.figures.data.summary import summarise  # noqa: PLC0415
     from robsparse.records.rows import Row  # noqa: PLC0415
     from robsparse.study import loading  # noqa: PLC0415
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy.stats import binomtest, norm, t, ttest_1samp, ttest_rel
 
-from robsparse.figures import statistics
-from robsparse.figures.statistics import Difference
+from robsparse.figures.data import statistics
+from robsparse.figures.data.statistics import Difference
 
 TABLE = np.array([[1, 1, 0], [1, 0, 0]])
 OUTCOMES = arrays.arrays(bool, st.tuples(st.just(2), st.integers(1, 6), st.integers(1, 30)))

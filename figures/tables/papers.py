@@ -1,6 +1,6 @@
 """Tables of papers: our numbers beside the published ones, each in its own place.
 
-Import path: robsparse.figures.papers
+Import path: robsparse.figures.tables.papers
 """
 
 import itertools
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from robsparse.figures import published
-from robsparse.figures.notes import NONE, SMALL, UNRELIABLE, join, percent
-from robsparse.figures.summary import Material
-from robsparse.figures.tables import bullets, escape_latex, markdown
+from robsparse.figures.data import published
+from robsparse.figures.data.summary import Material
+from robsparse.figures.tables.study_tables import bullets, escape_latex, markdown
+from robsparse.figures.text.formats import NONE, SMALL, UNRELIABLE, accuracy_percent, join, percent
 from robsparse.schema.grid import Table
 from robsparse.study.study import Study
 
@@ -99,7 +99,9 @@ def _printed(study: Study, spec: Table, table: pd.DataFrame) -> pd.DataFrame:
     letters = dict(zip(_sources(table), _LETTERS, strict=False))
     lines: dict[tuple[Any, ...], dict[str, str]] = {}
     columns = [
-        " ".join([*(_say(study, axis, v) for axis, v in zip(spec.columns, place, strict=True)), a])
+        " ".join(
+            [*(_label(study, axis, v) for axis, v in zip(spec.columns, place, strict=True)), a]
+        )
         for place, a in itertools.product(
             dict.fromkeys(table[list(spec.columns)].itertuples(index=False, name=None)),
             (study.label("attack", name) for name in spec.attacks),
@@ -108,10 +110,10 @@ def _printed(study: Study, spec: Table, table: pd.DataFrame) -> pd.DataFrame:
     keys = [*spec.rows, *spec.columns, "attack"]
     for place, rows in table.groupby(keys, sort=False):
         key = dict(zip(keys, place, strict=True))
-        line = tuple(_say(study, axis, key[axis]) for axis in spec.rows)
-        column = " ".join(_say(study, axis, key[axis]) for axis in spec.columns)
+        line = tuple(_label(study, axis, key[axis]) for axis in spec.rows)
+        column = " ".join(_label(study, axis, key[axis]) for axis in spec.columns)
         column += f" {study.label('attack', key['attack'])}"
-        lines.setdefault(line, {})[column] = _three(rows, letters)
+        lines.setdefault(line, {})[column] = _cell_text(rows, letters)
     return pd.DataFrame(
         [
             dict(zip([a.capitalize() for a in spec.rows], line, strict=True))
@@ -121,22 +123,20 @@ def _printed(study: Study, spec: Table, table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _three(rows: pd.DataFrame, letters: dict[str, str]) -> str:
+def _cell_text(rows: pd.DataFrame, letters: dict[str, str]) -> str:
     unreliable = bool(rows.potentially_unreliable.iloc[0]) and not np.isnan(rows.ours.iloc[0])
-    ours = _number(rows.ours.iloc[0]) + f" {UNRELIABLE}" * unreliable
+    ours = accuracy_percent(rows.ours.iloc[0]) + f" {UNRELIABLE}" * unreliable
     known = rows[rows.source != ""]
     if known.empty:
         return f"{ours} / {NONE} / {NONE}"
-    theirs = ", ".join(f"{_number(r.published)}({letters[r.source]})" for r in known.itertuples())
-    apart = ", ".join(_number(r.difference, "+") for r in known.itertuples())
+    theirs = ", ".join(
+        f"{accuracy_percent(r.published)}({letters[r.source]})" for r in known.itertuples()
+    )
+    apart = ", ".join(accuracy_percent(r.difference, "+") for r in known.itertuples())
     return f"{ours} / {theirs} / {apart}"
 
 
-def _number(share: float, sign: str = "") -> str:
-    return NONE if np.isnan(share) else f"{100 * share:{sign}.1f}".replace("-", "−")
-
-
-def _say(study: Study, axis: str, value: object) -> str:
+def _label(study: Study, axis: str, value: object) -> str:
     if axis == "sparsity":
         return percent(float(str(value)))
     return str(value) if axis == "objective" else study.label(axis, str(value))

@@ -1,6 +1,6 @@
 """Plots of robust accuracy at every eps, and of each class.
 
-Import path: robsparse.figures.details
+Import path: robsparse.figures.plots.details
 """
 
 from typing import Any
@@ -12,10 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
-from robsparse.figures import measures_distances, style
-from robsparse.figures.notes import UNRELIABLE, percent, plot_caption, radius, unreliable_note
-from robsparse.figures.summary import STRONGEST, Material
-from robsparse.figures.tidy import Group, cells_at, groups, methods, sparsities
+from robsparse.figures import measures_distances
+from robsparse.figures.data.summary import STRONGEST, Material
+from robsparse.figures.data.tidy import Group, cells_at, groups, methods, sparsities
+from robsparse.figures.plots import style
+from robsparse.figures.text.captions import plot_caption, unreliable_note
+from robsparse.figures.text.formats import UNRELIABLE, percent, radius
 from robsparse.study.cells import Cell
 
 _FEW_CLASSES = 10

@@ -1,6 +1,6 @@
 """Compares the sampled networks (folder method/) with every other method of the study.
 
-Import path: robsparse.figures.compare
+Import path: robsparse.figures.data.compare
 """
 
 import itertools
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from robsparse.figures import statistics
-from robsparse.figures.summary import STRONGEST, Material, stack
-from robsparse.figures.tidy import GROUP, Group, lines, methods, sparsities
+from robsparse.figures.data import statistics
+from robsparse.figures.data.summary import STRONGEST, Material, stack
+from robsparse.figures.data.tidy import GROUP, Group, lines, methods, sparsities
 from robsparse.study.study import Study
 
 ALPHA = 1 - statistics.LEVEL

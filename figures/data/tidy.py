@@ -1,6 +1,6 @@
 """Reads what `robsparse collect` wrote, and lists the lines that a table of the study must have.
 
-Import path: robsparse.figures.tidy
+Import path: robsparse.figures.data.tidy
 """
 
 import dataclasses

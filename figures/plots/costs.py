@@ -1,6 +1,6 @@
 """Plot of robust accuracy against the cost of training and its peak of active weights.
 
-Import path: robsparse.figures.costs
+Import path: robsparse.figures.plots.costs
 """
 
 import pandas as pd
@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
-from robsparse.figures import style
-from robsparse.figures.notes import interval_note, percent, plot_caption, unreliable_note
-from robsparse.figures.summary import STRONGEST, Material
-from robsparse.figures.tidy import groups, sparsities
+from robsparse.figures.data.summary import STRONGEST, Material
+from robsparse.figures.data.tidy import groups, sparsities
+from robsparse.figures.plots import style
+from robsparse.figures.text.captions import interval_note, plot_caption, unreliable_note
+from robsparse.figures.text.formats import percent
 
 _APART = 6.0  # points between markers that would coincide
 _AXES = {

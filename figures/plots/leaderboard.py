@@ -1,6 +1,6 @@
 """Plot of our networks beside published ones, with different markers.
 
-Import path: robsparse.figures.leaderboard
+Import path: robsparse.figures.plots.leaderboard
 """
 
 from pathlib import Path
@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from robsparse.figures import published as files
-from robsparse.figures import style
-from robsparse.figures.notes import interval_note, percent, plot_caption, radius, unreliable_note
-from robsparse.figures.summary import STRONGEST, Material
+from robsparse.figures.data import published as files
+from robsparse.figures.data.summary import STRONGEST, Material
+from robsparse.figures.plots import style
+from robsparse.figures.text.captions import interval_note, plot_caption, unreliable_note
+from robsparse.figures.text.formats import percent, radius
 from robsparse.study.study import Study
 
 _PLACE = ["dataset", "arch", "sparsity"]

@@ -1,6 +1,6 @@
 """Test images that an attack breaks for one method and not for another: table and pictures.
 
-Import path: robsparse.figures.images
+Import path: robsparse.figures.plots.images
 """
 
 import numpy as np
@@ -8,10 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robsparse.figures import style
-from robsparse.figures.notes import UNRELIABLE, join, percent, plot_caption, radius, unreliable_note
-from robsparse.figures.summary import STRONGEST, Material
-from robsparse.figures.tidy import (
+from robsparse.figures.data.summary import STRONGEST, Material
+from robsparse.figures.data.tidy import (
     Broken,
     Group,
     cells,
@@ -21,6 +19,9 @@ from robsparse.figures.tidy import (
     seeds,
     sparsities,
 )
+from robsparse.figures.plots import style
+from robsparse.figures.text.captions import plot_caption, unreliable_note
+from robsparse.figures.text.formats import UNRELIABLE, join, percent, radius
 from robsparse.study.cells import Cell
 
 _KEYS = ["dataset", "arch", "objective", "sparsity", "seed", "image", "label"]

@@ -1,70 +1,33 @@
-"""Formatting of values, notes under tables and captions of plots.
+"""The notes under the main table.
 
-Import path: robsparse.figures.notes
+Import path: robsparse.figures.text.notes
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
-from robsparse.figures import compare, statistics
-from robsparse.figures.summary import STRONGEST, Material
-from robsparse.figures.tidy import Group, cells, methods, seeds, sparsities
+from robsparse.figures.data import compare
+from robsparse.figures.data.summary import STRONGEST, Material
+from robsparse.figures.data.tidy import Group, cells, methods, seeds, sparsities
+from robsparse.figures.text.formats import (
+    FAILED,
+    MISSED,
+    NONE,
+    SELECTION_RULES,
+    SMALL,
+    UNRELIABLE,
+    code,
+    device,
+    epochs,
+    join,
+    objective,
+    percent,
+    radius,
+)
 from robsparse.study.study import Study
 
-NONE = "n/a"
 FEW_SEEDS = 5  # fewer than this detect large differences only; see docs/statistics.md
-SMALL = "Small study: not comparable with published numbers."
-UNRELIABLE, FAILED, MISSED = "†", "§", "¶"
-SELECTION_RULES = {
-    "best_val": "the epoch with the best PGD accuracy on held-out training images, "
-    "among those in which the network is at its sparsity",
-    "last": "the last epoch",
-}
-OBJECTIVES = {
-    "natural": "plain training",
-    "at": "adversarial training",
-    "mat": "mixed-batch adversarial training",
-    "trades": "TRADES",
-    "mart": "MART",
-    "rst": "robust self-training",
-}
-
-
-def objective(name: str) -> str:
-    """Name of an objective in the config, with its full name: "at (adversarial training)"."""
-    return f"{name} ({OBJECTIVES[name]})" if name in OBJECTIVES else name
-
-
-def percent(share: float) -> str:
-    """A sparsity in %, not rounded: 0.95 -> "95 %"."""
-    return f"{100 * share:.10g} %"
-
-
-def radius(eps: float) -> str:
-    """An eps (pixels in [0,1]) as text: "8/255" for a whole number of grey levels, else "0.1"."""
-    levels = round(eps * 255, 6)
-    return f"{levels:g}/255" if levels == round(levels) else f"{eps:g}"
-
-
-def join(values: Iterable[object]) -> str:
-    """Distinct values in their order, with commas: "1, 2"; "n/a" if there is none.
-
-    Missing values and empty texts are left out. A whole number is printed without ".0".
-    """
-    known = (value for value in values if not pd.isna(value) and value != "")
-    texts = [f"{value:.12g}" if isinstance(value, float) else str(value) for value in known]
-    return ", ".join(dict.fromkeys(texts)) or NONE
-
-
-def epochs(study: Study, results: pd.DataFrame) -> str:
-    """Epochs of each method, including dense pretraining: "30 (Dense); 60 (LWM, BCS)"."""
-    by_count: dict[str, list[str]] = {}
-    for method in methods(study):
-        count = join(results[results.method == method].epochs.sort_values())
-        by_count.setdefault(count, []).append(study.label("method", method))
-    return "; ".join(f"{count} ({', '.join(names)})" for count, names in by_count.items())
 
 
 def started_from(study: Study) -> str:
@@ -99,21 +62,6 @@ def threat_in_words(study: Study, results: pd.DataFrame) -> str:
             words.append(f"({attacked[0]}, eps {radius(attacked[1])})")
         parts.append(" ".join(words))
     return "; ".join(parts)
-
-
-def device(results: pd.DataFrame) -> str:
-    """Device that networks were trained on, and that on which they were attacked if it differs."""
-    trained, attacked = join(results.train_device), join(results.eval_device)
-    return trained if trained == attacked else f"trained on {trained}, attacked on {attacked}"
-
-
-def code(results: pd.DataFrame) -> str:
-    """Versions of the code, and whether it had uncommitted changes."""
-    versions = results[["code_version", "code_dirty"]].drop_duplicates()
-    return join(
-        f"{row.code_version}{' (with uncommitted changes)' * bool(row.code_dirty)}"
-        for row in versions.itertuples()
-    )
 
 
 def other_code(results: pd.DataFrame) -> str:
@@ -301,16 +249,6 @@ def line_name(study: Study, method: str, sparsity: float) -> str:
     return study.label("method", method) + suffix
 
 
-def interval_note(material: Material) -> str:
-    """What the intervals in a caption are over."""
-    level = f"{100 * statistics.LEVEL:g} % intervals"
-    counts = sorted(set(material.summary.seeds) - {0})
-    if not counts or counts[-1] > 1:
-        alone = "; with one seed, over test images only" if 1 in counts else ""
-        return f"{level} over seeds and test images{alone}"
-    return f"{level} over test images only, because there is one seed: other seeds may lie outside"
-
-
 def seeds_note(material: Material, group: Group) -> str:
     """What can be concluded about methods from this number of seeds."""
     count = int(group.select(material.summary).seeds.max())
@@ -324,39 +262,3 @@ def seeds_note(material: Material, group: Group) -> str:
         "seeds can be detected. "
     )
     return f"{few if count < FEW_SEEDS else ''}Methods that are not separated may still differ."
-
-
-def unreliable_note(material: Material) -> list[str]:
-    """What the dagger in a plot means, if there is one."""
-    if not (material.summary.potentially_unreliable != "").any():
-        return []
-    return [
-        f"{UNRELIABLE}: potentially unreliable, the accuracy may be too high; the reasons are "
-        "below the main table."
-    ]
-
-
-def plot_caption(material: Material, *, attacked: bool, selected: bool) -> str:
-    """The last paragraph of a plot's caption: what was trained, selected and attacked, and how.
-
-    Args:
-        material: what was drawn.
-        attacked: the plot shows accuracies on test images.
-        selected: the plot shows selected networks, not training curves.
-    """
-    study, results = material.study, material.tidy.results
-    sample = f"seeds {join(seeds(study))} (n = {len(seeds(study))})"
-    if attacked:
-        sample = f"n = {join(results.n_examples)} test images, {sample}"
-    objectives = dict.fromkeys(cell.objective for cell in study.cells())
-    selection = f"Selection: {material.primary} ({SELECTION_RULES[material.primary]})."
-    return " ".join(
-        [
-            f"{study.title}: {sample}.",
-            f"Objective: {', '.join(map(objective, objectives))}.",
-            f"Epochs: {epochs(study, results)}, including pretraining.",
-            selection if selected else "Training curves: no selection.",
-            f"{study.threat.norm} eps {radius(study.threat.eps)}. Device: {device(results)}.",
-            *([SMALL] if study.small else []),
-        ]
-    )

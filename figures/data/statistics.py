@@ -24,7 +24,7 @@ Sources: Searle, Casella and McCulloch, "Variance Components", 1992, chapter 4 (
 random); Howe, JASA 69 (1974), 789-794; Zou and Donner, Statistics in Medicine 27 (2008), for limits
 that are not symmetric; Wilson, JASA 22 (1927).
 
-Import path: robsparse.figures.statistics
+Import path: robsparse.figures.data.statistics
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Prints the main table as Markdown, LaTeX and CSV, and the smaller tables of the report.
 
-Import path: robsparse.figures.tables
+Import path: robsparse.figures.tables.study_tables
 """
 
 import re
@@ -9,10 +9,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from robsparse.figures import compare
-from robsparse.figures.notes import FAILED, MISSED, NONE, UNRELIABLE, join, percent, table_notes
-from robsparse.figures.summary import STRONGEST, Material, components
-from robsparse.figures.tidy import Group, attacks, groups, sparsities
+from robsparse.figures.data import compare
+from robsparse.figures.data.summary import STRONGEST, Material, components
+from robsparse.figures.data.tidy import Group, attacks, groups, sparsities
+from robsparse.figures.text.formats import (
+    FAILED,
+    MISSED,
+    NONE,
+    UNRELIABLE,
+    accuracy_percent,
+    join,
+    percent,
+)
+from robsparse.figures.text.notes import table_notes
 from robsparse.study.study import Study
 
 # Characters that LaTeX reads as commands, and those that it has no letter for in every encoding.
@@ -102,7 +111,7 @@ def component_table(material: Material, group: Group) -> pd.DataFrame | None:
     )
     for name in names:
         shown[f"after {name} (%)"] = [
-            _percentage(share) + f" {UNRELIABLE}" * bool(reasons and not np.isnan(share))
+            accuracy_percent(share) + f" {UNRELIABLE}" * bool(reasons and not np.isnan(share))
             for share, reasons in zip(table[name], table.potentially_unreliable, strict=True)
         ]
     return shown
@@ -135,7 +144,7 @@ def _pairs_as_text(
             )
             + f" {UNRELIABLE}" * bool(pair.theirs_potentially_unreliable),
             "Difference (points)": _with_interval(pair.difference, pair.low, pair.high, "+"),
-            "Detectable (points)": _percentage(pair.detectable),
+            "Detectable (points)": accuracy_percent(pair.detectable),
             "p": _p_value(pair.p, pair.seeds),
             "p (Holm)": _p_value(pair.p_holm, pair.seeds),
             "Verdict": pair.verdict or NONE,
@@ -210,17 +219,11 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _percentage(share: float, sign: str = "") -> str:
-    if np.isnan(share):
-        return NONE
-    return f"{100 * share:{sign}.1f}".replace("-", "−")
-
-
 def _with_interval(value: float, low: float, high: float, sign: str = "") -> str:
     if np.isnan(low):
-        return _percentage(value, sign)
-    ends = f"{_percentage(low, sign)}, {_percentage(high, sign)}"
-    return f"{_percentage(value, sign)} [{ends}]"
+        return accuracy_percent(value, sign)
+    ends = f"{accuracy_percent(low, sign)}, {accuracy_percent(high, sign)}"
+    return f"{accuracy_percent(value, sign)} [{ends}]"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -250,12 +253,12 @@ def title(material: Material, group: Group) -> str:
 
 
 _SANITY_CHECKS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "zero_gradient": ("No gradient (%)", _percentage),
-    "huge_eps": ("Correct at eps 1 (%)", _percentage),
-    "pgd_10": ("PGD-10 (%)", _percentage),
-    "pgd_50": ("PGD-50 (%)", _percentage),
-    "pgd_200": ("PGD-200 (%)", _percentage),
-    "black_box_only": ("Only random search breaks (%)", _percentage),
+    "zero_gradient": ("No gradient (%)", accuracy_percent),
+    "huge_eps": ("Correct at eps 1 (%)", accuracy_percent),
+    "pgd_10": ("PGD-10 (%)", accuracy_percent),
+    "pgd_50": ("PGD-50 (%)", accuracy_percent),
+    "pgd_200": ("PGD-200 (%)", accuracy_percent),
+    "black_box_only": ("Only random search breaks (%)", accuracy_percent),
     "randomness": ("Two passes differ by", _number),
     "nan_logits": ("Outputs NaN", _number),
     "nan_count": ("Pixels NaN", _number),

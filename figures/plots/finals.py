@@ -1,6 +1,6 @@
 """Plots of finished networks: robust accuracy against sparsity, density of each layer.
 
-Import path: robsparse.figures.finals
+Import path: robsparse.figures.plots.finals
 """
 
 from typing import Any
@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from robsparse.figures import style
-from robsparse.figures.notes import interval_note, percent, plot_caption, unreliable_note
-from robsparse.figures.summary import STRONGEST, Material
-from robsparse.figures.tidy import Group, groups, methods, sparsities
+from robsparse.figures.data.summary import STRONGEST, Material
+from robsparse.figures.data.tidy import Group, groups, methods, sparsities
+from robsparse.figures.plots import style
+from robsparse.figures.text.captions import interval_note, plot_caption, unreliable_note
+from robsparse.figures.text.formats import percent
 
 _BAND = 0.36  # share of a category's width over which its methods are spread
 

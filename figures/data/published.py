@@ -1,6 +1,6 @@
 """Published numbers: read from results/reference/*.csv, checked, never mixed with measured rows.
 
-Import path: robsparse.figures.published
+Import path: robsparse.figures.data.published
 """
 
 from pathlib import Path

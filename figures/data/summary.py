@@ -1,6 +1,6 @@
 """Summarises result rows: means, spreads and intervals of each method, sparsity and selection.
 
-Import path: robsparse.figures.summary
+Import path: robsparse.figures.data.summary
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from robsparse.base.errors import UsageError
-from robsparse.figures import statistics
-from robsparse.figures.tidy import LINE, Group, Outcomes, Tidy, attacks, groups, lines, seeds
+from robsparse.figures.data import statistics
+from robsparse.figures.data.tidy import LINE, Group, Outcomes, Tidy, attacks, groups, lines, seeds
 from robsparse.schema.evaluation import Selection
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
@@ -64,7 +64,7 @@ def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
 
     Columns, accuracies as fractions, nan where nothing was measured: `seeds` and `seeds_planned`;
     for each attack `<attack>_accuracy` (mean over seeds), `_spread` (sample standard deviation),
-    `_low` and `_high` (95 % interval, see robsparse.figures.statistics); `nonzero`, `prunable`,
+    `_low` and `_high` (95 % interval, see data/statistics.py); `nonzero`, `prunable`,
     `peak_active_weights` and COSTS (means); `potentially_unreliable` (why the network is, in
     words), `failure` (of training) and `budget` (a sparsity that was missed), with their seeds.
     """

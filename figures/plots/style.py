@@ -1,6 +1,6 @@
 """How plots look: one colour, marker and line a method, panels, captions, files.
 
-Import path: robsparse.figures.style
+Import path: robsparse.figures.plots.style
 """
 
 import math
@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from robsparse.base.files import atomic
-from robsparse.figures.notes import UNRELIABLE, percent
-from robsparse.figures.summary import Material
-from robsparse.figures.tidy import Group, groups, methods, sparsities
+from robsparse.figures.data.summary import Material
+from robsparse.figures.data.tidy import Group, groups, methods, sparsities
+from robsparse.figures.text.formats import UNRELIABLE, percent
 from robsparse.study.study import Study
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; yellow, the faintest, is last.

@@ -1,6 +1,6 @@
 """Plots of connections: density of layers during training, survival, magnitudes, mask overlap.
 
-Import path: robsparse.figures.connections
+Import path: robsparse.figures.plots.connections
 """
 
 import numpy as np
@@ -10,11 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from robsparse.figures import style
-from robsparse.figures.notes import percent, plot_caption
-from robsparse.figures.statistics import survival_curve
-from robsparse.figures.summary import Material
-from robsparse.figures.tidy import Group, groups, methods, sparsities
+from robsparse.figures.data.statistics import survival_curve
+from robsparse.figures.data.summary import Material
+from robsparse.figures.data.tidy import Group, groups, methods, sparsities
+from robsparse.figures.plots import style
+from robsparse.figures.text.captions import plot_caption
+from robsparse.figures.text.formats import percent
 
 _NO_LOG = "No method of this study rewires: a fixed mask prunes and regrows nothing."
 

@@ -1,6 +1,6 @@
 """Plots of training: active weights, and connections that are pruned and regrown.
 
-Import path: robsparse.figures.curves
+Import path: robsparse.figures.plots.curves
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
-from robsparse.figures import style
-from robsparse.figures.notes import plot_caption
-from robsparse.figures.summary import Material
-from robsparse.figures.tidy import SEEDED
+from robsparse.figures.data.summary import Material
+from robsparse.figures.data.tidy import SEEDED
+from robsparse.figures.plots import style
+from robsparse.figures.text.captions import plot_caption
 
 _APART = 1.5  # points between lines that would coincide
 _WINDOWS = 60  # a curve of steps is smoothed to about this many independent points

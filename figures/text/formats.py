@@ -1,0 +1,87 @@
+"""Values as text: percentages, radii, lists, and what several notes and captions have in common.
+
+Import path: robsparse.figures.text.formats
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from robsparse.figures.data.tidy import methods
+from robsparse.study.study import Study
+
+NONE = "n/a"
+SMALL = "Small study: not comparable with published numbers."
+UNRELIABLE, FAILED, MISSED = "†", "§", "¶"
+SELECTION_RULES = {
+    "best_val": "the epoch with the best PGD accuracy on held-out training images, "
+    "among those in which the network is at its sparsity",
+    "last": "the last epoch",
+}
+OBJECTIVES = {
+    "natural": "plain training",
+    "at": "adversarial training",
+    "mat": "mixed-batch adversarial training",
+    "trades": "TRADES",
+    "mart": "MART",
+    "rst": "robust self-training",
+}
+
+
+def objective(name: str) -> str:
+    """Name of an objective in the config, with its full name: "at (adversarial training)"."""
+    return f"{name} ({OBJECTIVES[name]})" if name in OBJECTIVES else name
+
+
+def percent(share: float) -> str:
+    """A sparsity in %, not rounded: 0.95 -> "95 %"."""
+    return f"{100 * share:.10g} %"
+
+
+def accuracy_percent(share: float, sign: str = "") -> str:
+    """An accuracy or a difference of two in %, with one decimal and a real minus sign.
+
+    sign: "+" to print the sign of positive values too.
+    """
+    return NONE if np.isnan(share) else f"{100 * share:{sign}.1f}".replace("-", "−")
+
+
+def radius(eps: float) -> str:
+    """An eps (pixels in [0,1]) as text: "8/255" for a whole number of grey levels, else "0.1"."""
+    levels = round(eps * 255, 6)
+    return f"{levels:g}/255" if levels == round(levels) else f"{eps:g}"
+
+
+def join(values: Iterable[object]) -> str:
+    """Distinct values in their order, with commas: "1, 2"; "n/a" if there is none.
+
+    Missing values and empty texts are left out. A whole number is printed without ".0".
+    """
+    known = (value for value in values if not pd.isna(value) and value != "")
+    texts = [f"{value:.12g}" if isinstance(value, float) else str(value) for value in known]
+    return ", ".join(dict.fromkeys(texts)) or NONE
+
+
+def epochs(study: Study, results: pd.DataFrame) -> str:
+    """Epochs of each method, including dense pretraining: "30 (Dense); 60 (LWM, BCS)"."""
+    by_count: dict[str, list[str]] = {}
+    for method in methods(study):
+        count = join(results[results.method == method].epochs.sort_values())
+        by_count.setdefault(count, []).append(study.label("method", method))
+    return "; ".join(f"{count} ({', '.join(names)})" for count, names in by_count.items())
+
+
+def device(results: pd.DataFrame) -> str:
+    """Device that networks were trained on, and that on which they were attacked if it differs."""
+    trained, attacked = join(results.train_device), join(results.eval_device)
+    return trained if trained == attacked else f"trained on {trained}, attacked on {attacked}"
+
+
+def code(results: pd.DataFrame) -> str:
+    """Versions of the code, and whether it had uncommitted changes."""
+    versions = results[["code_version", "code_dirty"]].drop_duplicates()
+    return join(
+        f"{row.code_version}{' (with uncommitted changes)' * bool(row.code_dirty)}"
+        for row in versions.itertuples()
+    )
