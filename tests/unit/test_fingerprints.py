@@ -460,7 +460,7 @@ def files_of_the_package(repository: Path) -> dict[str, Path]:
     for package in ("robsparse", "method", "baselines", "eval", "figures"):
         paths = (repository / package).rglob("*.py")
         found |= {p.relative_to(repository).as_posix(): p for p in paths}
-    style = repository / "figures" / "robsparse.mplstyle"
+    style = repository / "figures" / "plots" / "robsparse.mplstyle"
     found["figures/plots/robsparse.mplstyle"] = style
     return {name: path for name, path in found.items() if not name.startswith("robsparse/method/")}
 
