@@ -6,7 +6,7 @@ from pathlib import Path
 from robsparse.base.counts import keep_count
 from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic, read_tensors, write_json
-from robsparse.figures.notes import radius
+from robsparse.figures.text.formats import radius
 from robsparse.records.evaluation_record import read_record
 from robsparse.schema.evaluation import Selection
 from robsparse.study.cells import Cell, Layout
