@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from robsparse.base.counts import layer_keep_count
 from robsparse.schema import Fit, Share, Strict
-from robsparse.sparsity.masks import Prunable, prunable, rankable, top_k_mask
+from robsparse.sparsity.layers import Prunable, prunable
+from robsparse.sparsity.masks import rankable, top_k_mask
 from robsparse.training.stages import FixedMaskStage, Run, Stage
 
 LABEL = "ADMM"

@@ -22,7 +22,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from robsparse.schema import FromScratch, Strict
-from robsparse.sparsity.masks import erk_keep_counts, quota_keep_counts, random_masks
+from robsparse.sparsity.budgets import erk_keep_counts, quota_keep_counts
+from robsparse.sparsity.masks import random_masks
 from robsparse.training.dynamic import DynamicStage
 from robsparse.training.stages import Run, Stage
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from robsparse.base.counts import keep_count
 from robsparse.schema import Finetune, Strict
-from robsparse.sparsity.masks import global_masks, prunable, weight_count
+from robsparse.sparsity.layers import prunable, weight_count
+from robsparse.sparsity.masks import global_masks
 from robsparse.training.stages import FixedMaskStage, Run, Stage
 
 LABEL = "Global magnitude"

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import Field, PositiveInt, model_validator
 
 from robsparse.schema import FromScratch, Share, Strict
-from robsparse.sparsity.masks import layer_keep_counts, top_k_mask
+from robsparse.sparsity.budgets import layer_keep_counts
+from robsparse.sparsity.masks import top_k_mask
 from robsparse.training.dynamic import MaskedStage, masked_layers, set_masks
 from robsparse.training.stages import Run, Stage
 

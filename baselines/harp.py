@@ -28,7 +28,8 @@ from torch.nn.utils import parametrize
 
 from robsparse.base.counts import density, keep_count, round_to_sum
 from robsparse.schema import Finetune, Fit, Share, Strict
-from robsparse.sparsity.masks import Prunable, parametrisation, prunable, top_k_mask, weight_count
+from robsparse.sparsity.layers import Prunable, parametrisation, prunable, weight_count
+from robsparse.sparsity.masks import top_k_mask
 from robsparse.sparsity.scores import scaled_scores
 from robsparse.training.stages import FixedMaskStage, Run, ScoreStage, Stage, remaining_weights
 

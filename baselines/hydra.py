@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.schema import Finetune, Fit, Strict
-from robsparse.sparsity.masks import layer_keep_counts, prunable
+from robsparse.sparsity.budgets import layer_keep_counts
+from robsparse.sparsity.layers import prunable
 from robsparse.sparsity.scores import scaled_scores, straight_through_mask
 from robsparse.training.stages import FixedMaskStage, Run, ScoreStage, Stage
 

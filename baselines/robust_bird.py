@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from robsparse.base.counts import keep_count
 from robsparse.schema import FromScratch, Share, Strict
-from robsparse.sparsity.masks import global_masks, prunable
+from robsparse.sparsity.layers import prunable
+from robsparse.sparsity.masks import global_masks
 from robsparse.training.dynamic import MaskedStage, masked_layers, set_masks
 from robsparse.training.stages import Run, Stage, schedule_factor
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.schema import FromScratch, Strict
-from robsparse.sparsity.masks import layer_keep_counts, parametrisation, prunable
+from robsparse.sparsity.budgets import layer_keep_counts
+from robsparse.sparsity.layers import parametrisation, prunable
 from robsparse.sparsity.scores import straight_through_mask
 from robsparse.training.stages import Run, ScoreStage, Stage
 

@@ -9,7 +9,8 @@ Differs from the paper: the batch that scores also takes the first step, one mor
 
 from robsparse.base.counts import keep_count
 from robsparse.schema import FromScratch, Strict
-from robsparse.sparsity.masks import global_masks, gradient, weight_count
+from robsparse.sparsity.layers import gradient, weight_count
+from robsparse.sparsity.masks import global_masks
 from robsparse.training.dynamic import MaskedStage, masked_layers, set_masks
 from robsparse.training.stages import Run, Stage
 

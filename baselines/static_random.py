@@ -7,7 +7,8 @@ What rewiring is worth is the difference to this.
 from torch import Tensor
 
 from robsparse.schema import FromScratch, Strict
-from robsparse.sparsity.masks import erk_keep_counts, random_masks
+from robsparse.sparsity.budgets import erk_keep_counts
+from robsparse.sparsity.masks import random_masks
 from robsparse.training.stages import FixedMaskStage, Run, Stage
 
 LABEL = "Static random"

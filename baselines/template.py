@@ -9,7 +9,8 @@ Source: none; replace this line by the paper (authors, venue, equation) that you
 from torch import Tensor
 
 from robsparse.schema import Finetune, Strict
-from robsparse.sparsity.masks import apply_masks, layer_keep_counts, random_masks
+from robsparse.sparsity.budgets import layer_keep_counts
+from robsparse.sparsity.masks import apply_masks, random_masks
 from robsparse.training.stages import Run, Stage
 
 # What tables and plots print.

@@ -22,7 +22,8 @@ from torch.nn.utils import parametrize
 
 from robsparse.base.counts import keep_count
 from robsparse.schema import FromScratch, Share, Strict
-from robsparse.sparsity.masks import global_masks, parametrisation, prunable, weight_count
+from robsparse.sparsity.layers import parametrisation, prunable, weight_count
+from robsparse.sparsity.masks import global_masks
 from robsparse.training.stages import Run, Stage
 
 LABEL = "TwinRep"

@@ -36,8 +36,9 @@ from torch.nn.utils import parametrize
 
 from robsparse.base.counts import density, keep_count, round_to_sum
 from robsparse.schema import Fit, Strict
+from robsparse.sparsity.budgets import erk_keep_counts
 from robsparse.sparsity.history import ConnectionLog
-from robsparse.sparsity.masks import erk_keep_counts, prunable
+from robsparse.sparsity.layers import prunable
 from robsparse.sparsity.rewiring import Changes, Rewiring, rewiring_of
 from robsparse.training.stages import Run, Stage
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robsparse.sparsity.masks import prunable
+from robsparse.sparsity.layers import prunable
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Masks, budgets, scores, rewiring and the history of connections.
+"""Prunable layers, budgets, masks, scores, rewiring and the history of connections.
 
 Imports compute and what is below it.
 """

@@ -1,117 +1,23 @@
-"""Masks, counts and layer shares. Prunable means every convolution and linear weight, first and
-last layer included; biases and batch norm are not.
-"""
+"""Masks of prunable weights: chosen, applied to a network, and made part of its weights."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robsparse.base.counts import keep_count, layer_keep_count, round_to_sum
 from robsparse.base.errors import TrainingError
-
-Prunable = nn.Conv2d | nn.Linear
-Kind = TypeVar("Kind", bound=nn.Module)
-
-
-def prunable(model: nn.Module) -> dict[str, Prunable]:
-    """The modules whose `.weight` is prunable, by name, in forward order of definition."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Prunable)}
-
-
-def trained_weight(module: Prunable) -> nn.Parameter:
-    """The parameter behind a parametrised weight: what the optimiser changes."""
-    return cast(nn.Parameter, _parametrisations(module).original)
-
-
-def gradient(weight: Tensor) -> Tensor:
-    """The gradient of a parameter that the loss depends on, once it has been differentiated."""
-    assert weight.grad is not None
-    return weight.grad
-
-
-def parametrisation(module: Prunable, kind: type[Kind]) -> Kind:
-    """The parametrisation of a layer's weight. Raises TypeError if it is of another kind."""
-    found = _parametrisations(module)[0]
-    if not isinstance(found, kind):
-        raise TypeError(f"expected a weight behind {kind.__name__}, found {type(found).__name__}")
-    return found
-
-
-def _parametrisations(module: Prunable) -> parametrize.ParametrizationList:
-    named = cast(nn.ModuleDict, module.parametrizations)
-    return cast(parametrize.ParametrizationList, named["weight"])
-
-
-def weight_count(model: nn.Module) -> int:
-    """Number of prunable weights."""
-    return sum(module.weight.numel() for module in prunable(model).values())
-
-
-def live_count(model: nn.Module) -> int:
-    """Number of prunable weights that are not exactly zero in the forward pass."""
-    with torch.no_grad():
-        return sum(int(module.weight.count_nonzero()) for module in prunable(model).values())
-
-
-def layer_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
-    """Nonzero weights of each layer when all have the same sparsity."""
-    return {
-        name: layer_keep_count(module.weight.numel(), sparsity)
-        for name, module in prunable(model).items()
-    }
-
-
-def erk_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
-    """Nonzero weights of each layer by Erdos-Renyi-Kernel shares; they sum to keep_count exactly.
-
-    A layer's density is proportional to (sum of its dimensions) / (product of its dimensions),
-    capped at 1; what a capped layer cannot take goes to the others.
-    Source: RigL (Evci et al., ICML 2020), section 3, "Sparsity distribution".
-    """
-    shapes = {name: module.weight.shape for name, module in prunable(model).items()}
-    sizes = {name: shape.numel() for name, shape in shapes.items()}
-    budget = keep_count(sum(sizes.values()), sparsity)
-    full: set[str] = set()
-    while True:
-        free = {name: float(sum(shapes[name])) for name in sizes if name not in full}
-        room = budget - sum(sizes[name] for name in full)
-        scale = room / sum(free.values()) if free else 0.0
-        over = {name for name, raw in free.items() if raw * scale > sizes[name]}
-        if not over:
-            break
-        full |= over
-    wanted = {name: float(sizes[name]) if name in full else free[name] * scale for name in sizes}
-    return round_to_sum(wanted, sizes, budget)
-
-
-def quota_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
-    """Nonzero weights of each layer by ideal gas quotas; they sum to keep_count exactly.
-
-    A layer of n weights has density 1 / (1 + F n), with the one F that meets the budget: small
-    layers stay denser than large ones.
-    Source: VITA-Group/Sparsity-Win-Robust-Generalization, behaviour of its initialisation "igq".
-    """
-    sizes = {name: module.weight.numel() for name, module in prunable(model).items()}
-    budget = keep_count(sum(sizes.values()), sparsity)
-    low, high = 0.0, 1e20
-    for _ in range(200):  # bisection in the logarithm of F + 1e-20
-        force = math.sqrt((low + 1e-20) * (high + 1e-20))
-        total = sum(n / (1 + force * n) for n in sizes.values())
-        low, high = (force, high) if total > budget else (low, force)
-    wanted = {name: n / (1 + force * n) for name, n in sizes.items()}
-    return round_to_sum(wanted, sizes, budget)
+from robsparse.sparsity.budgets import layer_keep_counts
+from robsparse.sparsity.layers import prunable
 
 
 def random_masks(
     model: nn.Module, counts: dict[str, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Masks with so many live weights in each layer, at positions drawn uniformly."""
+    """Masks that keep so many weights in each layer, at positions drawn uniformly."""
     masks = {}
     for name, module in prunable(model).items():
         weight = module.weight

@@ -42,7 +42,9 @@ from robsparse.fast import folding
 from robsparse.schema.imagesets import Augmentation
 from robsparse.schema.threat import Crafting
 from robsparse.schema.training import Training
-from robsparse.sparsity.masks import erk_keep_counts, prunable, random_masks
+from robsparse.sparsity.budgets import erk_keep_counts
+from robsparse.sparsity.layers import prunable
+from robsparse.sparsity.masks import random_masks
 from robsparse.study.cost import PASSES
 from robsparse.tools.stopwatch import Comparison, Side, Stopwatch, copy_rate, multiply_rate
 from robsparse.training import augment, objectives

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.schema.training import Fit
+from robsparse.sparsity.budgets import erk_keep_counts
 from robsparse.sparsity.history import ConnectionLog
-from robsparse.sparsity.masks import erk_keep_counts, prunable, random_masks, rankable
+from robsparse.sparsity.layers import prunable
+from robsparse.sparsity.masks import random_masks, rankable
 from robsparse.training.stages import Run, Stage
 
 NEW_WEIGHT = 1e-12

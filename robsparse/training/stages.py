@@ -17,15 +17,8 @@ from torch import Tensor, nn
 
 from robsparse.schema.training import Fit
 from robsparse.sparsity.history import ConnectionLog
-from robsparse.sparsity.masks import (
-    apply_masks,
-    bake,
-    live_count,
-    magnitude_masks,
-    prunable,
-    trained_weight,
-    weight_count,
-)
+from robsparse.sparsity.layers import nonzero_count, prunable, trained_weight, weight_count
+from robsparse.sparsity.masks import apply_masks, bake, magnitude_masks
 
 
 @dataclass
@@ -107,7 +100,7 @@ class Stage:
         These are more than the forward pass uses if the method scores or regularises weights that
         it masks.
         """
-        return live_count(run.model)
+        return nonzero_count(run.model)
 
     def state(self) -> dict[str, Any]:
         """What the stage itself must remember across an interruption (tensors and numbers)."""

@@ -10,7 +10,8 @@ from robsparse import models
 from robsparse.base import registry
 from robsparse.method import bcs
 from robsparse.schema.threat import Crafting
-from robsparse.sparsity.masks import effective_weights, live_count, prunable
+from robsparse.sparsity.layers import nonzero_count, prunable
+from robsparse.sparsity.masks import effective_weights
 from robsparse.training import objectives
 from robsparse.training.stages import Run
 
@@ -59,14 +60,14 @@ def test_a_sampled_step_keeps_the_budget(arch):
     stage = bcs.SamplingStage(bcs.Params())
     run = Run(model, 0.99, torch.Generator().manual_seed(0), arch=arch, lr=0.1)
     stage.before_fit(run)
-    budget = live_count(model)
+    budget = nonzero_count(model)
     run.optimizer = torch.optim.SGD(stage.parameters(model), lr=0.1, momentum=0.9)
     for _ in range(2):
         step(model, "at")
         stage.before_step(run)
         run.optimizer.step()
         stage.after_step(run)
-        assert live_count(model) == budget
+        assert nonzero_count(model) == budget
     log = run.connections.steps()
     assert set(log.layer) == set(prunable(model))
     assert log[log.step == 2].active.sum() == budget

@@ -12,7 +12,7 @@ from torch import nn
 from robsparse import models
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
-from robsparse.sparsity.masks import prunable, weight_count
+from robsparse.sparsity.layers import prunable, weight_count
 
 ARCHS = registry.names("arch")
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 33, 20), (3, 40, 24), (3, 64, 64)]

@@ -16,7 +16,7 @@ from robsparse.base.counts import keep_count
 from robsparse.compute import randomness
 from robsparse.datasets import load as load_dataset
 from robsparse.schema.training import Objective
-from robsparse.sparsity.masks import live_count, prunable, weight_count
+from robsparse.sparsity.layers import nonzero_count, prunable, weight_count
 from robsparse.training import loop, resuming
 from robsparse.training import session as training_session
 from robsparse.training.checkpoints import Interrupted
@@ -86,7 +86,7 @@ def test_export_has_the_asked_number_of_live_weights(method, sparsity, selection
     model = case.network(layout, selection)
     asked = keep_count(weight_count(model), case.cell.sparsity)
     slack = 0 if method in EXACT or is_dense(method) else len(prunable(model))
-    assert abs(live_count(model) - asked) <= slack
+    assert abs(nonzero_count(model) - asked) <= slack
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -138,7 +138,7 @@ def test_export_has_the_accuracy_its_record_tells(method, selection, trained):
 def test_best_val_is_the_first_of_the_best_epochs_at_the_target_sparsity(method, trained):
     case, layout = trained(method)
     record = record_of(case, layout)
-    live = live_count(case.network(layout, "best_val"))
+    live = nonzero_count(case.network(layout, "best_val"))
     best = record["selected"]["best_val"]
     own = record["curve"][-case.steps // case.batches :]
     candidates = [point for point in own if point["active_weights"] == live]
@@ -173,7 +173,7 @@ def test_peak_active_weights_tell_what_training_held(method, trained):
     elif method in EXACT:
         assert peak == keep_count(total, case.cell.sparsity)
     else:
-        assert live_count(model) <= peak <= total
+        assert nonzero_count(model) <= peak <= total
 
 
 @pytest.mark.parametrize("objective", ["natural", "trades"])
@@ -181,7 +181,7 @@ def test_peak_active_weights_tell_what_training_held(method, trained):
 def test_every_objective_ends_at_the_same_sparsity(method, objective, trained):
     case, layout = trained(method, objective=objective)
     reference, reference_layout = trained(method)
-    assert live_count(case.network(layout, "last")) == live_count(
+    assert nonzero_count(case.network(layout, "last")) == nonzero_count(
         reference.network(reference_layout, "last")
     )
 
@@ -393,4 +393,4 @@ def test_every_method_trains_under_every_objective(method, objective, trained):
     assert all(math.isfinite(point["loss"]) for point in record["curve"])
     model = case.network(layout, "last")
     asked = keep_count(weight_count(model), case.cell.sparsity)
-    assert abs(live_count(model) - asked) <= len(prunable(model))
+    assert abs(nonzero_count(model) - asked) <= len(prunable(model))

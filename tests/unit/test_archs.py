@@ -18,7 +18,7 @@ from robsparse.base import registry
 from robsparse.base.errors import UsageError
 from robsparse.models import _layers, resnet, vgg, wideresnet
 from robsparse.networks import weights
-from robsparse.sparsity.masks import prunable, weight_count
+from robsparse.sparsity.layers import prunable, weight_count
 
 BIG = [*resnet.NAMES, *vgg.NAMES, *wideresnet.NAMES]
 PADDED = [*resnet.NAMES, *wideresnet.NAMES]

@@ -12,7 +12,8 @@ from torch import nn
 
 from robsparse.base.counts import density, keep_count
 from robsparse.method import bcs
-from robsparse.sparsity.masks import live_count, plain_state, prunable, weight_count
+from robsparse.sparsity.layers import nonzero_count, prunable, weight_count
+from robsparse.sparsity.masks import plain_state
 from robsparse.sparsity.rewiring import Rewiring
 from robsparse.training.stages import Run
 
@@ -81,7 +82,7 @@ def test_one_step_by_hand():
     if regrown[0] != 1:
         assert after[1] == pytest.approx(-0.05)
     assert last_step(run) == {"pruned": 1, "regrown": 1}
-    assert live_count(model) == 2
+    assert nonzero_count(model) == 2
 
 
 def slow_step(thetas, signs, velocities, weight_gradients, *, lr, momentum, shrink):
@@ -146,11 +147,11 @@ def test_live_count_is_the_budget_at_every_step(sizes, sparsity, seed, momentum)
     # Noise a million times the published one: dormant weights must not wake by it either.
     stage, run = started(model, sparsity, seed=seed, noise_scale=1.0, momentum=momentum)
     signs = [m.parametrizations.weight[0].sign.clone() for m in prunable(model).values()]
-    assert live_count(model) == budget
+    assert nonzero_count(model) == budget
     generator = torch.Generator().manual_seed(seed)
     for _ in range(8):
         step(stage, run, random_gradients(run, generator))
-        assert live_count(model) == budget
+        assert nonzero_count(model) == budget
         state = plain_state(model)
         for (name, module), sign in zip(prunable(model).items(), signs, strict=True):
             theta = module.parametrizations.weight.original
@@ -167,7 +168,7 @@ def test_between_update_and_rewiring_the_count_is_at_most_the_budget(monkeypatch
     rewire = Rewiring.rewire
 
     def counted(*args, **options):
-        counts.append(live_count(model))
+        counts.append(nonzero_count(model))
         return rewire(*args, **options)
 
     monkeypatch.setattr(Rewiring, "rewire", counted)
@@ -245,19 +246,19 @@ def test_authors_init_has_their_shares_and_may_exceed_the_budget():
     counts = bcs.initial_counts(Run(model, 0.99, torch.Generator()), "authors")
     assert list(counts.values()) == [120, int(0.5 * 0.01 * 600), 180]
     stage, run = started(model, 0.99, init="authors", noise_scale=0.0)
-    live = live_count(model)
+    live = nonzero_count(model)
     assert live == sum(counts.values()) > keep_count(weight_count(model), 0.99)
     step(stage, run, [torch.zeros_like(t) for t in bcs.thetas(model)])
-    assert live_count(model) == live  # topped up only, never pruned
+    assert nonzero_count(model) == live  # topped up only, never pruned
 
 
 def test_authors_init_below_the_budget_is_topped_up_by_the_first_rewiring():
     model = network((10, 200, 200, 10))
     stage, run = started(model, 0.5, init="authors", noise_scale=0.0)
     budget = keep_count(weight_count(model), 0.5)
-    assert live_count(model) < budget
+    assert nonzero_count(model) < budget
     step(stage, run, [torch.zeros_like(t) for t in bcs.thetas(model)])
-    assert live_count(model) == budget
+    assert nonzero_count(model) == budget
 
 
 def test_theta_starts_at_the_magnitude_of_the_initial_weights():

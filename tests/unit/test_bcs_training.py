@@ -31,7 +31,8 @@ from robsparse.method.bcs import (
 from robsparse.method.bcs import (
     signed_layers as bcs_layers,
 )
-from robsparse.sparsity.masks import bake, live_count, plain_state, prunable, weight_count
+from robsparse.sparsity.layers import nonzero_count, prunable, weight_count
+from robsparse.sparsity.masks import bake, plain_state
 from robsparse.sparsity.rewiring import DeviceRewiring, HostRewiring
 from robsparse.study.cells import Cell, Layout
 from robsparse.training import loop
@@ -147,7 +148,7 @@ def test_reset_works_without_momentum():
         [0.5, 0.2], sparsity=0.0, momentum="reset", sgd={"momentum": 0.0}, noise_scale=0.0
     )
     sgd_step(stage, run, model(torch.tensor([[9.0, 9.0]])).abs().sum() * 100)
-    assert live_count(model) == 2
+    assert nonzero_count(model) == 2
 
 
 def test_regrown_weights_get_the_value_of_the_parameter():
@@ -172,7 +173,7 @@ def test_dormant_theta_drifts_over_zero_on_its_momentum_only_if_it_may(waking, w
     run.optimizer.step()  # velocity -0.9 moves the dormant one to -0.05 + 0.09
     stage.after_step(run)
     assert (first[0, 1].item() > 0) is wakes
-    assert live_count(model) == 2 + wakes
+    assert nonzero_count(model) == 2 + wakes
 
 
 def test_rewiring_is_silent_when_nothing_is_missing():
@@ -286,7 +287,7 @@ def test_temperature_is_langevin_noise():
 def test_after_rewiring_the_live_set_is_fixed_and_its_weights_may_change_sign(rewiring):
     model = chain(6, 20, 6)
     stage, run = begin(model, 0.5, rewiring=rewiring, noise_scale=0.0)
-    budget, x = live_count(model), torch.rand(16, 6)
+    budget, x = nonzero_count(model), torch.rand(16, 6)
     run.steps = 4  # drops at steps 2 and 3
     for run.step in range(3):
         sgd_step(stage, run, (model(x) - x).square().mean())
@@ -301,7 +302,7 @@ def test_after_rewiring_the_live_set_is_fixed_and_its_weights_may_change_sign(re
     after = [module.weight.detach() for module in prunable(model).values()]
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old != 0, new != 0)
-    assert live_count(model) == budget
+    assert nonzero_count(model) == budget
     assert any((old * new < 0).any() for old, new in zip(before, after, strict=True))
 
 
@@ -416,7 +417,7 @@ def test_budget_signs_and_zeros_hold_at_every_step_of_real_training(case):
     )
     budget = keep_count(weight_count(model), case["sparsity"])
     signs = [module.parametrizations.weight[0].sign.clone() for module in prunable(model).values()]
-    assert live_count(model) == budget
+    assert nonzero_count(model) == budget
     x, y = torch.rand(8, case["widths"][0]), torch.rand(8, case["widths"][-1])
     for _ in range(6):
         loss = (model(x) - y).square().mean().clamp(max=1e6)
@@ -426,7 +427,7 @@ def test_budget_signs_and_zeros_hold_at_every_step_of_real_training(case):
         before = [theta > 0 for theta in thetas(model)]
         run.optimizer.step()
         stage.after_step(run)
-        assert live_count(model) == budget
+        assert nonzero_count(model) == budget
         assert last_step(run)["regrown"] == last_step(run)["pruned"]
         state = plain_state(model)
         for name, sign, theta, was in zip(
@@ -445,15 +446,15 @@ def test_authors_variant_is_topped_up_and_never_pruned(seed, sparsity):
     model = chain(6, 20, 20, 6)
     stage, run = begin(model, sparsity, seed=seed, init="authors")
     budget = keep_count(weight_count(model), sparsity)
-    count = live_count(model)
+    count = nonzero_count(model)
     x = torch.rand(8, 6)
     for _ in range(6):
         sgd_step(stage, run, (model(x) - x).square().mean())
         left = count - last_step(run)["pruned"]
-        assert live_count(model) >= max(left, budget)
+        assert nonzero_count(model) >= max(left, budget)
         if last_step(run)["regrown"]:
-            assert live_count(model) == budget
-        count = live_count(model)
+            assert nonzero_count(model) == budget
+        count = nonzero_count(model)
 
 
 @pytest.mark.parametrize(("seed", "lr", "scale"), [(0, 0.1, 0.01), (1, 0.02, 0.5)])
@@ -476,10 +477,10 @@ def test_baked_network_computes_the_same_with_exact_zeros():
     x = torch.rand(8, 6)
     for _ in range(3):
         sgd_step(stage, run, model(x).square().mean())
-    output, live = model(x), live_count(model)
+    output, live = model(x), nonzero_count(model)
     stage.finalize(run)
     assert torch.equal(model(x), output)
-    assert live_count(model) == live == keep_count(weight_count(model), 0.7)
+    assert nonzero_count(model) == live == keep_count(weight_count(model), 0.7)
     assert "0.weight" in dict(model.named_parameters())
     bake(model)  # nothing is left to bake
 

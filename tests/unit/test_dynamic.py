@@ -23,16 +23,9 @@ from robsparse.baselines import (
     static_random,
     template,
 )
-from robsparse.sparsity.masks import (
-    erk_keep_counts,
-    global_masks,
-    layer_keep_counts,
-    live_count,
-    prunable,
-    quota_keep_counts,
-    random_masks,
-    weight_count,
-)
+from robsparse.sparsity.budgets import erk_keep_counts, layer_keep_counts, quota_keep_counts
+from robsparse.sparsity.layers import nonzero_count, prunable, weight_count
+from robsparse.sparsity.masks import global_masks, random_masks
 from robsparse.sparsity.scores import scaled_scores
 from robsparse.training.dynamic import NEW_WEIGHT, masked_layers, set_masks
 from robsparse.training.stages import Run, remaining_weights
@@ -152,7 +145,7 @@ def test_live_weights_of_each_layer_never_change_in_number(name, net):
         for _, weight, layer in masked_layers(run.model):
             assert (weight[~layer.mask] == 0).all()
         assert (
-            live_count(run.model)
+            nonzero_count(run.model)
             == stage.active_weights(run)
             == keep_count(weight_count(run.model), 0.7)
         )
@@ -356,7 +349,7 @@ def test_snip_keeps_the_largest_products_of_weight_and_gradient():
     for at in range(1, 5):
         step(stage, run, at)
     assert all(torch.equal(mask, chosen[name]) for name, mask in masks(run).items())
-    assert live_count(run.model) == keep_count(153, 0.8)
+    assert nonzero_count(run.model) == keep_count(153, 0.8)
 
 
 # ---------------------------------------------------------------- fixed masks
@@ -465,7 +458,7 @@ def test_harp_ends_at_the_global_target_with_unequal_layers(net, sparsity, rates
     shares = [mask.share().item() for _, mask in harp.rated(run.model)]
     scores = [mask.score.abs() for _, mask in harp.rated(run.model)]
     stage.finalize(run)
-    assert live_count(run.model) == keep_count(weight_count(run.model), sparsity)
+    assert nonzero_count(run.model) == keep_count(weight_count(run.model), sparsity)
     densities = []
     for module, score in zip(prunable(run.model).values(), scores, strict=True):
         live = module.weight != 0

@@ -28,7 +28,7 @@ from robsparse.records.evaluation_record import read_record
 from robsparse.records.rows import Row, wilson_interval
 from robsparse.schema.evaluation import Evaluation
 from robsparse.schema.threat import Threat
-from robsparse.sparsity.masks import prunable
+from robsparse.sparsity.layers import prunable
 from robsparse.study.cells import Layout, derive_seed
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from robsparse.base import registry
 from robsparse.compute import perturb
 from robsparse.fast import backends, folded_layers, folding
 from robsparse.schema.threat import Crafting
-from robsparse.sparsity.masks import apply_masks, bake, magnitude_masks, prunable
+from robsparse.sparsity.layers import prunable
+from robsparse.sparsity.masks import apply_masks, bake, magnitude_masks
 from robsparse.training import objectives
 
 SHAPES = {"small_cnn": (1, 8, 8), "small_resnet": (1, 8, 8)}

@@ -6,7 +6,8 @@ from torch import nn
 
 from robsparse.baselines import hydra
 from robsparse.schema.training import Fit
-from robsparse.sparsity.masks import live_count, magnitude_masks, plain_state, prunable
+from robsparse.sparsity.layers import nonzero_count, prunable
+from robsparse.sparsity.masks import magnitude_masks, plain_state
 from robsparse.training.stages import FixedMaskStage, Run
 
 
@@ -110,4 +111,4 @@ def test_live_weights_while_pruning_are_all_weights():
     model = two_layers()
     stage, run = pruning(model)
     assert stage.active_weights(run) == 6
-    assert live_count(model) == 3
+    assert nonzero_count(model) == 3

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from robsparse.baselines import lwm
-from robsparse.sparsity.masks import prunable
+from robsparse.sparsity.layers import prunable
 from robsparse.training.stages import Run
 
 

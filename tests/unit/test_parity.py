@@ -15,7 +15,7 @@ import torch
 from robsparse.base.counts import keep_count
 from robsparse.datasets import Part
 from robsparse.method import bcs
-from robsparse.sparsity.masks import prunable
+from robsparse.sparsity.layers import prunable
 from robsparse.study import loading
 from robsparse.study.cells import Layout
 from robsparse.training import loop

@@ -11,7 +11,7 @@ from robsparse.base import registry
 from robsparse.fast import folding, small_maps
 from robsparse.fast.small_maps import SmallMap, form_of
 from robsparse.models._layers import TensorFlowConv2d
-from robsparse.sparsity.masks import prunable
+from robsparse.sparsity.layers import prunable
 
 
 @st.composite

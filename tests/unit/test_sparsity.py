@@ -12,22 +12,18 @@ from torch.nn.utils import parametrize
 
 from robsparse.base.counts import keep_count, layer_keep_count
 from robsparse.base.errors import TrainingError
+from robsparse.sparsity.budgets import erk_keep_counts, layer_keep_counts, quota_keep_counts
+from robsparse.sparsity.layers import nonzero_count, prunable, weight_count
 from robsparse.sparsity.masks import (
     Masked,
     apply_masks,
     bake,
     effective_weights,
-    erk_keep_counts,
     global_masks,
-    layer_keep_counts,
-    live_count,
     magnitude_masks,
     plain_state,
-    prunable,
-    quota_keep_counts,
     random_masks,
     top_k_mask,
-    weight_count,
 )
 
 SPARSITIES = st.integers(0, 9990).map(lambda n: n / 10_000)
@@ -71,9 +67,9 @@ def test_live_count_counts_what_the_forward_pass_uses():
     model = linear_net(3, 2)
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 0.0, -2.0], [0.0, -0.0, 3.0]]))
-    assert live_count(model) == 3
+    assert nonzero_count(model) == 3
     apply_masks(model, {"0": torch.tensor([[True, True, False], [True, True, True]])})
-    assert live_count(model) == 2
+    assert nonzero_count(model) == 2
     assert weight_count(model) == 6
 
 
@@ -225,7 +221,7 @@ def test_masked_weights_stay_zero_under_momentum_and_weight_decay():
         optimizer.zero_grad()
         model(torch.rand(4, 1, 4, 4)).square().sum().backward()
         optimizer.step()
-        assert live_count(model) == sum(int(mask.sum()) for mask in masks.values())
+        assert nonzero_count(model) == sum(int(mask.sum()) for mask in masks.values())
     for name, module in prunable(model).items():
         assert torch.equal(module.weight != 0, masks[name])
 
@@ -255,7 +251,7 @@ def test_plain_state_fills_a_plain_network_that_computes_the_same():
     plain = conv_net()
     plain.load_state_dict(state)  # strict: no key too many, none missing
     assert torch.equal(plain.eval()(images), model(images))
-    assert live_count(plain) == live_count(model) == layer_keep_count(18, 0.8) + 20
+    assert nonzero_count(plain) == nonzero_count(model) == layer_keep_count(18, 0.8) + 20
 
 
 def test_plain_state_is_a_copy_without_gradients():
@@ -277,11 +273,11 @@ def test_plain_state_leaves_the_model_parametrised():
 
 def test_bake_keeps_the_function_and_the_exact_zeros():
     model, images = masked_net(), torch.rand(5, 1, 4, 4)
-    live, output, state = live_count(model), model(images), plain_state(model)
+    live, output, state = nonzero_count(model), model(images), plain_state(model)
     bake(model)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
     assert torch.equal(model(images), output)
-    assert live_count(model) == live
+    assert nonzero_count(model) == live
     assert set(model.state_dict()) == set(conv_net().state_dict())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from robsparse.schema.training import Fit
-from robsparse.sparsity.masks import live_count
+from robsparse.sparsity.layers import nonzero_count
 from robsparse.training.stages import FixedMaskStage, Stage, remaining_weights, schedule_factor
 
 
@@ -90,7 +90,7 @@ def test_fixed_mask_is_drawn_once_and_survives_large_changes(make_run):
     assert torch.equal(model[0].weight != 0, mask)
     stage.finalize(run)
     assert torch.equal(model[0].weight != 0, mask)
-    assert live_count(model) == stage.active_weights(run) == 10
+    assert nonzero_count(model) == stage.active_weights(run) == 10
 
 
 def test_fixed_mask_of_a_pruned_network_is_its_own(make_run):

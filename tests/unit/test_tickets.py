@@ -8,7 +8,7 @@ from torch import nn
 
 from robsparse.base.counts import keep_count
 from robsparse.baselines import robust_bird, scratch_ticket, twinrep
-from robsparse.sparsity.masks import live_count, prunable, weight_count
+from robsparse.sparsity.layers import nonzero_count, prunable, weight_count
 from robsparse.training.stages import Run
 
 
@@ -93,7 +93,7 @@ def test_twinrep_prunes_a_run_of_one_epoch_too():
     stage = twinrep.TwinStage(twinrep.Params(train={"epochs": 1}))
     stage, run, _ = started(stage)
     stage.before_epoch(run)
-    assert live_count(run.model) == keep_count(weight_count(run.model), 0.5)
+    assert nonzero_count(run.model) == keep_count(weight_count(run.model), 0.5)
 
 
 # ---------------------------------------------------------------- Robust Bird
@@ -118,7 +118,7 @@ def test_robust_bird_draws_the_ticket_once_five_masks_in_a_row_are_alike():
         stage.before_epoch(run)
         if stage.selectable:
             break
-        assert live_count(run.model) == stage.active_weights(run) == total
+        assert nonzero_count(run.model) == stage.active_weights(run) == total
     # Before epoch 5 came the first of the masks that stay; the fifth of them is before epoch 9.
     assert 8 <= run.epoch <= 10
     assert stage.drawn_at == run.epoch

@@ -20,7 +20,8 @@ from robsparse.datasets import Part
 from robsparse.networks import construct, weights
 from robsparse.schema.threat import Crafting
 from robsparse.schema.training import Fit
-from robsparse.sparsity.masks import live_count, plain_state, prunable, weight_count
+from robsparse.sparsity.layers import nonzero_count, prunable, weight_count
+from robsparse.sparsity.masks import plain_state
 from robsparse.study.cells import Cell, Layout, derive_seed
 from robsparse.training import loop, objectives, recorder, validation
 from robsparse.training import session as training_session
@@ -305,7 +306,7 @@ def test_hydra_prune_stage_moves_scores_and_batch_norm_and_nothing_else(pruned):
         not torch.equal(mask, module.weight != 0)
         for mask, module in zip(first, prunable(run.model).values(), strict=True)
     )
-    assert live_count(run.model) == sum(
+    assert nonzero_count(run.model) == sum(
         n - int(n * 0.9 + 1e-9) for n in (m.weight.numel() for m in prunable(run.model).values())
     )
 

@@ -13,7 +13,7 @@ from robsparse.base import registry
 from robsparse.base.errors import UsageError
 from robsparse.base.files import read_tensors
 from robsparse.networks import weights
-from robsparse.sparsity.masks import prunable
+from robsparse.sparsity.layers import prunable
 
 
 def network():

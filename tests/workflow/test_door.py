@@ -36,7 +36,8 @@ packages = ["robsparse_extra"]
 """A method of somebody else. Source: none."""
 
 from robsparse.schema import FromScratch, Strict
-from robsparse.sparsity.masks import layer_keep_counts, random_masks
+from robsparse.sparsity.budgets import (layer_keep_counts)
+from robsparse.sparsity.masks import (random_masks)
 from robsparse.training.stages import FixedMaskStage
 
 LABEL = "Halves"

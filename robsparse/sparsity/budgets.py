@@ -1,0 +1,57 @@
+"""How many weights each layer keeps, so that all together meet the sparsity exactly."""
+
+import math
+
+from torch import nn
+
+from robsparse.base.counts import keep_count, layer_keep_count, round_to_sum
+from robsparse.sparsity.layers import prunable
+
+
+def layer_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
+    """Nonzero weights of each layer when all have the same sparsity."""
+    return {
+        name: layer_keep_count(module.weight.numel(), sparsity)
+        for name, module in prunable(model).items()
+    }
+
+
+def erk_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
+    """Nonzero weights of each layer by Erdos-Renyi-Kernel shares; they sum to keep_count exactly.
+
+    A layer's density is proportional to (sum of its dimensions) / (product of its dimensions),
+    capped at 1; what a capped layer cannot take goes to the others.
+    Source: RigL (Evci et al., ICML 2020), section 3, "Sparsity distribution".
+    """
+    shapes = {name: module.weight.shape for name, module in prunable(model).items()}
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    budget = keep_count(sum(sizes.values()), sparsity)
+    full: set[str] = set()
+    while True:
+        free = {name: float(sum(shapes[name])) for name in sizes if name not in full}
+        room = budget - sum(sizes[name] for name in full)
+        scale = room / sum(free.values()) if free else 0.0
+        over = {name for name, raw in free.items() if raw * scale > sizes[name]}
+        if not over:
+            break
+        full |= over
+    wanted = {name: float(sizes[name]) if name in full else free[name] * scale for name in sizes}
+    return round_to_sum(wanted, sizes, budget)
+
+
+def quota_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
+    """Nonzero weights of each layer by ideal gas quotas; they sum to keep_count exactly.
+
+    A layer of n weights has density 1 / (1 + F n), with the one F that meets the budget: small
+    layers stay denser than large ones.
+    Source: VITA-Group/Sparsity-Win-Robust-Generalization, behaviour of its initialisation "igq".
+    """
+    sizes = {name: module.weight.numel() for name, module in prunable(model).items()}
+    budget = keep_count(sum(sizes.values()), sparsity)
+    low, high = 0.0, 1e20
+    for _ in range(200):  # bisection in the logarithm of F + 1e-20
+        force = math.sqrt((low + 1e-20) * (high + 1e-20))
+        total = sum(n / (1 + force * n) for n in sizes.values())
+        low, high = (force, high) if total > budget else (low, force)
+    wanted = {name: n / (1 + force * n) for name, n in sizes.items()}
+    return round_to_sum(wanted, sizes, budget)
