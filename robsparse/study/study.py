@@ -11,8 +11,6 @@ from pathlib import Path
 from robsparse.base.errors import UsageError
 from robsparse.schema.evaluation import Selection
 from robsparse.schema.grid import Table
-from robsparse.schema.threat import Threat
-from robsparse.schema.training import Training
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.parts import Parts
 from robsparse.study.planned import Attack, PlannedCell
@@ -33,14 +31,6 @@ class Study(Parts):
     def cells(self) -> list[Cell]:
         """Every cell the study trains or takes in, starting points included, in a fixed order."""
         return list(self.planned)
-
-    def training_of(self, cell: Cell) -> Training:
-        """How `cell` is trained."""
-        return self.planned[cell].training
-
-    def training_threat(self, cell: Cell) -> Threat:
-        """What `cell` is trained and validated against."""
-        return self.planned[cell].training_threat
 
     def attacks_of(self, selection: Selection) -> list[str]:
         """Attacks on the weights of a selection; clean accuracy is always measured, and first."""

@@ -44,9 +44,10 @@ class Clock:
 
     def step(self, cell: Cell) -> float:
         """Training step of the dense network, per image."""
-        training = self.study.planned[cell].training
+        planned = self.study.planned[cell]
+        training = planned.training
         objective = objectives.make_objective(cell.objective, training)
-        attacker = objectives.make_attacker(self.study, cell, torch.Generator(self.device))
+        attacker = objectives.make_attacker(planned, torch.Generator(self.device))
         # One crafting step is timed; the others cost as much as the gradient pass that it is.
         one = attacker.crafting.model_copy(update={"steps": 1})
         attacker = dataclasses.replace(attacker, crafting=one)

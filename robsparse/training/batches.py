@@ -13,7 +13,7 @@ from torch import Tensor
 from robsparse.datasets import Part
 from robsparse.schema.imagesets import Augmentation
 from robsparse.study.cells import Cell, derive_seed
-from robsparse.study.study import Study
+from robsparse.study.planned import PlannedCell
 from robsparse.training import augment
 
 LEVELS = (255, 16)  # largest pixel value of photographs, and of the 8x8 digits
@@ -100,8 +100,8 @@ class Batches:
 
     def __init__(
         self,
-        study: Study,
         cell: Cell,
+        planned: PlannedCell,
         train: Part,
         extra: Part | None,
         device: torch.device,
@@ -111,8 +111,7 @@ class Batches:
         self.cell, self.device, self.memory_format = cell, device, memory_format
         self.train = Stored.from_part(train, device)
         self.extra = Stored.from_part(extra, device) if extra is not None else None
-        training = study.training_of(cell)
-        self.augmentation = training.augmentation or study.datasets[cell.dataset].augmentation
+        training, self.augmentation = planned.training, planned.augmentation
         size = min(training.batch_size, len(train))
         self.extra_size = int(size * training.rst_fraction) if extra else 0
         self.size = size - self.extra_size

@@ -16,8 +16,7 @@ from robsparse.compute.machine import computing, pick_precision
 from robsparse.fast import folding
 from robsparse.schema.threat import Crafting
 from robsparse.schema.training import Training
-from robsparse.study.cells import Cell
-from robsparse.study.study import Study
+from robsparse.study.planned import PlannedCell
 
 # (x, eps, generator, norm) -> first iterate
 RandomStart = Callable[[Tensor, float, torch.Generator, str], Tensor]
@@ -90,9 +89,9 @@ class Attacker:
 Objective = Callable[[nn.Module, Tensor, Tensor, Attacker], Tensor]
 
 
-def make_attacker(study: Study, cell: Cell, generator: torch.Generator) -> Attacker:
+def make_attacker(planned: PlannedCell, generator: torch.Generator) -> Attacker:
     """The attacker of a cell's training, on the device of the generator."""
-    crafting, threat = study.training_of(cell).crafting, study.training_threat(cell)
+    crafting, threat = planned.crafting, planned.training_threat
     precision = pick_precision(crafting.precision, generator.device)
     return Attacker(threat.eps, crafting, generator, threat.norm, precision)
 

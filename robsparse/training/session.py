@@ -74,27 +74,27 @@ def prepare_session(study: Study, cell: Cell, layout: Layout, device: torch.devi
     Raises UsageError when data or starting weights are missing or do not fit, TrainingError when
     the method's file cannot be used.
     """
-    settings = study.training_of(cell)
+    planned = study.planned[cell]
     fingerprint = fingerprints.training(study, cell)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
-    extra = _read_extra_images(cell, settings, splits)
+    extra = _read_extra_images(cell, planned.training, splits)
     crafting = _generator(device, cell, "craft", cell.dataset, cell.objective)
-    attacker = make_attacker(study, cell, crafting)
+    attacker = make_attacker(planned, crafting)
     start = _read_start(study, cell, layout)
     run = _prepare_run(study, cell, splits, start, device)
     memory_format = pick_memory_format(run, splits.train, device)
-    batches = Batches(study, cell, splits.train, extra, device, memory_format=memory_format)
+    batches = Batches(cell, planned, splits.train, extra, device, memory_format=memory_format)
     method = study.entry("method", cell.method)
     return Session(
         cell=cell,
         layout=layout,
         device=device,
-        settings=settings,
+        settings=planned.training,
         fingerprint=fingerprint,
         data_checksum=splits.checksum(),
         batches=batches,
         held_out=splits.validation.to(device),
-        objective=make_objective(cell.objective, settings),
+        objective=make_objective(cell.objective, planned.training),
         attacker=attacker,
         start=start,
         run=run,
@@ -134,7 +134,7 @@ def _prepare_run(
     study: Study, cell: Cell, splits: Splits, start: StartingNetwork, device: torch.device
 ) -> Run:
     """The network before its first step, and what else the hooks of a stage see."""
-    settings, method = study.training_of(cell), study.base("method", cell.method)
+    settings, method = study.planned[cell].training, study.base("method", cell.method)
     return Run(
         model=_initial_network(study, cell, splits, start).to(device),
         sparsity=cell.sparsity,

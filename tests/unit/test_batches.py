@@ -88,7 +88,7 @@ def make_batches(study_data, load_study):
         study_data["training"] |= {"augmentation": {"kind": "none"}} | training
         study = load_study(study_data)
         cell = replace(study.cells()[0], seed=seed)
-        return batches.Batches(study, cell, train, extra, CPU)
+        return batches.Batches(cell, study.planned[cell], train, extra, CPU)
 
     return make
 
@@ -170,11 +170,13 @@ def test_augmentation_of_the_training_stands_before_that_of_the_data(study_data,
     study_data["datasets"]["digits"]["augmentation"] = {"kind": "shift", "shift": 0.2}
     study_data["training"].pop("augmentation", None)
     study = load_study(study_data)
-    made = batches.Batches(study, study.cells()[0], numbered(70), None, CPU)
+    cell, planned = next(iter(study.planned.items()))
+    made = batches.Batches(cell, planned, numbered(70), None, CPU)
     assert made.augmentation.shift == 0.2
     study_data["training"]["augmentation"] = {"kind": "none"}
     study = load_study(study_data)
-    made = batches.Batches(study, study.cells()[0], numbered(70), None, CPU)
+    cell, planned = next(iter(study.planned.items()))
+    made = batches.Batches(cell, planned, numbered(70), None, CPU)
     assert made.augmentation.kind == "none"
 
 
