@@ -250,12 +250,15 @@ def craft(name, model, made):
 
 
 def calls_of(network, monkeypatch):
-    """The mode and the outputs of every pass from here on; a hook would forbid a view."""
+    """The mode and the outputs of every pass from here on; a hook would forbid a view.
+
+    The passes of a view are those of all views: each refresh makes a new one.
+    """
     found, call = [], type(network).__call__
 
     def listen(module, *given):
         outputs = call(module, *given)
-        if module is network:
+        if module is network or isinstance(module, folding.View):
             found.append((module.training, outputs))
         return outputs
 
