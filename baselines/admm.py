@@ -3,22 +3,24 @@
 Source: Ye et al., "Adversarial robustness vs. model compression, or both?", ICCV 2019; behaviour of
 yeshaokai/Robustness-Aware-Pruning-ADMM, irregular sparsity.
 
-Differs from the authors' code, and the switch that brings their behaviour back:
-- every convolution and linear layer is pruned at the same rate (`layers: conv` leaves linear ones
-  dense, as the list of rates in their example does; the network then misses its sparsity, and
-  every table says so);
-- the projection keeps exactly k weights (`projection: percentile` keeps those above the percentile
-  that numpy interpolates, which may be some more or fewer);
-- batch norm is in eval mode while crafting, as for all methods (`crafting.bn_mode: train`), and
-  sees each batch once a pass of the objective (theirs also the clean images, once more before each
-  step: `clean_passes: 1` in each stage);
-- the dual variable U is a constant in the penalty, as in the paper's equation (`dual_gradient:
-  authors`: their code builds U from the weights themselves at each update, so that after n updates
-  the pull on W is (n + 1) rho (W - Z + U), ten times as strong at the end of their schedule);
-- the learning rate falls after each third of the steps of a period (theirs at whole epochs, the 7th
-  and 14th of 20), and the random start of the attack is clipped to [0,1] (theirs is not until the
-  first step): no switch;
-- weights are selected on held-out training images (theirs: on the test set, no switch).
+Differs from the authors' code (a setting in parentheses restores their behaviour):
+- All convolutions and linear layers are pruned at the same rate. In the authors' example linear
+  layers stay dense (`layers: conv`). The network then misses its sparsity, and every table says so.
+- The projection keeps exactly k weights. The authors keep the weights above a percentile that
+  numpy interpolates, which may be more or fewer than k (`projection: percentile`).
+- Batch norm is in eval mode while adversarial images are crafted, as for all methods
+  (`crafting.bn_mode: train`).
+- Batch norm updates its statistics once for each pass of the objective. In the authors' code an
+  additional pass over the clean images precedes each step (`clean_passes: 1` in each stage).
+- The dual variable U is a constant in the penalty, as in the paper's equation. The authors' code
+  computes U from the weights at each update and differentiates through it. After n updates the
+  gradient of the penalty is (n + 1) rho (W - Z + U), which is ten times as large at the end of
+  their schedule (`dual_gradient: authors`).
+- The learning rate falls after each third of the steps of a period. In the authors' code it falls
+  after whole epochs: the 7th and 14th of 20 (no setting).
+- The random start of the attack is clipped to [0,1]. The authors do not clip it before the first
+  step (no setting).
+- Weights are selected on validation images. The authors select on the test set (no setting).
 """
 
 from typing import Any, Literal
@@ -39,7 +41,7 @@ STARTS_FROM = "dense"
 
 
 class Admm(Fit):
-    """The authors' example for the penalised stage: 200 epochs, lr 0.01, weight decay 1e-4."""
+    """The authors' example for the stage with the penalty: 200 epochs, lr 0.01, decay 1e-4."""
 
     epochs: PositiveInt = 200
     lr: PositiveFloat = 0.01
@@ -55,7 +57,7 @@ class Retrain(Fit):
 
 
 class Params(Strict):
-    """admm: the penalised stage; retrain: the stage with the mask of the projection."""
+    """admm: the stage with the penalty. retrain: the stage with the fixed mask."""
 
     admm: Admm = Admm()
     retrain: Retrain = Retrain()
@@ -67,7 +69,7 @@ class Params(Strict):
     )
     layers: Literal["all", "conv"] = Field("all", description="which layers are pruned")
     projection: Literal["top_k", "percentile"] = Field(
-        "top_k", description="what decides which weights of a layer survive"
+        "top_k", description="how the weights that a layer keeps are chosen"
     )
 
 
@@ -114,13 +116,16 @@ class AdmmStage(Stage):
         return 0.5 * self.rho * sum(gaps, zero)
 
     def _differentiated(self, weight: Tensor) -> Tensor:
-        """The weights as the penalty sees them: as often in its gradient as U was built of them."""
+        """Return the weights; their gradient is scaled if `dual_gradient` is "authors"."""
         if self.params.dual_gradient == "textbook":
             return weight
         return weight + self.updates * (weight - weight.detach())
 
     def lr_factor(self, step: int, steps_per_epoch: int) -> float:
-        """The rate restarts at each update and falls by 10 after each third of the period."""
+        """Return the factor on the lr. It starts again at 1 after each update of Z and U.
+
+        It falls by a factor of 10 after each third of the period between updates.
+        """
         period = self.params.update_every * steps_per_epoch
         return 0.1 ** (3 * (step % period) // period)
 
@@ -135,7 +140,7 @@ class AdmmStage(Stage):
 
 
 def pruned(model: nn.Module, params: Params) -> dict[str, Prunable]:
-    """The layers that are pruned, by name."""
+    """Return the layers that are pruned, by name."""
     return {
         name: module
         for name, module in prunable(model).items()
@@ -144,7 +149,7 @@ def pruned(model: nn.Module, params: Params) -> dict[str, Prunable]:
 
 
 def survivors(weight: Tensor, sparsity: float, params: Params) -> Tensor:
-    """Mask of the projection: the nearest tensor of that sparsity keeps the largest magnitudes."""
+    """Return the mask of the projection onto tensors of a sparsity: the largest magnitudes."""
     if params.projection == "percentile":
         size = rankable(weight.detach().abs())
         return size > float(np.percentile(size.cpu().numpy(), 100 * sparsity))
@@ -152,7 +157,7 @@ def survivors(weight: Tensor, sparsity: float, params: Params) -> Tensor:
 
 
 def stages(params: Params) -> list[Stage]:
-    """Penalised training, then retraining, from the dense network's weights."""
+    """Return two stages on the dense network's weights: train with the penalty, then retrain."""
 
     def masks(run: Run) -> dict[str, Tensor]:
         layers = pruned(run.model, params)

@@ -1,4 +1,4 @@
-"""Adversarial training without sparsity: the reference, and the start of every pruning method."""
+"""Adversarial training without sparsity: the reference, and the start of the pruning methods."""
 
 from pydantic import PositiveFloat, PositiveInt
 
@@ -10,7 +10,10 @@ DENSE = True
 
 
 class Pretrain(Fit):
-    """HYDRA's pretraining (inspire-group/hydra: 100 epochs, lr 0.1, cosine, weight decay 1e-4)."""
+    """Schedule of HYDRA's pretraining: 100 epochs, lr 0.1, cosine, weight decay 1e-4.
+
+    Source: inspire-group/hydra.
+    """
 
     epochs: PositiveInt = 100
     lr: PositiveFloat = 0.1
@@ -29,5 +32,5 @@ class PretrainStage(Stage):
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage; `sparsity` is 0."""
+    """Return one stage that trains from initial weights."""
     return [PretrainStage(params.pretrain)]

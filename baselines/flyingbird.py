@@ -1,17 +1,18 @@
 """Flying Bird: dynamic sparse training for robust generalisation.
 
-Source: Chen et al., "Sparsity winning twice", ICLR 2022; behaviour of
-VITA-Group/Sparsity-Win-Robust-Generalization as its published command runs it: layer shares by
-ideal gas quotas, every 900 steps (1,200 in the second half) the share of the smallest weights of
-each layer that falls along a cosine from 0.5 to 0.005 gives way to random new ones.
+Source: Chen et al., "Sparsity winning twice", ICLR 2022; behaviour of the published command of
+VITA-Group/Sparsity-Win-Robust-Generalization. Ideal gas quotas set the densities of the layers.
+Every 900 steps (1,200 in the second half of training) each layer drops a share of its smallest
+weights and grows new ones at random positions. The share falls along a cosine from 0.5 to 0.005.
 
 Differs from the authors' code:
-- as many weights are grown as were dropped, exactly (theirs: in expectation, where growth is
-  random), so the budget holds at every step;
-- batch norm is in eval mode while crafting, as for all methods (`crafting.bn_mode: train` in a
-  block's `training` is theirs);
-- weights are selected on held-out images by PGD as for all methods.
-Flying Bird+ changes its sparsity as it goes and has no place in a table by sparsity.
+- The number of grown weights equals the number of dropped weights, so the budget holds at every
+  step. In the authors' code it is equal only in expectation if growth is random.
+- Batch norm is in eval mode while adversarial images are crafted, as for all methods (theirs:
+  `crafting.bn_mode: train` in a block's `training`).
+- Weights are selected by PGD on validation images, as for all methods.
+Flying Bird+ is not included: it changes its sparsity during training, so a table by sparsity cannot
+show it.
 """
 
 import math
@@ -36,18 +37,18 @@ class Params(Strict):
 
     train: FromScratch = FromScratch()
     init: Literal["quotas", "erk"] = Field(
-        "quotas", description="live weights of layers: ideal gas quotas, or Erdos-Renyi-Kernel"
+        "quotas", description="densities of layers: ideal gas quotas, or Erdos-Renyi-Kernel"
     )
     growth: Literal["random", "gradient"] = Field(
-        "random", description="where weights are grown: anywhere, or where gradients are largest"
+        "random", description="where weights are grown: at random, or where gradients are largest"
     )
     death_rate: float = Field(0.5, gt=0, lt=1, description="share of each layer exchanged at first")
     update_every: PositiveInt = Field(900, description="steps between exchanges, first half")
-    late_update_every: PositiveInt = Field(1200, description="steps between them, second half")
+    late_update_every: PositiveInt = Field(1200, description="steps between exchanges, second half")
 
 
 class FlyingBirdStage(DynamicStage):
-    """Exchanges follow steps."""
+    """Train; exchange connections after some steps."""
 
     def __init__(self, params: Params) -> None:
         super().__init__(params.train)
@@ -67,7 +68,7 @@ class FlyingBirdStage(DynamicStage):
         return LOWEST_RATE + (self.params.death_rate - LOWEST_RATE) * falling
 
     def dropped_count(self, run: Run, mask: Tensor) -> int:
-        """Rounded up, as the authors do."""
+        """Return how many weights a layer drops, rounded up as in the authors' code."""
         return math.ceil(self.fraction(run) * int(mask.sum()))
 
     def growth_scores(self, run: Run, gradient: Tensor) -> Tensor:
@@ -77,5 +78,5 @@ class FlyingBirdStage(DynamicStage):
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage from scratch."""
+    """Return one stage that trains from initial weights."""
     return [FlyingBirdStage(params)]

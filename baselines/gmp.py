@@ -1,11 +1,11 @@
-"""Gradual magnitude pruning: from dense to sparse while training from scratch.
+"""Gradual magnitude pruning: training from scratch that prunes more and more weights.
 
-Source: Zhu and Gupta, "To prune, or not to prune", 2017, equation 1: between the shares `begin`
-and `end` of training, every `update_every` steps, the sparsity of each layer is
-s * (1 - (1 - (t - t_begin) / (t_end - t_begin))^3), the smallest weights going first.
+Source: Zhu and Gupta, "To prune, or not to prune", 2017, equation 1. Between the shares `begin`
+and `end` of training, every `update_every` steps, each layer is pruned to the sparsity
+s * (1 - (1 - (t - t_begin) / (t_end - t_begin))^3). The smallest weights are pruned.
 
-Differs from the paper: a pruned weight never comes back (theirs keeps its value and may, if others
-fall below it).
+Differs from the paper: a pruned weight stays 0. In the paper it keeps its value, and it becomes
+active again if other weights become smaller.
 """
 
 from typing import Any
@@ -25,8 +25,8 @@ class Params(Strict):
     """train: how the network is trained."""
 
     train: FromScratch = FromScratch()
-    begin: Share = Field(0.0, description="share of training before which nothing is pruned")
-    end: float = Field(0.5, gt=0, le=1, description="share of training at which all is pruned")
+    begin: Share = Field(0.0, description="share of training after which pruning begins")
+    end: float = Field(0.5, gt=0, le=1, description="share of training after which pruning ends")
     update_every: PositiveInt = Field(100, description="steps between two prunings")
 
     @model_validator(mode="after")
@@ -37,7 +37,7 @@ class Params(Strict):
 
 
 class GradualStage(MaskedStage):
-    """An epoch can be selected once the last weight has been pruned."""
+    """Train and prune. An epoch can be selected after the last pruning."""
 
     selectable = False
 
@@ -69,5 +69,5 @@ class GradualStage(MaskedStage):
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage from scratch."""
+    """Return one stage that trains from initial weights."""
     return [GradualStage(params)]

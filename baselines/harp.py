@@ -1,22 +1,23 @@
-"""HARP: learn how much of each layer to keep together with which weights, then finetune.
+"""HARP: learn the density of each layer and the weights to keep, then finetune.
 
 Source: Zhao and Wressnegger, "Holistic adversarially robust pruning", ICLR 2023; behaviour of
 intellisec/harp (weight pruning, mode harp_prune). Each layer keeps the share
-k_min + (1 - k_min) * sigmoid(r) of its weights with the largest |score|; r gets the sum of the
-gradients of the layer's mask. To the loss comes gamma * max(0, kept share of all weights / target
-density - 1), where gamma grows by the same amount every epoch until an epoch ends at the target,
-and stays as it is from then on.
+k_min + (1 - k_min) * sigmoid(r) of its weights, those with the largest |score|. The gradient of the
+share is the sum of the gradients of the layer's mask. The penalty
+gamma * max(0, kept share of all weights / target density - 1) is added to the loss. gamma grows by
+the same amount after each epoch until an epoch ends at the target density; then it is constant.
 
-Differs from the authors' code:
-- after the prune stage the learned shares are scaled to exactly the budget (theirs ends where the
-  penalty has brought it, at or near the target);
-- the rate follows the cosine at every step; `schedule: cosine_epochs` is theirs;
-- batch norm sees each batch once a pass of the objective; theirs also sees the clean images once
-  more before each step (`clean_passes: 1` in each stage);
-- finetuning starts from the last scores (theirs: from the epoch with the best accuracy under attack
-  on the test set among those after the target was reached; there is no switch, as it selects by
-  test images).
-As theirs, scores start as HYDRA's do, in the order of magnitudes (`score_init: random` draws them).
+Differs from the authors' code (a setting in parentheses restores their behaviour):
+- After the prune stage the learned shares are scaled to meet the budget exactly. The authors' code
+  uses the shares at the end of training, which are at or near the target (no setting).
+- The learning rate follows the cosine at every step. The authors change it at every epoch
+  (`schedule: cosine_epochs`).
+- Batch norm updates its statistics once for each pass of the objective. In the authors' code an
+  additional pass over the clean images precedes each step (`clean_passes: 1` in each stage).
+- Finetuning starts from the last scores. The authors start from the epoch with the best accuracy
+  under attack on the test set, among the epochs at the target. There is no setting for this,
+  because it selects by test images.
+As in the authors' code, the initial scores are those of HYDRA (`score_init: random` draws them).
 """
 
 from typing import Any, Literal
@@ -48,27 +49,33 @@ class Prune(Fit):
 class HarpFinetune(Finetune):
     """The authors' finetuning: 100 epochs, lr 0.01, cosine, weight decay 5e-4.
 
-    (Their configuration reader sets 0.01 in every finetuning mode, whatever a file says.)
+    Their code sets lr to 0.01 in every finetuning mode and ignores the value in a config file.
     """
 
     weight_decay: float = Field(5e-4, ge=0)
 
 
 class Params(Strict):
-    """prune: training of scores and shares; finetune: of the weights that are kept."""
+    """prune: training of scores and shares. finetune: training of the weights that are kept."""
 
     prune: Prune = Prune()
     finetune: HarpFinetune = HarpFinetune()
-    gamma: PositiveFloat = Field(0.01, description="growth of the penalty weight an epoch")
+    gamma: PositiveFloat = Field(0.01, description="growth of the penalty's factor in each epoch")
     alpha: Share = Field(0.1, description="a layer keeps at least alpha times the target density")
     initial_density: float = Field(
-        0.1, gt=0, lt=1, description="share that every layer keeps at first, if above its least"
+        0.1,
+        gt=0,
+        lt=1,
+        description="initial share of a layer, if it is above the layer's minimum",
     )
     score_init: Literal["scaled", "random"] = "scaled"
 
 
 class _TopShare(torch.autograd.Function):
-    """Mask of the largest scores; its gradient goes to the scores, the sum of it to the share."""
+    """Mask of the largest scores.
+
+    The scores get the gradient of the mask, and the share gets the sum of it.
+    """
 
     @staticmethod
     def forward(ctx: Any, magnitude: Tensor, share: Tensor) -> Tensor:
@@ -83,7 +90,7 @@ class _TopShare(torch.autograd.Function):
 class RatedMask(nn.Module):
     """Parametrisation w -> w * mask, with trainable scores and a trainable share.
 
-    keep: number of weights to keep whatever the share is, or -1.
+    keep: number of weights to keep; -1 if the share decides it.
     """
 
     def __init__(self, weight: Tensor, score: Tensor, least: float, first: float) -> None:
@@ -94,7 +101,7 @@ class RatedMask(nn.Module):
         self.rate = nn.Parameter(torch.logit(weight.new_tensor(inner)))
 
     def share(self) -> Tensor:
-        """Share of the layer's weights that is kept, in [least, 1]."""
+        """Return the share of the layer's weights that is kept, in [least, 1]."""
         return self.least + (1 - self.least) * torch.sigmoid(self.rate)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -104,10 +111,10 @@ class RatedMask(nn.Module):
 
 
 class PruneStage(ScoreStage):
-    """Train scores and shares. Weights and biases are frozen, batch norm is not."""
+    """Train scores and shares. Weights and biases are fixed; batch norm is trained."""
 
     name = "prune"
-    selectable = False  # the shares meet the budget only when they are scaled to it, at the end
+    selectable = False  # the network meets the budget only after `finalize` has scaled the shares
 
     def __init__(self, params: Params) -> None:
         super().__init__(params.prune)
@@ -133,7 +140,7 @@ class PruneStage(ScoreStage):
             self.gamma = self.params.gamma * (run.epoch + (not self.settled))
 
     def excess(self, run: Run) -> Tensor:
-        """How far the kept share of all weights is above the target density, relative to it."""
+        """Return by how much the density exceeds its target, relative to the target; >= 0."""
         shares = (m.weight.numel() * mask.share() for m, mask in rated(run.model))
         kept = sum(shares, torch.zeros((), device=next(run.model.parameters()).device))
         return torch.relu(kept / weight_count(run.model) / density(run.sparsity) - 1)
@@ -146,7 +153,7 @@ class PruneStage(ScoreStage):
         sizes = {str(i): module.weight.numel() for i, (module, _) in enumerate(layers)}
         budget = keep_count(weight_count(run.model), run.sparsity)
         shares = {str(i): mask.share().item() * sizes[str(i)] for i, (_, mask) in enumerate(layers)}
-        spare = budget - len(layers)  # every layer keeps one weight at least
+        spare = budget - len(layers)  # every layer keeps at least one weight
         wanted = {i: value / sum(shares.values()) * spare for i, value in shares.items()}
         counts = round_to_sum(wanted, {i: size - 1 for i, size in sizes.items()}, spare)
         for i, (_, mask) in enumerate(layers):
@@ -161,11 +168,11 @@ class PruneStage(ScoreStage):
 
 
 def rated(model: nn.Module) -> list[tuple[Prunable, RatedMask]]:
-    """Each prunable layer with its mask."""
+    """Return each prunable layer with its mask."""
     return [(m, parametrisation(m, RatedMask)) for m in prunable(model).values()]
 
 
 def stages(params: Params) -> list[Stage]:
-    """Prune, then finetune, from the dense network's weights."""
+    """Return two stages on the dense network's weights: prune, then finetune."""
     finetune = FixedMaskStage("finetune", params.finetune, remaining_weights)
     return [PruneStage(params), finetune]

@@ -1,16 +1,16 @@
-"""HYDRA: learn which weights to keep by gradient descent on a score for each, then finetune.
+"""HYDRA: train a score for each weight, keep the weights with the largest scores, then finetune.
 
 Source: Sehwag et al., NeurIPS 2020; behaviour of inspire-group/hydra.
 
-Differs from the authors' code, and what brings their behaviour back:
-- the learning rate follows the cosine at every step, not once an epoch and an epoch late
-  (`schedule: cosine_epochs` in each stage);
-- batch norm sees each batch once a pass of the objective; theirs also sees the clean images once
-  before crafting and once after the passes of the loss (`clean_passes: 2` in each stage);
-- the objective, eps and augmentation are those of the study, the same for all methods. Theirs are
-  TRADES with eps 0.031, step 0.0078, and crops: a block's `training` sets them
-  (config/ap_leaderboard.yaml).
-Kept as theirs: the last weights of a phase are handed to the next one.
+Differs from the authors' code (a setting in parentheses restores their behaviour):
+- The learning rate follows the cosine at every step. The authors change it once in each epoch, one
+  epoch later than the cosine (`schedule: cosine_epochs` in each stage).
+- Batch norm updates its statistics once for each pass of the objective. The authors' code has two
+  additional passes over the clean images: before crafting, and after the passes of the loss
+  (`clean_passes: 2` in each stage).
+- The study sets objective, eps and augmentation for all methods. The authors use TRADES with eps
+  0.031, step size 0.0078 and crops (a block's `training`; see config/ap_leaderboard.yaml).
+As in the authors' code, each stage starts from the last weights of the stage before.
 """
 
 from pydantic import PositiveFloat, PositiveInt
@@ -35,7 +35,7 @@ class Prune(Fit):
 
 
 class Params(Strict):
-    """prune: training of the scores on frozen weights; finetune: of the weights that are kept."""
+    """prune: training of the scores with fixed weights. finetune: training of the kept weights."""
 
     prune: Prune = Prune()
     finetune: Finetune = Finetune()
@@ -44,7 +44,7 @@ class Params(Strict):
 class ScoredMask(nn.Module):
     """Parametrisation w -> w * top_k(|score|) with a trainable score for each weight.
 
-    The score starts at sqrt(6 / fan_in) * w / max|w|, so the first mask is that of LWM.
+    The initial score is sqrt(6 / fan_in) * w / max|w|, so the first mask is the mask of LWM.
     """
 
     def __init__(self, weight: Tensor, k: int) -> None:
@@ -57,10 +57,10 @@ class ScoredMask(nn.Module):
 
 
 class PruneStage(ScoreStage):
-    """Train the scores. Weights and biases are frozen, batch norm is not."""
+    """Train the scores. Weights and biases are fixed; batch norm is trained."""
 
     name = "prune"
-    # The mask moves at every step, and the authors hand over the last one.
+    # The mask changes at every step, and the authors use the last one.
     selectable = False
 
     def before_fit(self, run: Run) -> None:
@@ -71,5 +71,5 @@ class PruneStage(ScoreStage):
 
 
 def stages(params: Params) -> list[Stage]:
-    """Prune, then finetune, from the dense network's weights."""
+    """Return two stages on the dense network's weights: prune, then finetune."""
     return [PruneStage(params.prune), FixedMaskStage("finetune", params.finetune)]

@@ -1,9 +1,9 @@
 """RigL: drop the smallest weights, grow where the gradient is largest.
 
-Source: Evci et al., ICML 2020, algorithm 1: every delta_t steps until the share t_end of training,
-instead of a step of SGD, each layer exchanges the share alpha / 2 * (1 + cos(pi t / t_end)) of its
-live weights; new weights are 0; shares of layers by Erdos-Renyi-Kernel. The gradient is that of the
-robust objective on the current batch.
+Source: Evci et al., ICML 2020, algorithm 1. Every delta_t steps, until the share t_end of training,
+each layer exchanges the share alpha / 2 * (1 + cos(pi t / t_end)) of its active weights. Such an
+exchange replaces a step of SGD. New weights are 0. Erdos-Renyi-Kernel sets the densities of the
+layers. The gradient is the gradient of the robust objective on the current batch.
 """
 
 import math
@@ -24,11 +24,13 @@ class Params(Strict):
     train: FromScratch = FromScratch()
     alpha: float = Field(0.3, gt=0, lt=1, description="share of each layer exchanged at first")
     update_every: PositiveInt = Field(100, description="steps between exchanges (delta_t)")
-    t_end: float = Field(0.75, gt=0, le=1, description="share of training after which none happens")
+    t_end: float = Field(
+        0.75, gt=0, le=1, description="share of training after which exchanges end"
+    )
 
 
 class RiglStage(DynamicStage):
-    """Exchanges take the place of steps."""
+    """Train; at some steps exchange connections instead of a step of SGD."""
 
     update_replaces_step = True
 
@@ -49,5 +51,5 @@ class RiglStage(DynamicStage):
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage from scratch."""
+    """Return one stage that trains from initial weights."""
     return [RiglStage(params)]

@@ -1,20 +1,22 @@
-"""Robust Bird: train densely until the ticket has settled, prune, train the ticket.
+"""Robust Bird: train the dense network until its mask is stable, prune it, and train the ticket.
 
 Source: Chen et al., "Sparsity winning twice", ICLR 2022; behaviour of
 VITA-Group/Sparsity-Win-Robust-Generalization (Robust-Bird, unstructured). After every epoch of
-dense training the mask of the largest |w| of the whole network is drawn. Once the last mask differs
-from each of the four before it in at most `distance` of its entries, the network is pruned by it
-and trains on from its present weights, with a new optimiser and the learning rate's schedule from
-its start.
+dense training the mask of the largest |w| of the whole network is computed. The mask is stable if
+it differs from each of the four masks before it in at most the share `distance` of its entries.
+Then the network is pruned by this mask. Training continues from its current weights with a new
+optimiser, and the schedule of the learning rate starts again.
 
-Differs from the authors' code, and the switch that brings their behaviour back:
-- both phases share the epochs of the stage, so that a run costs what was asked: the second phase
-  takes what the first has left, and its schedule is that long (theirs has epochs of its own);
-- a ticket that has not settled by the share `latest` of the epochs is drawn then (theirs: after the
-  last of 200 epochs);
-- every convolution and linear layer is pruned (`layers: conv` leaves linear ones dense, as theirs;
-  the network then misses its sparsity, and every table says so);
-- the first phase trains with the objective of the study (theirs can also train it on clean images).
+Differs from the authors' code (a setting in parentheses restores their behaviour):
+- Both phases share the epochs of the stage, so that a run has a fixed cost. The second phase and
+  its schedule use the epochs that the first phase leaves. In the authors' code the second phase has
+  its own number of epochs (no setting).
+- If no mask is stable before the share `latest` of the epochs, the network is pruned at that point.
+  In the authors' code this happens after the last of 200 epochs (no setting).
+- All convolutions and linear layers are pruned. In the authors' code linear layers stay dense
+  (`layers: conv`). The network then misses its sparsity, and every table says so.
+- The first phase trains with the objective of the study. The authors can also train it on clean
+  images (no setting).
 """
 
 from typing import Any, Literal
@@ -31,7 +33,7 @@ from robsparse.training.dynamic import MaskedStage, masked_layers, set_masks
 from robsparse.training.stages import Run, Stage, schedule_factor
 
 LABEL = "Robust Bird"
-COMPARED = 5  # masks of as many epochs, the last one included
+COMPARED = 5  # number of masks that are compared, with the last one
 
 
 class Train(FromScratch):
@@ -41,23 +43,27 @@ class Train(FromScratch):
 
 
 class Params(Strict):
-    """train: both phases together."""
+    """train: training in both phases together."""
 
     train: Train = Train()
-    distance: Share = Field(0.08, description="largest share of a mask's entries that still differ")
-    latest: float = Field(0.5, gt=0, lt=1, description="share of the epochs of the first phase")
+    distance: Share = Field(
+        0.08, description="largest share of entries in which stable masks differ"
+    )
+    latest: float = Field(
+        0.5, gt=0, lt=1, description="longest first phase, as a share of all epochs"
+    )
     layers: Literal["all", "conv"] = Field("all", description="which layers are pruned")
 
 
 class BirdStage(MaskedStage):
-    """Both phases. An epoch can be selected once the ticket has been drawn."""
+    """Both phases. An epoch can be selected after the network has been pruned."""
 
     selectable = False
 
     def __init__(self, params: Params) -> None:
         super().__init__(params.train)
         self.params = params
-        self.drawn_at = -1  # the epoch that the second phase starts with
+        self.drawn_at = -1  # first epoch of the second phase
         self.masks: list[Tensor] = []
 
     def before_epoch(self, run: Run) -> None:
@@ -69,11 +75,11 @@ class BirdStage(MaskedStage):
         if self.settled() or run.epoch >= self.params.latest * self.fit.epochs:
             whole = self.initial_masks(run)
             set_masks(run, whole | ticket)
-            run.optimizer.state.clear()  # the momentum of the first phase
+            run.optimizer.state.clear()  # drop the momentum of the first phase
             self.drawn_at, self.selectable, self.masks = run.epoch, True, []
 
     def ticket(self, run: Run) -> dict[str, Tensor]:
-        """The mask of the largest |w| of all layers that are pruned."""
+        """Return the mask of the largest |w| of all layers that are pruned."""
         conv_only = self.params.layers == "conv"
         sizes = {
             name: weight.detach().abs()
@@ -86,13 +92,17 @@ class BirdStage(MaskedStage):
         return global_masks(sizes, keep_count(total, run.sparsity))
 
     def settled(self) -> bool:
-        """Whether the last mask is near enough to each of those before it."""
+        """Return whether the last mask is stable: it is similar to each of the masks before it."""
         *before, last = self.masks
         apart = [float((last != mask).float().mean()) for mask in before]
         return len(apart) == COMPARED - 1 and max(apart) <= self.params.distance
 
     def lr_factor(self, step: int, steps_per_epoch: int) -> float:
-        """The schedule of the stage as if it lasted as long as it was meant to, then again."""
+        """Return the factor on the lr by the schedule of the current phase.
+
+        The schedule of the first phase covers all epochs of the stage. The schedule of the second
+        phase covers the epochs that are left.
+        """
         if self.drawn_at < 0:
             return schedule_factor(self.fit, step, steps_per_epoch)
         left = self.fit.model_copy(update={"epochs": self.fit.epochs - self.drawn_at, "warmup": 0})
@@ -107,5 +117,5 @@ class BirdStage(MaskedStage):
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage from scratch."""
+    """Return one stage that trains from initial weights."""
     return [BirdStage(params)]

@@ -1,16 +1,16 @@
-"""Robust scratch ticket (edge-popup): weights stay random, which of them are used is learned.
+"""Robust scratch ticket (edge-popup): weights stay random; training selects the weights to use.
 
-Source: Fu et al., "Drawing robust scratch tickets", NeurIPS 2021 (their "RST" is not the objective
-`rst`, robust self-training); behaviour of GATECH-EIC/Robust-Scratch-Ticket, and of edge-popup
-(Ramanujan et al., CVPR 2020), which it trains adversarially. Each layer uses the share of its
-weights with the largest |score|; scores are trained with straight-through gradients and weights are
-never changed.
+Source: Fu et al., "Drawing robust scratch tickets", NeurIPS 2021; behaviour of
+GATECH-EIC/Robust-Scratch-Ticket. It is adversarial training of edge-popup (Ramanujan et al., CVPR
+2020). Each layer uses its weights with the largest |score|. Scores are trained with
+straight-through gradients; weights never change. (The authors abbreviate their method as "RST". The
+objective `rst` is something else: robust self-training.)
 
 Differs from the authors' code:
-- the affine part of batch norm stays at its initial values, as theirs has none; `batch_norm:
-  trained` trains it;
-- exactly k = n - int(sparsity n) weights of a layer are used, as HYDRA does (theirs: n - int(...)
-  of the same in floats).
+- The scale and shift of batch norm keep their initial values; the authors' batch norm has none.
+  (`batch_norm: trained` trains them.)
+- A layer uses exactly k = n - int(sparsity n) weights, as in HYDRA, computed in exact decimals. The
+  authors compute the same in floats.
 """
 
 from typing import Literal
@@ -44,8 +44,8 @@ class Params(Strict):
     train: Train = Train()
     weights: Literal["signed_constant", "initial"] = Field(
         "signed_constant",
-        description="the random weights: the sign of the initial ones times sqrt(2 / fan_in), or "
-        "the initial ones as they are",
+        description="the random weights: signs of the initial weights times sqrt(2 / fan_in), or "
+        "the initial weights",
     )
     batch_norm: Literal["fixed", "trained"] = Field(
         "fixed", description="whether gamma and beta of batch norm are trained"
@@ -53,7 +53,10 @@ class Params(Strict):
 
 
 class PopupMask(nn.Module):
-    """Parametrisation w -> w * top_k(|score|) with trained scores, uniform in +-1/sqrt(fan_in)."""
+    """Parametrisation w -> w * top_k(|score|) with trained scores.
+
+    Initial scores are uniform in +-1/sqrt(fan_in).
+    """
 
     def __init__(self, weight: Tensor, k: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -67,7 +70,7 @@ class PopupMask(nn.Module):
 
 
 class PopupStage(ScoreStage):
-    """Train the scores; any epoch's network is at its sparsity."""
+    """Train the scores. The network meets its sparsity in every epoch."""
 
     def __init__(self, params: Params) -> None:
         super().__init__(params.train)
@@ -89,5 +92,5 @@ class PopupStage(ScoreStage):
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage from scratch."""
+    """Return one stage that trains scores on random weights."""
     return [PopupStage(params)]

@@ -1,13 +1,13 @@
-"""SET: after every epoch the weights nearest to zero give way to new ones at random positions.
+"""SET: after every epoch the smallest weights are dropped and new ones grow at random positions.
 
-Source: Mocanu et al., Nature Communications 9 (2018), algorithm 1: sparse Erdos-Renyi layers; at
-the end of an epoch a fraction zeta of the smallest positive and of the largest negative weights of
-each layer is removed and as many are added at random. Shares of layers by Erdos-Renyi-Kernel, its
-extension to convolutions (RigL, section 3).
+Source: Mocanu et al., Nature Communications 9 (2018), algorithm 1. At the end of an epoch each
+layer drops a fraction zeta of its smallest positive weights and of its largest negative weights,
+and grows the same number at random. Erdos-Renyi-Kernel, the extension of the paper's Erdos-Renyi to
+convolutions (RigL, section 3), sets the densities of the layers.
 
-Differs from the paper: new weights start at 0, without momentum (the paper draws them; the authors'
-Keras code starts them at 0). As in the authors' code, a connection that is removed and added in the
-same exchange starts again as a new one, and after the last epoch nothing is exchanged.
+Differs from the paper: new weights are 0 and have no momentum. The paper draws their values; the
+authors' Keras code sets them to 0. As in the authors' code, a connection that is dropped and grown
+in the same exchange counts as a new one, and there is no exchange after the last epoch.
 """
 
 import torch
@@ -25,11 +25,11 @@ class Params(Strict):
     """train: how the network is trained."""
 
     train: FromScratch = FromScratch()
-    zeta: float = Field(0.3, gt=0, lt=1, description="share of each layer exchanged an epoch")
+    zeta: float = Field(0.3, gt=0, lt=1, description="share of each layer exchanged in each epoch")
 
 
 class SetStage(DynamicStage):
-    """Exchange connections in the first step of every epoch but the first."""
+    """Exchange connections in the first step of every epoch except the first epoch."""
 
     restarts_regrown = True
 
@@ -42,7 +42,7 @@ class SetStage(DynamicStage):
         return run.step > 0 and run.step % per_epoch == 0
 
     def to_drop(self, run: Run, weight: Tensor, mask: Tensor) -> Tensor:
-        """The share zeta of the positive weights and that of the negative ones, smallest first."""
+        """Return the positions to drop: the smallest positive weights and largest negative ones."""
         found = []
         for sign in (1, -1):
             size = torch.where(mask & (sign * weight > 0), weight.abs(), torch.inf).flatten()
@@ -55,5 +55,5 @@ class SetStage(DynamicStage):
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage from scratch."""
+    """Return one stage that trains from initial weights."""
     return [SetStage(params)]

@@ -1,10 +1,11 @@
-"""SNIP: before the first step keep the weights whose removal would change the loss the most.
+"""SNIP: before the first step, prune the weights with the smallest effect on the loss.
 
-Source: Lee et al., ICLR 2019, equations 4 to 6: connection sensitivity |w * dL/dw| on one batch,
-one threshold for all layers, then ordinary training under that mask. The loss is the robust one of
-the study.
+Source: Lee et al., ICLR 2019, equations 4 to 6. The connection sensitivity |w * dL/dw| is computed
+on one batch. One threshold for all layers gives the mask, and training continues under it. The loss
+is the robust loss of the study.
 
-Differs from the paper: the batch that scores also takes the first step, one more is not drawn.
+Differs from the paper: the first step uses the batch that the sensitivity was computed on; the
+paper draws another batch.
 """
 
 from robsparse.base.counts import keep_count
@@ -24,7 +25,7 @@ class Params(Strict):
 
 
 class SnipStage(MaskedStage):
-    """Dense until the first gradient is known: that is the peak of live weights."""
+    """Train under the mask. Before the first gradient all weights are active; this is the peak."""
 
     def before_masking(self, run: Run) -> None:
         if run.step == 0:
@@ -37,5 +38,5 @@ class SnipStage(MaskedStage):
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage from scratch."""
+    """Return one stage that trains from initial weights."""
     return [SnipStage(params.train)]

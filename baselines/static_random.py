@@ -1,7 +1,7 @@
-"""Static random sparsity: a random mask with Erdos-Renyi-Kernel shares, trained from scratch.
+"""Static random sparsity: a random mask with Erdos-Renyi-Kernel densities, trained from scratch.
 
-Source: RigL (Evci et al., ICML 2020), its baseline "static" with the distribution of section 3.
-What rewiring is worth is the difference to this.
+Source: the baseline "static" of RigL (Evci et al., ICML 2020), with the distribution of section 3.
+A comparison with this method shows the effect of rewiring.
 """
 
 from torch import Tensor
@@ -21,10 +21,10 @@ class Params(Strict):
 
 
 def masks(run: Run) -> dict[str, Tensor]:
-    """Random positions, shares by layer size."""
+    """Return random masks with Erdos-Renyi-Kernel densities."""
     return random_masks(run.model, erk_keep_counts(run.model, run.sparsity), run.generator)
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage from scratch."""
+    """Return one stage that trains from initial weights under a mask."""
     return [FixedMaskStage("train", params.train, masks)]

@@ -1,9 +1,9 @@
-"""Copy this file to write a method: `robsparse new-method NAME` does, docs/new_method.md explains.
+"""Copy this file to write a method, or call `robsparse new-method NAME`; see docs/new_method.md.
 
-As it stands it is a whole method, the weakest one that there is: it prunes random weights of a
-trained network and trains the others on.
+Without a change it is a complete but weak method: it prunes random weights of a trained network and
+finetunes the others.
 
-Source: none; replace this line by the paper (authors, venue, equation) that yours comes from.
+Source: none; replace this line by the paper (authors, venue, equation) of your method.
 """
 
 from torch import Tensor
@@ -13,44 +13,44 @@ from robsparse.sparsity.budgets import layer_keep_counts
 from robsparse.sparsity.masks import apply_masks, random_masks
 from robsparse.training.stages import Run, Stage
 
-# What tables and plots print.
+# The name in tables and plots.
 LABEL = "Random pruning"
 
-# Start from the weights of that method's networks. Leave the line out to train from scratch.
+# The method whose trained networks this method starts from. Delete the line to train from scratch.
 STARTS_FROM = "dense"
 
 
 class Params(Strict):
-    """Your hyperparameters with their defaults; a config may change each of them.
+    """Your hyperparameters with their defaults. A config can change each of them.
 
-    Every stage has a Fit: epochs, lr, schedule, weight decay. FromScratch and Finetune are two
-    with usual defaults.
+    Every stage has a Fit: epochs, lr, schedule, weight decay. FromScratch and Finetune are Fits
+    with common defaults.
     """
 
     finetune: Finetune = Finetune()
 
 
 class TemplateStage(Stage):
-    """One phase of training. Override what you need of these and delete the rest."""
+    """One phase of training. Override the methods that you need and delete the others."""
 
     name = "finetune"
 
     def before_fit(self, run: Run) -> None:
-        """Once, before the first step: prepare run.model, here by fixing a mask for each layer."""
+        """Called once before the first step: prepare run.model. Here each layer gets a mask."""
         counts = layer_keep_counts(run.model, run.sparsity)
         apply_masks(run.model, random_masks(run.model, counts, run.generator))
 
     def penalty(self, run: Run) -> Tensor | None:
-        """A term to add to the robust loss at every step, or None."""
+        """Called at every step: return a term to add to the robust loss, or None."""
         return None
 
     def before_step(self, run: Run) -> None:
-        """With the gradients in place, before the optimiser moves the weights."""
+        """Called after the gradients are computed and before the optimiser changes the weights."""
 
     def after_step(self, run: Run) -> None:
-        """After the optimiser moved them: prune, regrow, project, ..."""
+        """Called after the optimiser has changed the weights: prune, regrow, project, ..."""
 
 
 def stages(params: Params) -> list[Stage]:
-    """The phases, one after the other; each goes on with the network of the one before."""
+    """Return the phases in order. Each phase continues with the network of the phase before."""
     return [TemplateStage(params.finetune)]

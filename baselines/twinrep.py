@@ -1,16 +1,17 @@
-"""TwinRep: each weight is a product of two trained factors; one pruning early in training.
+"""TwinRep: each weight is a product of two trained factors; the network is pruned once, early.
 
 Source: Li et al., "Learning adversarially robust sparse networks via weight reparameterization",
-AAAI 2023; behaviour of UCAS-LCH/Twin-Rep, unstructured: the effective weights are w * a, with `a`
-drawn like a linear layer's weights (uniform, bound 1 / sqrt(fan_in)). Before the epoch `prune_at`
-the smallest |w * a| of the whole network are set to zero for good, exactly to the budget; then both
-factors of the others train on. The export holds the products.
+AAAI 2023; behaviour of UCAS-LCH/Twin-Rep, unstructured. The effective weights are w * a. The
+initial `a` is uniform in +-1 / sqrt(fan_in), like the weights of a linear layer. Before the epoch
+`prune_at` the smallest |w * a| of the whole network are set to zero permanently; the rest meets the
+budget exactly. Then the factors of the other weights are trained. The exported weights are the
+products.
 
-Differs from the authors' code, and the switch that brings their behaviour back:
-- the objective, eps and augmentation are those of the study (theirs: TRADES, eps 0.031, step
-  0.0078; a block's `training` sets them);
-- images are not normalised (theirs are, inside the network: `mean` and `std` of a variant of the
-  architecture).
+Differs from the authors' code (a setting in parentheses restores their behaviour):
+- The study sets objective, eps and augmentation. The authors use TRADES with eps 0.031 and step
+  size 0.0078 (a block's `training`).
+- Images are not normalised. The authors normalise them inside the network (`mean` and `std` of a
+  variant of the architecture).
 """
 
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from robsparse.sparsity.masks import global_masks
 from robsparse.training.stages import Run, Stage
 
 LABEL = "TwinRep"
-OWN_START = True  # products of the initial weights and their factors
+OWN_START = True  # initial weights are products of two factors
 
 
 class Train(FromScratch):
@@ -45,7 +46,7 @@ class Params(Strict):
 
     train: Train = Train()
     prune_at: float = Field(
-        0.09, gt=0, lt=1, description="share of the epochs that are trained densely (9 of 100)"
+        0.09, gt=0, lt=1, description="share of the epochs before pruning (9 of 100)"
     )
 
 
@@ -66,7 +67,7 @@ class TwinMask(nn.Module):
 
 
 class TwinStage(Stage):
-    """Train both factors; an epoch can be selected once the network is pruned."""
+    """Train both factors. An epoch can be selected after the network has been pruned."""
 
     selectable = False
 
@@ -102,5 +103,5 @@ class TwinStage(Stage):
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage from scratch."""
+    """Return one stage that trains from initial weights."""
     return [TwinStage(params)]

@@ -1,1 +1,1 @@
-"""Attacks, one file each. They see a plain torch model and images, and know of no method."""
+"""Attacks, one file each. An attack gets a plain torch model and images; it uses no method."""

@@ -1,9 +1,10 @@
 """AutoAttack: APGD-CE, targeted APGD-DLR, targeted FAB and Square, worst case over all four.
 
-Source: Croce and Hein, ICML 2020, through the package pyautoattack. Its components are run one at a
-time on the images that are still robust, in the package's own batches and from its own seeds, so
-that the outcome equals one call of it image for image; each finished batch is kept, so that a
-killed evaluation goes on from there and a longer one takes over what a shorter one has found.
+Source: Croce and Hein, ICML 2020, with the package pyautoattack. Each component attacks the images
+that are still robust, with the batches and seeds of the package. The outcome for each image
+therefore equals the outcome of one call of the package. Each finished batch is stored in the cache:
+an interrupted evaluation continues from there, and an evaluation with more components uses the
+results of one with fewer components.
 """
 
 import json
@@ -25,13 +26,14 @@ from robsparse.schema import AttackParams
 
 LABEL = "AutoAttack"
 
-# pyautoattack warns when Square lowers the accuracy by more than this; run alone it cannot tell. On
-# few images a single one would do: here it takes two, as one says nothing.
+# pyautoattack warns if Square lowers the accuracy by more than this share. It cannot check this if
+# Square runs as a separate call. With few images, one broken image would exceed the share;
+# therefore a warning needs at least two broken images.
 SQUARE_MARGIN = 0.002
 
 
 class Params(AttackParams):
-    """version: the package's preset of components and their budgets."""
+    """version: a preset of components and their budgets in the package."""
 
     VERSIONS: ClassVar[dict[str, tuple[str, ...]]] = {
         "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -40,7 +42,7 @@ class Params(AttackParams):
     }
     version: Literal["standard", "plus", "rand"] = "standard"
     components: tuple[str, ...] = Field(
-        (), description="some of the version's components, in this order; empty: all of them"
+        (), description="components of the version to run, in this order; empty: all of them"
     )
 
     @field_validator("components")
@@ -52,12 +54,12 @@ class Params(AttackParams):
         return names
 
     def parts(self) -> tuple[str, ...]:
-        """The components that run, in their order."""
+        """Return the components that run, in their order."""
         return self.components or self.VERSIONS[self.version]
 
     @property
     def described(self) -> str:
-        """The version, and the components if they are not all of it in its order."""
+        """The version; also the components if they differ from those of the version."""
         parts, all_parts = self.parts(), self.VERSIONS[self.version]
         if parts == all_parts:
             return self.version
@@ -66,18 +68,19 @@ class Params(AttackParams):
 
     @property
     def qualifier(self) -> str:
-        """Empty for the whole standard version alone, which is what "AutoAttack" stands for."""
+        """What tables print after "AutoAttack": empty for the complete standard version."""
         if self.described == "standard":
             return ""
         return self.described.removeprefix("standard, ")
 
 
 def passes(params: Params) -> tuple[int, int]:
-    """Forward-and-backward passes and forward-only passes over an image that survives.
+    """Return forward-and-backward passes and forward-only passes for an image that stays robust.
 
-    With ten classes: APGD takes 100 steps a restart and, targeted, for each of 9 classes; so does
-    FAB, and asks for all classes' gradients when it is not targeted; Square makes 5,000 queries.
-    "plus" restarts APGD-CE, APGD-DLR and FAB 5 times; "rand" averages 20 gradients a step.
+    The numbers are for ten classes. APGD takes 100 steps for each restart; targeted APGD takes 100
+    steps for each of 9 classes. FAB is the same, but untargeted FAB computes the gradients of all
+    classes. Square makes 5,000 queries. "plus" restarts APGD-CE, APGD-DLR and FAB 5 times. "rand"
+    averages 20 gradients in each step.
     """
     often = {"standard": 1, "plus": 5, "rand": 20}[params.version]
     costs = {
@@ -95,10 +98,10 @@ def passes(params: Params) -> tuple[int, int]:
 def run(
     model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
-    """Which images survive each component, and what the package warned of."""
+    """Return which images are robust after each component, and the warnings of the package."""
     tally = Tally(x_NCHW, y_N, context)
     components: dict[str, Tensor] = {}
-    # The package seeds torch's global generator and asks for gradients of all weights.
+    # The package seeds torch's global generator and computes gradients of all weights.
     cuda = [context.device] if context.device.type == "cuda" else []
     with (
         _Warnings() as warnings,
@@ -111,11 +114,11 @@ def run(
         for position, name in enumerate(params.parts()):
             before = tally.robust.clone()
             if before.any():
-                said = [params.version, *params.parts()[: position + 1]]
-                _run_component(_searcher(package, name), model, tally, warnings, said)
+                so_far = [params.version, *params.parts()[: position + 1]]
+                _run_component(_searcher(package, name), model, tally, warnings, so_far)
             components[name] = tally.robust.clone()
             if name == "square":
-                warnings.of_square(before, tally.robust)
+                warnings.check_square(before, tally.robust)
     return tally.outcome({"version": params.described}, components, warnings.texts())
 
 
@@ -124,19 +127,19 @@ def _run_component(
     model: nn.Module,
     tally: Tally,
     warnings: "_Warnings",
-    said: list[str],
+    so_far: list[str],
 ) -> None:
-    """Let the last component of `said` search for the images that are still robust.
+    """Attack the images that are still robust with the last component of `so_far`.
 
-    `said` is the version and all components so far: the name under which the outcome is kept.
+    `so_far` is the version and all components so far. It is the key of the outcome in the cache.
     """
-    name = said[-1]
-    context, key = tally.context, json.dumps(said)
+    name = so_far[-1]
+    context, key = tally.context, json.dumps(so_far)
     alive = tally.robust.nonzero().squeeze(1)
     done = 0
     if found := context.cache.get(key):
         done = int(found.pop("done"))
-        warnings.take(json.loads(str(found.pop("warnings"))))
+        warnings.restore(json.loads(str(found.pop("warnings"))))
         tally.restore(found)
         context.report(f"{name}: {done} of {len(alive)} images taken from an earlier run")
     progress = AttackProgress(name, len(alive), context.report)
@@ -172,7 +175,7 @@ def _package(
     )
     with torch.no_grad():
         classes = model(x_NCHW[:1].to(context.device)).shape[1]
-    # The package fixes nine targets; with fewer classes it would look for labels beyond them.
+    # The package always uses nine targets; with fewer classes some of them would not exist.
     for part in (package.apgd_targeted, package.fab):
         part.n_target_classes = min(part.n_target_classes, classes - 1)
     return package
@@ -181,13 +184,14 @@ def _package(
 def _check(
     package: AutoAttack, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> None:
-    """The package's own checks of the network, on the first batch, once."""
+    """Run the package's checks of the network once, on the first batch."""
     x, y = (v[: context.batch_size].to(context.device) for v in (x_NCHW, y_N))
     logger = package.logger
     if params.version != "rand":
         checks.check_randomized(package.get_logits, x, y, bs=len(x), logger=logger)
     classes = checks.check_range_output(package.get_logits, x, logger=logger)
-    # The package never forgets a dynamic network: later ones would be taken for one.
+    # The package counts calls of all networks together. Without this reset it would report every
+    # network after a dynamic one as dynamic.
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
     checks.check_dynamic(package.model, x, logger=logger)
     targets = package.apgd_targeted.n_target_classes, package.fab.n_target_classes
@@ -195,7 +199,7 @@ def _check(
 
 
 def _searcher(package: AutoAttack, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """perturb(x, y) of one component, set and seeded as the package's own loop does it."""
+    """Return perturb(x, y) of one component, with the settings and seed of the package's loop."""
     part = {"apgd-t": package.apgd_targeted, "square": package.square}.get(
         name, package.fab if name.startswith("fab") else package.apgd
     )
@@ -209,7 +213,11 @@ def _searcher(package: AutoAttack, name: str) -> Callable[[Tensor, Tensor], Tens
 
 
 class _Warnings(logging.Handler):
-    """Collects what the package warns of: each kind of text once, the one with the most points."""
+    """Collects the warnings of the package.
+
+    Texts that differ only in numbers are one kind; of each kind the one with the largest numbers is
+    kept.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -222,12 +230,15 @@ class _Warnings(logging.Handler):
         if count >= [int(n) for n in re.findall(r"\d+", self.found.get(kind, ""))]:
             self.found[kind] = text
 
-    def take(self, found: dict[str, str]) -> None:
-        """What an earlier run was warned of."""
+    def restore(self, found: dict[str, str]) -> None:
+        """Add the warnings of an earlier run."""
         self.found |= found
 
-    def of_square(self, before: Tensor, after: Tensor) -> None:
-        """The package's check of Square, which it cannot make when it runs alone."""
+    def check_square(self, before: Tensor, after: Tensor) -> None:
+        """Warn if Square broke images that survived the other attacks, as the package does.
+
+        The package cannot check this when Square runs as a separate call.
+        """
         broken = int(before.sum() - after.sum())
         if broken > max(1, SQUARE_MARGIN * len(before)):
             self.found["square"] = (

@@ -1,4 +1,4 @@
-"""Accuracy on the images as they are."""
+"""Accuracy on the clean images."""
 
 from torch import Tensor, nn
 
@@ -11,18 +11,18 @@ LABEL = "Clean"
 
 
 class Params(Strict):
-    """Nothing to set."""
+    """This attack has no parameters."""
 
 
 def passes(params: Params) -> tuple[int, int]:
-    """Forward-and-backward passes and forward-only passes over each image."""
+    """Return forward-and-backward passes and forward-only passes for each image."""
     return 0, 1
 
 
 def run(
     model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
-    """Which images are classified correctly."""
+    """Return which images are classified correctly."""
     flags = correct_flags(
         model, Part(x_NCHW, y_N), context.batch_size, context.device, context.report
     )

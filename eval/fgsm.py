@@ -1,6 +1,6 @@
-"""The fast gradient sign method: one step of length eps from the image itself.
+"""The fast gradient sign method: one step of length eps from the clean image.
 
-Source: Goodfellow et al., ICLR 2015. In L2 the step follows the gradient's direction.
+Source: Goodfellow et al., ICLR 2015. In L2 the step has the direction of the gradient.
 """
 
 from torch import Tensor, nn
@@ -14,18 +14,18 @@ LABEL = "FGSM"
 
 
 class Params(AttackParams):
-    """Nothing else to set."""
+    """This attack has no parameters of its own."""
 
 
 def passes(params: Params) -> tuple[int, int]:
-    """Forward-and-backward passes and forward-only passes over an image."""
+    """Return forward-and-backward passes and forward-only passes for an image."""
     return 1, 1
 
 
 def run(
     model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
-    """Which images survive the step."""
+    """Return which images are robust against the step."""
     tally = Tally(x_NCHW, y_N, context)
 
     def craft(x: Tensor, y: Tensor, _: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Fast minimum norm: the smallest perturbation that breaks each image, so that one run gives robust
-accuracy at every eps.
+"""Fast minimum norm: search for the smallest perturbation that breaks each image.
 
-Source: Pintor et al., NeurIPS 2021, through the package foolbox (LInfFMNAttack, L2FMNAttack).
+One run gives the robust accuracy at every eps.
+
+Source: Pintor et al., NeurIPS 2021, with the package foolbox (LInfFMNAttack, L2FMNAttack).
 """
 
 import torch
@@ -20,8 +21,10 @@ GIVES_DISTANCES = True
 
 
 class Params(AttackParams):
-    """steps: gradient steps; max_stepsize: L2 length of the first; gamma: share by which the
-    allowed perturbation changes at first. The defaults are the package's.
+    """The defaults are those of the package.
+
+    steps: number of gradient steps. max_stepsize: L2 length of the first step. gamma: relative
+    change of the allowed perturbation in the first step.
     """
 
     steps: PositiveInt = 100
@@ -30,14 +33,14 @@ class Params(AttackParams):
 
 
 def passes(params: Params) -> tuple[int, int]:
-    """Forward-and-backward passes and forward-only passes over an image."""
+    """Return forward-and-backward passes and forward-only passes for an image."""
     return params.steps, 1
 
 
 def run(
     model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
-    """How far each image has to be moved; it is robust if that is further than eps."""
+    """Return the smallest perturbation found for each image; above eps the image is robust."""
     distances = torch.full((len(y_N),), torch.inf)
     progress = AttackProgress("FMN", len(y_N), context.report)
 

@@ -1,13 +1,16 @@
-"""The smallest perturbation that breaks each image, by whichever of several searches finds it, so
-that one run gives an upper bound of robust accuracy at every eps.
+"""Minimum norm: search for the smallest perturbation that breaks each image, in several ways.
 
-The searches: images that the network takes for another class, which every image can become at an
-L-inf eps of 1; FMN; PGD and random search (Square) at a ladder of radii; and FMN again from the
-nearest image found. What they find is made shorter by bisection. So no image counts as robust for
-want of gradients alone, unless the network takes all test images for one class.
+One run gives an upper bound of the robust accuracy at every eps. The searches, in order:
+- interpolation towards other images that the network assigns to another class (at an L-inf eps of 1
+  every image can be changed to every other image);
+- FMN;
+- PGD and random search (Square) at several radii;
+- FMN again, from the nearest image found.
+Bisection then shortens each perturbation. A network without useful gradients therefore does not
+look robust, unless it assigns all test images to one class.
 
 Sources: Pintor et al., NeurIPS 2021 (FMN); Madry et al., ICLR 2018 (PGD); Andriushchenko et al.,
-ECCV 2020 (Square); Brendel et al., ICLR 2018 (from another image towards the boundary).
+ECCV 2020 (Square); Brendel et al., ICLR 2018 (start at another image, move to the boundary).
 """
 
 import json
@@ -29,30 +32,30 @@ from robsparse.schema import AttackParams
 LABEL = "Minimum norm"
 GIVES_DISTANCES = True
 
-_POOL = 1000  # images among which those of other classes are looked for
-_HALVINGS = 10  # of what one search leaves open
+_POOL = 1000  # number of images that may serve as images of other classes
+_HALVINGS = 10  # steps of bisection after each search
 
 
 class Params(AttackParams):
-    """What each search may spend on an image."""
+    """The budget of each search for an image."""
 
-    fmn_steps: PositiveInt = Field(50, description="gradient steps of FMN, each of two times")
+    fmn_steps: PositiveInt = Field(50, description="gradient steps of FMN in each of its two runs")
     radii: int = Field(
         5,
         ge=3,
-        description="steps of the ladder: half of eps, then from eps in equal ratios to the "
-        "longest perturbation that there is, 1 in L-inf",
+        description="number of radii of PGD and random search: half of eps, then from eps in equal "
+        "ratios to the longest possible perturbation, which is 1 in L-inf",
     )
     steps: PositiveInt = Field(20, description="gradient steps of PGD at each radius")
     restarts: PositiveInt = Field(1, description="random starts of PGD at each radius")
-    queries: PositiveInt = Field(50, description="of random search at each radius")
+    queries: PositiveInt = Field(50, description="queries of random search at each radius")
     neighbours: NonNegativeInt = Field(
-        3, description="images of other classes, the nearest ones, that each image is moved towards"
+        3, description="number of nearest images of other classes to interpolate with"
     )
 
 
 def passes(params: Params) -> tuple[int, int]:
-    """Forward-and-backward passes and forward-only passes over an image that survives."""
+    """Return forward-and-backward passes and forward-only passes for an image that stays robust."""
     searches = params.neighbours + 2 + params.radii * (params.restarts + 1)
     return (
         2 * params.fmn_steps + params.radii * params.steps * params.restarts,
@@ -61,7 +64,7 @@ def passes(params: Params) -> tuple[int, int]:
 
 
 def ladder(eps: float, longest: float, count: int) -> list[float]:
-    """Radii to search at, ascending: eps / 2, then `count` - 1 of them from eps to `longest`."""
+    """Return the radii to search at, ascending: eps / 2, then `count` - 1 from eps to `longest`."""
     eps = min(eps, longest)
     ratios = [(longest / eps) ** (i / (count - 2)) for i in range(count - 2)]
     return sorted({eps / 2, *(eps * ratio for ratio in ratios), longest})
@@ -70,9 +73,9 @@ def ladder(eps: float, longest: float, count: int) -> list[float]:
 def run(
     model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
-    """How far each image has to be moved; it is robust if that is further than eps.
+    """Return the smallest perturbation found for each image; above eps the image is robust.
 
-    Random draws are the same for each batch. Finished batches are kept.
+    Random draws are the same for each batch. Finished batches are stored in the cache.
     """
     key = json.dumps(["batches", params.model_dump(mode="json")], sort_keys=True)
     distances, done = torch.full((len(y_N),), torch.inf), 0
@@ -99,22 +102,23 @@ def run(
 
 
 def _pool(model: nn.Module, x_NCHW: Tensor, context: AttackContext) -> tuple[Tensor, Tensor]:
-    """Some images and the classes that the network takes them for."""
+    """Return some images and the classes that the network predicts for them."""
     pool = x_NCHW[:_POOL].to(context.device)
     classes = torch.zeros(len(pool), dtype=torch.int64, device=context.device)
 
-    def look(where: slice) -> None:
+    def predict(where: slice) -> None:
         with torch.no_grad():
             classes[where] = model(pool[where]).argmax(1)
 
-    in_batches(len(pool), context.batch_size, look, context.report)
+    in_batches(len(pool), context.batch_size, predict, context.report)
     return pool, classes
 
 
 class _Search:
-    """The smallest perturbations known of one batch.
+    """The smallest perturbations found so far for one batch.
 
-    best: their lengths (float B, inf where none is known); nearest: the images that they make.
+    best: their lengths (float B, inf if none has been found).
+    nearest: the images with these perturbations.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class _Search:
         self.nearest = self.x.clone()
 
     def distances(self, pool: Tensor, classes: Tensor) -> Tensor:
-        """Search in every way."""
+        """Run all searches; return the lengths of the smallest perturbations (float B)."""
         self.towards(pool, classes)
         self.adapt(self.beyond(0.0))
         generator = torch.Generator().manual_seed(self.context.seed)
@@ -140,11 +144,11 @@ class _Search:
         return self.best
 
     def beyond(self, radius: float) -> Tensor:
-        """The images for which no perturbation within the radius is known (int)."""
+        """Return the indices of images without a known perturbation within the radius (int)."""
         return (self.best > radius).nonzero().squeeze(1)
 
     def towards(self, pool: Tensor, classes: Tensor) -> None:
-        """Move each image towards the nearest ones that are taken for another class."""
+        """Interpolate between each image and the nearest images with another predicted class."""
         p = torch.inf if self.context.norm == "Linf" else 2.0
         apart = torch.cdist(self.x.flatten(1), pool.flatten(1), p=p)
         apart[classes == self.y[:, None]] = torch.inf
@@ -154,7 +158,7 @@ class _Search:
             self.offer(there, pool[chosen[there]], torch.inf)
 
     def adapt(self, index: Tensor, start: Tensor | None = None) -> None:
-        """FMN, from the images at `index` or from versions of them that break the network."""
+        """Run FMN from the images at `index`, or from versions of them that break the network."""
         if not len(index):
             return
         found = fast_minimum_norm.perturbed(
@@ -168,7 +172,7 @@ class _Search:
         self.offer(index, found, torch.inf)
 
     def ascend(self, radius: float, generator: torch.Generator) -> None:
-        """PGD from a random start."""
+        """Run PGD within a radius, from a random start."""
         start = perturb.uniform_start(self.x.cpu(), radius, generator, self.context.norm)
         index = self.beyond(radius)
         if not len(index):
@@ -186,7 +190,7 @@ class _Search:
         self.offer(index, found, radius)
 
     def query(self, radius: float) -> None:
-        """Random search."""
+        """Run random search within a radius."""
         index = self.beyond(radius)
         if not len(index):
             return
@@ -203,40 +207,42 @@ class _Search:
         self.offer(index, found, radius)
 
     def offer(self, index: Tensor, found: Tensor, radius: float) -> None:
-        """Take versions of the images at `index`, within a radius, where the network is wrong, and
-        what lies between the two, by bisection.
+        """Record versions of the images at `index` that break the network, and shorten them.
+
+        Bisection between the clean image and the version finds a shorter perturbation. `found` are
+        the versions, all within `radius`.
         """
         wrong = self.is_wrong(index, found)
         index, found = index[wrong], found[wrong]
         x = self.x[index]
-        # A length exceeds the radius by rounding alone.
+        # A length exceeds the radius only by rounding.
         high = length(found - x, self.context.norm).clamp(max=radius)
         low = torch.zeros_like(high)
-        self.take(index, found, high)
+        self.record(index, found, high)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             between = within(x, found, middle, self.context.norm)
             wrong = self.is_wrong(index, between)
             low, high = low.where(wrong, middle), middle.where(wrong, high)
             lengths = torch.minimum(length(between - x, self.context.norm), middle)
-            self.take(index[wrong], between[wrong], lengths[wrong])
+            self.record(index[wrong], between[wrong], lengths[wrong])
 
-    def take(self, index: Tensor, found: Tensor, lengths: Tensor) -> None:
-        """Keep versions of the images at `index` that break the network, if they are nearer."""
+    def record(self, index: Tensor, found: Tensor, lengths: Tensor) -> None:
+        """Record versions of the images at `index` that break the network, if they are nearer."""
         nearer = lengths < self.best[index]
         index = index[nearer]
         self.best[index], self.nearest[index] = lengths[nearer], found[nearer]
 
     def is_wrong(self, index: Tensor, images: Tensor) -> Tensor:
-        """Where the network takes versions of the images at `index` for another class (bool)."""
-        if not len(index):  # foreign code may fail on no images
+        """Return which versions of the images at `index` the network misclassifies (bool)."""
+        if not len(index):  # foreign code may fail on an empty batch
             return index.bool()
         with torch.no_grad():
             return self.model(images).argmax(1) != self.y[index]
 
 
 def within(x: Tensor, target: Tensor, radius: Tensor, norm: str) -> Tensor:
-    """The points nearest to `target` that are at most `radius` (float N) away from x."""
+    """Return the points nearest to `target` with a distance of at most `radius` (float N) to x."""
     radius = radius.view(-1, *[1] * (x.ndim - 1))
     if norm == "Linf":
         return target.clamp(x - radius, x + radius)

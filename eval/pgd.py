@@ -1,8 +1,9 @@
-"""Projected gradient descent with restarts on the cross entropy; an image counts as robust only if
-every restart fails.
+"""Projected gradient descent with restarts on the cross entropy.
+
+An image counts as robust only if every restart fails.
 
 Source: Madry et al., ICLR 2018. The defaults are those of the BCS authors' evaluation
-(run_foolbox_eval.py): 50 steps of 2.5 * eps / 50, 10 uniform random starts.
+(run_foolbox_eval.py): 50 steps of length 2.5 * eps / 50, 10 uniform random starts.
 """
 
 import math
@@ -21,10 +22,10 @@ LABEL = "PGD"
 
 
 class Params(AttackParams):
-    """The first step is relative_step * eps / steps long.
+    """The first step has the length relative_step * eps / steps.
 
-    rule: later steps are as long, or shrink to 0 along a cosine.
-    start: drawn uniformly from the ball, or the image itself.
+    rule: later steps have the same length, or it falls to 0 along a cosine.
+    start: drawn uniformly from the ball, or the clean image.
     """
 
     steps: PositiveInt = 50
@@ -35,17 +36,17 @@ class Params(AttackParams):
 
 
 def passes(params: Params) -> tuple[int, int]:
-    """Forward-and-backward passes and forward-only passes over an image that survives."""
+    """Return forward-and-backward passes and forward-only passes for an image that stays robust."""
     return params.steps * params.restarts, params.restarts
 
 
 def run(
     model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
-    """Which images survive all restarts. A restart sees only the images that survived so far.
+    """Return which images are robust against all restarts.
 
-    The random starts are drawn for all images at once on the CPU, so that the batch size does not
-    change them.
+    A restart attacks only the images that are still robust. The random starts are drawn for all
+    images at once on the CPU, so that the batch size does not change them.
     """
     tally = Tally(x_NCHW, y_N, context)
     generator = torch.Generator().manual_seed(context.seed)

@@ -1,7 +1,6 @@
-"""Square alone: random search that sees nothing but the network's outputs.
+"""Square: a random search that uses only the outputs of the network.
 
-Source: Andriushchenko et al., ECCV 2020, through the package pyautoattack, with the settings that
-AutoAttack has for it.
+Source: Andriushchenko et al., ECCV 2020, with the package pyautoattack and AutoAttack's settings.
 """
 
 from pydantic import PositiveInt
@@ -16,21 +15,21 @@ LABEL = "Square"
 
 
 class Params(AttackParams):
-    """queries: passes for each image and restart."""
+    """queries: forward passes for each image and restart."""
 
     queries: PositiveInt = 5000
     restarts: PositiveInt = 1
 
 
 def passes(params: Params) -> tuple[int, int]:
-    """Forward-and-backward passes and forward-only passes over an image that survives."""
+    """Return forward-and-backward passes and forward-only passes for an image that stays robust."""
     return 0, params.queries * params.restarts
 
 
 def run(
     model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
-    """Which images survive the search."""
+    """Return which images are robust against the search."""
     tally = Tally(x_NCHW, y_N, context)
     progress = AttackProgress("Square", len(y_N), context.report)
 

@@ -1,9 +1,9 @@
 """Black-box transfer attack: PGD on another network of the study, the surrogate.
 
-The attacked network classifies the resulting images once.
+The attacked network classifies the resulting images once. If this attack breaks more images than
+the white-box attacks, the gradients of the network misled the white-box attacks.
 
-Source: Papernot et al., "Practical black-box attacks against machine learning", 2017. Where it
-breaks more images than the white-box attacks do, those were misled.
+Source: Papernot et al., "Practical black-box attacks against machine learning", 2017.
 """
 
 import torch
@@ -19,26 +19,26 @@ LABEL = "Black-box transfer attack"
 
 
 class Params(AttackParams):
-    """Each step is relative_step * eps / steps long, from a uniform random start."""
+    """Each step has the length relative_step * eps / steps. The start is uniform and random."""
 
     surrogate: Name = Field(
         "dense",
-        description="method of the grid whose network the images are crafted on: of the same data "
-        "set, with another seed where there is one, never the attacked network itself",
+        description="method that the surrogate was trained with. The surrogate has the same data "
+        "set and, if the grid has one, another seed. It is never the attacked network",
     )
     steps: PositiveInt = 50
     relative_step: PositiveFloat = 2.5
 
 
 def passes(params: Params) -> tuple[int, int]:
-    """Forward-and-backward passes and forward-only passes over an image."""
+    """Return forward-and-backward passes and forward-only passes for an image."""
     return params.steps, 1
 
 
 def run(
     model: nn.Module, x_NCHW: Tensor, y_N: Tensor, params: Params, context: AttackContext
 ) -> Outcome:
-    """Which images survive what the surrogate was broken by."""
+    """Return which images are robust against the adversarial images of the surrogate."""
     tally = Tally(x_NCHW, y_N, context)
     surrogate = context.surrogate(params.surrogate)
     generator = torch.Generator().manual_seed(context.seed)

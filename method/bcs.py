@@ -1,29 +1,32 @@
 """Bayesian connectivity sampling (BCS): robust training that is sparse from first to last step.
 
-Each prunable weight is w = s * theta where theta > 0 and exactly 0 elsewhere (dormant); the sign s
-is fixed. A step of SGD on the robust loss moves the active theta, a little noise is added to them,
-and those that cross zero become dormant. The same number is regrown at random dormant positions, so
-that the number of active weights is constant. This samples from a posterior over connectivities and
-weights whose prior allows no more than that number (DEEP R, Bellec et al., ICLR 2018, with the
-global constraint).
+Each prunable weight is w = s * theta if theta > 0 (active), and exactly 0 otherwise (dormant). The
+sign s is fixed. A step of SGD on the robust loss changes the active theta, and noise is added to
+them. A theta that crosses zero becomes dormant. The same number of connections is regrown at random
+dormant positions, so the number of active weights is constant. The method samples from a posterior
+over connectivities and weights; its prior allows only this number of active weights (DEEP R, Bellec
+et al., ICLR 2018, with the global constraint).
 
-Source: the ICML 2021 paper's published code, IGITUGraz/SparseAdversarialTraining, behaviour of
-models/layers.py, models/sparse_*.py and run_connectivity_sampling.py; a step has their order.
+Source: the published code of the ICML 2021 paper, IGITUGraz/SparseAdversarialTraining, behaviour of
+models/layers.py, models/sparse_*.py and run_connectivity_sampling.py. A step does the same things
+in the same order.
 
-Where this differs from the authors' code, and the switch that brings their behaviour back:
-- `init: strict` (theirs: `authors`). They give each layer a fixed share of active weights; the sum
-  falls short of the budget (the first rewiring tops it up) or exceeds it (nothing is removed until
-  enough weights become dormant). Strict makes it exact before the first step.
-- `waking: drawn` (theirs: `drift`). A dormant theta stays dormant until it is drawn; theirs can
-  drift back over zero when noise killed it against its momentum, and exceed the budget.
-- A layer never gets more regrowths than it has dormant positions; the remainder is drawn again
-  over the others. Theirs stops with a shape error, so there is no switch.
-- Theirs shuffles all dormant positions of a layer at every step; here positions are tried at random
-  until enough are dormant, which comes to the same distribution (`robsparse.sparsity.rewiring`). On
-  a GPU, a regrowth that found no place in a fixed number of tries comes one step later.
-Kept as theirs, with another choice offered: `momentum`, `regrowth`, `noise_scale` or
-`temperature`, `rewiring`; of `train`: `decay` (sgdw: not multiplied by lr, on theta, biases and
-batch norm alike) and `velocity`.
+Differs from the authors' code (a setting in parentheses restores their behaviour):
+- The number of active weights equals the budget before the first step. The authors give each layer
+  a fixed share (`init: authors`). If the sum is below the budget, the first rewiring adds
+  connections. If it exceeds the budget, it decreases only when weights become dormant.
+- A dormant theta stays dormant until it is drawn. In the authors' code a theta that noise has made
+  dormant can drift back over zero by its momentum (`waking: drift`). The network can then exceed
+  its budget.
+- A layer never gets more regrown connections than it has dormant positions; the remainder is drawn
+  again among the other layers. The authors' code stops with a shape error (no setting).
+- Random positions are drawn until enough of them are dormant. The authors shuffle all dormant
+  positions of a layer at every step. Both give the same distribution
+  (`robsparse.sparsity.rewiring`). On a GPU the number of draws is fixed; a connection that finds no
+  position is regrown one step later (no setting).
+As in the authors' code, but with a choice: `momentum`, `regrowth`, `noise_scale` or `temperature`,
+`rewiring`; in `train`: `velocity` and `decay` (sgdw does not multiply the decay by lr, and decays
+theta, biases and batch norm).
 """
 
 from typing import Any, Literal
@@ -44,8 +47,9 @@ from robsparse.training.stages import Run, Stage
 
 LABEL = "BCS"
 
-# The authors' initial densities of layers by the first part of their name; all other layers have
-# half the target density. Where an architecture is not theirs, first and last layer have 0.6.
+# The authors' initial densities of layers, by the first part of a layer's name. All other layers
+# have half the target density. If the authors do not have an architecture, its first and last layer
+# have 0.6.
 AUTHORS_DENSITIES = {
     "vgg16": {"conv1": 0.6, "conv2": 0.6, "conv3": 0.2, "conv4": 0.2, "fc16": 0.6},
     "resnet": {"conv1": 0.6, "stage1": 0.2, "classifier": 0.6},
@@ -54,7 +58,7 @@ AUTHORS_DENSITIES = {
 
 
 class Train(Fit):
-    """The authors' schedule: 200 epochs, lr 0.1 dropping by 10 at 50 % and 75 %, SGDW 5e-4."""
+    """The authors' schedule: 200 epochs, lr 0.1, divided by 10 at 50 % and 75 %, SGDW 5e-4."""
 
     epochs: PositiveInt = 200
     lr: PositiveFloat = 0.1
@@ -65,38 +69,41 @@ class Train(Fit):
 
 
 class Params(Strict):
-    """Hyperparameters; the defaults are the authors', except for `init` and `waking`."""
+    """Hyperparameters. The defaults are the authors', except for `init` and `waking`."""
 
     train: Train = Train()
     init: Literal["strict", "authors", "erk", "uniform"] = Field(
         "strict",
-        description="initial active weights of the layers. authors: their shares as they are; "
-        "strict: theirs, topped up or thinned out at random to exactly the budget; erk: "
-        "Erdos-Renyi-Kernel shares; uniform: the same density in all (both exactly the budget)",
+        description="initial active weights of the layers. authors: the authors' densities, which "
+        "may miss the budget; strict: the authors' densities, then connections are added or "
+        "removed at random to meet the budget; erk: Erdos-Renyi-Kernel densities; uniform: the "
+        "same density in all layers (strict, erk and uniform meet the budget exactly)",
     )
     waking: Literal["drawn", "drift"] = Field(
-        "drawn", description="whether a dormant theta wakes only when drawn, or also by itself"
+        "drawn",
+        description="when a dormant theta becomes active: only when it is drawn, or also when it "
+        "drifts over zero",
     )
     noise_scale: float = Field(
         1e-6, ge=0, description="noise on active theta is lr * scale * N(0,1)"
     )
     temperature: float | None = Field(
-        None, ge=0, description="instead of noise_scale: Langevin noise sqrt(2 lr T) * N(0,1)"
+        None, ge=0, description="replaces noise_scale: Langevin noise sqrt(2 lr T) * N(0,1)"
     )
     regrown_theta: PositiveFloat = Field(1e-12, description="value of a regrown theta")
     regrowth: Literal["size", "dormant"] = Field(
         "size",
-        description="layers are drawn with probability ~ their size (authors) or ~ the number of "
-        "their dormant positions",
+        description="probability of a layer to be drawn: proportional to its size (authors), or to "
+        "the number of its dormant positions",
     )
     momentum: Literal["keep", "reset"] = Field(
         "keep",
-        description="velocity of a regrown theta: keep the stale one (authors) or reset to 0",
+        description="velocity of a regrown theta: keep the old value (authors), or reset it to 0",
     )
     rewiring: Literal["always", "until_last_drop", "never"] = Field(
         "always",
-        description="until when connections are replaced (authors: always); afterwards the live "
-        "set is fixed and its weights may change sign. never: a static random network",
+        description="how long connections are replaced (authors: always). Then the active set is "
+        "fixed, and its weights may change sign. never: a static random network",
     )
 
     @model_validator(mode="after")
@@ -106,16 +113,16 @@ class Params(Strict):
         if self.rewiring == "until_last_drop" and self.train.schedule != "step":
             raise ValueError("rewiring until_last_drop: expected train.schedule to be 'step'")
         if self.rewiring == "until_last_drop" and not self.train.milestones:
-            raise ValueError("rewiring until_last_drop: expected one of train.milestones at least")
+            raise ValueError("rewiring until_last_drop: expected at least one of train.milestones")
         if self.rewiring == "never" and self.init == "authors":
-            raise ValueError("rewiring never: expected an init that meets the budget by itself")
+            raise ValueError("rewiring never: expected an init that meets the budget exactly")
         return self
 
 
 class SignedTheta(nn.Module):
     """Parametrisation theta -> sign * theta where theta > 0, else exactly 0.
 
-    Once the active set is fixed, sign is 0 at dormant positions and theta goes through as it is.
+    After the active set is fixed, sign is 0 at dormant positions, and the result is sign * theta.
     """
 
     def __init__(self, sign: Tensor) -> None:
@@ -130,21 +137,21 @@ class SignedTheta(nn.Module):
         return weight.abs()
 
     def fix(self, active: Tensor) -> None:
-        """Make `active` (bool, the weight's shape) the active set, whatever theta does later."""
+        """Fix the active set (bool, the weight's shape); theta no longer changes it."""
         self.sign.mul_(active)
         self.fixed = True
 
     def get_extra_state(self) -> bool:
-        """What a checkpoint keeps besides the sign."""
+        """Return whether the active set is fixed; a checkpoint stores it beside the sign."""
         return self.fixed
 
     def set_extra_state(self, state: bool) -> None:
-        """Take it back."""
+        """Restore the value of a checkpoint."""
         self.fixed = state
 
 
 class SamplingStage(Stage):
-    """The one stage of BCS: SGD on theta, noise, rewiring."""
+    """The only stage of BCS: SGD on theta, noise, rewiring."""
 
     name = "train"
 
@@ -180,7 +187,7 @@ class SamplingStage(Stage):
             self.fixed = True
 
     def _gather(self, run: Run) -> None:
-        """Gather all theta; the active ones are those of the network or of an interrupted run."""
+        """Gather all theta, and the active positions of the network or of an interrupted run."""
         active = self.saved_active
         if active is None:
             active = torch.cat([mask.flatten() for mask in active_masks(run.model)])
@@ -215,13 +222,13 @@ class SamplingStage(Stage):
         run.connections.record(changes.pruned, torch.cat([changes.woken, changes.drawn]))
 
     def _noise(self, run: Run) -> float:
-        """Standard deviation of the noise on an active theta."""
+        """Return the standard deviation of the noise on an active theta."""
         if self.params.temperature is not None:
             return (2 * run.lr * self.params.temperature) ** 0.5
         return run.lr * self.params.noise_scale
 
     def state(self) -> dict[str, Any]:
-        """The active positions: noise and draws go on in their order."""
+        """Return the active positions. Their order matters: noise and draws follow it."""
         active = self.saved_active if self.rewiring is None else self.rewiring.active
         return {} if active is None else {"active": active.int()}
 
@@ -230,17 +237,17 @@ class SamplingStage(Stage):
 
 
 def thetas(model: nn.Module) -> list[Tensor]:
-    """The trainable theta of each prunable layer."""
+    """Return the trainable theta of each prunable layer."""
     return [module.parametrizations.weight.original for module in prunable(model).values()]
 
 
 def signed_layers(model: nn.Module) -> list[SignedTheta]:
-    """The parametrisation of each prunable layer."""
+    """Return the parametrisation of each prunable layer."""
     return [module.parametrizations.weight[0] for module in prunable(model).values()]
 
 
 def active_masks(model: nn.Module) -> list[Tensor]:
-    """Where the weights of each prunable layer are active (bool, the weight's shape)."""
+    """Return the active positions of each prunable layer (bool, the weight's shape)."""
     return [
         layer.sign != 0 if layer.fixed else theta > 0
         for layer, theta in zip(signed_layers(model), thetas(model), strict=True)
@@ -248,7 +255,10 @@ def active_masks(model: nn.Module) -> list[Tensor]:
 
 
 def initial_counts(run: Run, init: str) -> dict[str, int]:
-    """Nonzero weights of each layer before the first step, by `Params.init`."""
+    """Return the number of active weights of each layer before the first step.
+
+    `init` is `Params.init`.
+    """
     if init == "erk":
         return erk_keep_counts(run.model, run.sparsity)
     sizes = {name: module.weight.numel() for name, module in prunable(run.model).items()}
@@ -257,11 +267,14 @@ def initial_counts(run: Run, init: str) -> dict[str, int]:
         wanted = {name: density(run.sparsity) * size for name, size in sizes.items()}
         return round_to_sum(wanted, sizes, budget)
     counts = authors_counts(sizes, run.arch, run.sparsity)
-    return counts if init == "authors" else _brought_to(budget, counts, sizes, run.generator)
+    return counts if init == "authors" else _adjusted_to(budget, counts, sizes, run.generator)
 
 
 def authors_counts(sizes: dict[str, int], arch: str, sparsity: float) -> dict[str, int]:
-    """The authors' initial active counts of layers with the given sizes, in forward order."""
+    """Return the authors' initial numbers of active weights of layers.
+
+    `sizes` are the numbers of all weights of the layers, in forward order.
+    """
     names = list(sizes)
     table = {names[0]: 0.6, names[-1]: 0.6}
     for prefix, densities in AUTHORS_DENSITIES.items():
@@ -274,10 +287,13 @@ def authors_counts(sizes: dict[str, int], arch: str, sparsity: float) -> dict[st
     }
 
 
-def _brought_to(
+def _adjusted_to(
     budget: int, counts: dict[str, int], sizes: dict[str, int], generator: torch.Generator
 ) -> dict[str, int]:
-    """Counts that sum to the budget: topped up as rewiring does, or thinned out uniformly."""
+    """Return counts that sum to the budget.
+
+    Missing connections are added as in rewiring; connections in excess are removed uniformly.
+    """
     have, size = np.array(list(counts.values())), np.array(list(sizes.values()))
     missing = budget - int(have.sum())
     if missing >= 0:
@@ -292,9 +308,10 @@ def _brought_to(
 def draw_layers(
     count: int, chances: np.ndarray, room: np.ndarray, generator: torch.Generator
 ) -> np.ndarray:
-    """How many of `count` regrowths each layer gets: independent draws with probability ~ chances.
+    """Return how many of `count` regrown connections each layer gets.
 
-    Draws beyond a layer's `room` (dormant positions) are drawn again among layers with room left.
+    Draws are independent; their probabilities are proportional to `chances`. If a layer gets more
+    than its `room` (number of dormant positions), the excess is drawn again among other layers.
     """
     drawn = np.zeros_like(room)
     while count > 0:
@@ -309,5 +326,5 @@ def draw_layers(
 
 
 def stages(params: Params) -> list[Stage]:
-    """One stage from scratch."""
+    """Return one stage that trains from initial weights."""
     return [SamplingStage(params)]
