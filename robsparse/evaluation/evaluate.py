@@ -49,12 +49,13 @@ def evaluate_cell(
         shutil.rmtree(job.cache, ignore_errors=True)
     with failing_in("counting weights"):
         size = measure_network(job.model, job.splits.image_shape)
+    planned = study.planned[cell]
     results = attack_model(
         job.model,
         job.examples,
-        study.attacks_of(selection),
-        settings=study.evaluation,
-        threat=study.threat,
+        planned.attacks[selection],
+        seed=study.evaluation.seed,
+        batch_size=study.evaluation.batch_size,
         device=where,
         cache=job.cache,
         surrogate=job.surrogate,
@@ -62,7 +63,7 @@ def evaluate_cell(
     )
     with failing_in("sanity checks"):
         findings = sanity_checks.examine(
-            job.model, job.examples, study.evaluation, study.threat, where
+            job.model, job.examples, study.evaluation, planned.sanity_check_threat, where
         )
     record.write(job, size, results, findings)
     shutil.rmtree(job.cache, ignore_errors=True)

@@ -2,12 +2,11 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,9 @@ from robsparse.datasets import Part
 from robsparse.evaluation.attacks import AttackContext, Outcome, no_surrogate
 from robsparse.evaluation.cache import Cache, basis_of, network_digest
 from robsparse.fast import folding, proof
-from robsparse.schema.evaluation import Evaluation
-from robsparse.schema.threat import AttackParams, Threat
+from robsparse.schema.fields import Strict
 from robsparse.study.cells import derive_seed
+from robsparse.study.planned import Attack
 
 
 class EvaluationError(RunError):
@@ -63,18 +62,20 @@ class AttackResult:
 def attack_model(
     model: nn.Module,
     examples: Part,
-    names: list[str],
+    attacks: Sequence[Attack],
     *,
-    settings: Evaluation,
-    threat: Threat,
+    seed: int,
+    batch_size: int,
     device: torch.device,
     cache: Path | None = None,
     surrogate: Callable[[str], nn.Module] = no_surrogate,
     folded: bool = False,
 ) -> list[AttackResult]:
-    """Run the named attacks, `clean` first, on the images that are classified correctly.
+    """Run attacks, `clean` first, on the images that are classified correctly.
 
     Args:
+        attacks: with their norm and eps, as the study resolves them.
+        seed: of all attacks; each attack has a seed of its own that is derived from it.
         cache: folder of finished parts; a later call with the same network, images and settings
             takes them from there. None: no cache.
         surrogate: surrogate(method) returns another network, for black-box transfer attacks.
@@ -89,8 +90,8 @@ def attack_model(
     run = _Run(
         folding.view_of(model, first) if folded else model,
         examples,
-        settings,
-        threat,
+        seed,
+        batch_size,
         device,
         surrogate,
         cache,
@@ -98,10 +99,10 @@ def attack_model(
     )
     correct = torch.ones(len(examples), dtype=torch.bool)
     results: list[AttackResult] = []
-    for name in names:
-        result = run.attack(name, correct)
+    for attack in attacks:
+        result = run.attack(attack, correct)
         results.append(result)
-        if name == "clean":
+        if attack.name == "clean":
             correct = result.robust["all"]
     return results
 
@@ -115,53 +116,51 @@ class _Run:
 
     attacked: nn.Module
     examples: Part
-    settings: Evaluation
-    threat: Threat
+    seed: int
+    batch_size: int
     device: torch.device
     surrogate: Callable[[str], nn.Module]
     cache: Path | None
     digest: str
 
-    def attack(self, name: str, correct: Tensor) -> AttackResult:
-        """Run one attack of the study on the images where `correct` is true (bool N)."""
-        params = self.settings.attacks[name]
-        registered = getattr(params, "base", name)
-        context = self._with_cache(self._context(name, params), registered, params)
-        module = registry.load("attack", registered)
+    def attack(self, attack: Attack, correct: Tensor) -> AttackResult:
+        """Run one attack on the images where `correct` is true (bool N)."""
+        context = self._with_cache(self._context(attack), attack)
+        module = registry.load("attack", attack.base)
         images = self.examples.x_NCHW[correct], self.examples.y_N[correct]
-        with failing_in(name):
-            outcome, seconds = _outcome(module, self.attacked, images, params, context)
+        with failing_in(attack.name):
+            outcome, seconds = _outcome(module, self.attacked, images, attack.params, context)
         robust = {part: _spread(flags, correct) for part, flags in outcome.components.items()}
         whole = list(robust.values())[-1]
         robust.setdefault("all", whole)
-        print(f"{name}: {int(whole.sum())}/{len(whole)} correct, {seconds:.1f} s", flush=True)
+        count = f"{int(whole.sum())}/{len(whole)}"
+        print(f"{attack.name}: {count} correct, {seconds:.1f} s", flush=True)
         indices = correct.nonzero().squeeze(1)
         used = folding.runs_on(self.attacked)
-        return AttackResult(name, robust, outcome, context, seconds, indices, used)
+        return AttackResult(attack.name, robust, outcome, context, seconds, indices, used)
 
-    def _context(self, name: str, params: Any) -> AttackContext:
-        """What the attack gets. An attack that perturbs nothing has eps 0."""
-        own = self.threat.adjusted(params)
+    def _context(self, attack: Attack) -> AttackContext:
         return AttackContext(
-            own.norm,
-            own.eps if isinstance(params, AttackParams) else 0.0,
-            derive_seed("attack", name, self.settings.seed) % 2**31,
-            self.settings.batch_size,
+            attack.norm,
+            attack.eps,
+            derive_seed("attack", attack.name, self.seed) % 2**31,
+            self.batch_size,
             self.device,
-            report=lambda text: print(f"{name}: {text}", flush=True),
+            report=lambda text: print(f"{attack.name}: {text}", flush=True),
             surrogate=self.surrogate,
             images=self.examples.x_NCHW,
         )
 
-    def _with_cache(self, context: AttackContext, attack: str, params: Any) -> AttackContext:
+    def _with_cache(self, context: AttackContext, attack: Attack) -> AttackContext:
         """The context with the cache of this attack on this network, and on its surrogate."""
         if self.cache is None:
             return context
-        method = getattr(params, "surrogate", None)
-        other = method and network_digest(self.surrogate(method), self.examples, self.device)
+        other = None
+        if attack.surrogate is not None:
+            other = network_digest(self.surrogate(attack.surrogate), self.examples, self.device)
         basis = basis_of(
             self.digest,
-            attack,
+            attack.base,
             self.device,
             norm=context.norm,
             eps=context.eps,
@@ -177,7 +176,7 @@ def _outcome(
     module: ModuleType,
     model: nn.Module,
     images: tuple[Tensor, Tensor],
-    params: Any,
+    params: Strict,
     context: AttackContext,
 ) -> tuple[Outcome, float]:
     """The outcome of one attack, from the cache if it is there, and the seconds that it took."""

@@ -29,15 +29,6 @@ class Threat(Strict):
             raise PydanticCustomError("radius", "{error}", {"key": "eps", "error": error})
         return self
 
-    def adjusted(self, settings: Strict) -> "Threat":
-        """This threat with the norm and eps of `settings` where they have their own.
-
-        settings: of an attack (a `AttackParams`), or of training, which has an eps alone. Raises
-        ValidationError where the two together are no threat: Linf with an eps above 1.
-        """
-        own = {key: getattr(settings, key, None) for key in ("norm", "eps")}
-        return Threat(**(dict(self) | {key: v for key, v in own.items() if v is not None}))
-
 
 class AttackParams(Strict):
     """Parameters of an attack that perturbs images: norm and eps where not those of the threat.

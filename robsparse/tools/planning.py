@@ -160,9 +160,8 @@ def evaluation_seconds(clock: Clock, cell: Cell, selection: Selection) -> float:
     settings = clock.study.evaluation
     seconds = SECONDS_TO_START_A_JOB
     for name in settings.selections[selection]:
-        params = settings.attacks[name]
-        attack = registry.load("attack", clock.study.base("attack", name))
-        gradients, forwards = attack.passes(params)
+        attack = clock.study.attacks[name]
+        gradients, forwards = registry.load("attack", attack.base).passes(attack.params)
         each = gradients * clock.gradient(cell) + forwards * clock.forward(cell)
         seconds += settings.n_examples * ROBUST_SHARE * each
     looked = min(settings.sanity_checks.n_examples, settings.n_examples)

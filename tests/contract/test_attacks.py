@@ -11,8 +11,8 @@ from robsparse.datasets import Part
 from robsparse.evaluation.attacks import AttackContext, Outcome
 from robsparse.evaluation.runner import attack_model
 from robsparse.evaluation.tally import correct_flags
-from robsparse.schema.evaluation import Evaluation
-from robsparse.schema.threat import Crafting, Threat
+from robsparse.schema.threat import Crafting
+from robsparse.study.planned import Attack
 from robsparse.training import objectives
 
 ATTACKS = registry.names("attack")
@@ -200,20 +200,17 @@ def test_pgd_does_not_depend_on_the_batch_size(known):
 
 def evaluate(known, labels, name):
     model, part = known
-    settings = Evaluation.model_construct(
-        n_examples=len(labels),
-        batch_size=3,
-        seed=0,
-        selections={"last": ["clean", name]},
-        attacks={n: registry.entry("attack", n).params() for n in ("clean", name)},
-    )
+    attacks = [
+        Attack(n, n, registry.entry("attack", n).params(), "Linf", eps)
+        for n, eps in (("clean", 0.0), (name, EPS))
+    ]
     examples = Part(part.x_NCHW[: len(labels)], labels)
     return attack_model(
         model,
         examples,
-        ["clean", name],
-        settings=settings,
-        threat=Threat(eps=EPS),
+        attacks,
+        seed=0,
+        batch_size=3,
         device=CPU,
         surrogate=lambda wanted: copy.deepcopy(model),
     )

@@ -10,9 +10,8 @@ from robsparse.base import registry
 from robsparse.datasets import Part
 from robsparse.evaluation.runner import attack_model
 from robsparse.records import provenance
-from robsparse.schema.evaluation import Evaluation
-from robsparse.schema.threat import Threat
 from robsparse.study import source_code
+from robsparse.study.planned import Attack
 
 CPU = torch.device("cpu")
 
@@ -57,22 +56,16 @@ class Asked:
 
     def run(self):
         x = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 0.9 + self.shift
-        settings = Evaluation.model_construct(
-            n_examples=6,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            selections={},
-            attacks={
-                name: registry.entry("attack", name).params(**params)
-                for name, params in (("clean", {}), (self.attack, self.params))
-            },
-        )
+        attacks = [
+            Attack(name, name, registry.entry("attack", name).params(**params), self.norm, eps)
+            for name, params, eps in (("clean", {}, 0.0), (self.attack, self.params, self.eps))
+        ]
         return attack_model(
             self.model,
             Part(x, torch.tensor([0, 1, 0, 1, 0, 1])),
-            ["clean", self.attack],
-            settings=settings,
-            threat=Threat(eps=self.eps, norm=self.norm),
+            attacks,
+            seed=self.seed,
+            batch_size=self.batch_size,
             device=CPU,
             cache=self.folder,
             surrogate=lambda _: self.surrogate,

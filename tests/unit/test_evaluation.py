@@ -26,10 +26,9 @@ from robsparse.evaluation.tally import correct_flags
 from robsparse.networks import weights
 from robsparse.records.evaluation_record import read_record
 from robsparse.records.rows import Row, wilson_interval
-from robsparse.schema.evaluation import Evaluation
-from robsparse.schema.threat import Threat
 from robsparse.sparsity.layers import prunable
 from robsparse.study.cells import Layout, derive_seed
+from robsparse.study.planned import Attack
 
 CPU = torch.device("cpu")
 EPS = 0.1
@@ -261,18 +260,18 @@ def test_more_restarts_never_leave_more_images(restarts):
     assert not (more & ~fewer).any()
 
 
+def clean_and_pgd(steps: int) -> list[Attack]:
+    return [
+        Attack("clean", "clean", clean.Params(), "Linf", 0.0),
+        Attack("pgd", "pgd", pgd.Params(steps=steps, restarts=1), "Linf", EPS),
+    ]
+
+
 def test_attacks_see_only_what_is_classified_correctly_and_flags_are_spread_over_all():
     x, y = line_images()
     model = Line().train()
-    settings = Evaluation.model_construct(
-        n_examples=len(y),
-        batch_size=100,
-        seed=0,
-        selections={},
-        attacks={"clean": clean.Params(), "pgd": pgd.Params(steps=10, restarts=1)},
-    )
     first, second = attack_model(
-        model, Part(x, y), ["clean", "pgd"], settings=settings, threat=Threat(eps=EPS), device=CPU
+        model, Part(x, y), clean_and_pgd(steps=10), seed=0, batch_size=100, device=CPU
     )
     assert not model.training
     assert model.sizes[:2] == [9, 8]
@@ -295,19 +294,12 @@ def test_model_in_train_mode_is_put_into_eval_mode_for_every_pass():
     modes = []
     model[1].register_forward_hook(lambda module, *_: modes.append(module.training))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = Evaluation.model_construct(
-        n_examples=5,
-        batch_size=2,
-        seed=0,
-        selections={},
-        attacks={"clean": clean.Params(), "pgd": pgd.Params(steps=1, restarts=1)},
-    )
     attack_model(
         model,
         Part(torch.rand(5, 1, 8, 8), torch.arange(5)),
-        ["clean", "pgd"],
-        settings=settings,
-        threat=Threat(eps=EPS),
+        clean_and_pgd(steps=1),
+        seed=0,
+        batch_size=2,
         device=CPU,
     )
     assert modes

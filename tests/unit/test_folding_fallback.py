@@ -14,8 +14,8 @@ from robsparse.datasets import Part
 from robsparse.eval import clean, pgd
 from robsparse.evaluation.runner import attack_model
 from robsparse.fast import folded_layers, folding, proof, small_maps
-from robsparse.schema.evaluation import Evaluation
-from robsparse.schema.threat import Crafting, Threat
+from robsparse.schema.threat import Crafting
+from robsparse.study.planned import Attack
 from robsparse.training import objectives
 
 SHAPE = (1, 8, 8)
@@ -304,13 +304,10 @@ def test_network_that_a_view_cannot_follow_is_crafted_on_as_it_is(
 )
 def test_attack_on_it_is_recorded_and_finds_the_same(make, used):
     model = build(make)
-    settings = Evaluation.model_construct(
-        n_examples=6,
-        batch_size=4,
-        seed=0,
-        selections={},
-        attacks={"clean": clean.Params(), "pgd": pgd.Params(steps=3, restarts=1)},
-    )
+    attacks = [
+        Attack("clean", "clean", clean.Params(), "Linf", 0.0),
+        Attack("pgd", "pgd", pgd.Params(steps=3, restarts=1), "Linf", 0.02),
+    ]
     seed()
     part = Part(X, model(X).argmax(1))
     found = []
@@ -319,9 +316,9 @@ def test_attack_on_it_is_recorded_and_finds_the_same(make, used):
         results = attack_model(
             model,
             part,
-            ["clean", "pgd"],
-            settings=settings,
-            threat=Threat(eps=0.02),
+            attacks,
+            seed=0,
+            batch_size=4,
             device=torch.device("cpu"),
             folded=folded,
         )

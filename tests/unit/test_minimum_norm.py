@@ -13,8 +13,7 @@ from robsparse.evaluation.attacks import AttackContext
 from robsparse.evaluation.cache import Cache
 from robsparse.evaluation.record import image_outcomes
 from robsparse.evaluation.runner import attack_model
-from robsparse.schema.evaluation import Evaluation
-from robsparse.schema.threat import Threat
+from robsparse.study.planned import Attack
 
 CPU = torch.device("cpu")
 EPS = 0.1
@@ -314,16 +313,10 @@ def test_part_is_given_by_the_evaluator(known_network, monkeypatch):
     model, part = known_network
     labels = part.y_N[:20].clone()
     labels[1:] = (labels[1:] + 1) % 10  # one image alone is right: no other is seen by the attack
-    settings = Evaluation.model_construct(
-        n_examples=20,
-        batch_size=20,
-        seed=0,
-        selections={"last": ["clean", "minimum_norm"]},
-        attacks={
-            "clean": minimum_norm.AttackParams(),
-            "minimum_norm": minimum_norm.Params(**QUICK, eps=0.01),
-        },
-    )
+    attacks = [
+        Attack("clean", "clean", minimum_norm.AttackParams(), "Linf", EPS),
+        Attack("minimum_norm", "minimum_norm", minimum_norm.Params(**QUICK), "Linf", 0.01),
+    ]
     given = []
     searched = minimum_norm._Search.distances
 
@@ -335,9 +328,9 @@ def test_part_is_given_by_the_evaluator(known_network, monkeypatch):
     _, result = attack_model(
         model,
         Part(part.x_NCHW[:20], labels),
-        ["clean", "minimum_norm"],
-        settings=settings,
-        threat=Threat(eps=EPS),
+        attacks,
+        seed=0,
+        batch_size=20,
         device=CPU,
     )
     assert torch.equal(given[0], part.x_NCHW[:20])

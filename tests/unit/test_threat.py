@@ -116,9 +116,9 @@ def test_each_attack_goes_as_far_as_it_says_else_as_the_threat(study_data, load_
     found = attack_model(
         model,
         first_examples(splits.test, 8, splits.classes),
-        names,
-        settings=study.evaluation,
-        threat=study.threat,
+        study.planned[cell].attacks["last"],
+        seed=0,
+        batch_size=8,
         device=CPU,
     )
     expected = [("Linf", 0.0), ("Linf", 0.15), ("Linf", 0.5 / 255), ("L2", 2.5)]
@@ -136,9 +136,9 @@ def test_a_variant_of_clean_perturbs_nothing(study_data, load_study):
     found = attack_model(
         model.eval(),
         first_examples(splits.test, 8, splits.classes),
-        ["untouched"],
-        settings=study.evaluation,
-        threat=study.threat,
+        [study.attacks["untouched"]],
+        seed=0,
+        batch_size=8,
         device=CPU,
     )
     assert found[0].context.eps == 0.0
