@@ -230,40 +230,49 @@ SETS = {
     for name in ("pgd", "autoattack", "transfer")
 }
 
-# The first stage that runs again when a key changes; the longest name that fits counts. Keys that
-# name a place on disk stand twice: `~moved` is the same content under another name.
+# The first stage that runs again when a key changes; the longest name that fits counts. A key that
+# names a file has two rows; in the row with `~moved` only the name of the file changes.
 KEYS = {
-    "study": ("collect", "its files lie elsewhere, so all of it is made there"),
+    "study": (
+        "collect",
+        "the results of another study are in another folder, where nothing exists yet",
+    ),
     "title": ("figures", "it is printed"),
     "small": ("figures", "it is printed"),
-    "grid": ("training", "new networks are trained, those that are there are not"),
-    "grid.1.where_exists": ("collect", "networks of the block are left out"),
-    "grid.0.methods": ("collect", "networks less"),
-    "grid.1.methods": ("collect", "a network less"),
-    "grid.0.where_exists": ("figures", "the file is there; it is printed"),
-    "grid.1.training.rst_file": ("figures", "read by rst alone; all settings are printed"),
-    "grid.1.training.rst_fraction": ("figures", "read by rst alone"),
+    "grid": ("training", "only new networks are trained"),
+    "grid.1.where_exists": ("collect", "the study no longer has the networks of the block"),
+    "grid.0.methods": ("collect", "the study has fewer networks"),
+    "grid.1.methods": ("collect", "the study has one network less"),
+    "grid.0.where_exists": ("figures", "the file exists, and the setting is printed"),
+    "grid.1.training.rst_file": ("figures", "only rst reads it; all settings are printed"),
+    "grid.1.training.rst_fraction": ("figures", "only rst reads it"),
     "datasets": ("training", ""),
     "datasets.own.label": ("figures", "it is printed"),
-    "datasets.own.file~moved": ("figures", "the content decides; the name is printed"),
+    "datasets.own.file~moved": ("figures", "the content decides, and the name is printed"),
     "archs": ("training", ""),
-    "methods": ("training", "of the networks of that method and of those that start from them"),
+    "methods": ("training", "networks of this method, and networks that start from them"),
     "methods.other_dense.label": ("figures", "it is printed"),
-    "methods.other_dense.starts_from": ("nothing", "a dense network starts from none"),
-    "methods.lwm.finetune.epochs": ("figures", "the budget of the block says how many"),
-    "methods.admm": ("figures", "not in the grid"),
-    "methods.hydra": ("figures", "not in the grid"),
-    "models": ("training", "the network is taken in again"),
+    "methods.other_dense.starts_from": (
+        "nothing",
+        "a dense network does not start from another network",
+    ),
+    "methods.lwm.finetune.epochs": (
+        "figures",
+        "the budget of the block decides the number of epochs",
+    ),
+    "methods.admm": ("figures", "it is not in the grid"),
+    "methods.hydra": ("figures", "it is not in the grid"),
+    "models": ("training", "the external model is imported again"),
     "models.given.label": ("figures", "it is printed"),
-    "models.given.file~moved": ("figures", "the content decides; the name is printed"),
+    "models.given.file~moved": ("figures", "the content decides, and the name is printed"),
     "threat": ("training", ""),
     "training": ("training", ""),
-    "training.beta": ("figures", "read by trades, mart and rst alone, whose block has its own"),
-    "training.rst_file": ("figures", "read by rst alone"),
-    "training.rst_fraction": ("figures", "read by rst alone"),
+    "training.beta": ("figures", "only trades, mart and rst read it, and their block sets it"),
+    "training.rst_file": ("figures", "only rst reads it"),
+    "training.rst_fraction": ("figures", "only rst reads it"),
     "evaluation": ("evaluation", ""),
     "machine": ("nothing", "no number depends on it"),
-    "machine.rerun_on_code_change": ("training", "the code is compared from here on"),
+    "machine.rerun_on_code_change": ("training", "from now on the code is compared"),
     "tables": ("figures", ""),
 }
 
@@ -640,29 +649,33 @@ def document() -> str:
 TOP = """\
 # What runs again after which change
 
-`robsparse/study/fingerprints.py` computes what decides a network, an evaluation, the tables and the
-figures; the workflow runs a job again when that has changed. This page is written from the tables
-in `tests/unit/test_fingerprints.py`, which compare every key of a study and every file of the
-package with what Snakemake is told: `python tests/unit/test_fingerprints.py` writes it anew.
+`robsparse/study/fingerprints.py` computes the fingerprints of a network, an evaluation, the tables
+and the figures: digests of everything that decides them. The workflow runs a job again if its
+fingerprint has changed. `python tests/unit/test_fingerprints.py` writes this page from its tables.
+The tests in this file change every key of a study and every file of the package, and check for
+which jobs the parameters change that Snakemake compares.
 
-What is not a key decides nothing: the name and place of a config, the place of data and weights,
-and comments and docstrings of code. The content of a file that a config names does decide.
+Some things change no fingerprint: the name and the folder of a config, the place of data and
+weights, and comments and docstrings in code. The content of a file that a config names does change
+it.
 
-A stage runs again, and with it all that follows: training, evaluation, collect, figures. The
-longest name that fits counts.
+The stages are training, evaluation, collect and figures. If a stage runs again, all later stages
+also run again. If several names in the table fit a key, the longest one counts. In a row with
+`~moved`, the file has another name and the same content.
 
 | key of a study | first stage that runs again | why |
 |---|---|---|"""
 
 MIDDLE = """
-`machine.rerun_on_code_change: true` lets code and library versions start jobs too. Otherwise
-records keep what made them, and `collect` says which rows are of other code (columns `code_digest`
-and `other_code` of results.csv). Tables and figures are always made again. The cache of an
-evaluation and resume states never survive another code. A method, attack, data set or arch counts
-where it is used; the example below uses dense, lwm, bcs; digits, npz; small_cnn; clean, pgd,
-autoattack, transfer.
+With `machine.rerun_on_code_change: true`, a change of the code or of a library also starts jobs.
+Otherwise the records contain the version of the code that made them, and `collect` says which rows
+come from other code (columns `code_digest` and `other_code` of `results.csv`). Tables and figures
+are made again after every change of their code. The cache of an evaluation and resume states are
+never used after a change of the code. The code of a method, attack, data set or architecture
+counts only if the study uses it. The study of the table below uses dense, lwm and bcs; digits and
+npz; small_cnn; clean, pgd, autoattack and transfer.
 
-| first stage that runs again | files (without .py; `*`: the rest of the folder) |
+| first stage that runs again | files (without .py; `*`: the other files of the folder) |
 |---|---|"""
 
 
