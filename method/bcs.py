@@ -41,7 +41,7 @@ from robsparse.base.counts import density, keep_count, round_to_sum
 from robsparse.schema import Fit, Strict
 from robsparse.sparsity.budgets import erk_keep_counts
 from robsparse.sparsity.history import ConnectionLog
-from robsparse.sparsity.layers import prunable
+from robsparse.sparsity.layers import parametrisation, prunable, trained_weight
 from robsparse.sparsity.rewiring import Changes, Rewiring, rewiring_of
 from robsparse.training.stages import Run, Stage
 
@@ -125,6 +125,8 @@ class SignedTheta(nn.Module):
     After the active set is fixed, sign is 0 at dormant positions, and the result is sign * theta.
     """
 
+    sign: Tensor
+
     def __init__(self, sign: Tensor) -> None:
         super().__init__()
         self.register_buffer("sign", sign)
@@ -170,23 +172,24 @@ class SamplingStage(Stage):
             sign = torch.where(weight < 0, -1.0, 1.0)
             parametrize.register_parametrization(module, "weight", SignedTheta(sign))
             order = torch.randperm(weight.numel(), generator=run.generator, device=weight.device)
-            theta = module.parametrizations.weight.original.data
+            theta = trained_weight(module).data
             theta.clamp_(min=self.params.regrown_theta)  # a drawn weight may be 0 by chance
             theta.view(-1)[order[counts[name] :]] = 0.0
         active = dict(zip(prunable(run.model), active_masks(run.model), strict=True))
         run.connections = ConnectionLog(active, run.log_every)
 
     def before_step(self, run: Run) -> None:
-        if self.rewiring is None or not self.rewiring.is_intact():
-            self._gather(run)
+        rewiring = self.rewiring
+        if rewiring is None or not rewiring.is_intact():
+            rewiring = self._gather(run)
         if self.params.waking == "drift" and not self.fixed:
-            self.rewiring.find_active()
+            rewiring.find_active()
         if self._rewiring_is_over(run) and not self.fixed:
             for layer, theta in zip(signed_layers(run.model), thetas(run.model), strict=True):
                 layer.fix(theta > 0)
             self.fixed = True
 
-    def _gather(self, run: Run) -> None:
+    def _gather(self, run: Run) -> Rewiring:
         """Gather all theta, and the active positions of the network or of an interrupted run."""
         active = self.saved_active
         if active is None:
@@ -197,6 +200,7 @@ class SamplingStage(Stage):
         self.rewiring = rewiring_of(layers, active.to(layers[0].device), budget, run.generator)
         self.saved_active = None
         self.fixed = all(layer.fixed for layer in signed_layers(run.model))
+        return self.rewiring
 
     def _rewiring_is_over(self, run: Run) -> bool:
         if self.params.rewiring == "until_last_drop":
@@ -205,6 +209,8 @@ class SamplingStage(Stage):
 
     def after_step(self, run: Run) -> None:
         rewiring, params, may_wake = self.rewiring, self.params, self.params.waking == "drift"
+        assert rewiring is not None
+        assert run.connections is not None
         nothing = rewiring.active[:0]
         changes = Changes(nothing, nothing, nothing)
         with torch.no_grad():
@@ -238,12 +244,12 @@ class SamplingStage(Stage):
 
 def thetas(model: nn.Module) -> list[Tensor]:
     """Return the trainable theta of each prunable layer."""
-    return [module.parametrizations.weight.original for module in prunable(model).values()]
+    return [trained_weight(module) for module in prunable(model).values()]
 
 
 def signed_layers(model: nn.Module) -> list[SignedTheta]:
     """Return the parametrisation of each prunable layer."""
-    return [module.parametrizations.weight[0] for module in prunable(model).values()]
+    return [parametrisation(module, SignedTheta) for module in prunable(model).values()]
 
 
 def active_masks(model: nn.Module) -> list[Tensor]:

@@ -24,7 +24,7 @@ def mask_overlaps(study: Study, layout: Layout) -> list[dict[str, Any]]:
     selection, or if they are two selections of one training run. Networks of foreign code have
     other layers and are left out.
     """
-    groups: dict[tuple, list[Saved]] = {}
+    groups: dict[tuple[str | float, ...], list[Saved]] = {}
     for cell in study.cells():
         for selection in study.evaluation.selections:
             comparable = cell.sparsity and not study.source(cell.method).foreign
@@ -34,7 +34,9 @@ def mask_overlaps(study: Study, layout: Layout) -> list[dict[str, Any]]:
     return [row for key, saved in groups.items() for row in _pairs(key, saved, layout)]
 
 
-def _pairs(key: tuple, saved: list[Saved], layout: Layout) -> list[dict[str, Any]]:
+def _pairs(
+    key: tuple[str | float, ...], saved: list[Saved], layout: Layout
+) -> list[dict[str, Any]]:
     masks = {one: read_masks(layout.model(*one)) for one in saved}
     rows = []
     for (cell_a, selection_a), (cell_b, selection_b) in itertools.combinations(saved, 2):

@@ -7,6 +7,7 @@ to start, or differs, is replaced by `eager`, and one line says so.
 import functools
 import weakref
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Backend:
     def __init__(self, name: str, eager: Run) -> None:
         self.name, self.eager = name, eager
         # By the kind of images and precision, each started with the first images of its kind.
-        self.started: dict[tuple, Run] = {}
+        self.started: dict[tuple[object, ...], Run] = {}
 
     def __call__(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         """The logits."""
@@ -84,7 +85,8 @@ class _Graph:
         sample = x.detach().clone().requires_grad_(x.requires_grad)
         # A module would have its own forward replaced; what wraps it has not.
         run = functools.partial(eager, self.memory)
-        self.graph = torch.cuda.make_graphed_callables(run, (sample,))
+        graph = torch.cuda.make_graphed_callables(run, (sample,))
+        self.graph = cast(Callable[[Tensor], Tensor], graph)
 
     def __call__(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         if self.loaded() is not snapshot:

@@ -65,6 +65,7 @@ class FoldedNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.affine.weight, self.affine.bias
+        assert bias is not None
         return torch.addcmul(bias, x.to(weight.dtype), weight)
 
 
@@ -105,7 +106,7 @@ class FoldedConvolution:
             form = form_of(source.layer, x, self.full.density, bf16=bf16)
             if form != "conv":
                 columns = self.columns or form == "sparse"
-                matrix = self._matrix(x, form, columns)
+                matrix = self._matrix(self.full, x, form, columns)
                 return matrix(x, rectified=rectified, columns=columns)
         x = x.to(self.affine.weight.dtype)
         weight, layout = self._laid_out(x)
@@ -113,7 +114,7 @@ class FoldedConvolution:
         return out.relu_() if rectified else out
 
     @torch.compiler.disable
-    def _matrix(self, x: Tensor, form: str, columns: bool) -> Matrix:
+    def _matrix(self, full: Affine, x: Tensor, form: str, columns: bool) -> Matrix:
         """The matrix for maps of this size.
 
         Raises ValueError when it does not compute what the convolution does. The two are compared
@@ -121,18 +122,18 @@ class FoldedConvolution:
         """
         key = (x.shape[2:], form)
         if (key, columns) not in self.source.proven:
-            self._require_same(x, form, columns)
+            self._require_same(full, x, form, columns)
             self.source.proven.add((key, columns))
         if key not in self._matrices:
             dense_bf16 = form == "dense" and self.affine.weight.dtype == torch.bfloat16
-            affine = self.affine if dense_bf16 else self.full
+            affine = self.affine if dense_bf16 else full
             small_map = self.source.small_map(x.shape[2:])
             self._matrices[key] = small_map.form(form, affine.weight, affine.bias)
         return self._matrices[key]
 
-    def _require_same(self, x: Tensor, form: str, columns: bool) -> None:
+    def _require_same(self, full: Affine, x: Tensor, form: str, columns: bool) -> None:
         """Raise ValueError unless a matrix computes what the convolution does."""
-        weight, bias = self.full.weight, self.full.bias
+        weight, bias = full.weight, full.bias
         matrix = self.source.small_map(x.shape[2:]).form(form, weight, bias)
         images = x[: proof.IMAGES].to(weight.dtype)
         plain, fast = (
@@ -294,10 +295,13 @@ def folded_parameters(
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Batch norm in eval mode as x * scale + shift, one of each a channel."""
-    scale = (norm.running_var + norm.eps).rsqrt()
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.detach()
-    shift = -norm.running_mean * scale
+    shift = -mean * scale
     return scale, shift if norm.bias is None else shift + norm.bias.detach()
 
 

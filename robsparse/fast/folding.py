@@ -45,16 +45,21 @@ class View(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if self.status.reason:
-            return self.network()(x_NCHW)
+            return self._network()(x_NCHW)
         try:
             return self.backend(self.snapshot, x_NCHW).to(x_NCHW.dtype)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            logits_NK = self.network()(x_NCHW)  # raises what the network itself has against them
+            logits_NK = self._network()(x_NCHW)  # raises what the network itself has against them
             self.status.reason = f"it fails ({in_a_line(error)})"
             _print(self.status.reason)
             return logits_NK
+
+    def _network(self) -> nn.Module:
+        network = self.network()
+        assert network is not None  # who uses a view holds its network
+        return network
 
 
 def view_of(
@@ -102,24 +107,25 @@ class Status:
     proven: the kinds of images that view and network were compared on.
     """
 
-    structure: list
+    structure: list[tuple[object, ...]]
     program: Program | None = None
     reason: str = ""
     attributes: bool = True
-    proven: set[tuple] = field(default_factory=set)
+    proven: set[tuple[object, ...]] = field(default_factory=set)
     backends: dict[str, Backend] = field(default_factory=dict)
 
     def backend(self, name: str) -> Backend:
         """The named backend, which starts once for all views."""
         if name not in self.backends:
+            assert self.program is not None
             self.backends[name] = Backend(name, self.program.run)
         return self.backends[name]
 
-    def prove(self, network: nn.Module, x_NCHW: Tensor) -> None:
+    def prove(self, network: nn.Module, program: Program, x_NCHW: Tensor) -> None:
         """Compare view and network on some images; use the network where they differ."""
         with observed(network, x_NCHW.device) as seen, computing("fp32", x_NCHW.device):
             try:
-                reason = _difference(network, self.program, x_NCHW)
+                reason = _difference(network, program, x_NCHW)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -151,14 +157,14 @@ def _status_of(network: nn.Module, x_NCHW: Tensor) -> Status:
     before = status.reason if status is not None else ""
     if status is None or status.structure != structure(network, attributes=status.attributes):
         status = _STATUS[network] = _try(network, x_NCHW)
-    elif not status.reason and _kind(x_NCHW) not in status.proven:
-        status.prove(network, x_NCHW)
+    elif status.program and not status.reason and _kind(x_NCHW) not in status.proven:
+        status.prove(network, status.program, x_NCHW)
     if status.reason not in ("", before):
         _print(status.reason)
     return status
 
 
-def _kind(x_NCHW: Tensor) -> tuple:
+def _kind(x_NCHW: Tensor) -> tuple[object, ...]:
     return x_NCHW.shape[1:], x_NCHW.dtype, x_NCHW.device
 
 
@@ -174,10 +180,10 @@ def _try(network: nn.Module, x_NCHW: Tensor) -> Status:
         except ValueError as error:
             reason = str(error)
         reason = reason or seen.changed()
-    if reason:
+    if reason or status.program is None:
         status.give_up(network, reason)
     else:
-        status.prove(network, x_NCHW)
+        status.prove(network, status.program, x_NCHW)
     return status
 
 

@@ -182,8 +182,13 @@ class _Pattern:
 
 
 def _csr(pattern: sparse.csr_array, values: np.ndarray, shape: tuple[int, int]) -> Tensor:
-    parts = (pattern.indptr, pattern.indices, values[pattern.data])
-    return torch.sparse_csr_tensor(*map(torch.from_numpy, parts), shape, check_invariants=False)
+    return torch.sparse_csr_tensor(
+        torch.from_numpy(pattern.indptr),
+        torch.from_numpy(pattern.indices),
+        torch.from_numpy(values[pattern.data]),
+        shape,
+        check_invariants=False,
+    )
 
 
 def _out_size(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int]:

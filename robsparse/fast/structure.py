@@ -24,7 +24,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
-def structure(model: nn.Module, *, attributes: bool = True) -> list[tuple]:
+def structure(model: nn.Module, *, attributes: bool = True) -> list[tuple[object, ...]]:
     """Modules, their types and code, modes and hooks and, if asked for, their other attributes.
 
     Two structures compare as equal if a trace of the one network is a trace of the other. Weights,
@@ -36,7 +36,7 @@ def structure(model: nn.Module, *, attributes: bool = True) -> list[tuple]:
     ]
 
 
-def _traits(module: nn.Module, model: nn.Module, attributes: bool) -> tuple:
+def _traits(module: nn.Module, model: nn.Module, attributes: bool) -> tuple[object, ...]:
     own = vars(module)
     return (
         None if module is model else _Is(module),
@@ -101,9 +101,9 @@ class Observed:
         for container, before in self.attributes:
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(before)
-        for _, _, buffer, before in self.buffers:
-            if not torch.equal(buffer.nan_to_num(), before.nan_to_num()):
-                buffer.copy_(before)
+        for _, _, buffer, values in self.buffers:
+            if not torch.equal(buffer.nan_to_num(), values.nan_to_num()):
+                buffer.copy_(values)
         randomness.restore(self.random, self.device)
 
     @staticmethod
@@ -140,8 +140,8 @@ def runs(model: nn.Module, x_NCHW: Tensor) -> bool:
 
 def _modules(model: nn.Module) -> list[nn.Module]:
     """All modules but parametrisations: what these compute is read with the weights."""
-    parametrised = [m for m in model.modules() if parametrize.is_parametrized(m)]
-    left_out = {id(part) for module in parametrised for part in module.parametrizations.modules()}
+    found = [m.parametrizations for m in model.modules() if parametrize.is_parametrized(m)]
+    left_out = {id(part) for one in found if isinstance(one, nn.Module) for part in one.modules()}
     return [module for module in model.modules() if id(module) not in left_out]
 
 
@@ -160,7 +160,7 @@ class _Is:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Is) and self.value is other.value
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _comparable(value: Any) -> Any:

@@ -144,15 +144,17 @@ class _Folder:
         module = self._module(node)
         if isinstance(module, nn.Conv2d | nn.Linear):
             require_plain(module)
-            norm = _only_user(node, self._is_norm)
-            found = self._module(norm) if norm is not None else None
-            _merge(norm, node)
+            user = _only_user(node, lambda user: self._norm(user) is not None)
+            norm = None if user is None else self._norm(user)
+            _merge(user, node)
             relu = _only_user(node, self._is_relu)
             _merge(relu, node)
-            source = ConvolutionSource if isinstance(module, nn.Conv2d) else LinearSource
-            self._replace(node, source(module, found, rectified=relu is not None))
-        elif self._is_norm(node):
-            self._replace(node, NormSource(module))
+            if isinstance(module, nn.Conv2d):
+                self._replace(node, ConvolutionSource(module, norm, rectified=relu is not None))
+            else:
+                self._replace(node, LinearSource(module, norm, rectified=relu is not None))
+        elif (norm := self._norm(node)) is not None:
+            self._replace(node, NormSource(norm))
         elif isinstance(module, nn.ReLU):
             node.op, node.target = "call_function", torch.relu
         elif module is not None:
@@ -168,15 +170,16 @@ class _Folder:
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls, if it calls one."""
-        return self.modules.get(node.target) if node.op == "call_module" else None
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
-    def _is_norm(self, node: fx.Node) -> bool:
-        """Whether a node is batch norm with running statistics; without, it follows the batch."""
+    def _norm(self, node: fx.Node) -> nn.BatchNorm2d | None:
+        """The batch norm that a node calls, if it has running statistics and ignores the batch."""
         module = self._module(node)
         if not isinstance(module, nn.BatchNorm2d):
-            return False
+            return None
         require_plain(module)
-        return module.running_mean is not None and module.running_var is not None
+        running = module.running_mean is not None and module.running_var is not None
+        return module if running else None
 
     def _is_relu(self, node: fx.Node) -> bool:
         return isinstance(self._module(node), nn.ReLU) or _calls_relu(node)

@@ -6,13 +6,15 @@ Params: the parameters of the architectures.
 build: returns a network.
 """
 
+from pydantic import BaseModel
 from torch import nn
 
 from robsparse.base import registry
-from robsparse.schema import Strict
 
 
-def build(name: str, params: Strict, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
+def build(
+    name: str, params: BaseModel, image_shape: tuple[int, int, int], classes: int
+) -> nn.Module:
     """Return a new network that maps x_NCHW in [0,1] to logits_NK.
 
     The initial weights are drawn from torch's global generator; seed it first.

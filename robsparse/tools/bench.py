@@ -43,7 +43,7 @@ from robsparse.schema.imagesets import Augmentation
 from robsparse.schema.threat import Crafting
 from robsparse.schema.training import Training
 from robsparse.sparsity.budgets import erk_keep_counts
-from robsparse.sparsity.layers import prunable
+from robsparse.sparsity.layers import prunable, trained_weight
 from robsparse.sparsity.masks import random_masks
 from robsparse.study.cost import PASSES
 from robsparse.tools.stopwatch import Comparison, Side, Stopwatch, copy_rate, multiply_rate
@@ -226,7 +226,9 @@ def evaluate(settings: Settings) -> Iterator[Comparison]:
         threat = AttackContext("Linf", SURVIVE, 0, len(x), settings.device, report=lambda _: None)
         stock = AutoAttack(model, eps=SURVIVE, seed=0, device=settings.device)
 
-        def ours(model: nn.Module = model, given: tuple = (x, y), threat: Any = threat) -> None:
+        def ours(
+            model: nn.Module = model, given: tuple[Tensor, Tensor] = (x, y), threat: Any = threat
+        ) -> None:
             view = folding.view_of(model, given[0].to(settings.device))
             module.run(view, *given, module.Params(), threat)
 
@@ -252,9 +254,9 @@ def rewire(settings: Settings) -> Iterator[Comparison]:
         model = textbook.sparsify(_build(arch, settings.device), "sampled", density)
         theirs = Side(
             functools.partial(textbook.rewire, model, density, 0.1),
-            lambda model=model: _kill([layer.weight for layer in prunable(model).values()]),
+            functools.partial(_kill_weights, model),
         )
-        options = {"count": 1, "unit": "steps/s"}
+        options: dict[str, Any] = {"count": 1, "unit": "steps/s"}
         yield settings.watch.compare(case, ours, theirs, "textbook", **options)
         for precision in settings.precisions:
             step = _our_step(Step(arch, "at", precision, "bcs", sparsity), settings)
@@ -345,6 +347,8 @@ def _textbook() -> ModuleType:
     if not path.exists():
         raise UsageError(f"{path}: not there; bench runs in a checkout of the repository")
     spec = importlib.util.spec_from_file_location("textbook", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -448,13 +452,17 @@ def _their_step(kind: Step, settings: Settings) -> Side:
 
 def _our_rewiring(arch: str, sparsity: float, settings: Settings) -> Side:
     stage, run = _started(Step(arch, "at", "fp32", "bcs", sparsity), settings.device)
-    layers = [module.parametrizations.weight.original for module in prunable(run.model).values()]
+    layers: list[Tensor] = [trained_weight(module) for module in prunable(run.model).values()]
 
     def kill() -> None:
         stage.before_step(run)
         _kill(layers)
 
     return Side(lambda: stage.after_step(run), kill)
+
+
+def _kill_weights(model: nn.Module) -> None:
+    _kill([layer.weight for layer in prunable(model).values()])
 
 
 def _kill(layers: list[Tensor]) -> None:
