@@ -22,7 +22,7 @@ CANDIDATES, ROUNDS = 8, 3
 
 
 class Changes(NamedTuple):
-    """Positions (int64) that changed in a step; `none` of the rewiring may be among them.
+    """Positions (int64) that changed in a step; `padding` of the rewiring may be among them.
 
     pruned: became dormant. drawn: became active by a draw. woken: became active without one.
     """
@@ -35,9 +35,9 @@ class Changes(NamedTuple):
 class Rewiring(ABC):
     """The values of all layers in one tensor, the active positions, and draws of new ones.
 
-    A position counts through the layers' weights, one layer after the other. A position whose value
-    is above 0 is active, all others are dormant. Position `none`, the number of all weights, is in
-    no layer: it stands for "no position".
+    A position is an index into the weights of all layers, one layer after the other. A position
+    whose value is above 0 is active, all others are dormant. The position after the last weight is
+    `padding`: it stands for "no position" in lists of a fixed length.
 
     State that changes from step to step: `values` and `active` (positions, int64).
     """
@@ -55,13 +55,13 @@ class Rewiring(ABC):
         """
         self.layers, self.budget, self.generator = layers, budget, generator
         sizes = [layer.numel() for layer in layers]
-        self.none = sum(sizes)
+        self.padding = sum(sizes)
         self.values = torch.cat([*(x.detach().flatten() for x in layers), layers[0].new_zeros(1)])
         self.parts = self.values[:-1].split(sizes)
         for layer, part in zip(layers, self.parts, strict=True):
             layer.data = part.view_as(layer)
         self.addresses = [part.data_ptr() for part in self.parts]
-        # Of each layer, and last of `none`.
+        # Of each layer, and last of `padding`.
         self.sizes = torch.tensor([*sizes, 0], device=active.device)
         self.starts = self.sizes.cumsum(0) - self.sizes
         self.active = active
@@ -178,16 +178,16 @@ class HostRewiring(Rewiring):
         layer = edges.searchsorted(share * edges[-1], side="right")
         places = self._try(layer, value)
         for _ in range(ROUNDS - 1):
-            left = np.flatnonzero(places == self.none)
+            left = np.flatnonzero(places == self.padding)
             if len(left) == 0:
                 return places
             places[left] = self._try(layer[left], value)
         return self._count_out(places, layer, value, chances)
 
     def _try(self, layer: np.ndarray, value: float) -> np.ndarray:
-        """A dormant position of each given layer, which becomes active, or `none`.
+        """A dormant position of each given layer, which becomes active, or `padding`.
 
-        It is `none` where all candidates are active or an earlier draw has taken the same one.
+        It is `padding` where all candidates are active or an earlier draw has taken the same one.
         Which draws win depends on nothing but their order, so that every set of dormant positions
         of a layer is as probable as any other of its size.
         """
@@ -198,21 +198,21 @@ class HostRewiring(Rewiring):
         taken = values[tried] > 0
         rows, first = np.arange(len(layer)), taken.argmin(axis=1)
         place = tried[rows, first]
-        place[taken[rows, first]] = self.none
+        place[taken[rows, first]] = self.padding
         order = place.argsort(kind="stable")
         ordered = place[order]
-        place[order[1:][ordered[1:] == ordered[:-1]]] = self.none
+        place[order[1:][ordered[1:] == ordered[:-1]]] = self.padding
         values[place] = value
         return place
 
     def _count_out(
         self, places: np.ndarray, layer: np.ndarray, value: float, chances: np.ndarray
     ) -> np.ndarray:
-        """Find the places that are still `none` in lists of their layers' dormant positions, and
-        those that a layer has no room for in other layers.
+        """Choose the places that are still `padding` from lists of their layers' dormant positions,
+        and those that a layer has no room for from other layers.
         """
         values, starts, chances = self.values.numpy(), self.starts.numpy(), chances.copy()
-        left = np.flatnonzero(places == self.none)
+        left = np.flatnonzero(places == self.padding)
         for i in np.unique(layer[left]):
             own = left[layer[left] == i]
             dormant = starts[i] + np.flatnonzero(~(values[starts[i] : starts[i + 1]] > 0))
@@ -222,7 +222,7 @@ class HostRewiring(Rewiring):
             values[chosen] = value
             if len(own) >= len(dormant):
                 chances[i] = 0
-        left = np.flatnonzero(places == self.none)
+        left = np.flatnonzero(places == self.padding)
         if len(left):
             places[left] = self._draw(len(left), value, chances)
         return places
@@ -231,42 +231,42 @@ class HostRewiring(Rewiring):
 class DeviceRewiring(Rewiring):
     """Replaces connections without telling the host how many: all lists have a fixed length.
 
-    They are filled up with `none`, and a draw that finds no place is made again at the next step.
-    That happens to draws beyond a layer's room, to those beyond `most` in a step, and with the
-    probability of `CANDIDATES` and `ROUNDS` to those that meet another one in a nearly full layer.
+    They are filled up with `padding`, and a draw that finds no place is made again at the next
+    step. This happens to draws beyond the dormant positions of a layer, to draws beyond `most` in a
+    step, and, rarely, to draws that choose the same position in a nearly full layer (`ROUNDS`).
     """
 
     def __init__(
         self, layers: list[Tensor], active: Tensor, budget: int, generator: torch.Generator
     ) -> None:
         super().__init__(layers, active, budget, generator)
-        if len(active) == 0 or active[-1] != self.none:
-            # The last slot stays `none`: what is written there is lost.
+        if len(active) == 0 or active[-1] != self.padding:
+            # The last slot stays `padding`: what is written there is lost.
             missing = max(0, budget - len(active))
-            self.active = torch.cat([active, active.new_full((missing + 1,), self.none)])
+            self.active = torch.cat([active, active.new_full((missing + 1,), self.padding)])
         self.most = min(len(self.active), max(1024, budget // 8))
 
     def find_active(self) -> None:
-        found = self._where(self.values[:-1] > 0, self.none)
-        self.active = torch.cat([found, found.new_full((1,), self.none)])
+        found = self._where(self.values[:-1] > 0, self.padding)
+        self.active = torch.cat([found, found.new_full((1,), self.padding)])
 
     def _woken(self) -> Tensor:
-        return self._where(self._unlisted(), self.none)
+        return self._where(self._unlisted(), self.padding)
 
-    def _where(self, mask: Tensor, none: int, most: int | None = None) -> Tensor:
-        """Indices of the first `most` (or all) true entries, filled up with `none`."""
+    def _where(self, mask: Tensor, fill: int, most: int | None = None) -> Tensor:
+        """Indices of the first `most` (or all) true entries, filled up with `fill`."""
         most = len(mask) if most is None else most
         rank = mask.cumsum(0).masked_fill_(~mask, most + 1).clamp_(max=most + 1)
-        found = torch.full((most + 1,), none, device=mask.device)
+        found = torch.full((most + 1,), fill, device=mask.device)
         found.scatter_(0, rank - 1, torch.arange(len(mask), device=mask.device))
         return found[:most]
 
     def _replace(
         self, survives: Tensor, woken: Tensor, value: float, by_room: bool
     ) -> tuple[Tensor, Tensor]:
-        pruned = self.active.masked_fill(survives, self.none)
-        empty = (~survives).logical_or_(self.active == self.none)
-        missing = self.budget - (~empty).sum() - (woken < self.none).sum()
+        pruned = self.active.masked_fill(survives, self.padding)
+        empty = (~survives).logical_or_(self.active == self.padding)
+        missing = self.budget - (~empty).sum() - (woken < self.padding).sum()
         chosen = empty & (empty.cumsum(0) <= missing)
         chosen[-1:].fill_(False)
         last = len(empty) - 1
@@ -274,7 +274,7 @@ class DeviceRewiring(Rewiring):
         room = self._room()
         chances = room if by_room else self.sizes[:-1] * (room > 0)
         drawn = self._draw(slots < last, value, chances)
-        self.active = self.active.masked_fill(empty, self.none).index_copy_(0, slots, drawn)
+        self.active = self.active.masked_fill(empty, self.padding).index_copy_(0, slots, drawn)
         return pruned, drawn
 
     def _draw(self, wanted: Tensor, value: float, chances: Tensor) -> Tensor:
@@ -283,9 +283,9 @@ class DeviceRewiring(Rewiring):
         at = self._uniform(*wanted.shape) * edges[-1]
         nothing = len(self.parts)
         layer = torch.bucketize(at, edges, right=True).masked_fill_(~wanted, nothing)
-        places = torch.full_like(layer, self.none)
+        places = torch.full_like(layer, self.padding)
         for proposed in [self._anywhere] * ROUNDS + [self._counted_out]:
-            left = layer.masked_fill(places < self.none, nothing)
+            left = layer.masked_fill(places < self.padding, nothing)
             places = torch.minimum(places, self._claim(proposed(left), value))
         return places
 
@@ -297,7 +297,7 @@ class DeviceRewiring(Rewiring):
         room = (before[1:] - before[:-1])[layer_N.clamp(max=len(self.parts) - 1)]
         rank = before[layer_N] + (self._uniform(*layer_N.shape) * room).long()
         place = torch.bucketize(rank, dormant, right=True) - 1
-        return place.masked_fill_((room == 0) | (layer_N == len(self.parts)), self.none)[:, None]
+        return place.masked_fill_((room == 0) | (layer_N == len(self.parts)), self.padding)[:, None]
 
     def _anywhere(self, layer_N: Tensor) -> Tensor:
         """Positions of each given layer, active or dormant (N x CANDIDATES)."""
@@ -306,16 +306,16 @@ class DeviceRewiring(Rewiring):
         return offset.add_(self.starts.take(layer_N)[:, None])
 
     def _claim(self, candidates: Tensor, value: float) -> Tensor:
-        """Make the first dormant candidate of each row active; returns it, or `none` where all
+        """Make the first dormant candidate of each row active; returns it, or `padding` where all
         candidates are active or an earlier row takes the same one: see `HostRewiring._try`.
         """
         taken = self.values.take(candidates) > 0
         first = taken.view(torch.uint8).argmin(1, keepdim=True)
         place = candidates.gather(1, first).squeeze(1)
-        place.masked_fill_(taken.gather(1, first).squeeze(1), self.none)
+        place.masked_fill_(taken.gather(1, first).squeeze(1), self.padding)
         ordered, order = place.sort(stable=True)
         again = ordered[1:] == ordered[:-1]
-        place.scatter_(0, order[1:], ordered[1:].masked_fill(again, self.none))
+        place.scatter_(0, order[1:], ordered[1:].masked_fill(again, self.padding))
         self.values.index_fill_(0, place, value)
         return place
 

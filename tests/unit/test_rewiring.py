@@ -44,7 +44,7 @@ class Repeated:
         drawn = rewiring.rewire(survives, NEW, by_room=self.by_room, may_wake=False).drawn
         found = [(layer == NEW).numpy() for layer in layers]
         at = set(np.concatenate(found).nonzero()[0].tolist())
-        assert set(drawn.tolist()) - {rewiring.none} == at
+        assert set(drawn.tolist()) - {rewiring.padding} == at
         return found
 
     def counts(self, times):
@@ -185,9 +185,11 @@ def shaken(kind, seed, steps, *, sizes=(30, 200, 60), sparsity=0.7, interrupt=No
         survives = rewiring.move(1e-3, may_wake=False)
         pruned, _, drawn = rewiring.rewire(survives, 0.5, by_room=False, may_wake=False)
         now = torch.cat(layers) > 0
-        assert set(rewiring.active.tolist()) - {rewiring.none} == set(now.nonzero()[:, 0].tolist())
-        assert len(before) == rewiring.none
-        pruned, drawn = (int((found < rewiring.none).sum()) for found in (pruned, drawn))
+        assert set(rewiring.active.tolist()) - {rewiring.padding} == set(
+            now.nonzero()[:, 0].tolist()
+        )
+        assert len(before) == rewiring.padding
+        pruned, drawn = (int((found < rewiring.padding).sum()) for found in (pruned, drawn))
         history.append((pruned, drawn, int(now.sum())))
     return torch.cat(layers), history, budget
 
@@ -232,7 +234,7 @@ def test_lists_of_device_rewiring_hold_the_budget_and_one_slot_that_stays_empty(
         survives = rewiring.move(0.0, may_wake=False)
         rewiring.rewire(survives, 1.0, by_room=False, may_wake=False)
         assert len(rewiring.active) == slots
-        assert rewiring.active[-1] == rewiring.none == 8
+        assert rewiring.active[-1] == rewiring.padding == 8
     assert int((layers[0] > 0).sum()) == max(active, 4)
     again = DeviceRewiring(layers, rewiring.active, 4, torch.Generator())
     assert torch.equal(again.active, rewiring.active)  # of an interrupted run
