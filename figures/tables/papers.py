@@ -5,7 +5,7 @@ Import path: robsparse.figures.tables.papers
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from robsparse.figures.data.summary import Material
 from robsparse.figures.tables.study_tables import bullets, escape_latex, markdown
 from robsparse.figures.text.formats import NONE, SMALL, UNRELIABLE, accuracy_percent, join, percent
 from robsparse.schema.grid import Table
+from robsparse.study.parts import PartKind
 from robsparse.study.study import Study
 
 COLUMNS = [*published.KEYS, "ours", "published", "difference", "source", "potentially_unreliable"]
@@ -139,7 +140,7 @@ def _cell_text(rows: pd.DataFrame, letters: dict[str, str]) -> str:
 def _label(study: Study, axis: str, value: object) -> str:
     if axis == "sparsity":
         return percent(float(str(value)))
-    return str(value) if axis == "objective" else study.label(axis, str(value))
+    return str(value) if axis == "objective" else study.label(cast(PartKind, axis), str(value))
 
 
 def _sources(table: pd.DataFrame) -> list[str]:

@@ -22,7 +22,7 @@ from robsparse.records.rows import KEY, Row, wilson_interval
 
 def write(job: Job, size: NetworkSize, results: list[AttackResult], findings: Findings) -> None:
     """Write the outcome of each image, and the record, which holds the checksum of that file."""
-    outcomes: dict[str, np.ndarray] = {}
+    outcomes: dict[str, Any] = {}  # arrays
     for result in results:
         outcomes |= image_outcomes(result, job.examples)
     with atomic(job.outcomes) as temporary, temporary.open("wb") as handle:

@@ -5,6 +5,7 @@ Every check yields lines `key = value: what was expected`.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -52,8 +53,9 @@ def missing_data(study: Study) -> list[str]:
         for key in study.entry("dataset", name).literals.get("NEEDED", ()):
             if not os.path.exists(getattr(params, key)):
                 found.append(f"datasets.{name}.{key} = {show(getattr(params, key))}")
-        if os.path.isfile(getattr(params, "data_dir", ".")):
-            found.append(f"datasets.{name}.data_dir = {show(params.data_dir)}")
+        folder = getattr(params, "data_dir", ".")
+        if os.path.isfile(folder):
+            found.append(f"datasets.{name}.data_dir = {show(folder)}")
     return [f"{line}: expected a file or folder of images that is there" for line in found]
 
 
@@ -218,7 +220,7 @@ def _labels(parts: Parts) -> Iterator[str]:
     }
     for kind, names in named.items():
         key = "evaluation.attacks" if kind == "attack" else f"{kind}s"
-        for name, other in _alike(names, lambda name, kind=kind: parts.label(kind, name)):
+        for name, other in _alike(names, partial(parts.label, kind)):
             where = f"models.{name}" if name in parts.models else f"{key}.{name}"
             label = parts.label(kind, name)
             yield _line(f"{where}.label", label, f"another label than that of '{other}'")

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from robsparse.schema.evaluation import Selection
 from robsparse.schema.fields import Decides
 from robsparse.study import source_code
 from robsparse.study.cells import Cell
+from robsparse.study.parts import PartKind
 from robsparse.study.planned import Attack
 from robsparse.study.study import Study
 
@@ -34,8 +35,6 @@ _READ_BY = {
     "rst_file": ("rst",),
     "rst_fraction": ("rst",),
 }
-# Kinds of named parts of a study, and the section of each.
-_KINDS = {"dataset": "datasets", "arch": "archs", "method": "methods"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +127,18 @@ def figures(study: Study, captions: list[Path]) -> Fingerprint:
 
     captions: files of text that Snakemake's own report shows beside them.
     """
+    printed: dict[PartKind, Iterable[str]] = {
+        "attack": study.attacks,
+        "method": [*study.methods, *study.models],
+        "dataset": study.datasets,
+        "arch": study.archs,
+    }
     settings = {
         "study": study.settings(),
         "cells": [cell.key for cell in study.cells()],
         "labels": {
             kind: {name: study.label(kind, name) for name in names}
-            for kind, names in {
-                "attack": study.attacks,
-                "method": {**study.methods, **study.models},
-                **{kind: getattr(study, _KINDS[kind]) for kind in ("dataset", "arch")},
-            }.items()
+            for kind, names in printed.items()
         },
         "published": [[content(name) for name in table.published] for table in study.tables],
         "captions": [content(str(path)) for path in captions],

@@ -90,7 +90,7 @@ def _checked(loader: yaml.SafeLoader) -> Any:
             left += [(part, level + 1) for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             left += [(part, level + 1) for part in node.value]
-        else:
+        elif isinstance(node, yaml.ScalarNode):
             _value(loader, node)
     return loader.construct_document(whole) if whole else None
 

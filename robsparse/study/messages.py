@@ -39,7 +39,7 @@ def _line(error: Any, data: Any, prefix: str) -> str:
     return f"{key}: {message}" if named_wrongly else f"{key} = {show(value)}: {message}"
 
 
-def _without_lone_index(data: Any, location: list) -> list:
+def _without_lone_index(data: Any, location: list[int | str]) -> list[int | str]:
     """Leave out the 0 of a mapping that stands where a list of one is meant."""
     kept = []
     for part in location:
@@ -59,7 +59,7 @@ def show(value: Any) -> str:
     return cut(text)
 
 
-def _look_up(data: Any, location: list, default: Any) -> Any:
+def _look_up(data: Any, location: list[int | str], default: Any) -> Any:
     for part in location:
         try:
             data = data[part]

@@ -186,11 +186,11 @@ def _within_budget(parts: Parts, cell: Cell, block: Block) -> Strict:
             f"{key}: allows {total} epochs, expected at least {before + len(stages_of(params))} "
             f"for '{cell.method}'"
         )
-    stages = _lengthened(stages_of(params), total - before)
+    lengthened = _lengthened(stages_of(params), total - before)
     try:  # a warm-up, say, has to end within the new length
-        return type(params).model_validate(_given(params) | stages)
+        return type(params).model_validate(_given(params) | lengthened)
     except ValidationError as error:
-        line = messages.lines(error, stages)[0]
+        line = messages.lines(error, lengthened)[0]
         raise UsageError(f"{key}: does not suit '{cell.method}': {line}") from None
 
 

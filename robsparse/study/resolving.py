@@ -22,7 +22,7 @@ from robsparse.study.parts import Block, PartKind, Parts, base_of, start_of
 from robsparse.study.planned import attacks_of, planned_cells
 from robsparse.study.study import Study
 
-_VARIANT_OF_METHOD = {
+_VARIANT_OF_METHOD: dict[str, Any] = {
     "starts_from": (
         Name | None,
         Field(None, description="the variant whose networks it starts from, if not the plain one"),
@@ -57,8 +57,8 @@ def _parts_of(file: StudyFile, in_list: bool) -> Parts:
     methods = _methods(file)
     # Clean accuracy is always measured: attacks see only what is classified correctly.
     chosen = ["clean", *(name for s in file.evaluation.selections.values() for name in s)]
-    attacks = file.evaluation.attacks
-    attacks = _filled("attack", chosen, attacks, "evaluation.selections", "evaluation.attacks")
+    given = file.evaluation.attacks
+    attacks = _filled("attack", chosen, given, "evaluation.selections", "evaluation.attacks")
     datasets = [name for block in file.grid for name in block.datasets]
     datasets += [model.dataset for model in file.models.values()]
     archs = [name for block in file.grid for name in block.archs]

@@ -4,6 +4,8 @@ Shared by the methods that prune and regrow every so many steps (SET, RigL, Flyi
 magnitude pruning); BCS rewires at every step and by other rules.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -11,7 +13,7 @@ from torch.nn.utils import parametrize
 from robsparse.schema.training import Fit
 from robsparse.sparsity.budgets import erk_keep_counts
 from robsparse.sparsity.history import ConnectionLog
-from robsparse.sparsity.layers import prunable
+from robsparse.sparsity.layers import gradient, parametrisation, prunable, trained_weight
 from robsparse.sparsity.masks import random_masks, rankable
 from robsparse.training.stages import Run, Stage
 
@@ -22,11 +24,11 @@ class _PassGradient(torch.autograd.Function):
     """w * mask; masked weights get a gradient too."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
         return weight * mask
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -63,7 +65,7 @@ class MaskedStage(Stage):
         masks = self.initial_masks(run)
         for name, module in prunable(run.model).items():
             parametrize.register_parametrization(module, "weight", OpenMask(masks[name]))
-            module.parametrizations.weight.original.data.mul_(masks[name])
+            trained_weight(module).data.mul_(masks[name])
 
     def before_step(self, run: Run) -> None:
         self.before_masking(run)
@@ -135,21 +137,22 @@ class DynamicStage(MaskedStage):
                 for parameter in group["params"]:
                     parameter.grad = None  # the optimiser skips it then
         elif self.is_due:
-            self.gradients = {n: w.grad.clone() for n, w, _ in masked_layers(run.model)}
+            self.gradients = {n: gradient(w).clone() for n, w, _ in masked_layers(run.model)}
 
     def after_step(self, run: Run) -> None:
         if self.is_due and not self.update_replaces_step:
             self._update(run)
         none = torch.zeros(0, dtype=torch.int64, device=next(run.model.parameters()).device)
         changes = self.changes or [(none, none) for _ in masked_layers(run.model)]
+        assert run.connections is not None
         run.connections.record_by_layer([c[0] for c in changes], [c[1] for c in changes])
         self.changes, self.gradients = [], {}
 
     def _update(self, run: Run) -> None:
         with torch.no_grad():
             for name, weight, layer in masked_layers(run.model):
-                gradient = self.gradients.get(name, weight.grad)
-                self.changes.append(self._exchange(run, weight, layer.mask, gradient))
+                before = self.gradients[name] if name in self.gradients else gradient(weight)
+                self.changes.append(self._exchange(run, weight, layer.mask, before))
 
     def _exchange(
         self, run: Run, weight: Tensor, mask: Tensor, gradient: Tensor
@@ -176,7 +179,7 @@ class DynamicStage(MaskedStage):
 def masked_layers(model: nn.Module) -> list[tuple[str, nn.Parameter, OpenMask]]:
     """Name, trainable weight and mask of each prunable layer."""
     return [
-        (name, module.parametrizations.weight.original, module.parametrizations.weight[0])
+        (name, trained_weight(module), parametrisation(module, OpenMask))
         for name, module in prunable(model).items()
     ]
 
