@@ -27,7 +27,6 @@ class Evaluation(Strict):
     selections: dict[Selection, Annotated[list[Name], Field(min_length=1)]] = Field(
         min_length=1, description="attacks to run on the weights of each selection"
     )
-    attacks: dict[Name, Any] = Field(default_factory=dict)
     sanity_checks: SanityChecks = SanityChecks()
 
     @field_validator("selections")
@@ -36,3 +35,9 @@ class Evaluation(Strict):
         for names in selections.values():
             each_once(names)
         return selections
+
+
+class EvaluationSection(Evaluation):
+    """The section of a file: the parameters of attacks are still mappings."""
+
+    attacks: dict[Name, Any] = Field(default_factory=dict)

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from robsparse.schema.evaluation import Evaluation
+from robsparse.schema.evaluation import EvaluationSection
 from robsparse.schema.external import External
 from robsparse.schema.fields import Name, Strict
 from robsparse.schema.grid import Grid, Table
@@ -38,7 +38,7 @@ class StudyFile(Strict):
     )
     threat: Threat
     training: Training
-    evaluation: Evaluation
+    evaluation: EvaluationSection
     machine: Machine = Machine()
     tables: list[Table] = Field(
         default_factory=list, description="tables beside the main one, such as those of a paper"

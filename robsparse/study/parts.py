@@ -152,6 +152,7 @@ class Parts:
         for name in ("machine", "attack_params"):
             del sections[name]
         sections["grid"] = [_settings_of(block) for block in self.grid]
+        sections["evaluation"] = dict(self.evaluation) | {"attacks": dict(self.attack_params)}
         return to_jsonable_python({k: _plain(v) for k, v in sections.items()})
 
 

@@ -23,7 +23,7 @@ from robsparse.schema.training import Fit, Training
 from robsparse.study import messages
 from robsparse.study.cells import Cell
 from robsparse.study.cost import passes_per_epoch
-from robsparse.study.parts import Block, Parts
+from robsparse.study.parts import Block, Parts, base_of
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ def trained_against(threat: Threat, training: Training) -> Threat:
     return threat if training.eps is None else threat.model_copy(update={"eps": training.eps})
 
 
-def attacks_of(parts: Parts) -> dict[str, Attack]:
-    """Every attack of a study whose radii are right, by name."""
+def planned_attacks(params: Mapping[str, Strict], threat: Threat) -> dict[str, Attack]:
+    """Attacks by name, each with its own norm and eps, or else those of the threat."""
     found = {}
-    for name, params in parts.attack_params.items():
-        norm, eps = parts.threat.norm, 0.0
-        if isinstance(params, AttackParams):
-            norm, eps = params.norm or norm, params.eps or parts.threat.eps
-        found[name] = Attack(name, parts.base("attack", name), params, norm, eps)
+    for name, own in params.items():
+        norm, eps = threat.norm, 0.0
+        if isinstance(own, AttackParams):
+            norm, eps = own.norm or norm, own.eps or threat.eps
+        found[name] = Attack(name, base_of(params, name), own, norm, eps)
     return found
 
 

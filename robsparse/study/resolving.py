@@ -13,13 +13,14 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from robsparse.base import registry
 from robsparse.base.errors import UsageError, nearest
+from robsparse.schema.evaluation import Evaluation
 from robsparse.schema.fields import Name, Strict
 from robsparse.schema.grid import Grid
 from robsparse.schema.study_file import StudyFile
 from robsparse.schema.training import Training
 from robsparse.study import checks, messages
 from robsparse.study.parts import Block, PartKind, Parts, base_of, start_of
-from robsparse.study.planned import attacks_of, planned_cells
+from robsparse.study.planned import planned_attacks, planned_cells
 from robsparse.study.study import Study
 
 _VARIANT_OF_METHOD: dict[str, Any] = {
@@ -39,7 +40,7 @@ def resolved(file: StudyFile, in_list: bool) -> Study:
     if errors := checks.of_parts(parts):
         raise UsageError("\n".join(errors))
     # The networks themselves can only be listed where all that decides them is right.
-    attacks = attacks_of(parts)
+    attacks = planned_attacks(parts.attack_params, parts.threat)
     study = Study(
         **{field.name: getattr(parts, field.name) for field in fields(Parts)},
         attacks=MappingProxyType(attacks),
@@ -73,7 +74,7 @@ def _parts_of(file: StudyFile, in_list: bool) -> Parts:
         models=MappingProxyType(file.models),
         threat=file.threat,
         training=file.training,
-        evaluation=file.evaluation.model_copy(update={"attacks": dict(attacks)}),
+        evaluation=Evaluation.model_validate(file.evaluation.model_dump(exclude={"attacks"})),
         attack_params=attacks,
         machine=file.machine,
         tables=tuple(file.tables),

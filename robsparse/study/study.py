@@ -32,10 +32,6 @@ class Study(Parts):
         """Every cell the study trains or takes in, starting points included, in a fixed order."""
         return list(self.planned)
 
-    def attacks_of(self, selection: Selection) -> list[str]:
-        """Attacks on the weights of a selection; clean accuracy is always measured, and first."""
-        return list(dict.fromkeys(["clean", *self.evaluation.selections[selection]]))
-
     def inputs(self, cell: Cell, layout: Layout) -> list[Path]:
         """Files of the study that must be there before `cell` is trained."""
         start = self.starting_cell(cell)

@@ -159,8 +159,7 @@ def evaluation_seconds(clock: Clock, cell: Cell, selection: Selection) -> float:
     """Estimated time of all attacks on one set of weights."""
     settings = clock.study.evaluation
     seconds = SECONDS_TO_START_A_JOB
-    for name in settings.selections[selection]:
-        attack = clock.study.attacks[name]
+    for attack in clock.study.planned[cell].attacks[selection]:
         gradients, forwards = registry.load("attack", attack.base).passes(attack.params)
         each = gradients * clock.gradient(cell) + forwards * clock.forward(cell)
         seconds += settings.n_examples * ROBUST_SHARE * each

@@ -23,6 +23,7 @@ from robsparse.study.study import Study
 
 STAGES = ("training", "evaluation", "collect", "figures")
 NOTHING = "nothing"
+ATTACKS = "evaluation.attacks"  # the key of a file; a study has them as attack_params
 
 
 def study_data(folder: Path) -> dict:
@@ -292,9 +293,11 @@ def written_keys(value: Study | Block) -> set[str]:
 
 def keys_of(value: object, prefix: str = "") -> list[str]:
     """Every key of a study with its defaults, down to single values."""
-    parted = ("datasets", "archs", "methods", "models", "evaluation.attacks")
+    parted = ("datasets", "archs", "methods", "models", ATTACKS)
     if isinstance(value, Study | Block):
         found = {name: getattr(value, name) for name in written_keys(value)}
+        if isinstance(value, Study):
+            found[ATTACKS] = value.attack_params
     elif isinstance(value, BaseModel):
         found = {name: getattr(value, name) for name in type(value).model_fields}
     elif isinstance(value, Mapping) and prefix in parted:
@@ -319,8 +322,10 @@ def put(data: dict, key: str, value: object) -> None:
 
 
 def get(study: Study, key: str) -> object:
-    value = study
-    for name in key.split("."):
+    value, names = study, key.split(".")
+    if key.startswith(f"{ATTACKS}."):
+        value, names = study.attack_params, names[2:]
+    for name in names:
         if isinstance(value, tuple):
             value = value[int(name)]
         else:
@@ -446,6 +451,7 @@ FILES = {
     "nothing": """
         robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/study/checks
         robsparse/study/loading robsparse/study/resolving robsparse/schema/study_file
+        robsparse/sparsity/scores
         robsparse/training/dynamic
         robsparse/evaluation/fast_minimum_norm robsparse/models/resnet robsparse/models/vgg
         robsparse/models/wideresnet baselines/* eval/* robsparse/datasets/*
