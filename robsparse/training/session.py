@@ -139,7 +139,7 @@ def _prepare_run(
         model=_initial_network(study, cell, splits, start).to(device),
         sparsity=cell.sparsity,
         # Variants of a method draw the same random numbers until their settings differ.
-        generator=_generator(device, cell, "method", method, f"{cell.sparsity:.4f}"),
+        generator=_generator(device, cell, "method", method, cell.sparsity_text),
         arch=study.base("arch", cell.arch),
         precision=pick_precision(settings.precision, device),
         log_every=settings.log_every,
