@@ -522,7 +522,7 @@ def test_code_alone_starts_no_job_unless_the_study_says_so_but_the_figures(
     edit(repository / "robsparse" / "training" / "loop.py")
     assert first_changed(before, plans(study)) == NOTHING
     assert fingerprints.training(study, study.cells()[0]).code != kept
-    edit(repository / "figures" / "tables.py")
+    edit(repository / "figures" / "report.py")
     assert first_changed(before, plans(study)) == "figures"
 
 
