@@ -1,4 +1,4 @@
-"""Tables and plots, drawn from the collected tidy files alone; nothing here loads torch."""
+"""Tables, plots and report of a study, made from the collected tables. No torch in here."""
 
 from robsparse.study.study import Study
 
@@ -34,7 +34,7 @@ def tables_of(study: Study) -> tuple[str, ...]:
 
 
 def measures_distances(study: Study) -> list[str]:
-    """Attacks of the first selection that look for the smallest perturbation."""
+    """Attacks of the first selection that measure the smallest perturbation."""
     names = next(iter(study.evaluation.selections.values()))
     return [n for n in names if study.entry("attack", n).literals.get("GIVES_DISTANCES")]
 
@@ -43,7 +43,7 @@ def plots_of(study: Study) -> tuple[str, ...]:
     """All plots of a study; some are drawn only where it has what they show.
 
     Published numbers: where a table names their files. Accuracy against eps: where an attack of the
-    first selection looks for the smallest perturbation.
+    first selection measures the smallest perturbation.
     """
     further = {
         "published": any(table.published for table in study.tables),

@@ -28,6 +28,7 @@ from robsparse.figures.plots import (
 from robsparse.figures.tables import papers, study_tables
 from robsparse.figures.text.captions import interval_note
 from robsparse.figures.text.formats import SMALL, code, device, join, percent
+from robsparse.figures.text.markup import bullets, markdown
 from robsparse.figures.text.notes import table_notes
 from robsparse.study.cells import Layout
 from robsparse.study.study import Study
@@ -162,7 +163,7 @@ def _plot(name: str) -> str:
 
 def _section(heading: str, text: str, table: pd.DataFrame | None) -> list[str]:
     """Heading, text and table; nothing if there is no table."""
-    return [] if table is None else [heading, text, study_tables.markdown(table)]
+    return [] if table is None else [heading, text, markdown(table)]
 
 
 def _ranks(material: Material) -> list[str]:
@@ -182,8 +183,8 @@ def _group_sections(material: Material, group: Group) -> list[str]:
     label = material.study.label("attack", STRONGEST)
     return [
         f"## Main table: {group}",
-        study_tables.markdown(study_tables.main(material, group)),
-        study_tables.bullets(table_notes(material, group)),
+        markdown(study_tables.main(material, group)),
+        bullets(table_notes(material, group)),
         "Also as [LaTeX](tables/main.tex) and [CSV](tables/main.csv).",
         *_section(
             f"### Components of {label}: {group}",

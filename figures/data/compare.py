@@ -1,4 +1,4 @@
-"""Compares the sampled networks (folder method/) with every other method of the study.
+"""Compares our methods (folder method/) with the baselines: differences, winners, ranks.
 
 Import path: robsparse.figures.data.compare
 """
@@ -47,7 +47,7 @@ def compare(material: Material, group: Group) -> pd.DataFrame:
 
 
 def ablations(material: Material, group: Group) -> pd.DataFrame:
-    """The same columns for each variant of a method ("ours") against the plain one ("theirs")."""
+    """The columns of `compare` for each variant of a method ("ours") and the method ("theirs")."""
     study, there = material.study, lines(material.study, group)
     found = [
         _pair(material, group, sparsity, variant, study.base("method", variant))
@@ -76,7 +76,7 @@ def _verdict(row: Any) -> str:
 
 
 def winner(material: Material, group: Group, sparsity: float) -> str | None:
-    """The sparse method that is ahead of every other one, if the differences say so.
+    """The sparse method that is more accurate than every other one, if there is one.
 
     Each paired difference must be positive with p < 0.05, corrected for their number by Holm's
     rule. None where any is unknown, and with one seed.
@@ -91,7 +91,7 @@ def winner(material: Material, group: Group, sparsity: float) -> str | None:
     others = [name for name in rows.method if name != best]
     found = [_paired(material, group, (best, sparsity), (o, sparsity)) for o in others]
     p_values = statistics.holm([np.nan if apart is None else apart.p for apart in found])
-    # A comparison with nan is false: an unknown difference is no lead.
+    # A comparison with nan is false: an unknown difference does not count.
     return best if all(p < ALPHA for p in p_values) else None
 
 

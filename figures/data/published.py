@@ -1,4 +1,4 @@
-"""Published numbers: read from results/reference/*.csv, checked, never mixed with measured rows.
+"""Published accuracies: reads and checks the files results/reference/*.csv.
 
 Import path: robsparse.figures.data.published
 """
@@ -28,7 +28,7 @@ def read(path: Path) -> pd.DataFrame:
     """One file of published numbers, with the column `source` (the file's name).
 
     Lines that start with # are instructions. accuracy is a fraction in [0,1]; an empty cell is not
-    known, and an empty objective stands for any.
+    known, and an empty objective means any.
 
     Raises UsageError naming file, row, column and value.
     """

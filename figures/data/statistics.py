@@ -17,8 +17,8 @@ level at which the interval just reaches zero: the two cannot contradict each ot
 rule as in multi-reader studies (Hillis 2007) was tried first; with two seeds it rejects up to three
 times as often as it says (docs/statistics.md).
 
-With one seed nothing is known of other seeds: intervals are over images alone and no p-value is
-given.
+With one seed nothing is known about other seeds: intervals are over images only, and there is no
+p-value.
 
 Sources: Searle, Casella and McCulloch, "Variance Components", 1992, chapter 4 (two-way crossed,
 random); Howe, JASA 69 (1974), 789-794; Zou and Donner, Statistics in Medicine 27 (2008), for limits
@@ -79,7 +79,7 @@ def variances(outcomes_SN: np.ndarray) -> tuple[float, float]:
 class Difference:
     """Mean of outcomes paired by seed and image, and how uncertain it is.
 
-    of_seeds, of_images: the parts of its variance, see `variances`; nan for one seed.
+    of_seeds, of_images: the parts of its variance, see `variances`; of_seeds is nan for one seed.
     """
 
     mean: float
@@ -89,7 +89,7 @@ class Difference:
     of_images: float
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Low and high end, in [-1, 1]; with one seed over images alone."""
+        """Low and high end, in [-1, 1]; with one seed over images only."""
         half = self._reach(1 - level)
         return max(-1.0, self.mean - half), min(1.0, self.mean + half)
 
@@ -115,7 +115,7 @@ class Difference:
         return math.nan if self.seeds == 1 else self._reach(1 - LEVEL, POWER)
 
     def _reach(self, p: float, power: float | None = None) -> float:
-        """How far the mean must be from zero for this p-value, or lie in truth with a power."""
+        """Distance from zero of a mean with this p-value; of a true mean that has this power."""
         parts = [(self.of_images, max(self.images - 1, 1))]
         parts += [(self.of_seeds, self.seeds - 1)] if self.seeds > 1 else []
         found = 0.0
@@ -128,8 +128,8 @@ class Difference:
 def difference(ours_SN: np.ndarray, theirs_SN: np.ndarray) -> Difference:
     """Our accuracy minus theirs, paired by seed and image.
 
-    So that few images cannot feign certainty, V_images is at least what it would be if all S·N
-    outcomes were independent, and at least 1/N²: one image more that the two disagree on.
+    V_images is at least its value for S·N independent outcomes, and at least 1/N², which is one
+    more image on which the two disagree. So a few images cannot look like certainty.
 
     Args:
         ours_SN: bool, outcome of each image for each seed.
@@ -148,10 +148,10 @@ def difference(ours_SN: np.ndarray, theirs_SN: np.ndarray) -> Difference:
 
 
 def accuracy_interval(outcomes_SN: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Interval of an accuracy: low and high end in [0, 1]; with one seed over images alone.
+    """Interval of an accuracy: low and high end in [0, 1]; with one seed over images only.
 
     The images' part is Wilson's interval of as many images as count: N where all seeds agree on
-    every image, S·N where they have nothing in common. It is no point where all outcomes are equal.
+    every image, S·N where they have nothing in common. Its width is never zero.
     The seeds' part is added by Zou and Donner's rule, Howe's for limits that are not symmetric.
 
     Args:

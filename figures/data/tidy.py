@@ -1,4 +1,4 @@
-"""Reads what `robsparse collect` wrote, and lists the lines that a table of the study must have.
+"""Reads the collected tables, and lists the lines that a table of the study must have.
 
 Import path: robsparse.figures.data.tidy
 """
@@ -103,10 +103,10 @@ def check(tidy: Tidy, layout: Layout, folder: Path) -> None:
     outcomes = functools.cache(functools.partial(_flags, layout))
     for row in tidy.results.itertuples():
         cell = Cell(*(getattr(row, name) for name in SEEDED_CELL))
-        if fault := contradiction(row, outcomes(cell, row.selection)):
+        if wrong := contradiction(row, outcomes(cell, row.selection)):
             raise UsageError(
                 f"{folder / 'results.csv'}: row {row.Index + 2}, {cell.key} {row.selection} "
-                f"{row.attack} {row.component}: {fault}; run `robsparse collect CONFIG` again"
+                f"{row.attack} {row.component}: {wrong}; run `robsparse collect CONFIG` again"
             )
     manifest = read_json(folder / MANIFEST)
     sums = {folder / name: checksum for name, checksum in manifest["tables"].items()}

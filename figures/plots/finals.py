@@ -87,12 +87,12 @@ def _dense_band(panel: Axes, look: style.Look, line: pd.Series) -> Line2D:
 
 
 def _method_line(panel: Axes, look: style.Look, rows: pd.DataFrame, shift: float) -> Line2D:
-    """One line with intervals; where an interval is unknown there is the marker alone."""
+    """One line with intervals; a marker without an interval where it is unknown."""
     x = np.arange(len(rows)) + shift
     mean, low, high = (
         100 * rows[f"{STRONGEST}_{name}"].to_numpy() for name in ("accuracy", "low", "high")
     )
-    # A mean at the end of its interval may lie outside it by rounding alone.
+    # Rounding may put a mean at the end of its interval slightly outside it.
     arms = np.clip([mean - low, high - mean], 0, None)
     panel.errorbar(x, mean, yerr=arms, fmt="none", ecolor=look.color, elinewidth=1.1)
     line = panel.plot(x, mean, **look.line)[0]

@@ -1,4 +1,4 @@
-"""How plots look: one colour, marker and line a method, panels, captions, files.
+"""Style of all plots: colour, marker and line of each method, panels, captions, files.
 
 Import path: robsparse.figures.plots.style
 """
@@ -24,9 +24,9 @@ from robsparse.figures.data.tidy import Group, groups, methods, sparsities
 from robsparse.figures.text.formats import UNRELIABLE, percent
 from robsparse.study.study import Study
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; yellow, the faintest, is last.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; pale yellow is the last.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
-# Eight, seven and five are coprime enough: the first 40 methods all look different.
+# Eight colours, seven markers and five lines: the first 40 methods all look different.
 MARKERS = ("s", "o", "^", "D", "v", "P", "X")
 LINES: tuple[Any, ...] = ((0, (6, 2)), "-", (0, (4, 1.2)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
@@ -48,7 +48,7 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Keyword arguments of `Axes.plot`; markers have a white rim to stand out in grey print."""
+        """Keyword arguments of `Axes.plot`; markers have a white rim to separate them."""
         return vars(self) | {"markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
@@ -74,7 +74,7 @@ def applied() -> Iterator[None]:
 def panels(
     rows: int, columns: int, *, width: float = 3.1, height: float = 2.9, **shared: Any
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of its own canvas, so that nothing of pyplot's global state is touched.
+    """A figure with its own canvas, which does not use the global state of pyplot.
 
     Args:
         rows: rows of panels.
@@ -109,13 +109,13 @@ def grid(material: Material, **options: Any) -> tuple[Figure, Iterator[tuple[Gro
 
 
 def is_leftmost(panel: Axes) -> bool:
-    """Whether a panel stands in the first column of its figure, where axes have their labels."""
+    """Whether a panel is in the first column of its figure, where axes have their labels."""
     place = panel.get_subplotspec()
     return place is not None and place.is_first_col()
 
 
 def is_lowest(panel: Axes) -> bool:
-    """Whether a panel stands in the last row of its figure."""
+    """Whether a panel is in the last row of its figure."""
     place = panel.get_subplotspec()
     return place is not None and place.is_last_row()
 
@@ -173,7 +173,7 @@ def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) ->
 
 
 def bare(panel: Axes) -> None:
-    """No axes, but room for the title, which `set_axis_off` would not leave."""
+    """Hide the axes but keep the space for the title, which `set_axis_off` removes."""
     panel.set(xticks=[], yticks=[])
     panel.grid(visible=False)
     for spine in panel.spines.values():
@@ -186,7 +186,7 @@ def wrap(text: str, letters: int) -> list[str]:
 
 
 def empty(message: str, caption: Sequence[str]) -> Figure:
-    """A figure that says why there is nothing to see."""
+    """A figure with a message in place of a plot that has no data."""
     figure, [[panel]] = panels(1, 1, height=1.4)
     panel.set_axis_off()
     panel.text(0.5, 0.5, textwrap.fill(message, 70), ha="center", va="center", fontsize=11)

@@ -1,21 +1,20 @@
-"""Tables of papers: our numbers beside the published ones, each in its own place.
+"""Tables of papers: our accuracies beside the published ones.
 
 Import path: robsparse.figures.tables.papers
 """
 
 import itertools
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from robsparse.figures.data import published
 from robsparse.figures.data.summary import Material
-from robsparse.figures.tables.study_tables import bullets, escape_latex, markdown
 from robsparse.figures.text.formats import NONE, SMALL, UNRELIABLE, accuracy_percent, join, percent
-from robsparse.schema.grid import Table
-from robsparse.study.parts import PartKind
+from robsparse.figures.text.markup import bullets, latex, markdown
+from robsparse.schema.grid import Axis, Table
 from robsparse.study.study import Study
 
 COLUMNS = [*published.KEYS, "ours", "published", "difference", "source", "potentially_unreliable"]
@@ -39,7 +38,13 @@ def contents(material: Material, spec: Table) -> dict[str, str]:
     printed, notes = _printed(material.study, spec, table), _notes(material, spec, table)
     return {
         ".md": f"## {spec.title}\n\n{markdown(printed)}\n\n{bullets(notes)}\n",
-        ".tex": _latex(spec, printed, notes),
+        ".tex": latex(
+            printed,
+            title=spec.title,
+            notes=notes,
+            label=spec.name,
+            text_columns=len(spec.rows),
+        ),
         ".csv": table.to_csv(index=False),
     }
 
@@ -137,10 +142,12 @@ def _cell_text(rows: pd.DataFrame, letters: dict[str, str]) -> str:
     return f"{ours} / {theirs} / {apart}"
 
 
-def _label(study: Study, axis: str, value: object) -> str:
+def _label(study: Study, axis: Axis, value: object) -> str:
     if axis == "sparsity":
         return percent(float(str(value)))
-    return str(value) if axis == "objective" else study.label(cast(PartKind, axis), str(value))
+    if axis == "objective":
+        return str(value)
+    return study.label(axis, str(value))
 
 
 def _sources(table: pd.DataFrame) -> list[str]:
@@ -183,15 +190,3 @@ def _differs(study: Study, theirs: pd.DataFrame, table: pd.DataFrame) -> str:
     words.append(f"{join(used.n_examples)} test images")
     words.append(f"extra data: {join(used.extra_data)}")
     return "; ".join([*words, *dict.fromkeys(note for note in used.note if note)])
-
-
-def _latex(spec: Table, printed: pd.DataFrame, notes: list[str]) -> str:
-    styler = printed.style.format(escape_latex).format_index(escape_latex, axis=1)
-    return styler.hide(axis="index").to_latex(
-        hrules=True,
-        position="tbp",
-        position_float="centering",
-        column_format="l" * len(spec.rows) + "r" * (printed.shape[1] - len(spec.rows)),
-        caption=(escape_latex(" ".join([f"{spec.title}.", *notes])), escape_latex(spec.title)),
-        label=f"tab:{spec.name}",
-    )

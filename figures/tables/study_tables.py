@@ -1,10 +1,9 @@
-"""Prints the main table as Markdown, LaTeX and CSV, and the smaller tables of the report.
+"""The main table as Markdown and LaTeX, and the other tables of the report, as text.
 
 Import path: robsparse.figures.tables.study_tables
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -21,26 +20,9 @@ from robsparse.figures.text.formats import (
     join,
     percent,
 )
+from robsparse.figures.text.markup import bullets, latex, markdown
 from robsparse.figures.text.notes import table_notes
 from robsparse.study.study import Study
-
-# Characters that LaTeX reads as commands, and those that it has no letter for in every encoding.
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        **{character: f"\\{character}" for character in "&%$#_{}"},
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "±": r"$\pm$",
-        "−": r"$-$",
-        UNRELIABLE: r"$^{\dagger}$",
-        FAILED: r"\S{}",
-        MISSED: r"\P{}",
-    }
-)
-
 
 _COSTS = {
     "Epochs": "epochs",
@@ -226,27 +208,6 @@ def _with_interval(value: float, low: float, high: float, sign: str = "") -> str
     return f"{accuracy_percent(value, sign)} [{ends}]"
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table: text is aligned left, numbers right."""
-    words = (
-        "Method",
-        "Baseline",
-        "Variant",
-        "Plain",
-        "Selection",
-        "Verdict",
-        "Potentially unreliable",
-    )
-    align = ["left" if name in words else "right" for name in table]
-    # Without disable_numparse tabulate would read "0.10" as a number and print 0.1.
-    return table.to_markdown(index=False, disable_numparse=True, colalign=align)
-
-
-def bullets(notes: Sequence[str]) -> str:
-    """Notes as a Markdown list."""
-    return "\n".join(f"- {note}" for note in notes)
-
-
 def title(material: Material, group: Group) -> str:
     """Heading of a group's main table."""
     return f"{material.study.title} ({group})"
@@ -277,23 +238,13 @@ def main_markdown(material: Material) -> str:
 
 def main_latex(material: Material) -> str:
     """The same tables for LaTeX with the package booktabs; the notes are the caption."""
-    return "\n".join(_latex(material, group) for group in groups(material.study))
-
-
-def _latex(material: Material, group: Group) -> str:
-    table = main(material, group)
-    notes = " ".join([f"{title(material, group)}.", *table_notes(material, group)])
-    styler = table.style.format(escape_latex).format_index(escape_latex, axis=1).hide(axis="index")
-    return styler.to_latex(
-        hrules=True,
-        position="tbp",
-        position_float="centering",
-        column_format="llll" + "r" * (table.shape[1] - 4),
-        caption=(escape_latex(notes), escape_latex(title(material, group))),
-        label=f"tab:{'-'.join([material.study.study, *vars(group).values()])}",
+    return "\n".join(
+        latex(
+            main(material, group),
+            title=title(material, group),
+            notes=table_notes(material, group),
+            label="-".join([material.study.study, *vars(group).values()]),
+            text_columns=4,
+        )
+        for group in groups(material.study)
     )
-
-
-def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it, special characters, marks and bold included."""
-    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text.translate(_LATEX))

@@ -53,7 +53,7 @@ def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
 
     Args:
         model: the network.
-        path: a safetensors file, or a state dict saved by torch, alone or as the entry
+        path: a safetensors file, or a state dict saved by torch, as it is or as the entry
             "state_dict" or "model" of a dict.
         match: "names" for a file whose tensors have the names of the network's; "order" for one
             with the same tensors in the same order under other names.
@@ -116,8 +116,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             else f"{path}: not a readable file of weights"
         ) from None
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UsageError(f"{path}: not a readable file of weights ({said})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path}: not a readable file of weights ({reason})") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -49,14 +49,14 @@ def read_record(path: Path) -> Record:
         named = ", ".join(f.name for f in dataclasses.fields(Record))
         raise UsageError(f"{path}: expected {named}; evaluate this network again") from None
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] in ("extra_forbidden", "missing"):
+        wrong = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in wrong["loc"])
+        if wrong["type"] in ("extra_forbidden", "missing"):
             raise UsageError(
                 f"{path}: '{key}': its columns are those of another version of robsparse; evaluate "
                 "this network again"
             ) from None
-        raise UsageError(f"{path}: {key} = {fault['input']!r}: {fault['msg']}") from None
+        raise UsageError(f"{path}: {key} = {wrong['input']!r}: {wrong['msg']}") from None
 
 
 def read_flags(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from robsparse.figures import PLOTS, REPORT, TABLES, report
 from robsparse.figures.data import compare, statistics, summary, tidy
 from robsparse.figures.plots import connections, costs, curves, finals, leaderboard, style
 from robsparse.figures.tables import study_tables
-from robsparse.figures.text import formats, notes
+from robsparse.figures.text import formats, markup, notes
 from robsparse.records.columns import COLLECTED, MANIFEST, OVERLAP_COLUMNS
 from robsparse.records.rows import Row, wilson_interval
 from robsparse.study import loading
@@ -569,14 +569,12 @@ def test_latex_is_balanced_and_escaped(material):
 
 
 def test_latex_escapes_every_special_character():
-    assert (
-        study_tables.escape_latex("a_b & 5 % ± {x} †") == r"a\_b \& 5 \% $\pm$ \{x\} $^{\dagger}$"
-    )
-    assert study_tables.escape_latex("\\") == r"\textbackslash{}"
+    assert markup.escape_latex("a_b & 5 % ± {x} †") == r"a\_b \& 5 \% $\pm$ \{x\} $^{\dagger}$"
+    assert markup.escape_latex("\\") == r"\textbackslash{}"
 
 
 def test_markdown_keeps_trailing_zeros(material, group):
-    text = study_tables.markdown(study_tables.main(material, group))
+    text = markup.markdown(study_tables.main(material, group))
     assert "| 45.0 ± 7.1 |" in re.sub(" +", " ", text)
 
 
@@ -611,7 +609,7 @@ def test_comparison_is_of_bcs_with_every_baseline(material, group):
     assert 0 < pair.low < 0.2 < pair.high < 0.45
     assert pair.p < pair.p_holm < 0.05
     assert (pair.seeds, pair.verdict) == (2, "ahead")
-    assert "+20.0 [+" in study_tables.markdown(study_tables.comparison_table(material, group))
+    assert "+20.0 [+" in markup.markdown(study_tables.comparison_table(material, group))
 
 
 def test_study_without_autoattack_has_no_comparison_and_an_empty_plot(tmp_path):
