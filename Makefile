@@ -1,9 +1,9 @@
-# Two commands, each doing all its own set-up:
+# Two commands. Each one installs what it needs:
 #   make reproduce   train, attack and report the default study (config/quick.yaml)
 #   make test        run every test and check
 # Others: make style (the checks of style, imports and types), make types, make install,
-# make reference (keep a finished run for the README), make clean. PYTHON=python3.12 picks another
-# interpreter (3.11 or newer).
+# make reference (copies a finished run to results/reference), make clean. PYTHON=python3.12 chooses
+# another interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,8 +27,8 @@ types: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# torch is pinned without a build label, so pip takes a CPU-only build where one is offered locally
-# and the ordinary one elsewhere.
+# torch is pinned without a build label. So pip installs a CPU-only build if the package index offers
+# one, and the ordinary build otherwise.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "robsparse needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
@@ -37,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  --constraint constraints.txt --editable '.[robustbench,dev]'
 	@touch $@
 
-# STUDY=ablation_bcs keeps another study.
+# STUDY=ablation_bcs copies another study.
 STUDY ?= quick
 reference:
 	mkdir -p results/reference/$(STUDY)
