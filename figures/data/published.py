@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from robsparse.base.errors import UsageError, nearest
+from robsparse.base.errors import UsageError, nearest_match
 from robsparse.schema.fields import rounded_sparsity
 
 KEYS = ["dataset", "arch", "method", "objective", "sparsity", "attack"]
@@ -38,7 +38,7 @@ def read(path: Path) -> pd.DataFrame:
         raise UsageError(f"{path}: cannot read published numbers ({error})") from None
     for column in table.columns:
         if column not in COLUMNS:
-            raise UsageError(f"{path}: unknown column '{column}'{nearest(column, COLUMNS)}")
+            raise UsageError(f"{path}: unknown column '{column}'{nearest_match(column, COLUMNS)}")
     for column in COLUMNS:
         if column not in table:
             raise UsageError(f"{path}: no column '{column}'")

@@ -21,19 +21,19 @@ class TrainingError(RunError):
     """A training run cannot continue, e.g. because its loss is not finite."""
 
 
-def in_a_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return the type and the message of an error in one line of about 200 characters at most."""
     message = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
+def nearest_match(word: str, choices: Iterable[str]) -> str:
     """Return "; nearest match: 'x'" for the choice closest to `word`, or "" if none is close."""
     found = difflib.get_close_matches(str(word).lower(), [str(c) for c in choices], n=1, cutoff=0.5)
     return f"; nearest match: '{found[0]}'" if found else ""
 
 
-def cut(text: str) -> str:
+def shortened(text: str) -> str:
     """Return a text in one line of at most 80 characters."""
     text = text if text.isprintable() else json.dumps(text)[1:-1]
     return text if len(text) <= 80 else f"{text[:77]}..."

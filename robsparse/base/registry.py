@@ -27,7 +27,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from robsparse.base.errors import UsageError, cut, nearest
+from robsparse.base.errors import UsageError, nearest_match, shortened
 
 ENTRY_POINTS = {"method": "robsparse.methods"}
 PACKAGES = {
@@ -64,7 +64,7 @@ class Entry:
         """The pydantic model of parameters, with defaults. Raises UsageError if there is none."""
         return _params(self.tree, self.module, self.path)
 
-    def blame(self, error: Exception) -> str:
+    def describe_error(self, error: Exception) -> str:
         """In one line, what its code raised, and in which line of its file."""
         lines = [
             frame.lineno
@@ -90,8 +90,8 @@ def entry(kind: str, name: str, also: Iterable[str] = ()) -> Entry:
     if name not in found:
         known = sorted({*found, *also})
         raise UsageError(
-            f"unknown {kind} '{cut(name)}', expected one of: {', '.join(known)}"
-            f"{nearest(name, known)}"
+            f"unknown {kind} '{shortened(name)}', expected one of: {', '.join(known)}"
+            f"{nearest_match(name, known)}"
         )
     item = found[name]
     if isinstance(item, UsageError):
@@ -109,7 +109,7 @@ def load(kind: str, name: str) -> ModuleType:
     try:
         module = importlib.import_module(found.module)
     except Exception as error:
-        raise UsageError(found.blame(error)) from error
+        raise UsageError(found.describe_error(error)) from error
     if kind == "method" and not callable(getattr(module, "stages", None)):
         raise UsageError(
             f"{found.path}: no function stages(params), expected it to return the stages"

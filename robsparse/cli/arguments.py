@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from robsparse.base.errors import UsageError, nearest
+from robsparse.base.errors import UsageError, nearest_match
 from robsparse.schema.machine import MOST_THREADS
 from robsparse.study import loading
 from robsparse.study.cells import Cell, Layout
@@ -86,6 +86,6 @@ def find_cell(study: Study, key: str) -> Cell:
     if cell not in known:
         keys = [other.key for other in known]
         raise UsageError(
-            f"cell '{key}' is not part of the study '{study.study}'{nearest(key, keys)}"
+            f"cell '{key}' is not part of the study '{study.study}'{nearest_match(key, keys)}"
         )
     return cell

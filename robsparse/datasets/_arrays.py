@@ -12,7 +12,7 @@ from robsparse.datasets import Part
 from robsparse.schema import Images
 
 
-def held_out(part: Part, params: Images, name: str) -> tuple[Part, Part]:
+def split_validation(part: Part, params: Images, name: str) -> tuple[Part, Part]:
     """Split images into training and validation images, stratified by class.
 
     Args:

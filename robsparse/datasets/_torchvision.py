@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from robsparse.base.errors import UsageError
 from robsparse.datasets import Splits
-from robsparse.datasets._arrays import as_part, held_out
+from robsparse.datasets._arrays import as_part, split_validation
 from robsparse.schema import Downloaded
 from robsparse.thirdparty.torchvision_repair import import_torchvision
 
@@ -35,7 +35,9 @@ def load(name: str, class_name: str, params: Downloaded, **which: Any) -> Splits
         images, labels = np.asarray(found.data), _labels(found)
         where = f"{folder}: {name}, {part}"
         parts[part] = as_part(images, labels, where, params.classes)
-    return Splits(*held_out(parts["train"], params, name), parts["test"], classes=params.classes)
+    return Splits(
+        *split_validation(parts["train"], params, name), parts["test"], classes=params.classes
+    )
 
 
 def _present(make: Any, name: str, folder: Path, params: BaseModel, which: dict[str, Any]) -> Any:

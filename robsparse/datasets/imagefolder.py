@@ -18,7 +18,7 @@ from pydantic import Field
 from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic
 from robsparse.datasets import Part, Splits
-from robsparse.datasets._arrays import as_part, held_out
+from robsparse.datasets._arrays import as_part, split_validation
 from robsparse.schema import CONTENT, PLACE, Augmentation, Images
 
 NEEDED = ("data_dir",)  # parameters with a path that must exist
@@ -54,7 +54,7 @@ def load(params: Params) -> Splits:
     )
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     test = Part(test.x_NCHW[order], test.y_N[order])
-    return Splits(*held_out(train, params, "imagefolder"), test, classes=len(classes))
+    return Splits(*split_validation(train, params, "imagefolder"), test, classes=len(classes))
 
 
 def _classes(root: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from robsparse.base.errors import UsageError
 from robsparse.datasets import Splits
-from robsparse.datasets._arrays import as_part, held_out, read_npz
+from robsparse.datasets._arrays import as_part, read_npz, split_validation
 from robsparse.schema import CONTENT, Description, Images, image_shape, shapes_in_npz
 
 NEEDED = ("file",)  # parameters with a path that must exist
@@ -54,4 +54,4 @@ def load(params: Params) -> Splits:
             f"{path}: training images are {tuple(train.x_NCHW.shape[1:])}, test images "
             f"{tuple(test.x_NCHW.shape[1:])} (channels, height, width); expected the same"
         )
-    return Splits(*held_out(train, params, "npz"), test, classes=classes)
+    return Splits(*split_validation(train, params, "npz"), test, classes=classes)

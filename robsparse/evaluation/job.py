@@ -72,13 +72,13 @@ def resolve(
     check_writable(files.record.parent)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
     if target is None:
-        model, origin = external.opened(study, cell, splits, layout, selection)
+        model, origin = external.load_network(study, cell, splits, layout, selection)
     else:
         model = construct.with_weights(study, cell, splits, target.weights, target.match)
         origin = str(study.source(cell.method))
     examples = first_examples(splits.test, study.evaluation.n_examples, splits.classes)
     model = model.to(device).eval()
-    construct.checked(model, examples.x_NCHW[:2].to(device), splits.classes)
+    construct.check_network(model, examples.x_NCHW[:2].to(device), splits.classes)
     return Job(
         study,
         cell,
@@ -107,7 +107,7 @@ def surrogates(
     def surrogate(method: str) -> nn.Module:
         other = study.surrogate(cell, method)
         splits = datasets.load(study.base("dataset", other.dataset), study.datasets[other.dataset])
-        model, _ = external.opened(study, other, splits, layout, selection)
+        model, _ = external.load_network(study, other, splits, layout, selection)
         return model.to(device).eval()
 
     return surrogate

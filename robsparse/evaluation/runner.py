@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robsparse.base import registry
-from robsparse.base.errors import RunError, UsageError, in_a_line
+from robsparse.base.errors import RunError, UsageError, one_line
 from robsparse.datasets import Part
 from robsparse.evaluation.attacks import AttackContext, Outcome, no_surrogate
 from robsparse.evaluation.cache import Cache, basis_of, network_digest
@@ -36,7 +36,7 @@ def failing_in(step: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise EvaluationError(
-            f"{step}: {in_a_line(error)} ({frame.filename}, line {frame.lineno}); finished parts "
+            f"{step}: {one_line(error)} ({frame.filename}, line {frame.lineno}); finished parts "
             "are cached for the next call"
         ) from error
 

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from robsparse.base.errors import in_a_line
+from robsparse.base.errors import one_line
 from robsparse.compute.machine import is_out_of_memory
 from robsparse.fast import proof
 from robsparse.fast.folded_layers import Snapshot
@@ -47,7 +47,7 @@ class Backend:
         except Exception as error:  # compilers and drivers can raise anything
             if is_out_of_memory(error):
                 raise
-            reason = in_a_line(error)
+            reason = one_line(error)
             print(
                 f"crafting: backend '{self.name}' does not run here ({reason}); eager", flush=True
             )

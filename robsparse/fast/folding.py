@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from robsparse.base.errors import in_a_line
+from robsparse.base.errors import one_line
 from robsparse.compute.machine import computing, is_out_of_memory
 from robsparse.fast import proof
 from robsparse.fast.backends import Backend
@@ -52,7 +52,7 @@ class View(nn.Module):
             if is_out_of_memory(error):
                 raise
             logits_NK = self._network()(x_NCHW)  # raises what the network itself has against them
-            self.status.reason = f"it fails ({in_a_line(error)})"
+            self.status.reason = f"it fails ({one_line(error)})"
             _print(self.status.reason)
             return logits_NK
 
@@ -129,7 +129,7 @@ class Status:
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                reason = f"the two cannot be compared ({in_a_line(error)})"
+                reason = f"the two cannot be compared ({one_line(error)})"
             reason = seen.changed() or reason
         self.proven.add(_kind(x_NCHW))
         if reason:

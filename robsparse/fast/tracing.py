@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from robsparse.base.errors import in_a_line
+from robsparse.base.errors import one_line
 from robsparse.compute.machine import is_out_of_memory
 from robsparse.fast.folded_layers import (
     ConvolutionSource,
@@ -52,7 +52,7 @@ def trace(model: nn.Module, x_NCHW: Tensor) -> Program:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # the code of a network can raise anything when it is traced
-        raise ValueError(f"it cannot be traced ({in_a_line(error)})") from error
+        raise ValueError(f"it cannot be traced ({one_line(error)})") from error
     _require_nothing_rewritten(model, graph, x_NCHW)
     for node in reversed(graph.nodes):
         if not node.users and node.op not in ("placeholder", "output"):
@@ -84,7 +84,7 @@ def _require_nothing_rewritten(model: nn.Module, graph: fx.Graph, x_NCHW: Tensor
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise ValueError(f"its trace does not run ({in_a_line(error)})") from error
+            raise ValueError(f"its trace does not run ({one_line(error)})") from error
 
 
 class _RewrittenError(ValueError):

@@ -1,4 +1,4 @@
-"""Builds a network, reads and writes its weights, and opens external models.
+"""Builds networks, reads and writes weights, and imports external models.
 
 Imports models, datasets, sparsity and what is below them.
 """

@@ -1,4 +1,4 @@
-"""From a cell to its network: built from an arch, fetched from a zoo, or made by a function."""
+"""Returns the network of a cell: built from an arch, loaded from a zoo, or made by a function."""
 
 import importlib
 import sys
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robsparse import models
-from robsparse.base.errors import UsageError, in_a_line
+from robsparse.base.errors import UsageError, one_line
 from robsparse.compute import perturb
 from robsparse.datasets import Splits
 from robsparse.networks import weights
@@ -19,9 +19,16 @@ from robsparse.thirdparty import zoo
 
 
 def build(study: Study, cell: Cell, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The network of a cell with initial weights; one from a zoo or a function has its own.
+    """Return the network of a cell with initial weights.
 
-    The weights are drawn from torch's global generator: seed it first.
+    An external model of a zoo or of a function keeps its own weights. Initial weights are drawn
+    from torch's global generator; seed it first.
+
+    Args:
+        study: the resolved study.
+        cell: the cell of the study.
+        image_shape: channels, height and width of the images.
+        classes: number of logits.
     """
     source = study.source(cell.method)
     if source.kind == "zoo":
@@ -42,9 +49,17 @@ def with_weights(
     path: Path | None,
     match: Match = "names",
 ) -> nn.Module:
-    """The network of a cell with the weights of a file, or with those it is built with.
+    """Return the network of a cell with the weights of a file.
 
-    Raises UsageError when the file is missing, damaged or does not fit, or foreign code fails.
+    Args:
+        study: the resolved study.
+        cell: the cell of the study.
+        splits: the data set of the cell.
+        path: the file; None keeps the weights that the network is built with.
+        match: how tensors of the file are matched, see `weights.load_into`.
+
+    Raises:
+        UsageError: if the file is missing or damaged or does not fit, or if foreign code fails.
     """
     network = build(study, cell, splits.image_shape, splits.classes)
     if path is not None:
@@ -53,10 +68,14 @@ def with_weights(
 
 
 def call(source: str) -> nn.Module:
-    """The network that a function returns, named as module:function, in eval mode, on the CPU.
+    """Call a user's function and return its network in eval mode on the CPU.
 
-    The module is found as Python would find it from the current folder; it runs with all rights of
-    the user. Raises UsageError when it cannot be imported, fails or returns something else.
+    Args:
+        source: module:function. Python imports the module from the current folder or from its
+            installed packages. The code runs with all rights of the user.
+
+    Raises:
+        UsageError: if the import or the call fails, or if the result is no torch module.
     """
     module, _, name = source.partition(":")
     if str(Path.cwd()) not in sys.path:
@@ -65,33 +84,36 @@ def call(source: str) -> nn.Module:
         network = getattr(importlib.import_module(module), name)()
         if isinstance(network, nn.Module):
             network.eval().cpu()
-    except (Exception, SystemExit) as error:  # whatever the user's own code meets
-        raise UsageError(f"{source}: {in_a_line(error)}") from error
+    except (Exception, SystemExit) as error:  # the user's code can raise anything
+        raise UsageError(f"{source}: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UsageError(
-            f"{source}: expected it to return a torch module, found {type(network).__name__}"
+            f"{source}: expected a function that returns a torch module, found "
+            f"{type(network).__name__}"
         )
     return network
 
 
-def checked(network: nn.Module, images_NCHW: Tensor, classes: int) -> nn.Module:
-    """The network, if it maps images to one number for each class, and can be differentiated.
+def check_network(network: nn.Module, images_NCHW: Tensor, classes: int) -> nn.Module:
+    """Check that a network maps images to differentiable logits_NK, and return it.
 
     Args:
         network: any torch module, in eval mode.
-        images_NCHW: two images or more, in [0,1], on the network's device.
-        classes: of the data set.
+        images_NCHW: at least two images in [0,1], on the network's device.
+        classes: number of classes K of the data set.
 
-    Raises UsageError otherwise, and when the network cannot be put into eval mode.
+    Raises:
+        UsageError: if the network fails, if its outputs have another shape or no gradient, or if a
+            part of it stays in train mode.
     """
     for n in (2, 1):  # the last batch of an attack may hold a single image
         x = images_NCHW[:n].clone().requires_grad_(True)
         try:
             with torch.enable_grad(), perturb.no_parameter_gradients(network):
                 logits = network(x)
-        except (Exception, SystemExit) as error:  # whatever a network's own code meets
+        except (Exception, SystemExit) as error:  # the network's code can raise anything
             raise UsageError(
-                f"network: fails on {n} images of shape {tuple(x.shape[1:])} ({in_a_line(error)})"
+                f"network: fails on {n} images of shape {tuple(x.shape[1:])} ({one_line(error)})"
             ) from error
         if not isinstance(logits, Tensor) or logits.shape != (n, classes):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -1,8 +1,8 @@
-"""Takes a network that was trained elsewhere into a study, in place of training it.
+"""Imports an external model into a study; this replaces its training.
 
-Its weights are kept as those of a trained network are. Foreign code builds its network anew for
-every evaluation and gets the weights that were taken in; that it then computes what it did is
-checked on a few images.
+The import stores the weights like those of a trained network. If foreign code builds the network,
+each evaluation builds it again, loads the imported weights and checks on a few images that its
+outputs have not changed.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robsparse import datasets
-from robsparse.base.errors import UsageError, in_a_line
+from robsparse.base.errors import UsageError, one_line
 from robsparse.base.files import atomic, file_checksum, read_json, write_json
 from robsparse.datasets import Splits
 from robsparse.networks import construct, weights
@@ -21,21 +21,24 @@ from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
 
-IMAGES = 4  # training images on which the outputs are compared
-TOLERANCE = 1e-3  # of the largest logit; another machine rounds otherwise
+IMAGES = 4  # number of training images on which outputs are compared
+TOLERANCE = 1e-3  # relative to the largest logit; rounding differs between machines
 
 
-def take_in(study: Study, cell: Cell, layout: Layout) -> None:
-    """Write the files that training would: the same weights for both selections, no cost.
+def import_network(study: Study, cell: Cell, layout: Layout) -> None:
+    """Write the files that training would write, with the weights of the external model.
 
-    Raises UsageError when the file is damaged, wants to run code or does not fit the arch, and when
-    the network does not map images of the data set to logits.
+    Both selections get the same weights. The record has no cost of training.
+
+    Raises:
+        UsageError: if the file is damaged, would run code or does not fit the arch, or if the
+            network does not map images of the data set to logits.
     """
     fingerprint = fingerprints.training(study, cell)
     source = study.source(cell.method)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
     network = construct.with_weights(study, cell, splits, source.file, source.match).eval()
-    construct.checked(network, splits.train.x_NCHW[:IMAGES], splits.classes)
+    construct.check_network(network, splits.train.x_NCHW[:IMAGES], splits.classes)
     state = _tensors(network, str(source))
     for selection in ("best_val", "last"):
         weights.save(layout.model(cell, selection), state)
@@ -49,48 +52,57 @@ def take_in(study: Study, cell: Cell, layout: Layout) -> None:
         "failure": "",
         "cost": None,
         "curve": [],
-        "taken_in": _print_of(network, splits) if source.foreign else None,
+        "imported": _identity(network, splits) if source.foreign else None,
         "data_checksum": splits.checksum(),
         **provenance.current(),
         **fingerprint.kept(),
         "weights": {s: file_checksum(layout.model(cell, s)) for s in ("best_val", "last")},
     }
     write_json(layout.training(cell), record)
-    print(f"taken in {cell.key}: {layout.model(cell, 'last').parent}")
+    print(f"imported {cell.key}: {layout.model(cell, 'last').parent}")
 
 
-def opened(
+def load_network(
     study: Study, cell: Cell, splits: Splits, layout: Layout, selection: str
 ) -> tuple[nn.Module, str]:
-    """The network of a cell with its weights of a study, and where it comes from, in words.
+    """Return the trained or imported network of a cell, and a text that says where it comes from.
 
-    Raises UsageError when weights are missing or damaged, and when a network of foreign code does
-    not compute with them what it did when it was taken in.
+    Args:
+        study: the resolved study.
+        cell: the cell of the study.
+        splits: the data set of the cell.
+        layout: paths of the study's results.
+        selection: "best_val" or "last".
+
+    Raises:
+        UsageError: if the weights are missing or damaged, or if foreign code builds a network with
+            other outputs than at its import.
     """
     source, path = study.source(cell.method), layout.model(cell, selection)
     if not source.foreign:
         return construct.with_weights(study, cell, splits, path), str(source)
-    again = f"train --cell {cell.key} takes it in"
-    before = read_json(layout.training(cell)).get("taken_in")
+    again = f"train --cell {cell.key} imports it"
+    before = read_json(layout.training(cell)).get("imported")
     if before is None:
         raise UsageError(f"{path}: not the weights of {source}; {again}")
     network = construct.with_weights(study, cell, splits, None)
     built = weights.checksum(network.state_dict())
     weights.load_into(network, path)
-    construct.checked(network.eval(), splits.train.x_NCHW[:IMAGES], splits.classes)
+    construct.check_network(network.eval(), splits.train.x_NCHW[:IMAGES], splits.classes)
     found = _outputs(network, splits)
-    if before["outputs"] is not None and not _alike(found, torch.tensor(before["outputs"])):
+    if before["outputs"] is not None and not _nearly_equal(found, torch.tensor(before["outputs"])):
         raise UsageError(
-            f"{source}: with the weights that were taken in ({path}) it does not compute what it "
-            f"did then, expected a network that its state dict decides; {again} again"
+            f"{source}: with the imported weights ({path}) its outputs are not those at its "
+            "import, expected a network whose outputs depend only on images and state dict; "
+            f"{again} again"
         )
     if built == before["built"]:
         return network, str(source)
-    return network, f"{source}, built with other weights each time: those taken in are attacked"
+    return network, f"{source}, builds other weights each time: the imported weights are attacked"
 
 
 def _tensors(network: nn.Module, source: str) -> dict[str, Tensor]:
-    """The state dict as it can be stored. Raises UsageError if it holds more than tensors."""
+    """Return the state dict on the CPU. Raises UsageError if NumPy cannot store an entry."""
     state = {}
     for name, value in network.state_dict().items():
         try:
@@ -100,17 +112,17 @@ def _tensors(network: nn.Module, source: str) -> dict[str, Tensor]:
             state[name].numpy()
         except (AttributeError, TypeError, RuntimeError) as error:
             raise UsageError(
-                f"{source}: '{name}' of its state dict cannot be stored ({in_a_line(error)}), "
+                f"{source}: '{name}' of its state dict cannot be stored ({one_line(error)}), "
                 "expected ordinary tensors"
             ) from None
     return state
 
 
-def _print_of(network: nn.Module, splits: Splits) -> dict[str, Any]:
-    """What tells whether a later build is the same network."""
+def _identity(network: nn.Module, splits: Splits) -> dict[str, Any]:
+    """Return a checksum of the weights and some outputs; a later build is compared with them."""
     outputs = _outputs(network, splits)
-    # What differs from pass to pass, by randomness of its own, cannot be compared.
-    same = bool(outputs.isfinite().all()) and _alike(outputs, _outputs(network, splits))
+    # Outputs that differ between two passes, e.g. of a random network, cannot be compared.
+    same = bool(outputs.isfinite().all()) and _nearly_equal(outputs, _outputs(network, splits))
     return {
         "built": weights.checksum(network.state_dict()),
         "outputs": outputs.tolist() if same else None,
@@ -118,12 +130,12 @@ def _print_of(network: nn.Module, splits: Splits) -> dict[str, Any]:
 
 
 def _outputs(network: nn.Module, splits: Splits) -> Tensor:
-    """Logits of the first training images, with torch's generator in one state."""
+    """Return the logits of the first training images; torch's generator has a fixed seed."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         return network(splits.train.x_NCHW[:IMAGES].clone()).float()
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether logits are the same to rounding."""
+def _nearly_equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether logits are equal within the tolerance."""
     return bool((one - other).abs().max() <= TOLERANCE * one.abs().max())

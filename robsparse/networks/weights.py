@@ -24,7 +24,7 @@ def save(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def checksum(state: dict[str, Tensor]) -> str:
-    """First 16 hex digits of the SHA-256 of tensors and their names."""
+    """Return the first 16 hex digits of the SHA-256 of tensors and their names."""
     digest = hashlib.sha256()
     for name, value in state.items():
         digest.update(name.encode())
@@ -33,9 +33,9 @@ def checksum(state: dict[str, Tensor]) -> str:
 
 
 def bytes_without_zeros(state: dict[str, Tensor]) -> int:
-    """Bytes that tensors take in the smaller of two forms, each tensor in its own.
+    """Return how many bytes the tensors need if each is stored in the smaller of two forms.
 
-    The forms are all values, or the nonzero values and a position of 4 bytes for each of them.
+    One form has all values. The other has the nonzero values and a position of 4 bytes for each.
     """
     return sum(
         min(value.nbytes, int(value.count_nonzero()) * (value.element_size() + 4))
@@ -44,7 +44,7 @@ def bytes_without_zeros(state: dict[str, Tensor]) -> int:
 
 
 def as_bytes(value: Tensor) -> bytes:
-    """The bytes of a tensor of any type, also of types that NumPy does not have."""
+    """Return the bytes of a tensor of any type, also of types that NumPy does not have."""
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -53,14 +53,14 @@ def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
 
     Args:
         model: the network.
-        path: a safetensors file, or a state dict saved by torch, as it is or as the entry
-            "state_dict" or "model" of a dict.
-        match: "names" for a file whose tensors have the names of the network's; "order" for one
-            with the same tensors in the same order under other names.
+        path: a safetensors file, or a file that torch saved. torch's file holds a state dict, or a
+            dict with a state dict as its entry "state_dict" or "model".
+        match: "names" if the tensors of the file have the names of the network's tensors; "order"
+            if they have other names but the same order.
 
-    Raises UsageError, and leaves the network as it is, when the file is missing or damaged, wants
-    to run code, has missing, unexpected or differently shaped entries, or holds NaN or infinite
-    values.
+    Raises:
+        UsageError: if the file is missing or damaged, would run code, has missing, unexpected or
+            differently shaped entries, or holds NaN or infinite values. The network is unchanged.
     """
     own = model.state_dict()
     state = {
@@ -68,7 +68,7 @@ def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
         for name, value in _read(Path(path)).items()
     }
     if not any(name.endswith(_COUNTER) for name in state):
-        # Nothing depends on the counters of batch norm, and some files lack them.
+        # Outputs do not depend on the counters of batch norm, and some files lack them.
         state |= {name: value for name, value in own.items() if name.endswith(_COUNTER)}
     expected = {name: value.shape for name, value in own.items()}
     if match == "order":
@@ -82,7 +82,7 @@ def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
             raise UsageError(
                 f"{path}: '{name}' has shape {tuple(value.shape)}, expected {tuple(expected[name])}"
             )
-        # What a network is built with may be infinite, like the mask of an attention layer.
+        # Values of the network itself may be infinite, e.g. the mask of an attention layer.
         if not (value.isfinite() | (value == own[name])).all():
             raise UsageError(f"{path}: '{name}' holds NaN or infinite values")
     model.load_state_dict(state)
@@ -91,7 +91,7 @@ def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
 def _renamed(
     path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a file under our names, one after the other; scalars stay our own."""
+    """Give the tensors of a file the names of the network's, in order; keep its own scalars."""
     tensors = [value for value in state.values() if value.ndim]
     names = [name for name, value in own.items() if value.ndim]
     if len(tensors) != len(names):
@@ -100,7 +100,7 @@ def _renamed(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name. Nothing in it is executed."""
+    """Return the tensors of a file by name. No code of the file is executed."""
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path, "pt")
@@ -116,8 +116,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             else f"{path}: not a readable file of weights"
         ) from None
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{path}: not a readable file of weights ({reason})") from None
+        message = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path}: not a readable file of weights ({message})") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from robsparse.base.errors import nearest
+from robsparse.base.errors import nearest_match
 from robsparse.base.names import LONGEST_NAME, is_name
 
 LARGEST = 2**31  # of any number in a configuration
@@ -43,7 +43,7 @@ class Strict(BaseModel):
                 raise PydanticCustomError(
                     "unknown_key",
                     "unknown key, expected one of: {known}{nearest}",
-                    {"key": key, "known": known, "nearest": nearest(key, cls.model_fields)},
+                    {"key": key, "known": known, "nearest": nearest_match(key, cls.model_fields)},
                 )
             if isinstance(data[key], bool) and cls.model_fields[key].annotation is not bool:
                 # pydantic would read `epochs: true` as one epoch

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from robsparse.base.errors import UsageError, nearest
+from robsparse.base.errors import UsageError, nearest_match
 from robsparse.schema.fields import radius_error
 from robsparse.schema.imagesets import Description
 from robsparse.schema.threat import AttackParams
@@ -249,7 +249,9 @@ def _tables(parts: Parts) -> Iterator[str]:
         for key, name in [*asked, ("selection", table.selection)]:
             if name not in known[key]:
                 choices = f"one of the study's: {', '.join(known[key])}"
-                yield _line(f"tables.{index}.{key}", name, f"{choices}{nearest(name, known[key])}")
+                yield _line(
+                    f"tables.{index}.{key}", name, f"{choices}{nearest_match(name, known[key])}"
+                )
 
 
 def _published(parts: Parts) -> Iterator[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from robsparse.base.errors import cut, nearest
+from robsparse.base.errors import nearest_match, shortened
 
 
 def lines(error: ValidationError, data: Any, prefix: str = "") -> list[str]:
@@ -19,7 +19,7 @@ def _line(error: Any, data: Any, prefix: str) -> str:
     location = _without_lone_index(data, [part for part in error["loc"] if part != "[key]"])
     if "key" in context:
         location.append(context["key"])
-    key = ".".join(cut(str(part)) for part in ([prefix] if prefix else []) + location)
+    key = ".".join(shortened(str(part)) for part in ([prefix] if prefix else []) + location)
     if error["type"] == "missing":
         return f"{key}: missing, expected a value"
     value = _look_up(data, location, error["input"])
@@ -27,7 +27,7 @@ def _line(error: Any, data: Any, prefix: str) -> str:
     message = message.removeprefix("Value error, ")
     if error["type"] == "literal_error":
         choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        message = f"expected {context['expected']}{nearest(value, choices)}"
+        message = f"expected {context['expected']}{nearest_match(value, choices)}"
     for bound in ("ge", "gt", "le", "lt"):
         if bound in context:
             message += f"; nearest match: {context[bound]}" if bound in ("ge", "le") else ""
@@ -56,7 +56,7 @@ def show(value: Any) -> str:
         text = json.dumps(value, default=str)
     except (TypeError, ValueError):  # dates as keys, an anchor that contains itself
         text = repr(value)
-    return cut(text)
+    return shortened(text)
 
 
 def _look_up(data: Any, location: list[int | str], default: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from robsparse.base import registry
-from robsparse.base.errors import UsageError, nearest
+from robsparse.base.errors import UsageError, nearest_match
 from robsparse.schema.evaluation import Evaluation
 from robsparse.schema.fields import Name, Strict
 from robsparse.schema.grid import Grid
@@ -119,7 +119,7 @@ def _params_of_block(block: Grid, methods: Mapping[str, Strict], key: str) -> Ma
     for name in block.params:
         if name not in [*block.methods, *methods]:
             raise UsageError(
-                f"{key}.{name}: expected a method of the block{nearest(name, block.methods)}"
+                f"{key}.{name}: expected a method of the block{nearest_match(name, block.methods)}"
             )
     params: dict[str, Strict] = {}
     for name, values in block.params.items():
@@ -172,7 +172,7 @@ def _check_models(file: StudyFile, methods: Mapping[str, Strict]) -> None:
             if own is not None and own not in known:
                 raise UsageError(
                     f"models.{name}.{kind} = {messages.show(own)}: unknown {kind}, expected one "
-                    f"of: {', '.join(sorted(known))}{nearest(own, known)}"
+                    f"of: {', '.join(sorted(known))}{nearest_match(own, known)}"
                 )
         if model.file is not None and not os.path.isfile(model.file):
             raise UsageError(f"models.{name}.file = {messages.show(model.file)}: no such file")
@@ -189,7 +189,7 @@ def _check_starts(methods: Mapping[str, Strict]) -> None:
         if own not in choices:
             raise UsageError(
                 f"methods.{name}.starts_from = {messages.show(own)}: expected "
-                f"{', '.join(choices) or 'nothing'}{nearest(own, choices)}"
+                f"{', '.join(choices) or 'nothing'}{nearest_match(own, choices)}"
             )
 
 
@@ -215,7 +215,7 @@ def _filled(
         except ValidationError as error:
             raise UsageError("\n".join(messages.lines(error, values, f"{key}.{name}"))) from None
         except Exception as error:  # a validator of a file of somebody's own
-            line = registry.entry(kind, variants.get(name, name)).blame(error)
+            line = registry.entry(kind, variants.get(name, name)).describe_error(error)
             raise UsageError(f"{key}.{name}: {line}") from error
     return MappingProxyType({name: parts[name] for name in dict.fromkeys([*wanted, *given])})
 

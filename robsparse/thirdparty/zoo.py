@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from robsparse.base.errors import UsageError, in_a_line, nearest
+from robsparse.base.errors import UsageError, nearest_match, one_line
 from robsparse.thirdparty.robustbench_repair import import_robustbench
 
 FOLDER = "data/robustbench"  # downloaded files are stored here
@@ -35,14 +35,15 @@ def load(name: str, dataset: str, norm: str) -> nn.Module:
         raise UsageError(f"RobustBench's zoo has no networks for {dataset} under {norm}") from None
     if name not in known:
         raise UsageError(
-            f"RobustBench's zoo has no '{name}' for {dataset} under {norm}{nearest(name, known)}"
+            f"RobustBench's zoo has no '{name}' for {dataset} under {norm}"
+            f"{nearest_match(name, known)}"
         )
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             model = load_model(name, model_dir=FOLDER, dataset=dataset, threat_model=norm)
     except (Exception, SystemExit) as error:  # e.g. there is no internet connection
         raise UsageError(
-            f"{name}: RobustBench could not download it ({in_a_line(error)}); expected an "
+            f"{name}: RobustBench could not download it ({one_line(error)}); expected an "
             f"internet connection, or the file under {FOLDER}/{dataset}/{norm}"
         ) from None
     return model.eval()

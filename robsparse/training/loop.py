@@ -50,7 +50,7 @@ def train_cell(
     with locked(layout.resume(cell)):
         if study.is_external(cell.method):
             with _kept_failure(failed, UsageError):
-                external.take_in(study, cell, layout)
+                external.import_network(study, cell, layout)
             return
         with _kept_failure(failed, TrainingError), StopRequest(max_steps).listen() as stop:
             training_device = pick_device(device or study.machine.device)

@@ -182,7 +182,7 @@ def test_killed_and_resumed_evaluation_equals_an_uninterrupted_one(
 ):
     model, part = known_network
     whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context())
-    saved = Cache(tmp_path, "network").of("autoattack")
+    saved = Cache(tmp_path, "network")
     calls, killed = [], []
     searcher = autoattack._searcher
 
@@ -214,7 +214,7 @@ def test_longer_evaluation_takes_over_what_a_shorter_one_found(
     quick, known_network, tmp_path, monkeypatch
 ):
     model, part = known_network
-    saved = Cache(tmp_path, "network").of("autoattack")
+    saved = Cache(tmp_path, "network")
     short = autoattack.Params(components=("apgd-ce", "apgd-t"))
     autoattack.run(model, part.x_NCHW, part.y_N, short, attack_context(cache=saved))
     ran = []
@@ -240,7 +240,7 @@ def test_longer_evaluation_takes_over_what_a_shorter_one_found(
 
 def test_outcome_of_other_components_before_is_not_taken(quick, known_network, tmp_path):
     model, part = known_network
-    saved = Cache(tmp_path, "network").of("autoattack")
+    saved = Cache(tmp_path, "network")
     alone = autoattack.Params(components=("square",))
     first = autoattack.run(model, part.x_NCHW, part.y_N, alone, attack_context(cache=saved))
     whole = autoattack.run(

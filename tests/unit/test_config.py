@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from robsparse.base import registry
-from robsparse.base.errors import UsageError, nearest
+from robsparse.base.errors import UsageError, nearest_match
 from robsparse.schema.training import Fit
 from robsparse.study import fingerprints, loading
 from robsparse.study.cells import Cell
@@ -235,9 +235,9 @@ def test_file_that_is_not_text_is_one_line(tmp_path):
 
 
 def test_nearest_match_is_silent_when_nothing_is_near():
-    assert nearest("bsc", ["bcs", "lwm"]) == "; nearest match: 'bcs'"
-    assert nearest("zzz", ["bcs", "lwm"]) == ""
-    assert nearest("BCS", ["bcs"]) == "; nearest match: 'bcs'"
+    assert nearest_match("bsc", ["bcs", "lwm"]) == "; nearest match: 'bcs'"
+    assert nearest_match("zzz", ["bcs", "lwm"]) == ""
+    assert nearest_match("BCS", ["bcs"]) == "; nearest match: 'bcs'"
 
 
 # ---------------------------------------------------------------- good input

@@ -247,7 +247,7 @@ def test_in_a_study_foreign_code_is_attacked_as_it_is(from_everywhere, own_nets,
     monkeypatch.setattr(evaluate, "attack_model", attack)
     for name in ("given", "made"):
         cell = cell_of(study, name)
-        external.take_in(study, cell, layout)
+        external.import_network(study, cell, layout)
         path = evaluate.evaluate_cell(study, cell, "last", layout, device="cpu")
         used = {row.attacked_on for row in read_record(path).rows}
         assert used == {"view" if name == "given" else "network"}
@@ -333,7 +333,7 @@ WHOLE = ["linear", "Net", "Bfloat", "Wrapped", "Normed", "Masked", "Matrix", "No
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_network_of_a_function_goes_from_take_in_to_the_record(name, by_hand, tmp_path):
+def test_a_network_of_a_function_goes_from_its_import_to_the_record(name, by_hand, tmp_path):
     assert by_hand("train", name)[:2] == (0, [])
     code, said, _ = by_hand("evaluate", name)
     assert (code, said) == (0, [])
@@ -349,7 +349,7 @@ def test_a_network_of_a_function_goes_from_take_in_to_the_record(name, by_hand, 
     assert f"made (callable own_nets:{name})" in table
 
 
-def test_weights_that_are_drawn_anew_are_those_taken_in_and_the_record_says_so(by_hand, tmp_path):
+def test_weights_that_are_drawn_anew_are_those_imported_and_the_record_says_so(by_hand, tmp_path):
     assert by_hand("train", "drawn")[0] == 0
     found = []
     for _ in range(2):
@@ -357,7 +357,7 @@ def test_weights_that_are_drawn_anew_are_those_taken_in_and_the_record_says_so(b
         [flags] = tmp_path.rglob("*.flags.npz")
         with np.load(flags) as stored:
             found.append(stored["clean.all"])
-        assert "those taken in are attacked" in rows_of(tmp_path)[0].origin
+        assert "the imported weights are attacked" in rows_of(tmp_path)[0].origin
     [file] = tmp_path.rglob("best_val.safetensors")
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     weights.load_into(network, file)
@@ -371,7 +371,7 @@ def test_state_outside_the_state_dict_is_told_before_any_attack(by_hand, tmp_pat
     assert by_hand("train", "Hidden")[0] == 0
     code, [line], out = by_hand("evaluate", "Hidden")
     assert code == 2
-    assert "does not compute what it did then" in line
+    assert "its outputs are not those at its import" in line
     assert "correct" not in out
     assert not list(tmp_path.rglob("best_val.json"))
 
@@ -386,7 +386,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_foreign_code_that_fails_is_one_line_when_it_is_taken_in(name, by_hand, tmp_path):
+def test_foreign_code_that_fails_is_one_line_when_it_is_imported(name, by_hand, tmp_path):
     code, [line], _ = by_hand("train", name)
     assert code == 2
     assert REFUSED[name] in line
@@ -437,5 +437,5 @@ def test_live_sets_of_foreign_code_are_compared_with_nobodys(from_everywhere, ow
     study = dataclasses.replace(study, models=half)
     study = dataclasses.replace(study, planned=planned_cells(study, study.attacks))
     for name in ("given", "made"):
-        external.take_in(study, cell_of(study, name), layout)
+        external.import_network(study, cell_of(study, name), layout)
     assert overlap.mask_overlaps(study, layout) == []

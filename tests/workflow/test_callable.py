@@ -107,7 +107,7 @@ BAD = {
     "coloured": "network: fails on 2 images of shape (1, 8, 8)",
     "tuples": "2 images give tuple, expected logits (2, 10)",
     "detached": "its outputs have no gradient",
-    "number": "nets:number: expected it to return a torch module, found int",
+    "number": "nets:number: expected a function that returns a torch module, found int",
     "fails": "nets:fails: ValueError: no such luck",
     "nothing": "nets:nothing: AttributeError",
 }
