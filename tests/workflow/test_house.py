@@ -98,8 +98,10 @@ def test_every_package_stands_in_a_layer_and_is_installed(repository):
     named = {name for layer in layers["layers"] for name in layer.split(" | ")}
     folders = {path.parent.name for path in (repository / "robsparse").glob("*/__init__.py")}
     assert named == folders | set(ROOMS)
+    inside = [path.parent for room in ROOMS for path in (repository / room).rglob("__init__.py")]
+    names = [*folders, *(".".join(path.relative_to(repository).parts) for path in inside)]
     installed = settings["setuptools"]["packages"]
-    assert set(installed) == {"robsparse", *(f"robsparse.{name}" for name in named)}
+    assert set(installed) == {"robsparse", *(f"robsparse.{name}" for name in names)}
 
 
 def test_modules_lie_in_packages_of_about_ten_files(repository):
