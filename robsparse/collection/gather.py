@@ -7,9 +7,10 @@ from typing import Any
 import pandas as pd
 
 from robsparse.base.errors import UsageError
-from robsparse.base.files import file_checksum, read_json
+from robsparse.base.files import file_checksum
 from robsparse.records.evaluation_record import Record, read_flags, read_record
 from robsparse.records.rows import KEY, Row, contradiction
+from robsparse.records.training_record import read_training
 from robsparse.schema.evaluation import Selection
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
@@ -93,7 +94,7 @@ def _check_weights(cell: Cell, selection: Selection, record: Record, layout: Lay
         )
     if not training.exists():
         return
-    trained = read_json(training)
+    trained = read_training(training)
     if trained.get("weights", {}).get(selection) != attacked:
         raise UsageError(
             f"{training}: training saved other weights ({selection}) than were attacked; "
@@ -122,7 +123,7 @@ def _other_code(
     """Which of training and evaluation were done by other code than the present, in words."""
     same = {"evaluation": record.rows[0].code_digest == present.code}
     if layout.training(cell).exists():
-        trained = read_json(layout.training(cell)).get("code_digest")
+        trained = read_training(layout.training(cell)).get("code_digest")
         same["training"] = trained == fingerprints.training(study, cell).code
     return " and ".join(sorted(name for name in same if not same[name]))
 
@@ -141,7 +142,7 @@ def _sanity_checks(record: Record) -> dict[str, Any]:
 
 def _gather_training(found: Gathered, cell: Cell, layout: Layout) -> None:
     key = _cell_key(cell)
-    found.curves += [key | point for point in read_json(layout.training(cell))["curve"]]
+    found.curves += [key | point for point in read_training(layout.training(cell))["curve"]]
     steps, lifetimes = (pd.read_parquet(f(cell)) for f in (layout.steps, layout.lifetimes))
     if len(steps):
         found.steps.append(steps.astype({"layer": str}).assign(**key))

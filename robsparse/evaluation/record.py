@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robsparse.base.files import atomic, file_checksum, read_json
+from robsparse.base.files import atomic, file_checksum
 from robsparse.compute.machine import device_name
 from robsparse.datasets import Part
 from robsparse.evaluation.job import Job
@@ -18,6 +18,7 @@ from robsparse.networks import weights
 from robsparse.records import provenance
 from robsparse.records.evaluation_record import Record, read_record, write_record
 from robsparse.records.rows import KEY, Row, wilson_interval
+from robsparse.records.training_record import read_training
 
 
 def write(job: Job, size: NetworkSize, results: list[AttackResult], findings: Findings) -> None:
@@ -71,7 +72,7 @@ def _training_columns(path: Path, selection: str) -> dict[str, Any]:
     """Cost of training, if this suite trained the weights."""
     if not path.exists():
         return {}
-    record = read_json(path)
+    record = read_training(path)
     cost = record["cost"]
     if cost is None:  # an external model
         return {}

@@ -13,7 +13,6 @@ from torch import nn
 from robsparse import datasets
 from robsparse.base import registry
 from robsparse.base.errors import TrainingError, UsageError
-from robsparse.base.files import read_json
 from robsparse.compute import randomness
 from robsparse.compute.machine import fast_memory_format, pick_precision
 from robsparse.datasets import Part, Splits
@@ -21,6 +20,7 @@ from robsparse.datasets._arrays import pseudo_labelled
 from robsparse.fast.proof import IMAGES
 from robsparse.fast.structure import runs
 from robsparse.networks import construct, weights
+from robsparse.records.training_record import read_training
 from robsparse.schema.training import Training
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout, derive_seed
@@ -126,7 +126,7 @@ def _read_start(study: Study, cell: Cell, layout: Layout) -> StartingNetwork:
             f"{path}: the weights that '{cell.method}' starts from are missing; "
             f"train --cell {start.key} first"
         )
-    record = read_json(layout.training(start))
+    record = read_training(layout.training(start))
     return StartingNetwork(path, record["curve"], record["cost"], record["failure"])
 
 
