@@ -1,5 +1,5 @@
-# Trains, attacks and reports every cell of a study. Rules call the `robsparse` command and hold no
-# logic of their own. Another study: snakemake --cores N --configfile config/NAME.yaml
+# Trains, attacks and reports every cell of a study. Rules only call the command `robsparse`.
+# To run another study: snakemake --cores N --configfile config/NAME.yaml
 from snakemake.utils import min_version
 
 min_version("9.1")
@@ -27,7 +27,8 @@ onsuccess:
     print_result()
 
 
-# What is there is still drawn, apart from the targets: the next call trains again what failed.
+# After a failure, `--partial` draws the existing results into a separate folder. The next call of
+# snakemake runs the failed jobs again.
 onerror:
     shell(
         "robsparse collect {STUDY_FILE:q} --partial > /dev/null 2>&1"

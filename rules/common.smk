@@ -10,11 +10,11 @@ from robsparse.study.loading import load
 from robsparse.base.errors import UsageError
 from robsparse.figures import REPORT, plots_of, tables_of
 
-# The configfile of the command line, not the merged `config`: a study is one file, read whole.
-# It is no parameter of a rule: what is in it decides, not its name.
+# A study is one file, so this is the configfile of the command line and not the merged `config`.
+# The file name is not a parameter of a rule: only the content decides what runs again.
 STUDY_FILE = os.path.relpath((workflow.configfiles or ["config/quick.yaml"])[0])
 
-# Jobs use the `robsparse` of this Python, also when its environment is not activated.
+# Jobs use the `robsparse` of this Python, even if its environment is not activated.
 shell.prefix(f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH; ")
 
 
@@ -23,8 +23,8 @@ def load_study():
     try:
         if settings.config or len(settings.configfiles) > 1:
             raise UsageError(
-                "a study is one file, read whole: expected one --configfile and no --config "
-                "(copy the file and change it there; name targets before --configfile)"
+                "a study is one complete file: expected one --configfile and no --config "
+                "(change a copy of the file; write targets before --configfile)"
             )
         return load(STUDY_FILE)
     except UsageError as error:

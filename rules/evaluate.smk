@@ -1,4 +1,4 @@
-# A waypoint: `snakemake --cores N evaluated` stops when all networks are attacked.
+# `snakemake --cores N evaluated` stops after all networks have been attacked.
 rule evaluated:
     input:
         [

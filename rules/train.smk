@@ -1,4 +1,4 @@
-# A waypoint: `snakemake --cores N trained` stops when all networks are trained.
+# `snakemake --cores N trained` stops after all networks have been trained.
 rule trained:
     input:
         [LAYOUT.training(cell) for cell in STUDY.cells()],

@@ -1,14 +1,13 @@
-"""Finds methods, attacks, datasets and architectures by listing files, without importing them.
+"""Finds methods, attacks, data sets and architectures by listing files, without importing them.
 
-A file is the unit: `baselines/lwm.py` is the method `lwm`. A file may hold several names when it
-says so in a literal `NAMES`. An installed package adds a method by an entry point of the group
-`robsparse.methods` whose value is the module. What the workflow must know before torch is loaded
-(the names, the literals and the `Params` model) is read from the source text; `load` imports the
-module for real.
+Each file is one part: `baselines/lwm.py` is the method `lwm`. A file with several parts lists their
+names in a literal `NAMES`. An installed package adds a method with an entry point of the group
+`robsparse.methods`; the value of the entry point is the module. Names, literals and the `Params`
+model are read from the source text; the function `load` imports the module.
 
-Why the text is read, and not the module imported: a config is checked and a workflow is planned in
-a fraction of the time that torch takes to load, and a file that cannot be imported does not stop
-those who do not use it. The price is that a `Params` class may use few names (see _PARAMS_IMPORTS).
+Reading the text has two advantages. Checking a config and planning a workflow take much less time
+than loading torch. A file that cannot be imported affects only studies that use it. The
+disadvantage is that a `Params` class may use only a few imports (see _PARAMS_IMPORTS).
 """
 
 import ast
@@ -37,19 +36,19 @@ PACKAGES = {
     "arch": ("robsparse.models",),
 }
 
-# A Params model may be built from these alone, so that it can be read without importing torch.
+# A Params model may import only from these modules, so that it can be read without importing torch.
 _PARAMS_IMPORTS = ("typing", "pydantic", "robsparse.schema")
 
 
-_MAY = f"parameter classes may use literals and names from {', '.join(_PARAMS_IMPORTS)} alone"
+_MAY = f"parameter classes may use only literals and names from {', '.join(_PARAMS_IMPORTS)}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name and what its source text says of it.
+    """One registered name, with the facts that are read from its source text.
 
-    `literals` holds the module's top-level constants (LABEL, STARTS_FROM, ...); `tree` is the
-    parsed text.
+    literals: the top-level constants of the module (LABEL, STARTS_FROM, ...).
+    tree: the parsed text.
     """
 
     kind: str
@@ -65,7 +64,7 @@ class Entry:
         return _params(self.tree, self.module, self.path)
 
     def describe_error(self, error: Exception) -> str:
-        """In one line, what its code raised, and in which line of its file."""
+        """Return an error that the code of this part raised, in one line with file and line."""
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
@@ -76,15 +75,21 @@ class Entry:
 
 
 def names(kind: str) -> list[str]:
-    """All registered names of a kind ("method", "attack", "dataset", "arch"), sorted."""
+    """Return all registered names of a kind ("method", "attack", "dataset", "arch"), sorted."""
     return sorted(_entries(kind))
 
 
 def entry(kind: str, name: str, also: Iterable[str] = ()) -> Entry:
-    """The entry called `name`.
+    """Return the entry with a name.
 
-    Raises UsageError with the nearest match, `also` among the candidates, when there is none, and
-    when its file lacks a part. A file that cannot be read stops only those who ask for its names.
+    Args:
+        kind: "method", "attack", "dataset" or "arch".
+        name: name of the part.
+        also: more names that the error message lists and searches for the nearest match.
+
+    Raises:
+        UsageError: if there is no such entry, or if its file is damaged or has no class Params. A
+            damaged file does not affect other entries.
     """
     found = _entries(kind)
     if name not in found:
@@ -96,14 +101,16 @@ def entry(kind: str, name: str, also: Iterable[str] = ()) -> Entry:
     item = found[name]
     if isinstance(item, UsageError):
         raise item
-    _ = item.params  # raises where the file has none
+    _ = item.params  # raises UsageError if the file has no class Params
     return item
 
 
 def load(kind: str, name: str) -> ModuleType:
-    """Import and return the module that holds `name`.
+    """Import and return the module of an entry.
 
-    Raises UsageError, naming file and reason, when it cannot be imported or lacks a part.
+    Raises:
+        UsageError: if the module cannot be imported, or if a method has no function `stages`. The
+            message names the file and the reason.
     """
     found = entry(kind, name)
     try:
@@ -112,14 +119,14 @@ def load(kind: str, name: str) -> ModuleType:
         raise UsageError(found.describe_error(error)) from error
     if kind == "method" and not callable(getattr(module, "stages", None)):
         raise UsageError(
-            f"{found.path}: no function stages(params), expected it to return the stages"
+            f"{found.path}: no function stages(params), expected one that returns the stages"
         )
     return module
 
 
 @functools.cache
 def _entries(kind: str) -> dict[str, Entry | UsageError]:
-    """Everything registered; in the place of a file that cannot be read, the error about it."""
+    """Return all entries of a kind by name; a damaged file has an error in place of its entry."""
     found: dict[str, Entry | UsageError] = {}
     for module, path, name in _files(kind):
         try:
@@ -137,7 +144,7 @@ def _entries(kind: str) -> dict[str, Entry | UsageError]:
 
 
 def _files(kind: str) -> Iterator[tuple[str, Path, str | None]]:
-    """Module, file and (for an entry point) name of everything registered."""
+    """Yield module, file and, for an entry point, name of each file."""
     for package in PACKAGES[kind]:
         spec = importlib.util.find_spec(package)
         folders = list((spec.submodule_search_locations if spec else None) or [])
@@ -147,7 +154,7 @@ def _files(kind: str) -> Iterator[tuple[str, Path, str | None]]:
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS.get(kind, "")):
         try:
             spec = importlib.util.find_spec(point.module)
-        except Exception:  # whatever the package that holds it does when it is imported
+        except Exception:  # its package is imported here and can raise anything
             spec = None
         yield point.module, Path(spec.origin if spec and spec.origin else point.module), point.name
 
@@ -157,7 +164,7 @@ def _read(kind: str, module: str, path: Path, name: str | None) -> list[Entry]:
         tree = ast.parse(path.read_bytes(), str(path))
     except OSError:
         raise UsageError(
-            f"{path}: the {kind} '{name}' of an installed package is not there"
+            f"{path}: no such file; the {kind} '{name}' of an installed package needs it"
         ) from None
     except SyntaxError as error:
         raise UsageError(f"{path}: line {error.lineno}: {error.msg}") from None
@@ -188,11 +195,10 @@ def _literals(tree: ast.Module) -> dict[str, Any]:
 
 
 def _params(tree: ast.Module, module: str, path: Path) -> type[BaseModel]:
-    """Build the module's `Params` from its pydantic classes alone.
+    """Build the class `Params` of a module without executing the whole file.
 
-    Only imports from _PARAMS_IMPORTS, and classes that derive from pydantic models, are executed:
-    the rest of the file, torch included, is not. Their validators may therefore use no other names
-    either.
+    Only imports from _PARAMS_IMPORTS and classes that derive from pydantic models are executed. The
+    imports of torch are not. Validators of the classes can therefore use no other names.
     """
     space: dict[str, Any] = {"__name__": module}
     used: list[tuple[str, int]] = []
@@ -214,7 +220,7 @@ def _params(tree: ast.Module, module: str, path: Path) -> type[BaseModel]:
 
 
 def _execute(node: ast.stmt, space: dict[str, Any], path: Path) -> list[tuple[str, int]]:
-    """Run an import or a class; returns the global names that its functions use, with lines."""
+    """Execute an import or a class; return the global names in its functions, with lines."""
     code = compile(ast.Module([node], []), str(path), "exec")
     try:
         exec(code, space)
@@ -226,7 +232,10 @@ def _execute(node: ast.stmt, space: dict[str, Any], path: Path) -> list[tuple[st
 
 
 def _globals_of(code: CodeType, line: int) -> Iterator[tuple[str, int]]:
-    """Global names that code and the functions in it use: they may not run before much later."""
+    """Yield the global names that code and its inner functions use, with lines.
+
+    The functions run later, so an unknown name would be noticed late.
+    """
     for step in dis.get_instructions(code):
         line = (step.positions.lineno if step.positions else None) or line
         if step.opname == "LOAD_GLOBAL":

@@ -1,4 +1,4 @@
-"""What several commands share: their type, arguments, the study and its cells."""
+"""Parts of several commands: their type, their arguments, loading the study and finding a cell."""
 
 import argparse
 from collections.abc import Callable
@@ -18,8 +18,10 @@ EXIT_FAILED, EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED = 1, 2, 75, 130
 class Command:
     """One command of `robsparse`.
 
-    text: one line of help; detail: what the command writes. config: whether the first argument is
-    a study file ("needed", "optional" or "none"). results: whether the command takes --results.
+    text: one line of help.
+    detail: sentences on what the command does and writes.
+    config: whether the first argument is a study file ("needed", "optional" or "none").
+    results: whether the command has the option --results.
     """
 
     name: str
@@ -63,7 +65,7 @@ def add_cell(command: argparse.ArgumentParser) -> None:
         "--cell",
         required=True,
         metavar="KEY",
-        help="dataset/arch/method/objective/s0.NNNN/seedN, as printed by plan",
+        help="dataset/arch/method/objective/s0.NNNN/seedN; `plan` prints it",
     )
 
 

@@ -1,4 +1,4 @@
-"""The command that attacks one network, of a study or from elsewhere."""
+"""The command that attacks one network: a network of a study or an external model."""
 
 import argparse
 import importlib
@@ -32,23 +32,24 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
         help="attack from the start: delete the cache of an interrupted evaluation first",
     )
     cell = command.add_argument_group("a network of a study (with CONFIG)")
-    cell.add_argument("--cell", metavar="KEY", help="as printed by plan")
+    cell.add_argument("--cell", metavar="KEY", help="key of the cell; `plan` prints it")
     add_selection(cell)
     cell.add_argument(
         "--model",
         type=Path,
         metavar="FILE",
-        help="weights to attack instead of the cell's own; the record is written beside them",
+        help="attack the weights of this file, not those of the cell; the record is written beside "
+        "it",
     )
     single = command.add_argument_group("any network (without CONFIG)")
     single.add_argument(
         "--weights", type=Path, metavar="FILE", help="safetensors, or a torch state dict"
     )
-    single.add_argument("--zoo", metavar="NAME", help="a network of RobustBench's zoo instead")
+    single.add_argument("--zoo", metavar="NAME", help="or: a network of RobustBench's zoo")
     single.add_argument(
         "--callable",
         metavar="MODULE:FUNCTION",
-        help="a function of yours that returns a torch module instead; it takes images in [0,1]",
+        help="or: a function that returns a torch module; its inputs are images in [0,1]",
     )
     single.add_argument("--arch", metavar="NAME", help="architecture of the weights")
     single.add_argument(
@@ -59,18 +60,18 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
         help="a parameter of the architecture, e.g. width=24; may be repeated",
     )
     single.add_argument("--dataset", metavar="NAME", help="data set whose test images are attacked")
-    single.add_argument("--data-dir", metavar="DIR", help="where the data set is")
+    single.add_argument("--data-dir", metavar="DIR", help="folder of the data set")
     single.add_argument(
         "--norm", choices=("Linf", "L2"), default="Linf", help="(default: %(default)s)"
     )
     single.add_argument(
-        "--eps", default="8/255", help="radius, pixels in [0,1] (default: %(default)s)"
+        "--eps", default="8/255", help="radius for pixels in [0,1] (default: %(default)s)"
     )
     single.add_argument(
         "--attacks",
         default="clean,pgd,autoattack",
         metavar="LIST",
-        help="attacks, with commas (default: %(default)s)",
+        help="attacks, separated by commas (default: %(default)s)",
     )
     single.add_argument(
         "--n-examples", type=positive, default=1000, metavar="N", help="(default: %(default)s)"
@@ -78,8 +79,8 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     single.add_argument(
         "--batch-size", type=positive, default=250, metavar="N", help="(default: %(default)s)"
     )
-    single.add_argument("--mean", type=_numbers, help="of each channel, e.g. 0.49,0.48,0.45")
-    single.add_argument("--std", type=_numbers, help="of each channel")
+    single.add_argument("--mean", type=_numbers, help="mean of each channel, e.g. 0.49,0.48,0.45")
+    single.add_argument("--std", type=_numbers, help="standard deviation of each channel")
     single.add_argument(
         "--match",
         choices=("names", "order"),
@@ -163,8 +164,8 @@ COMMANDS = (
         _evaluate,
         "attack one network and write a record",
         "With CONFIG: runs the attacks that the study lists for the selection and writes "
-        "DIR/STUDY/evaluations/KEY/SELECTION.json and the outcome of each image beside it. "
-        "Without: attacks the network of a file and writes the record beside the file.",
+        "DIR/STUDY/evaluations/KEY/SELECTION.json, and the outcome of each image beside it. "
+        "Without CONFIG: attacks an external model and writes the record beside its file.",
         config="optional",
         add_arguments=_add_evaluate,
     ),

@@ -1,8 +1,8 @@
 """The command line: check, plan, train, evaluate, collect, figures, export, new-method, bench.
 
-Exit codes: 0 done, 1 a run failed, 2 bad input (one line says what), 75 stopped by a signal and
-ready to be resumed, 130 stopped by Ctrl-C (resumable too). Torch is imported only by the commands
-that need it.
+Exit codes: 0 done, 1 a run failed, 2 bad input (one line describes it), 75 stopped by a signal, 130
+stopped by Ctrl-C. After 75 or 130 the same command continues the run. Only commands that need torch
+import it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ COMMANDS: tuple[Command, ...] = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; return the exit code."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         print(f"robsparse: error: {error}", file=sys.stderr)
         return EXIT_FAILED
-    except OSError as error:  # a full disk, say; files are renamed only when they are whole
-        print(f"robsparse: error: {error}; nothing half-written is left", file=sys.stderr)
+    except OSError as error:  # e.g. a full disk; a file gets its name only when it is complete
+        print(f"robsparse: error: {error}; no incomplete file is left", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("robsparse: stopped; run the same command again to continue", file=sys.stderr)
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(command: Command, parser: argparse.ArgumentParser) -> None:
-    """Give the parser of a command its arguments."""
+    """Add the arguments of a command to its parser."""
     parser.set_defaults(run=command.run)
     if command.config != "none":
         parser.add_argument(
@@ -83,5 +83,5 @@ def _add(command: Command, parser: argparse.ArgumentParser) -> None:
             type=Path,
             default=Path("results"),
             metavar="DIR",
-            help="folder that holds the folder of each study (default: %(default)s)",
+            help="folder with one folder for each study (default: %(default)s)",
         )

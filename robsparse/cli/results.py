@@ -10,7 +10,8 @@ def add_partial(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--partial",
         action="store_true",
-        help="write to DIR/STUDY/partial: what is there while networks are missing or failed",
+        help="use the results that exist if networks are missing or failed; write to "
+        "DIR/STUDY/partial",
     )
 
 
@@ -46,7 +47,7 @@ COMMANDS = (
         _collect,
         "gather all records into one table",
         "Checks them and writes results.csv, results.parquet, layers.csv, curves.csv and "
-        "steps.parquet to DIR/STUDY; what is missing is listed.",
+        "steps.parquet to DIR/STUDY. Lists missing records.",
         add_arguments=add_partial,
     ),
     Command(

@@ -42,16 +42,15 @@ COMMANDS = (
         "check",
         _check,
         "validate a config",
-        "Each error is one line that names file, key, value, what was expected and the nearest "
-        "match.",
+        "Each error is one line with file, key, value, what was expected and the nearest match.",
         results=False,
     ),
     Command(
         "plan",
         _plan,
         "list the jobs of a study and estimate their time",
-        "Times passes of the study's networks on this machine for a few seconds; finished jobs "
-        "count as done.",
+        "Measures passes of the study's networks on this machine for a few seconds. Shows which "
+        "jobs are done.",
         add_arguments=add_cores,
     ),
 )

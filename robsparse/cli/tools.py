@@ -10,8 +10,10 @@ _CASES = ("train", "perturb", "evaluate", "rewire", "data", "together")
 
 
 def _add_new_method(command: argparse.ArgumentParser) -> None:
-    command.add_argument("name", metavar="NAME", help="name of the file and in configs")
-    command.add_argument("--label", metavar="TEXT", help="name in print (default: from NAME)")
+    command.add_argument("name", metavar="NAME", help="name of the file and of the method")
+    command.add_argument(
+        "--label", metavar="TEXT", help="name in tables and plots (default: derived from NAME)"
+    )
 
 
 def _new_method(arguments: argparse.Namespace) -> None:
@@ -31,15 +33,15 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         "--precision",
         action="append",
         choices=("auto", "fp32", "tf32", "bf16"),
-        help="of ours; may be repeated (default: fp32 and auto)",
+        help="precision of this suite; may be repeated (default: fp32 and auto)",
     )
     command.add_argument(
-        "--only", default="", metavar="TEXT", help="run the cases with that in their names"
+        "--only", default="", metavar="TEXT", help="run only cases with this text in their names"
     )
     options = {
-        "--batch-size": (32, "images of a step"),
-        "--images": (8, "images that AutoAttack sees"),
-        "--repeats": (5, "measurements that the median is taken of"),
+        "--batch-size": (32, "images in a step"),
+        "--images": (8, "images for AutoAttack"),
+        "--repeats": (5, "measurements for the median"),
         "--threads": (1, "CPU threads"),
     }
     for name, (default, text) in options.items():
@@ -47,7 +49,9 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
             name, type=positive, default=default, metavar="N", help=f"{text} (default: {default})"
         )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows to this file"
+    )
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -69,8 +73,8 @@ COMMANDS = (
     Command(
         "new-method",
         _new_method,
-        "start a method of your own from the template",
-        "Writes baselines/NAME.py, a whole method with empty hooks.",
+        "write the file of a new method from the template",
+        "Writes baselines/NAME.py, a complete method with empty hooks.",
         config="none",
         results=False,
         add_arguments=_add_new_method,
@@ -79,8 +83,8 @@ COMMANDS = (
         "bench",
         _bench,
         "measure this suite against textbook code and the machine",
-        "Both run in turn in one process, after a warm-up; medians are compared, and ours with "
-        "what the machine's arithmetic allows.",
+        "Runs both alternately in one process after a warm-up and compares their medians. Also "
+        "compares this suite with the arithmetic peak of the machine.",
         config="none",
         results=False,
         add_arguments=_add_bench,

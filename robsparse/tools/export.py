@@ -1,4 +1,4 @@
-"""Writes a result in the form in which RobustBench takes entries, and weights for anyone."""
+"""Writes a result as an entry of RobustBench, and copies the weights beside it."""
 
 import shutil
 from pathlib import Path
@@ -14,11 +14,12 @@ from robsparse.study.study import Study
 
 
 def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -> Path:
-    """Write the model_info of an attacked network; returns its path.
+    """Write the model_info of an attacked network; return its path.
 
-    link, authors, venue and the paper's title are left null: who submits fills them in.
+    link, name, authors and venue are null; fill them in before you submit the entry.
 
-    Raises UsageError when the network was not attacked with the whole standard AutoAttack.
+    Raises:
+        UsageError: if the network was not attacked with the complete standard AutoAttack.
     """
     record = read_record(layout.evaluation(cell, selection))
     whole = {row.attack: row for row in record.rows if row.component == "all"}
@@ -60,9 +61,10 @@ def model_info(study: Study, cell: Cell, selection: Selection, layout: Layout) -
 
 
 def copy_weights(cell: Cell, selection: Selection, layout: Layout) -> Path:
-    """Copy a network's weights (safetensors) to the folder of its model_info; returns the path.
+    """Copy a network's weights (safetensors) to the folder of its model_info; return the path.
 
-    Raises UsageError when an older version wrote the weights.
+    Raises:
+        UsageError: if an older version of robsparse wrote the weights.
     """
     weights = layout.model(cell, selection)
     read_tensors(weights)

@@ -1,4 +1,4 @@
-"""A study of one network from a file, a zoo or a function, which has no study file."""
+"""Builds a study of one external model (a file, a zoo or a function) without a study file."""
 
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ def study_of(
     std: list[float] | None,
     match: str | None,
 ) -> Study:
-    """A study of that one network.
+    """Return a study of one external model; the arguments are the options of `evaluate`.
 
-    Raises UsageError when an option is not what a study allows.
+    Raises:
+        UsageError: if a study does not allow an option.
     """
     if arch_option and weights is None:
         raise UsageError(f"--arch-option {arch_option[0]}: expected --weights beside it")
@@ -46,7 +47,7 @@ def study_of(
         "std": std,
     }
     model = {name: value for name, value in options.items() if value is not None}
-    model |= {"dataset": dataset, "objective": "natural"}  # the latter is not known and not used
+    model |= {"dataset": dataset, "objective": "natural"}  # the objective is unknown and not used
     data: dict[str, Any] = {
         "study": "single",
         "title": f"{weights or zoo or callable} on {dataset}",
@@ -65,7 +66,7 @@ def study_of(
 
 
 def _mapping(options: list[str]) -> dict[str, Any]:
-    """KEY=VALUE, each value as YAML reads it."""
+    """Parse options of the form KEY=VALUE; a value is read as YAML."""
     for option in options:
         if "=" not in option:
             raise UsageError(f"--arch-option {option}: expected KEY=VALUE, like width=24")

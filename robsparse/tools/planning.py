@@ -1,4 +1,4 @@
-"""What a study would run, and how long that takes on this machine, from a few timed passes."""
+"""Lists the jobs of a study and estimates their time from a few timed passes on this machine."""
 
 import dataclasses
 import functools
@@ -23,14 +23,15 @@ from robsparse.study.cost import PASSES
 from robsparse.study.study import Study
 from robsparse.training import objectives
 
-# Shares that are not known before the study is run; the estimate says so.
+# Share of images that survive an attack. It is not known before the study has run; the output
+# names this assumption.
 ROBUST_SHARE = 0.7
 SECONDS_TO_START_A_JOB = 4.0
-ENOUGH_SECONDS = 0.1  # of one pass, to be timed well
+ENOUGH_SECONDS = 0.1  # shortest duration of a pass that is timed well
 
 
 class Clock:
-    """Seconds for one pass over one image, timed once for all cells that it is the same for."""
+    """Measures seconds for each image and pass; cells with the same passes share a measurement."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -39,16 +40,16 @@ class Clock:
 
     @functools.cache  # noqa: B019 (a clock lives as long as the command)
     def data(self, dataset: str) -> Description:
-        """Shape and size of a data set; nothing is downloaded where they are known."""
+        """Return shape and sizes of a data set; it is downloaded only if they are not known."""
         return datasets.describe(self.study.base("dataset", dataset), self.study.datasets[dataset])
 
     def step(self, cell: Cell) -> float:
-        """Training step of the dense network, per image."""
+        """Return seconds for each image in a training step of the dense network."""
         planned = self.study.planned[cell]
         training = planned.training
         objective = objectives.make_objective(cell.objective, training)
         attacker = objectives.make_attacker(planned, torch.Generator(self.device))
-        # One crafting step is timed; the others cost as much as the gradient pass that it is.
+        # One crafting step is timed. Each other crafting step costs one gradient pass.
         one = attacker.crafting.model_copy(update={"steps": 1})
         attacker = dataclasses.replace(attacker, crafting=one)
         precision = pick_precision(training.precision, self.device)
@@ -65,7 +66,7 @@ class Clock:
         return once + (passes(steps)[1] - passes(1)[1]) * self.gradient(cell, attacker.precision)
 
     def gradient(self, cell: Cell, precision: str = "fp32") -> float:
-        """Gradient of the input on the folded view, per image."""
+        """Return seconds for each image to compute its gradient on the folded view."""
         dtype = torch.bfloat16 if precision == "bf16" else None
 
         def work(model: nn.Module, x: Tensor, _: Tensor) -> None:
@@ -75,7 +76,7 @@ class Clock:
         return self._time(("gradient", cell.dataset, cell.arch, precision), cell, work)
 
     def forward(self, cell: Cell) -> float:
-        """Forward pass, per image."""
+        """Return seconds for each image in a forward pass."""
         return self._time(
             ("forward", cell.dataset, cell.arch), cell, lambda model, x, y: model(x.detach())
         )
@@ -88,7 +89,7 @@ class Clock:
     ) -> float:
         if key not in self.timed:
             data = self.data(cell.dataset)
-            assert data.classes is not None  # `describe` reads the labels where nothing else tells
+            assert data.classes is not None  # `datasets.describe` reads the labels if necessary
             model = construct.build(self.study, cell, data.image_shape, data.classes)
             model = model.to(self.device)
             size = min(self.study.planned[cell].training.batch_size, data.train_examples)
@@ -99,7 +100,7 @@ class Clock:
 
 
 def describe(study: Study, layout: Layout, cores: int) -> str:
-    """One line a cell with its state and estimated time, then the total."""
+    """Return one line for each cell with its state and estimated time, then the total."""
     prepare(study.machine.threads)
     clock = Clock(study)
     lines = [
@@ -129,7 +130,7 @@ def _total(study: Study, clock: Clock, total: float, longest: float, cores: int)
     assumed = f"assumes that {ROBUST_SHARE:.0%} of the images survive each attack"
     lines = [f"{hours:.3g} {unit} on {device_name(clock.device)}; {assumed}"]
     if on_gpu:
-        return [*lines, "start it: snakemake --cores N, with as many gpu resources as there are"]
+        return [*lines, "start it: snakemake --cores N --resources gpu=NUMBER_OF_GPUS"]
     at_once = max(1, cores // study.machine.threads)
     wall = max(total / at_once, longest)
     return [
@@ -140,7 +141,7 @@ def _total(study: Study, clock: Clock, total: float, longest: float, cores: int)
 
 
 def training_seconds(clock: Clock, cell: Cell) -> float:
-    """Estimated training time of a cell, without that of the cell it starts from."""
+    """Return the estimated training time of a cell, without the cell that it starts from."""
     study = clock.study
     if study.is_external(cell.method):
         return SECONDS_TO_START_A_JOB
@@ -156,7 +157,7 @@ def training_seconds(clock: Clock, cell: Cell) -> float:
 
 
 def evaluation_seconds(clock: Clock, cell: Cell, selection: Selection) -> float:
-    """Estimated time of all attacks on one set of weights."""
+    """Return the estimated time of all attacks on one set of weights."""
     settings = clock.study.evaluation
     seconds = SECONDS_TO_START_A_JOB
     for attack in clock.study.planned[cell].attacks[selection]:
@@ -170,7 +171,7 @@ def evaluation_seconds(clock: Clock, cell: Cell, selection: Selection) -> float:
 
 
 def _seconds_per_image(work: Callable[[int], Any], most: int) -> float:
-    """Median over repeats, with as many images as take about a tenth of a second."""
+    """Return seconds for each image: the median over repeats of about a tenth of a second."""
     images, seconds = min(4, most), _seconds(work, min(4, most))
     while images < most and seconds < ENOUGH_SECONDS:
         images = min(2 * images, most)

@@ -1,4 +1,4 @@
-"""Starts a new method from the template."""
+"""Writes the file of a new method from the template."""
 
 import ast
 import re
@@ -9,18 +9,23 @@ from robsparse.base.files import atomic
 
 
 def new_method(name: str, label: str | None = None) -> str:
-    """Copy baselines/template.py to a file called `name` beside it; say what to do next.
+    """Copy baselines/template.py to NAME.py in the same folder; return text on the next steps.
 
-    Raises UsageError when the name is no Python name or already taken.
+    Args:
+        name: name of the file and of the method in configs.
+        label: name in tables and plots; None derives it from `name`.
+
+    Raises:
+        UsageError: if the name is not allowed, or if a method already has it.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UsageError(
-            f"'{name}': expected a name of small letters, digits and _, starting with a letter"
+            f"'{name}': expected lower-case letters, digits and _, with a letter first"
         )
     template = registry.entry("method", "template")
     path = template.path.with_name(f"{name}.py")
     if name in registry.names("method") or path.exists():
-        raise UsageError(f"'{name}': this method exists already; expected another name")
+        raise UsageError(f"'{name}': this method already exists; expected another name")
     printed = label or name.replace("_", " ").capitalize()
     with atomic(path) as temporary:
         temporary.write_text(_filled_in(template.path.read_text(), name, printed))
@@ -36,7 +41,7 @@ def _filled_in(text: str, name: str, label: str) -> str:
     old = ast.get_docstring(ast.parse(text), clean=False) or ""
     new = (
         f"{_escaped(label)}: what it does, in one sentence.\n\n"
-        "Source: the paper (authors, venue, equation) or repository that it comes from.\n"
+        "Source: the paper (authors, venue, equation) or the repository of the method.\n"
     )
     camel = "".join(part.capitalize() for part in name.split("_"))
     text = text.replace(old, new, 1).replace("TemplateStage", f"{camel}Stage")
@@ -48,5 +53,5 @@ def _quoted(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """As it stands between double quotes in Python."""
+    """Escape a text for a Python string in double quotes."""
     return text.replace("\\", "\\\\").replace('"', '\\"')

@@ -217,7 +217,7 @@ def test_validator_that_needs_more_than_may_be_read_is_one_line(name, what, pack
     line = 1 + text.splitlines().index(f"        assert {what.format(name)}")
     assert refusal() == (
         f"{folder / 'mine.py'}: line {line}: the name '{name}' is not known here; parameter "
-        "classes may use literals and names from typing, pydantic, robsparse.schema alone"
+        "classes may use only literals and names from typing, pydantic, robsparse.schema"
     )
 
 
@@ -314,5 +314,7 @@ def test_an_entry_point_is_a_method_under_its_own_name(package, monkeypatch):
     assert registry.entry("method", "theirs").path == folder / "mine.py"
     with pytest.raises(UsageError, match="the method 'mine' is already taken by"):
         registry.entry("method", "mine")
-    with pytest.raises(UsageError, match="the method 'gone' of an installed package is not there"):
+    with pytest.raises(
+        UsageError, match="no such file; the method 'gone' of an installed package needs it"
+    ):
         registry.entry("method", "gone")

@@ -52,7 +52,7 @@ def test_written_file_is_a_method_of_that_name(name, label, printed, folder):
 
 @pytest.mark.parametrize("name", ["2x", "My", "a-b", "", "a b", "../x"])
 def test_a_name_that_is_no_module_is_refused(name, folder):
-    with pytest.raises(UsageError, match="expected a name of small letters"):
+    with pytest.raises(UsageError, match="expected lower-case letters"):
         scaffold.new_method(name)
     assert sorted(path.name for path in folder.glob("*.py")) == ["__init__.py", "template.py"]
 
@@ -60,6 +60,6 @@ def test_a_name_that_is_no_module_is_refused(name, folder):
 def test_a_name_that_is_taken_is_refused(folder):
     scaffold.new_method("mine")
     before = (folder / "mine.py").read_text()
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         scaffold.new_method("mine", "Another")
     assert (folder / "mine.py").read_text() == before
