@@ -240,13 +240,6 @@ def test_continuous_integration_runs_the_test_command_alone(repository):
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make test"]
 
 
-def test_files_that_the_guide_for_contributors_names_exist(repository):
-    text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = re.findall(r"`((?:[\w.]+/)+[\w.]*|[\w.]+\.(?:md|py|toml|txt|yaml))`", text)
-    assert len(named) > 15
-    assert [name for name in named if not (repository / name).exists()] == []
-
-
 def test_files_and_pages_that_a_document_names_exist(repository):
     """Files in folders of the repository, except those that the reader of a page writes."""
     by_reader = {"baselines/scaled_magnitude.py", "config/mine.yaml"}
