@@ -17,12 +17,12 @@ from torch.utils import benchmark
 
 from robsparse.base.errors import UsageError
 from robsparse.compute import perturb
-from robsparse.tools import bench
+from robsparse.tools import bench, bench_cases, bench_sides
 from robsparse.tools.stopwatch import Comparison, Side, Stopwatch, copy_rate, multiply_rate
 
 CPU = torch.device("cpu")
 ROW_KEYS = ["case", "unit", "ours", "rival", "rival_name", "ratio", "limit", "limit_share"]
-textbook = bench._textbook()
+textbook = bench_sides.load_textbook()
 
 
 def network():
@@ -108,7 +108,7 @@ def test_textbook_layers_have_their_density(kind):
 def test_textbook_rewiring_restores_the_budget():
     model = textbook.sparsify(nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 30)), "sampled", 0.2)
     weights = [layer.weight for layer in model]
-    bench._kill(weights)
+    bench_sides.make_dormant(weights)
     textbook.rewire(model, 0.2, 0.1)
     live = sum(int((weight > 0).sum()) for weight in weights)
     assert abs(live - round(0.2 * (50 * 40 + 40 * 30))) <= 40  # sparsify draws, it does not count
@@ -210,7 +210,7 @@ def test_every_case_runs_and_writes_its_rows(case, only, rows, tmp_path, capsys)
 
 @pytest.mark.parametrize("arch", ["resnet18", "vgg16", "wrn28_4"])
 def test_large_networks_have_their_cases(arch):
-    [row] = bench.perturb(settings([arch], batch_size=1))
+    [row] = bench_cases.perturb(settings([arch], batch_size=1))
     assert row.case == f"perturb {arch} fp32"
     assert 0 < row.limit_share < 1.5
 
@@ -218,29 +218,29 @@ def test_large_networks_have_their_cases(arch):
 def test_evaluation_is_compared_with_the_stock_package(monkeypatch):
     called = []
     monkeypatch.setattr(
-        bench.AutoAttack,
+        bench_cases.AutoAttack,
         "run_standard_evaluation",
         lambda self, x, y, batch_size: called.append(len(x)),
     )
-    attack = bench.registry.load("attack", "autoattack")
+    attack = bench_cases.registry.load("attack", "autoattack")
     monkeypatch.setattr(attack, "run", lambda view, x, y, *_: called.append(len(x)))
-    rows = list(bench.evaluate(settings()))
+    rows = list(bench_cases.evaluate(settings()))
     assert called == [2, 2] * 3
     assert [row.case for row in rows] == [f"evaluate small_cnn {s}" for s in ("0", "0.9", "0.99")]
     assert {row.rival_name for row in rows} == {"stock package"}
 
 
 def test_several_networks_at_once(monkeypatch):
-    monkeypatch.setattr(bench, "TOGETHER", 1)
-    rows = list(bench.together(dataclasses.replace(settings(), threads=2)))
+    monkeypatch.setattr(bench_sides, "TOGETHER", 1)
+    rows = list(bench_cases.together(dataclasses.replace(settings(), threads=2)))
     assert [row.rival_name for row in rows] == ["one process, in turn", "one process, vmap, fp32"]
     assert all(row.ours > 0 and row.ratio == row.ours / row.rival for row in rows)
 
 
 def test_a_worker_that_dies_is_an_error_and_no_wait(monkeypatch):
-    monkeypatch.setattr(bench, "_begin", sys.exit)
+    monkeypatch.setattr(bench_sides, "begin_worker", sys.exit)
     two = dataclasses.replace(settings(), threads=2)
-    with bench._processes(None, two) as side, pytest.raises(BrokenProcessPool):
+    with bench_sides.processes(None, two) as side, pytest.raises(BrokenProcessPool):
         side.work()
 
 
@@ -259,9 +259,11 @@ def test_rows_that_cannot_be_written_are_known_before_the_work(place, tmp_path, 
 
 
 def test_rewiring_in_the_benchmark_has_something_to_do(monkeypatch):
-    begun, made = bench._started, []
-    monkeypatch.setattr(bench, "_started", lambda *given: made.append(begun(*given)) or made[0])
-    side = bench._our_rewiring("small_cnn", 0.9, settings())
+    begun, made = bench_sides.started, []
+    monkeypatch.setattr(
+        bench_sides, "started", lambda *given: made.append(begun(*given)) or made[0]
+    )
+    side = bench_sides.our_rewiring("small_cnn", 0.9, settings())
     for _ in range(5):
         side.prepare()
         side.work()
