@@ -1,7 +1,7 @@
 """Mutation testing: changes one expression of the code at a time and asks whether a test notices.
 
     python benchmarks/mutation.py                          all modules, 25 mutants of each
-    python benchmarks/mutation.py masks rewiring --sample 0      every mutant of two modules
+    python benchmarks/mutation.py sparsity.scores --sample 0  every mutant of one module (or more)
     python benchmarks/mutation.py --table                  prints the table of what has been run
 
 The mutants are those of mutmut (its operators, on the syntax tree). Its own runner skips decorated
@@ -54,40 +54,40 @@ FIGURES = ("unit/test_statistics.py", "unit/test_figures.py")
 # Module (below robsparse) -> test files (below tests/) that are about it, besides
 # unit/test_<module>.py. A file that does not exist is left out.
 MODULES: dict[str, tuple[str, ...]] = {
-    "counts": (),
-    "sparsity": ("unit/test_bcs.py",),
-    "scores": ("unit/test_dynamic.py", "unit/test_hydra.py"),
-    "rewiring": (),
-    "dynamic": (),
+    "base.counts": (),
+    "sparsity.masks": ("unit/test_sparsity.py", "unit/test_bcs.py"),
+    "sparsity.scores": ("unit/test_dynamic.py", "unit/test_hydra.py"),
+    "sparsity.rewiring": (),
+    "training.dynamic": (),
     "method.bcs": ("unit/test_bcs_training.py", "unit/test_parity.py"),
-    "objectives": ("unit/test_threat.py",),
-    "perturb": ("unit/test_objectives.py", "unit/test_attack_settings.py"),
-    "training": ("unit/test_threat.py", "contract/test_methods.py"),
-    "session": ("unit/test_training.py",),
-    "recorder": ("unit/test_training.py",),
-    "resuming": ("unit/test_training.py", "contract/test_methods.py"),
-    "stages": ("unit/test_training.py",),
-    "batches": ("unit/test_augment.py", "unit/test_training.py"),
-    "augment": (),
-    "randomness": ("unit/test_training.py",),
-    "validation": ("unit/test_training.py",),
-    "checkpoints": (),
-    "fingerprints": ("unit/test_cache.py",),
-    "source_code": ("unit/test_fingerprints.py",),
-    "checks": (),
-    "sources": ("unit/test_evaluation.py",),
-    "folding": ("unit/test_folding_fallback.py",),
-    "proof": ("unit/test_folding_fallback.py",),
-    "structure": ("unit/test_folding_fallback.py",),
-    "evaluation": (),
-    "attacks": ATTACKS,
-    "cache": ("unit/test_attacks.py",),
-    "job": ("unit/test_evaluation.py",),
-    "measure": ("unit/test_evaluation.py",),
-    "record": ("unit/test_evaluation.py",),
-    "runner": ("unit/test_evaluation.py", "unit/test_cache.py"),
-    "sanity_checks": (),
-    "tally": ("unit/test_attacks.py", *ATTACKS),
+    "training.objectives": ("unit/test_threat.py",),
+    "compute.perturb": ("unit/test_objectives.py", "unit/test_attack_settings.py"),
+    "training.loop": ("unit/test_training.py", "unit/test_threat.py", "contract/test_methods.py"),
+    "training.session": ("unit/test_training.py",),
+    "training.recorder": ("unit/test_training.py",),
+    "training.resuming": ("unit/test_training.py", "contract/test_methods.py"),
+    "training.stages": ("unit/test_training.py",),
+    "training.batches": ("unit/test_augment.py", "unit/test_training.py"),
+    "training.augment": (),
+    "compute.randomness": ("unit/test_training.py",),
+    "training.validation": ("unit/test_training.py",),
+    "training.checkpoints": (),
+    "study.fingerprints": ("unit/test_cache.py",),
+    "study.source_code": ("unit/test_fingerprints.py",),
+    "study.checks": (),
+    "study.targets": ("unit/test_sources.py",),
+    "fast.folding": ("unit/test_folding_fallback.py",),
+    "fast.proof": ("unit/test_folding_fallback.py",),
+    "fast.structure": ("unit/test_folding_fallback.py",),
+    "evaluation.evaluate": ("unit/test_evaluation.py", "unit/test_sources.py"),
+    "evaluation.attacks": ATTACKS,
+    "evaluation.cache": ("unit/test_attacks.py",),
+    "evaluation.job": ("unit/test_evaluation.py",),
+    "evaluation.measure": ("unit/test_evaluation.py",),
+    "evaluation.record": ("unit/test_evaluation.py",),
+    "evaluation.runner": ("unit/test_evaluation.py", "unit/test_cache.py"),
+    "evaluation.sanity_checks": (),
+    "evaluation.tally": ("unit/test_attacks.py", *ATTACKS),
     "eval.autoattack": ATTACKS,
     "eval.clean": ATTACKS,
     "eval.fgsm": ATTACKS,
@@ -96,17 +96,17 @@ MODULES: dict[str, tuple[str, ...]] = {
     "eval.pgd": ATTACKS,
     "eval.square": ATTACKS,
     "eval.transfer": ATTACKS,
-    "fast_minimum_norm": ("unit/test_minimum_norm.py", "unit/test_agreement.py"),
-    "rows": (),
-    "evaluation_record": (),
-    "files": (),
-    "provenance": (),
-    "collection": (),
-    "gather": ("unit/test_collection.py",),
-    "plausibility": ("unit/test_collection.py",),
-    "cells": (),
-    "study": ("unit/test_config.py", "unit/test_threat.py"),
-    "overlap": (),
+    "evaluation.fast_minimum_norm": ("unit/test_minimum_norm.py", "unit/test_agreement.py"),
+    "records.rows": (),
+    "records.evaluation_record": (),
+    "base.files": (),
+    "records.provenance": (),
+    "collection.collect": ("unit/test_collection.py",),
+    "collection.gather": ("unit/test_collection.py",),
+    "collection.plausibility": ("unit/test_collection.py",),
+    "study.cells": (),
+    "study.study": ("unit/test_config.py", "unit/test_threat.py"),
+    "collection.overlap": (),
     "figures.data.statistics": FIGURES,
     "figures.data.summary": FIGURES,
     "figures.data.compare": FIGURES,
@@ -359,7 +359,7 @@ def run_pytest(words: list[str], plugins: tuple = ()) -> int:
 
 def covering(tests: list[str], folder: Path) -> dict[str, dict]:
     """What the tests cover of all modules; kept in `folder` until a source or a test changes."""
-    files = [path for name in MODULES if (path := path_of(name)).exists()]
+    files = [path_of(name) for name in MODULES]
     sources = sorted(
         path
         for room in ("robsparse", "method", "baselines", "eval", "figures", "tests")
@@ -491,8 +491,9 @@ def tests_of(module: str) -> list[str]:
 
 def path_of(module: str) -> Path:
     """File of a module; method, baselines, eval and figures lie beside the package."""
-    room, _, name = module.rpartition(".")
-    return ROOT / (room or "robsparse") / f"{name}.py"
+    name = f"{module.replace('.', '/')}.py"
+    inside = ROOT / "robsparse" / name
+    return inside if inside.exists() else ROOT / name
 
 
 # ---------------------------------------------------------------- the table
@@ -530,7 +531,7 @@ def _row(name: str, counts: Counter[str]) -> str:
 
 def main() -> None:
     arguments = _parser().parse_args()
-    names = arguments.modules or [name for name in MODULES if path_of(name).exists()]
+    names = arguments.modules or [*MODULES]
     samples = {
         name: sample_of(mutants_of(name, path_of(name)), arguments.sample, arguments.seed)
         for name in names

@@ -122,5 +122,5 @@ def test_table_counts_the_last_verdict_and_leaves_equal_code_out(mutation, file,
 
 def test_every_module_is_tested(mutation):
     for name in mutation.MODULES:
-        if mutation.path_of(name).exists():
-            assert mutation.tests_of(name), name
+        assert mutation.path_of(name).exists(), name
+        assert mutation.tests_of(name), name
