@@ -1,4 +1,4 @@
-"""Studies that are broken at random, over the whole schema: a line a fault, never a traceback."""
+"""Studies that are broken at random, over the whole schema: a line for each error, never a traceback."""
 
 import contextlib
 import copy
@@ -77,7 +77,7 @@ def places(data, path=()):
 
 @st.composite
 def broken(draw, whole):
-    """A study with one to three faults."""
+    """A study with one to three errors."""
     data = copy.deepcopy(whole)
     for _ in range(draw(st.integers(1, 3))):
         known = list(places(data))
@@ -106,7 +106,7 @@ def broken(draw, whole):
 
 @st.composite
 def garbled(draw, whole):
-    """The text of a broken study, sometimes with a fault of YAML's as well."""
+    """The text of a broken study, sometimes with an error of YAML's as well."""
     text = yaml.safe_dump(draw(broken(whole)), sort_keys=False)
     if draw(st.booleans()):
         return text
@@ -191,7 +191,7 @@ def test_broken_data_is_refused_in_lines_that_name_a_key(whole):
 
 
 def test_broken_files_are_refused_in_lines_that_name_a_key(whole, folder):
-    """The command itself, and faults of YAML."""
+    """The command itself, and errors of YAML."""
     codes, path = [], folder / "study.yaml"
 
     @settings(max_examples=EXAMPLES // 6)

@@ -31,6 +31,15 @@ def test_cells_of_two_sparsities_never_share_a_key(one, other):
     assert len(keys) == len({one, other})
 
 
+def test_a_sparsity_is_rounded_when_its_cell_is_made():
+    """1 - 0.1 * 0.5 and 0.95 are one network, in keys, seeds and comparisons alike."""
+    cell = Cell("digits", "small_cnn", "bcs", "at", 1 - 0.05000001, 0)
+    assert cell == CELL
+    assert cell.sparsity == 0.95
+    assert cell.sparsity_text == "0.9500"
+    assert cell.key == CELL.key
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -193,7 +193,7 @@ def test_nonsense_is_one_line(what, study_data, refused):
     assert len(lines[0]) < 500
 
 
-def test_all_faults_of_the_whole_study_are_told_at_once(study_data, refused):
+def test_all_errors_of_the_whole_study_are_told_at_once(study_data, refused):
     study_data["evaluation"]["n_examples"] = 801
     study_data["training"]["crafting"]["step_size"] = 0.5
     study_data["tables"] = [TABLE | {"published": ["none.csv"], "methods": ["bsc"]}]

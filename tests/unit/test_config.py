@@ -1,5 +1,6 @@
 """Configurations: what a bad one is told, and what a good one means."""
 
+import dataclasses
 import datetime
 from pathlib import Path
 
@@ -145,9 +146,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD)
-def test_fault_is_one_line_with_key_value_expectation_and_nearest_match(fault, refused, study_data):
-    path, value, parts, match = BAD[fault]
+@pytest.mark.parametrize("error", BAD)
+def test_error_is_one_line_with_key_value_expectation_and_nearest_match(error, refused, study_data):
+    path, value, parts, match = BAD[error]
     put(study_data, path, value)
     message = refused(study_data)
     assert "\n" not in message
@@ -159,7 +160,7 @@ def test_fault_is_one_line_with_key_value_expectation_and_nearest_match(fault, r
     assert message.endswith(f"nearest match: {match}") or not match or match in message
 
 
-def test_each_of_several_faults_gets_its_line(refused, study_data):
+def test_each_of_several_errors_gets_its_line(refused, study_data):
     study_data["threat"]["eps"] = 8
     study_data["grid"]["seeds"] = [-1]
     lines = refused(study_data).splitlines()
@@ -366,6 +367,27 @@ def test_hyperparameters_of_a_block_are_merged_over_those_of_the_study(study_dat
     assert len(digests) == len(study.cells())
 
 
+def test_a_list_of_one_block_is_named_as_it_is_written(study_data, refused):
+    study_data["grid"]["params"] = {"bsc": {}}
+    assert refused(study_data).startswith("grid.params.bsc: ")
+    study_data["grid"] = [study_data["grid"]]
+    assert refused(study_data).startswith("grid.0.params.bsc: ")
+
+
+def test_nothing_of_a_study_can_be_changed(study_data, load_study):
+    study = load_study(study_data)
+    cell = study.cells()[0]
+    for change in (
+        lambda: study.__setattr__("title", "another"),
+        lambda: study.planned[cell].__setattr__("training", None),
+        lambda: study.methods.update(bcs=None),
+        lambda: study.planned.pop(cell),
+        lambda: study.attacks.pop("pgd"),
+    ):
+        with pytest.raises((AttributeError, dataclasses.FrozenInstanceError)):
+            change()
+
+
 def test_a_cell_cannot_have_two_sets_of_hyperparameters(study_data, refused):
     blocks = two_blocks(study_data)
     blocks[1] |= {"sparsities": [0.9], "params": {"bcs": {"noise_scale": 0.5}}}
@@ -381,7 +403,7 @@ def test_a_cell_cannot_have_two_sets_of_hyperparameters(study_data, refused):
         ({"bcs": 3}, ["grid.1.params.bcs = 3", "mapping"]),
     ],
 )
-def test_faults_in_the_hyperparameters_of_a_block(params, expected, study_data, refused):
+def test_errors_in_the_hyperparameters_of_a_block(params, expected, study_data, refused):
     two_blocks(study_data)[1]["params"] = params
     message = refused(study_data)
     assert all(part in message for part in expected), message
@@ -401,7 +423,7 @@ def test_a_block_is_left_out_where_its_file_is_missing(study_data, load_study, r
     assert "every block is left out" in refused(study_data)
 
 
-def test_faults_in_a_block_name_its_place(study_data, refused):
+def test_errors_in_a_block_name_its_place(study_data, refused):
     two_blocks(study_data)[1]["sparsities"] = [90]
     assert "grid.1.sparsities.0 = 90" in refused(study_data)
 
@@ -449,7 +471,7 @@ def test_data_sets_archs_and_attacks_have_variants_too(study_data, load_study):
         ("mine", {"noise_scale": 1}, ["methods: unknown method 'mine'"]),
     ],
 )
-def test_faults_of_variants(name, values, expected, study_data, refused):
+def test_errors_of_variants(name, values, expected, study_data, refused):
     study_data["methods"][name] = values
     message = refused(study_data)
     assert all(part in message for part in expected), message
@@ -491,7 +513,7 @@ def test_a_table_is_of_the_best_validation_weights(study_data, load_study):
         ("colums", [], ["tables.0.colums = []", "'columns'"]),
     ],
 )
-def test_faults_of_tables(key, value, expected, study_data, refused):
+def test_errors_of_tables(key, value, expected, study_data, refused):
     study_data["tables"] = [TABLE | {key: value}]
     message = refused(study_data)
     assert all(part in message for part in expected), message
@@ -758,7 +780,7 @@ def test_training_of_a_block_is_merged_over_that_of_the_study(study_data, load_s
         ([1], "grid.1.training = [1]: expected a mapping of settings"),
     ],
 )
-def test_faults_in_the_training_of_a_block_are_named(training, said, study_data, refused):
+def test_errors_in_the_training_of_a_block_are_named(training, said, study_data, refused):
     two_blocks(study_data)[1]["training"] = training
     assert refused(study_data).startswith(said)
 
@@ -803,7 +825,7 @@ def test_a_network_from_elsewhere_is_a_cell(study_data, given, load_study):
     assert load_study(study_data).cells() == [cell]
 
 
-MODEL_FAULTS = {
+MODEL_ERRORS = {
     "no source": (
         {"file": None},
         "models.mine.file = null: expected one of file, zoo and callable",
@@ -824,9 +846,9 @@ MODEL_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", MODEL_FAULTS)
-def test_faults_of_a_network_from_elsewhere_are_named(fault, study_data, given, refused):
-    change, said = MODEL_FAULTS[fault]
+@pytest.mark.parametrize("error", MODEL_ERRORS)
+def test_errors_of_a_network_from_elsewhere_are_named(error, study_data, given, refused):
+    change, said = MODEL_ERRORS[error]
     given |= change
     assert said in refused(study_data)
 

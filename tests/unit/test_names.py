@@ -110,7 +110,7 @@ def with_text(place, part, text):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """loaded(data) -> the study and no faults, or None and a line a fault; each names the file."""
+    """loaded(data) -> the study and no errors, or None and a line for each error; each names the file."""
     path = tmp_path_factory.mktemp("study") / "study.yaml"
 
     def load(data):
@@ -140,8 +140,8 @@ def parts_of_paths(study, root):
 
 
 def test_the_study_itself_is_valid(loaded):
-    study, faults = loaded(STUDY)
-    assert faults == []
+    study, errors = loaded(STUDY)
+    assert errors == []
     assert {cell.method for cell in study.cells()} >= {"lwm", "short", "made", "fetched", "given"}
     assert len(PLACES) > 30
 

@@ -277,10 +277,10 @@ def test_literals_may_carry_a_type(package):
     assert registry.entry("method", "mine").literals["STARTS_FROM"] == "dense"
 
 
-# ---------------------------------------------------------------- faults stay where they are
+# ---------------------------------------------------------------- errors stay where they are
 
 
-def test_a_faulty_file_is_no_obstacle_to_the_others(package):
+def test_a_wrong_file_stops_only_those_who_ask_for_it(package):
     package({"mine.py": METHOD, "broken.py": "def f(:"})
     assert registry.entry("method", "mine").name == "mine"
     with pytest.raises(UsageError, match=r"broken\.py: line 1"):

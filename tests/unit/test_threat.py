@@ -127,6 +127,25 @@ def test_each_attack_goes_as_far_as_it_says_else_as_the_threat(study_data, load_
     assert [(attack.norm, attack.eps) for attack in resolved] == expected
 
 
+def test_a_planned_cell_has_all_that_an_adversary_may_do(study_data, load_study):
+    """Training, crafting, attacks and sanity checks, each resolved, in one object."""
+    study_data["threat"]["eps"] = TESTED
+    study_data["training"] |= {"eps": 0.2, "crafting": {"steps": 3, "step_size": 0.1}}
+    study_data["grid"]["training"] = {"eps": TRAINED, "crafting": {"step_size": 0.02}}
+    study_data["evaluation"]["attacks"] = {"pgd": {"steps": 2, "restarts": 1, "eps": 0.25}}
+    study_data["evaluation"]["selections"] = {"last": ["pgd"], "best_val": ["fgsm"]}
+    study = load_study(study_data)
+    planned = study.planned[of(study, "bcs")]
+    assert planned.training_threat == Threat(eps=TRAINED)
+    assert (planned.crafting.steps, planned.crafting.step_size) == (3, 0.02)
+    found = {s: [(a.name, a.eps) for a in attacks] for s, attacks in planned.attacks.items()}
+    assert found == {
+        "last": [("clean", 0.0), ("pgd", 0.25)],
+        "best_val": [("clean", 0.0), ("fgsm", TESTED)],
+    }
+    assert planned.sanity_check_threat == Threat(eps=TESTED)
+
+
 def test_a_variant_of_clean_perturbs_nothing(study_data, load_study):
     study_data["evaluation"]["attacks"]["untouched"] = {"base": "clean"}
     study_data["evaluation"]["selections"] = {"last": ["untouched"]}
@@ -174,7 +193,7 @@ def test_plan_times_the_network_against_what_it_is_trained_against(
 # ---------------------------------------------------------------- what is refused
 
 L2 = {"norm": "L2", "eps": 2}
-FAULTS = {
+ERRORS = {
     "Linf above 1": (
         {"threat": {"eps": 1.5}},
         "threat.eps = 1.5: expected a number in (0, 1] pixel units for Linf, like 0.15 or '8/255'; "
@@ -226,9 +245,9 @@ def merge(data, change):
             data[key] = value
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_radii_and_steps_that_are_none_are_one_line(fault, study_data, load_study, tmp_path):
-    change, said = FAULTS[fault]
+@pytest.mark.parametrize("error", ERRORS)
+def test_radii_and_steps_that_are_none_are_one_line(error, study_data, load_study, tmp_path):
+    change, said = ERRORS[error]
     merge(study_data, change)
     with pytest.raises(UsageError) as caught:
         load_study(study_data)
