@@ -110,7 +110,7 @@ def with_text(place, part, text):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """loaded(data) -> the study and no errors, or None and a line for each error; each names the file."""
+    """loaded(data) -> the study and no errors, or None and a line for each error with the file."""
     path = tmp_path_factory.mktemp("study") / "study.yaml"
 
     def load(data):
