@@ -1,4 +1,4 @@
-"""Studies that are broken at random, over the whole schema: one line for each error, no traceback."""
+"""Studies that are broken at random, over the whole schema: a line for each error, no traceback."""
 
 import contextlib
 import copy
