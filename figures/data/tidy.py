@@ -207,7 +207,7 @@ class Outcomes:
         return self._read(cell, selection).get("labels")
 
     def correct(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
-        """Return which images are correct under all components (bool N); None without the attack."""
+        """Correct under all components of the attack (bool N); None without the attack."""
         return self._read(cell, selection).get(f"{attack}.all")
 
     def distances(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
