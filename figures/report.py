@@ -90,16 +90,13 @@ not for another | methods by outcome, first seed |
 
 
 def write(study: Study, layout: Layout, folder: Path) -> str:
-    """Write every file named in robsparse.figures; return a text with paths of report and table.
+    """Write every file named in robsparse.figures; say where the report and the main table are.
 
-    Args:
-        study: the resolved study.
-        layout: paths of the study's results, with the outcomes of single images.
-        folder: folder of the collected tables; the files are written to it.
+    The collected tables are in `folder`, which the files are written to; outcomes of single images
+    are in the layout's.
 
-    Raises:
-        UsageError: if the collected tables are missing or damaged, or if they contradict the
-            outcomes of single images.
+    Raises UsageError when the collected tables are missing, damaged or contradict the outcomes of
+    the single images.
     """
     collected = tidy.read(folder)
     tidy.check(collected, layout, folder)
@@ -143,7 +140,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def report(material: Material) -> str:
-    """Return the report as Markdown; links to plots are relative to results/<study>."""
+    """The report as Markdown; pictures are linked relative to results/<study>."""
     study = material.study
     parts = [
         f"# {study.title}",
@@ -165,7 +162,7 @@ def _plot(name: str) -> str:
 
 
 def _section(heading: str, text: str, table: pd.DataFrame | None) -> list[str]:
-    """Return heading, text and table; nothing if there is no table."""
+    """Heading, text and table; nothing if there is no table."""
     return [] if table is None else [heading, text, markdown(table)]
 
 

@@ -25,13 +25,12 @@ COLUMNS = [
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Read a file of published numbers, and add the column `source` (the name of the file).
+    """One file of published numbers, with the column `source` (the file's name).
 
-    Lines that start with # are comments. `accuracy` is a fraction in [0,1]. An empty cell is
-    unknown; an empty objective matches every objective.
+    Lines that start with # are instructions. accuracy is a fraction in [0,1]; an empty cell is not
+    known, and an empty objective means any.
 
-    Raises:
-        UsageError: if a value is wrong. The message names file, row, column and value.
+    Raises UsageError naming file, row, column and value.
     """
     try:
         table = pd.read_csv(path, comment="#", dtype=str, keep_default_na=False)

@@ -14,10 +14,8 @@ class Flat(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(2)
         self.out = nn.Linear(2 * 4 * 4, 3)
-        self.seen = 0
 
     def forward(self, x):
-        self.seen = len(x)
         return self.out(self.norm(x).view(x.size(0), -1))
 
 
