@@ -1,4 +1,4 @@
-"""What all tests share. Tests never write into the checkout: they work in tmp_path."""
+"""Fixtures of all tests. Tests never write into the checkout; they write to tmp_path."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A study of seconds for any registered method, trained once per test run."""
+"""A small study for any registered method. It takes seconds and is trained once in a test run."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""What the unit tests share: quiet, light, repeatable."""
+"""Fixtures of the unit tests."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -151,15 +151,15 @@ def test_rand_version_equals_the_package(monkeypatch, known_network):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"components": ["fab"]}, "expected each at most once of: apgd-ce, apgd-t, fab-t, square"),
         ({"components": ["square", "square"]}, "expected each at most once"),
         ({"version": "rand", "components": ["square"]}, "of: apgd-ce, apgd-dlr"),
     ],
 )
-def test_components_that_a_version_has_not_are_refused(values, said):
-    with pytest.raises(ValueError, match=said):
+def test_components_that_a_version_has_not_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
         autoattack.Params(**values)
 
 

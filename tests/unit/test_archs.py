@@ -368,7 +368,7 @@ def test_normalisation_has_one_value_a_channel(key):
     )
 
 
-NORMALISATION_FAULTS = {
+NORMALISATION_ERRORS = {
     "mean alone": ({"mean": [0.5]}, "archs.small_cnn.mean = [0.5]: expected std beside it"),
     "std alone": ({"std": [0.5]}, "archs.small_cnn.std = [0.5]: expected mean beside it"),
     "std of zero": ({"mean": [0.5], "std": [0.0]}, "archs.small_cnn.std.0 = 0.0: expected to be"),
@@ -380,9 +380,9 @@ NORMALISATION_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", NORMALISATION_FAULTS)
-def test_faulty_normalisation_of_a_study_is_told_in_one_line(fault, study_data, load_study):
-    values, expected = NORMALISATION_FAULTS[fault]
+@pytest.mark.parametrize("error", NORMALISATION_ERRORS)
+def test_wrong_normalisation_of_a_study_is_told_in_one_line(error, study_data, load_study):
+    values, expected = NORMALISATION_ERRORS[error]
     study_data["archs"]["small_cnn"] |= values
     with pytest.raises(UsageError) as caught:
         load_study(study_data)

@@ -168,11 +168,11 @@ def test_clean_perturbs_nothing():
 
 @pytest.mark.parametrize("attack", [fgsm, pgd, square])
 def test_progress_and_result_are_reported(attack):
-    said = []
+    message = []
     params = attack.Params(queries=50) if attack is square else attack.Params()
-    attack.run(Slope(), X, Y, params, attack_context(eps=0.01, report=said.append))
+    attack.run(Slope(), X, Y, params, attack_context(eps=0.01, report=message.append))
     if attack is not fgsm:  # one step needs no line
-        assert said[-1].startswith(f"{attack.LABEL}: 3 of 3 still robust")
+        assert message[-1].startswith(f"{attack.LABEL}: 3 of 3 still robust")
 
 
 # ---------------------------------------------------------------- the tally

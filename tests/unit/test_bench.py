@@ -274,16 +274,16 @@ def test_rewiring_in_the_benchmark_has_something_to_do(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--arch", "smallcnn"], "nearest match: 'small_cnn'"),
         (["--only", "zzz"], "--only zzz: no case of 'perturb' has that in its name"),
         (["--repeats", "0"], "expected a whole number of at least 1"),
     ],
 )
-def test_bad_input_is_one_line(words, said):
+def test_bad_input_is_one_line(words, message):
     command = [sys.executable, "-m", "robsparse", "bench", "perturb", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

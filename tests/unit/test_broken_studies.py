@@ -123,10 +123,10 @@ def whole_at(data, path):
 
 def check(path):
     """Exit code and lines on stderr of `robsparse check`."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    message = io.StringIO()
+    with contextlib.redirect_stderr(message), contextlib.redirect_stdout(io.StringIO()):
         code = main(["check", str(path)])
-    return code, said.getvalue().split("\n")[:-1]
+    return code, message.getvalue().split("\n")[:-1]
 
 
 KEY = re.compile(

@@ -224,8 +224,8 @@ def test_one_flipped_byte_is_never_resumed_from(where, two, capsys):
         content[{"sum": 3, "first": 32, "middle": len(content) // 2, "last": -1}[where]] ^= 1
         path.write_bytes(content)
         assert step_of(two.load()) == expected
-    said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == [
+    message = capsys.readouterr().out.splitlines()
+    assert message[-2:] == [
         f"{two.path}: damaged; the state before it is tried",
         f"{two.previous}: damaged; training starts afresh",
     ]
@@ -242,9 +242,9 @@ def test_flipped_weight_is_noticed_though_torch_reads_the_file(two):
 
 def test_state_of_another_run_is_said_not_to_be_used(two, capsys):
     assert Checkpoint(two.path.parent, "others").load() is None
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2
-    assert "made with other settings, code, libraries or device" in said[0]
+    message = capsys.readouterr().out.splitlines()
+    assert len(message) == 2
+    assert "made with other settings, code, libraries or device" in message[0]
 
 
 def test_clear_removes_the_states_and_nothing_else(two):

@@ -186,10 +186,10 @@ NONSENSE = {
 
 @pytest.mark.parametrize("what", NONSENSE)
 def test_nonsense_is_one_line(what, study_data, refused):
-    change, said = NONSENSE[what]
+    change, message = NONSENSE[what]
     merge(study_data, change)
     lines = refused(study_data).splitlines()
-    assert [line[: len(said)] for line in lines] == [said], lines
+    assert [line[: len(message)] for line in lines] == [message], lines
     assert len(lines[0]) < 500
 
 
@@ -278,9 +278,9 @@ DATA = {
 
 @pytest.mark.parametrize("what", DATA)
 def test_data_that_is_too_small_is_said_without_reading_it(what, study_data, refused):
-    change, said = DATA[what]
+    change, message = DATA[what]
     merge(study_data, change)
-    assert refused(study_data).startswith(said)
+    assert refused(study_data).startswith(message)
 
 
 def test_the_whole_data_may_be_used(study_data, load_study):
@@ -334,19 +334,19 @@ def test_a_damaged_file_says_nothing_of_sizes(damage, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"datasets": {"npz": {"validation_examples": 50}}}, "datasets.npz.validation_examples = "),
         ({"evaluation": {"n_examples": 21}}, "evaluation.n_examples = 21: expected at most the "),
         ({"training": {"batch_size": 31}}, "training.batch_size = 31: expected at most the 30 "),
     ],
 )
-def test_a_file_of_ones_own_is_looked_at_too(change, said, study_data, refused, tmp_path):
+def test_a_file_of_ones_own_is_looked_at_too(change, message, study_data, refused, tmp_path):
     study_data["datasets"]["npz"] = {"file": npz(tmp_path / "a.npz"), "validation_examples": 10}
     study_data["grid"]["datasets"] = ["npz"]
     study_data["training"]["batch_size"] = 30
     merge(study_data, change)
-    assert refused(study_data).startswith(said)
+    assert refused(study_data).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -363,8 +363,8 @@ def test_data_that_is_not_there_fails_the_check_alone(name, key, study_data, tmp
     path.write_text(yaml.safe_dump(study_data))
     assert loading.load(path)
     assert main(["check", str(path)]) == 2
-    said = f"{path}: datasets.{name}.{key} = {json.dumps(str(value))}: expected a file or folder"
-    assert capsys.readouterr().err.startswith(f"robsparse: error: {said}")
+    message = f"{path}: datasets.{name}.{key} = {json.dumps(str(value))}: expected a file or folder"
+    assert capsys.readouterr().err.startswith(f"robsparse: error: {message}")
 
 
 # ---------------------------------------------------------------- files that are no study
@@ -402,10 +402,10 @@ TEXTS = {
 
 @pytest.mark.parametrize("what", TEXTS)
 def test_text_that_yaml_fails_at_is_one_line(what, refused):
-    text, said = TEXTS[what]
+    text, message = TEXTS[what]
     (line,) = refused(text).splitlines()
     assert line.startswith("not valid YAML: ")
-    assert said in line
+    assert message in line
     assert len(line) < 500
 
 

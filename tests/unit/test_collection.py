@@ -390,7 +390,7 @@ def finished(study, tmp_path):
 
 @pytest.fixture
 def dense_only(monkeypatch):
-    """The weights of these tests are none, so that nothing can be said of what they share."""
+    """These tests have no files of weights, so mask overlap cannot be computed."""
     monkeypatch.setattr(collect, "mask_overlaps", lambda *_: [])
 
 
@@ -458,8 +458,8 @@ def test_rows_of_other_code_are_collected_and_say_so(what, study, finished, dens
     for part in [content] if what == "training" else content["rows"]:
         part["code_digest"] = "old"
     write_json(path, content)
-    said = collect.collect(study, finished, finished.root)
-    assert "5 rows were made by other code than the present: column other_code" in said
+    message = collect.collect(study, finished, finished.root)
+    assert "5 rows were made by other code than the present: column other_code" in message
     rows = pd.read_csv(finished.root / "results.csv")
     assert rows.other_code.dropna().tolist() == [what] * 5
 

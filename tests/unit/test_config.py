@@ -731,14 +731,14 @@ def test_a_budget_keeps_the_rules_of_the_stages(study_data, refused, load_study)
     study = load_study(study_data)  # what was left out stays so: noise_scale beside temperature
     assert epochs_of(study, "bcs") == {"train": 6}
     study_data["grid"]["budget"]["total"] = 3
-    said = (
+    reported = (
         "budget.total = 3: does not suit 'bcs': train.warmup = 5: expected fewer epochs of warm-up "
         "than the 3 of the stage"
     )
-    assert refused(study_data) == f"grid.{said}"
+    assert refused(study_data) == f"grid.{reported}"
     other = study_data["grid"] | {"methods": ["lwm"], "budget": None}
     study_data["grid"] = [other, study_data["grid"]]
-    assert refused(study_data) == f"grid.1.{said}"
+    assert refused(study_data) == f"grid.1.{reported}"
 
 
 @pytest.mark.parametrize("name", registry.names("method"))
@@ -773,16 +773,16 @@ def test_training_of_a_block_is_merged_over_that_of_the_study(study_data, load_s
 
 
 @pytest.mark.parametrize(
-    ("training", "said"),
+    ("training", "reported"),
     [
         ({"epss": 0.1}, "grid.1.training.epss = 0.1: unknown key"),
         ({"crafting": {"steps": 0}}, "grid.1.training.crafting.steps = 0: "),
         ([1], "grid.1.training = [1]: expected a mapping of settings"),
     ],
 )
-def test_errors_in_the_training_of_a_block_are_named(training, said, study_data, refused):
+def test_errors_in_the_training_of_a_block_are_named(training, reported, study_data, refused):
     two_blocks(study_data)[1]["training"] = training
-    assert refused(study_data).startswith(said)
+    assert refused(study_data).startswith(reported)
 
 
 def test_a_variant_may_start_from_a_variant(study_data, load_study, refused):
@@ -848,9 +848,9 @@ MODEL_ERRORS = {
 
 @pytest.mark.parametrize("error", MODEL_ERRORS)
 def test_errors_of_a_network_from_elsewhere_are_named(error, study_data, given, refused):
-    change, said = MODEL_ERRORS[error]
+    change, reported = MODEL_ERRORS[error]
     given |= change
-    assert said in refused(study_data)
+    assert reported in refused(study_data)
 
 
 @pytest.mark.parametrize("name", ["bcs", "lwm", "a/b", "rigl"])

@@ -124,9 +124,9 @@ BAD_FOLDERS = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD_FOLDERS)
-def test_bad_folder_is_one_line_that_names_it(fault, folder, read, tmp_path):
-    spoil, expected = BAD_FOLDERS[fault]
+@pytest.mark.parametrize("error", BAD_FOLDERS)
+def test_bad_folder_is_one_line_that_names_it(error, folder, read, tmp_path):
+    spoil, expected = BAD_FOLDERS[error]
     spoil(folder)
     with pytest.raises(UsageError, match=expected) as caught:
         read()
@@ -189,9 +189,9 @@ BAD_ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD_ARRAYS)
-def test_bad_array_is_refused_with_what_was_found(fault, saved):
-    changes, expected = BAD_ARRAYS[fault]
+@pytest.mark.parametrize("error", BAD_ARRAYS)
+def test_bad_array_is_refused_with_what_was_found(error, saved):
+    changes, expected = BAD_ARRAYS[error]
     with pytest.raises(UsageError, match=expected) as caught:
         saved(**changes)
     assert str(caught.value).count("mine.npz") == 1

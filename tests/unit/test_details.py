@@ -163,10 +163,10 @@ def test_plot_shows_the_bound_the_strongest_attack_and_chance(monkeypatch):
     assert y[-1] == pytest.approx(60)
     assert x[-1] > figure.axes[0].get_xlim()[1] == pytest.approx(0.4)
     assert lines["chance"].get_ydata()[0] == 25
-    said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
-    assert "upper bound" in said
-    assert "Minimum norm, AutoAttack, far" in said
-    assert "round" not in said
+    message = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "upper bound" in message
+    assert "Minimum norm, AutoAttack, far" in message
+    assert "round" not in message
 
 
 def test_study_without_lengths_says_so(monkeypatch):

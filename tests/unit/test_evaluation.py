@@ -456,7 +456,7 @@ def test_components_run_alone_give_the_outcome_of_one_stock_run(eps, batch_size,
 
 
 def test_stock_budgets_are_those_of_the_standard_version():
-    """The quick ones of these tests are nowhere else."""
+    """Quick attacks that only these tests use."""
     attack = autoattack.AutoAttack(nn.Identity(), eps=EPS, seed=0)
     assert attack.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert (attack.apgd.n_iter, attack.square.n_queries) == (100, 5000)

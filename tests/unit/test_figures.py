@@ -364,7 +364,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_edited_table_is_refused_and_nothing_is_drawn(edit, tmp_path):
-    name, values, said = EDITS[edit]
+    name, values, message = EDITS[edit]
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     table = pd.read_csv(layout.root / name)
@@ -372,7 +372,7 @@ def test_edited_table_is_refused_and_nothing_is_drawn(edit, tmp_path):
         table[column] = table[column].astype(float)
         table.loc[0, column] = value
     table.to_csv(layout.root / name, index=False)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         report.write(study, layout, layout.root)
     assert not (layout.root / REPORT).exists()
 
@@ -528,12 +528,12 @@ def test_potentially_unreliable_networks_are_marked_in_plots(draw, tmp_path):
 def test_notes_name_what_was_attacked_without_its_view(tmp_path):
     material = prepare(tmp_path)
     [group] = tidy.groups(material.study)
-    said = "Attacked on the network itself, because its folded view could not be used"
+    message = "Attacked on the network itself, because its folded view could not be used"
     results = material.tidy.results
     results["attacked_on"] = "view"
-    assert said not in " ".join(notes.table_notes(material, group))
+    assert message not in " ".join(notes.table_notes(material, group))
     results.loc[results.method == "lwm", "attacked_on"] = "network"
-    assert f"{said}: LWM." in notes.table_notes(material, group)
+    assert f"{message}: LWM." in notes.table_notes(material, group)
 
 
 def test_notes_say_how_it_was_measured(material, group):
@@ -1103,8 +1103,8 @@ def test_failed_networks_are_printed_as_failed(tmp_path):
     material = dataclasses.replace(material, tidy=changed, summary=summed)
     shown = study_tables.main(material, group).set_index("Method")
     assert set(shown.loc["LWM", "AutoAttack (%)"]) == {f"failed {formats.FAILED}"}
-    said = " ".join(notes.table_notes(material, group))
-    assert f"seed {lost[0].seed}: it broke" in said
+    message = " ".join(notes.table_notes(material, group))
+    assert f"seed {lost[0].seed}: it broke" in message
 
 
 def test_cost_table_and_plot_show_every_line(material, group):

@@ -1,7 +1,7 @@
 """What must be made again after which change: every key of a study, every file of the package.
 
 A row names the first of training, evaluation, collect and figures that runs again; what follows it
-then runs too. A key or a file that stands in no row fails. docs/staleness.md is this table.
+then runs too. A key or a file without a row fails. docs/staleness.md is this table.
 """
 
 import copy

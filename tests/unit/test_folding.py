@@ -167,20 +167,20 @@ class Loose(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (nn.Sequential(Odd(1, 2, 3), nn.Flatten()), "Odd has a forward of its own"),
         (Turning(), "it cannot be traced"),
         (Loose(), "it uses the tensor 'scale' outside a layer"),
     ],
 )
-def test_network_without_a_view_runs_as_it_is_and_one_line_says_so(model, said, capsys):
+def test_network_without_a_view_runs_as_it_is_and_one_line_says_so(model, message, capsys):
     model.eval()
     x = torch.rand(2, 1, 8, 8)
     assert folding.view_of(model, x) is model
     assert folding.view_of(model, x) is model
     [line] = capsys.readouterr().out.splitlines()
-    assert said in line
+    assert message in line
 
 
 class Shared(nn.Module):

@@ -282,7 +282,7 @@ def test_view_of_such_a_network_computes_what_it_does(make, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"), [(make, said) for said, made in AS_IT_IS.items() for make in made]
+    ("make", "reason"), [(make, message) for message, made in AS_IT_IS.items() for make in made]
 )
 def test_network_that_a_view_cannot_follow_is_crafted_on_as_it_is(
     make, reason, monkeypatch, capsys
@@ -417,15 +417,15 @@ def steeper(forward):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [(shifted, "outputs differ by"), (steeper, "gradients differ by")]
+    ("wrong", "message"), [(shifted, "outputs differ by"), (steeper, "gradients differ by")]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_view_that_computes_something_else_is_not_used(wrong, said, dtype, monkeypatch, capsys):
+def test_view_that_computes_something_else_is_not_used(wrong, message, dtype, monkeypatch, capsys):
     linear = folded_layers.FoldedLinear
     monkeypatch.setattr(linear, "__call__", wrong(linear.__call__))
     model, x = build(Net).to(dtype), X.to(dtype)
     assert folding.view_of(model, x) is model
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 def test_images_of_another_shape_and_type_are_compared_too(monkeypatch):

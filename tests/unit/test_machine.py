@@ -60,7 +60,7 @@ def test_tf32_is_off_but_inside_its_block():
 
 
 @pytest.mark.parametrize(
-    ("crafting", "training", "said"),
+    ("crafting", "training", "message"),
     [
         ("fp32", "fp32", ""),
         ("bf16", "bf16", ", bf16"),
@@ -69,8 +69,8 @@ def test_tf32_is_off_but_inside_its_block():
         ("bf16", "tf32", ", bf16 while crafting, tf32 in the training pass"),
     ],
 )
-def test_a_device_is_named_with_its_precision(crafting, training, said):
-    assert machine.precision_note(crafting, training) == said
+def test_a_device_is_named_with_its_precision(crafting, training, message):
+    assert machine.precision_note(crafting, training) == message
 
 
 def network():

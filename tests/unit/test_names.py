@@ -1,4 +1,4 @@
-"""No text of a configuration reaches a path or a shell command unless it can stand there."""
+"""A text of a config becomes part of a path or of a shell command only if it is safe there."""
 
 import copy
 import re
@@ -74,7 +74,7 @@ NASTY = [
 
 
 def texts(value, place=()):
-    """Every place in the study where a text stands, and each key that is a name of the user's."""
+    """Every text in the study, and each key that the user has chosen."""
     if isinstance(value, str):
         yield place, "value"
     for key, below in enumerate(value) if isinstance(value, list) else ():
@@ -89,7 +89,7 @@ PLACES = sorted(texts(STUDY), key=str)
 
 
 def with_text(place, part, text):
-    """The study with a text put somewhere; names that stand elsewhere too are changed there too."""
+    """The study with one text replaced; a name is replaced everywhere it is used."""
     data = copy.deepcopy(STUDY)
     *way, last = place
     inside = data

@@ -1,4 +1,4 @@
-"""Tables of papers, and the published numbers that stand in them."""
+"""Tables of papers, and the published numbers in them."""
 
 from pathlib import Path
 

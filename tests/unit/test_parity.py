@@ -440,7 +440,7 @@ def largest(values, share):
 
 
 class SlowScores:
-    """HYDRA's pruning: weights and biases stand still, scores and batch norm are trained."""
+    """HYDRA's pruning: weights and biases are fixed; scores and batch norm are trained."""
 
     def __init__(self, run, stage):
         self.decay, net = stage.fit.weight_decay, None

@@ -228,9 +228,9 @@ def test_validator_of_known_names_is_read(what, package):
 
 
 @pytest.mark.parametrize(
-    ("what", "said"), [("1 / 0", "ZeroDivisionError"), ("self.nothing", "AttributeError")]
+    ("what", "reported"), [("1 / 0", "ZeroDivisionError"), ("self.nothing", "AttributeError")]
 )
-def test_validator_that_fails_names_its_line(what, said, package, study_data, load_study):
+def test_validator_that_fails_names_its_line(what, reported, package, study_data, load_study):
     text = with_validator(what).replace("\\g", 'kind: Literal["a", "b"] = "b"\n')
     dense = "DENSE = True\n" + METHOD.replace('STARTS_FROM = "dense"', "")
     folder = package({"mine.py": text, "dense.py": dense})
@@ -238,7 +238,7 @@ def test_validator_that_fails_names_its_line(what, said, package, study_data, lo
     with pytest.raises(UsageError) as caught:
         load_study(study_data)
     assert f"methods.mine: {folder / 'mine.py'}, line " in str(caught.value)
-    assert said in str(caught.value)
+    assert reported in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

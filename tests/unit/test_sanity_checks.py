@@ -197,7 +197,7 @@ HONEST = {
     "pgd_200": 0.5,
     "black_box_only": 0.0,
 }
-# number, a value that is no reason yet, one that is, what is said
+# number, a value below its limit, a value above it, and the expected reason
 LIMITS = {
     "randomness": (1e-4, 1.1e-4, "randomised: two passes differ by 0.00011"),
     "probabilities": (0.0, 1.0, "outputs are probabilities, expected logits"),
@@ -215,9 +215,9 @@ LIMITS = {
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_limit_of_each_number(name):
-    below, above, said = LIMITS[name]
+    below, above, message = LIMITS[name]
     assert sanity_checks._reasons(HONEST | {name: below}) == []
-    assert sanity_checks._reasons(HONEST | {name: above}) == [said]
+    assert sanity_checks._reasons(HONEST | {name: above}) == [message]
 
 
 @pytest.mark.parametrize("name", ["pgd_50", "black_box_only"])

@@ -38,8 +38,8 @@ def folder(tmp_path, monkeypatch):
     ],
 )
 def test_written_file_is_a_method_of_that_name(name, label, printed, folder):
-    said = scaffold.new_method(name, label)
-    assert str(folder / f"{name}.py") in said
+    message = scaffold.new_method(name, label)
+    assert str(folder / f"{name}.py") in message
     registry._entries.cache_clear()
     entry = registry.entry("method", name)
     assert entry.literals["LABEL"] == printed

@@ -272,7 +272,7 @@ def test_record_of_a_network_without_a_file_names_its_weights_all_the_same(
     assert row.model_checksum != weights.checksum(network.state_dict())
 
 
-# ---------------------------------------------------------------- the table it stands in
+# ---------------------------------------------------------------- its row in the table
 
 
 def archs_of(study):
@@ -317,8 +317,8 @@ def by_hand(own_nets, study_data, tmp_path, monkeypatch, capsys):
         cell = cell_of(load(path), "made")
         where = {"train": ["--cell", cell.key], "collect": [], "figures": []}
         code = main([command, str(path), *where.get(command, ["--cell", cell.key])])
-        said = capsys.readouterr()
-        return code, said.err.splitlines(), said.out
+        message = capsys.readouterr()
+        return code, message.err.splitlines(), message.out
 
     study_data["evaluation"]["selections"] = {"best_val": ["clean", "pgd"]}
     return run
@@ -335,8 +335,8 @@ WHOLE = ["linear", "Net", "Bfloat", "Wrapped", "Normed", "Masked", "Matrix", "No
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_network_of_a_function_goes_from_its_import_to_the_record(name, by_hand, tmp_path):
     assert by_hand("train", name)[:2] == (0, [])
-    code, said, _ = by_hand("evaluate", name)
-    assert (code, said) == (0, [])
+    code, message, _ = by_hand("evaluate", name)
+    assert (code, message) == (0, [])
     rows = rows_of(tmp_path)
     assert [row.attack for row in rows] == ["clean", "pgd"]
     assert {row.origin for row in rows} == {f"callable own_nets:{name}"}

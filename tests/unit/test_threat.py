@@ -247,12 +247,12 @@ def merge(data, change):
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_radii_and_steps_that_are_none_are_one_line(error, study_data, load_study, tmp_path):
-    change, said = ERRORS[error]
+    change, reported = ERRORS[error]
     merge(study_data, change)
     with pytest.raises(UsageError) as caught:
         load_study(study_data)
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'study.yaml'}: {said}")
+    assert message.startswith(f"{tmp_path / 'study.yaml'}: {reported}")
     assert "\n" not in message
 
 

@@ -713,8 +713,8 @@ def test_a_network_that_starts_from_a_failed_one_says_so(pruned):
     assert json.loads(layout.training(cell).read_text())["failure"] == ""
     path.write_text(json.dumps(record | {"failure": "training collapsed: x"}))
     loop.train_cell(study, cell, layout, device="cpu")
-    said = json.loads(layout.training(cell).read_text())["failure"]
-    assert said == "started from a failed network: training collapsed: x"
+    message = json.loads(layout.training(cell).read_text())["failure"]
+    assert message == "started from a failed network: training collapsed: x"
 
 
 def test_guessing_accuracy():

@@ -133,11 +133,11 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_option_that_cannot_be_is_one_line(name, nets):
-    options, said = OPTIONS[name]
+    options, message = OPTIONS[name]
     done = evaluate(nets, "--callable", "nets:linear", **options)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
-    assert said in line
+    assert message in line
     assert not list((nets.root / "results").rglob("*.json"))
 
 

@@ -42,8 +42,8 @@ def robsparse(project, monkeypatch, capsys):
 
     def call(*words):
         code = main(list(words))
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        message = capsys.readouterr()
+        return code, message.out, message.err
 
     return call
 

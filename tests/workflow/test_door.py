@@ -295,14 +295,14 @@ def test_a_bad_file_is_one_line_and_runs_nothing(name, given, project):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((), "expected CONFIG --cell KEY, or --weights FILE"),
         (("--weights", "none.pt"), "no such file"),
         (("--weights", "none.pt", "--arch", "smal_cnn"), "no such file"),
     ],
 )
-def test_a_command_without_a_network_says_what_it_expects(words, said, project):
+def test_a_command_without_a_network_says_what_it_expects(words, message, project):
     done = evaluate(project, *words)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr

@@ -1,4 +1,4 @@
-"""Repairs of dependencies: applied where they are needed, and nowhere else."""
+"""Repairs of dependencies are applied only where they are needed."""
 
 import importlib.util
 import sys
@@ -154,14 +154,14 @@ def test_robustbench_counts_the_same_clean_accuracy(python):
 
 @needs_robustbench
 @pytest.mark.parametrize(
-    ("name", "dataset", "said"),
+    ("name", "dataset", "message"),
     [
         ("Sehwag2020Hydr", "cifar10", "nearest match: 'Sehwag2020Hydra'"),
         ("Sehwag2020Hydra", "digits", "has no networks for digits"),
         ("Sehwag2020Hydra", "cifar10", "could not download it (OSError: no network)"),
     ],
 )
-def test_zoo_refusals_are_one_line(name, dataset, said, python):
+def test_zoo_refusals_are_one_line(name, dataset, message, python):
     done = python(
         "from robsparse.base.errors import UsageError\n"
         "from robsparse.thirdparty import zoo\n"
@@ -175,7 +175,7 @@ def test_zoo_refusals_are_one_line(name, dataset, said, python):
         "    print(error)\n"
     )
     assert done.returncode == 0, done.stderr
-    assert said in done.stdout.splitlines()[-1]
+    assert message in done.stdout.splitlines()[-1]
 
 
 @needs_robustbench
