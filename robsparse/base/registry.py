@@ -151,7 +151,9 @@ def _files(kind: str) -> Iterator[tuple[str, Path, str | None]]:
         for path in sorted(path for folder in folders for path in Path(folder).glob("*.py")):
             if not path.stem.startswith("_"):
                 yield f"{package}.{path.stem}", path, None
-    for point in importlib.metadata.entry_points(group=ENTRY_POINTS.get(kind, "")):
+    if kind not in ENTRY_POINTS:
+        return
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS[kind]):
         try:
             spec = importlib.util.find_spec(point.module)
         except Exception:  # its package is imported here and can raise anything
