@@ -24,7 +24,10 @@ _OURS, _THEIRS = "#D55E00", "0.35"
 
 
 def published(material: Material) -> Figure:
-    """Accuracy under the strongest attack of ours and of published networks, a panel a place."""
+    """Accuracy of our and of published networks under the strongest attack.
+
+    There is one panel for each data set, architecture and sparsity.
+    """
     study = material.study
     if study.qualifier(STRONGEST):
         label = study.label("attack", STRONGEST)
@@ -62,52 +65,52 @@ def entries(material: Material) -> pd.DataFrame:
     """Our lines and all published numbers of their data sets under the strongest attack.
 
     Columns: dataset, arch, sparsity, label, accuracy, low, high (fractions), ours (bool), known
-    (bool: in a place that the study has a sparse network in).
+    (bool: the study has a sparse network of this data set, arch and sparsity),
+    potentially_unreliable. A published number that is not known is one of RobustBench.
     """
-    study, column = material.study, f"{STRONGEST}_accuracy"
+    ours = _our_entries(material)
+    names = dict.fromkeys(name for table in material.study.tables for name in table.published)
+    numbers = pd.concat([files.read(Path(name)) for name in names]) if names else pd.DataFrame()
+    found = ours + _published_entries(numbers, ours)
+    columns = [*_PLACE, "label", "accuracy", "low", "high", "ours", "known"]
+    table = pd.DataFrame(found, columns=[*columns, "potentially_unreliable"])
+    return table.astype({"ours": bool, "known": bool})
+
+
+def _our_entries(material: Material) -> list[dict[str, Any]]:
+    study = material.study
     lines = material.summary[material.summary.selection == material.primary]
+    return [
+        {key: getattr(line, key) for key in _PLACE}
+        | {
+            "label": f"{study.label('method', line.method)}, {line.objective}",
+            "accuracy": getattr(line, f"{STRONGEST}_accuracy", np.nan),
+            "low": getattr(line, f"{STRONGEST}_low", np.nan),
+            "high": getattr(line, f"{STRONGEST}_high", np.nan),
+            "ours": True,
+            "known": True,
+            "potentially_unreliable": line.potentially_unreliable,
+        }
+        for line in lines.itertuples()
+        if not study.is_dense(line.method)
+    ]
+
+
+def _published_entries(numbers: pd.DataFrame, ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    places = {tuple(row[key] for key in _PLACE) for row in ours}
+    datasets = {row["dataset"] for row in ours}
     found = []
-    for line in lines.itertuples():
-        if not study.is_dense(line.method):
-            place = {key: getattr(line, key) for key in _PLACE}
-            values = {
-                "label": f"{study.label('method', line.method)}, {line.objective}",
-                "accuracy": getattr(line, column, np.nan),
-                "low": getattr(line, f"{STRONGEST}_low", np.nan),
-                "high": getattr(line, f"{STRONGEST}_high", np.nan),
-                "potentially_unreliable": line.potentially_unreliable,
-            }
-            found.append(place | values | {"ours": True, "known": True})
-    places = {tuple(row[key] for key in _PLACE) for row in found}
-    datasets = {row["dataset"] for row in found}
-    names = dict.fromkeys(name for table in study.tables for name in table.published)
-    for row in (row for name in names for row in files.read(Path(name)).itertuples()):
+    for row in numbers.itertuples():
+        place = {key: getattr(row, key) for key in _PLACE}
+        known = tuple(place.values()) in places
         if row.attack != STRONGEST or row.dataset not in datasets:
             continue
-        extra = f", {row.extra_data}" if row.extra_data else ""
-        place = {key: getattr(row, key) for key in _PLACE}
-        values = {
-            "label": f"{row.printed_as}{extra}",
-            "accuracy": row.accuracy,
-            "potentially_unreliable": "",
-        }
-        known = tuple(place.values()) in places
-        if not known and row.source != "robustbench":
-            continue  # of a place that this study does not visit
-        found.append(
-            place | values | {"low": np.nan, "high": np.nan, "ours": False, "known": known}
-        )
-    columns = [
-        *_PLACE,
-        "label",
-        "accuracy",
-        "low",
-        "high",
-        "ours",
-        "known",
-        "potentially_unreliable",
-    ]
-    return pd.DataFrame(found, columns=columns).astype({"ours": bool, "known": bool})
+        if known or row.source == "robustbench":
+            extra = f", {row.extra_data}" if row.extra_data else ""
+            values = {"label": f"{row.printed_as}{extra}", "accuracy": row.accuracy}
+            values |= {"low": np.nan, "high": np.nan, "potentially_unreliable": ""}
+            found.append(place | values | {"ours": False, "known": known})
+    return found
 
 
 def _panel(panel: Axes, study: Study, rows: pd.DataFrame, others: pd.DataFrame) -> None:
