@@ -1,8 +1,8 @@
-"""Tables, plots and report of a study, made from the collected tables. No torch in here."""
+"""Tables, plots and report of a study, made from the collected tables, without torch."""
 
 from robsparse.study.study import Study
 
-# What `robsparse figures` writes under results/<study>, for the workflow to declare.
+# The workflow declares these files; `robsparse figures` writes them under results/<study>.
 TABLES = tuple(
     f"tables/{name}"
     for name in ("main.md", "main.tex", "main.csv", "per_class.csv", "disagreements.csv")
@@ -28,22 +28,22 @@ REPORT = "report.md"
 
 
 def tables_of(study: Study) -> tuple[str, ...]:
-    """All tables of a study, those of papers included."""
+    """Return the names of all tables of a study, with the tables of papers."""
     papers = (f"tables/{t.name}.{suffix}" for t in study.tables for suffix in ("md", "tex", "csv"))
     return (*TABLES, *papers)
 
 
 def measures_distances(study: Study) -> list[str]:
-    """Attacks of the first selection that measure the smallest perturbation."""
+    """Return the attacks of the first selection that measure the smallest perturbation."""
     names = next(iter(study.evaluation.selections.values()))
     return [n for n in names if study.entry("attack", n).literals.get("GIVES_DISTANCES")]
 
 
 def plots_of(study: Study) -> tuple[str, ...]:
-    """All plots of a study; some are drawn only where it has what they show.
+    """Return the names of all plots of a study.
 
-    Published numbers: where a table names their files. Accuracy against eps: where an attack of the
-    first selection measures the smallest perturbation.
+    The plot of published numbers needs a table that names their files. The plot of accuracy against
+    eps needs an attack of the first selection that measures the smallest perturbation.
     """
     further = {
         "published": any(table.published for table in study.tables),

@@ -90,13 +90,16 @@ not for another | methods by outcome, first seed |
 
 
 def write(study: Study, layout: Layout, folder: Path) -> str:
-    """Write every file named in robsparse.figures; say where the report and the main table are.
+    """Write every file named in robsparse.figures; return a text with paths of report and table.
 
-    The collected tables are in `folder`, which the files are written to; outcomes of single images
-    are in the layout's.
+    Args:
+        study: the resolved study.
+        layout: paths of the study's results, with the outcomes of single images.
+        folder: folder of the collected tables; the files are written to it.
 
-    Raises UsageError when the collected tables are missing, damaged or contradict the outcomes of
-    the single images.
+    Raises:
+        UsageError: if the collected tables are missing or damaged, or if they contradict the
+            outcomes of single images.
     """
     collected = tidy.read(folder)
     tidy.check(collected, layout, folder)
@@ -140,7 +143,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def report(material: Material) -> str:
-    """The report as Markdown; pictures are linked relative to results/<study>."""
+    """Return the report as Markdown; links to plots are relative to results/<study>."""
     study = material.study
     parts = [
         f"# {study.title}",
@@ -162,7 +165,7 @@ def _plot(name: str) -> str:
 
 
 def _section(heading: str, text: str, table: pd.DataFrame | None) -> list[str]:
-    """Heading, text and table; nothing if there is no table."""
+    """Return heading, text and table; nothing if there is no table."""
     return [] if table is None else [heading, text, markdown(table)]
 
 

@@ -19,23 +19,28 @@ AHEAD, BEHIND, OPEN, ONE_SEED = "ahead", "behind", "not separated", "one seed"
 
 
 def is_ours(study: Study, method: str) -> bool:
-    """Whether the method is one that this suite studies rather than a baseline."""
+    """Return whether a method is one of ours (folder method/) and not a baseline."""
     if study.is_external(method):
         return False
     return study.entry("method", method).module.startswith("robsparse.method.")
 
 
 def compare(material: Material, group: Group) -> pd.DataFrame:
-    """One row a (sparsity, our method, baseline), in the primary selection.
+    """Compare our methods with the baselines in the primary selection.
 
-    Columns, fractions, nan where either side is missing: `ours_accuracy`, `ours_low`, `ours_high`,
-    `ours_potentially_unreliable` (why, in words) and the same of `theirs`; `seeds` that both have;
-    `difference` of the means, its interval `low` and `high`, paired by seed and image (nan unless
-    both have the same seeds); `detectable`, the true difference that so many seeds and images would
-    show with probability 0.8; `p` of "no difference" and `p_holm`, corrected for the number of
-    rows, both nan with one seed; `verdict`: AHEAD, BEHIND, OPEN, ONE_SEED, or "" where the
-    difference is unknown.
-    A dense baseline is compared with at every sparsity.
+    Returns:
+        One row for each (sparsity, our method, baseline); a dense baseline has a row at every
+        sparsity. Accuracies and differences are fractions; they are nan if one side has no result.
+        Columns:
+        ours_accuracy, ours_low, ours_high: mean accuracy and its interval; theirs_* likewise.
+        ours_potentially_unreliable: the reasons as text; theirs_* likewise.
+        seeds: number of seeds that both have.
+        difference, low, high: difference of the means and its interval, paired by seed and image;
+            nan unless both have the same seeds.
+        detectable: true difference that this number of seeds and images shows with probability 0.8.
+        p, p_holm: p-value of "no difference", and the same corrected for the number of rows; nan
+            with one seed.
+        verdict: AHEAD, BEHIND, OPEN or ONE_SEED; "" if the difference is unknown.
     """
     study, found = material.study, []
     for sparsity in sparsities(study, group):
@@ -47,7 +52,7 @@ def compare(material: Material, group: Group) -> pd.DataFrame:
 
 
 def ablations(material: Material, group: Group) -> pd.DataFrame:
-    """The columns of `compare` for each variant of a method ("ours") and the method ("theirs")."""
+    """Compare each variant of a method ("ours") with the method ("theirs"); see `compare`."""
     study, there = material.study, lines(material.study, group)
     found = [
         _pair(material, group, sparsity, variant, study.base("method", variant))
@@ -76,10 +81,10 @@ def _verdict(row: Any) -> str:
 
 
 def winner(material: Material, group: Group, sparsity: float) -> str | None:
-    """The sparse method that is more accurate than every other one, if there is one.
+    """Return the sparse method that is more accurate than every other sparse method, or None.
 
     Each paired difference must be positive with p < 0.05, corrected for their number by Holm's
-    rule. None where any is unknown, and with one seed.
+    rule. The result is None if a difference is unknown, or with one seed.
     """
     study, rows = material.study, group.select(material.summary)
     column = f"{STRONGEST}_accuracy"
@@ -96,14 +101,16 @@ def winner(material: Material, group: Group, sparsity: float) -> str | None:
 
 
 def ranks(material: Material) -> pd.DataFrame:
-    """One row a sparse method: its rank by accuracy under the strongest attack, over all cells.
+    """Rank the sparse methods by accuracy under the strongest attack, over all cells.
 
-    Columns: `method`, `cells`, and means over the cells of `rank` and of the smallest and largest
-    rank that cannot be ruled out, `low` and `high`. A cell is a (group, sparsity) in which at least
-    two methods were to be compared and all of them have a result; ties share the mean of their
-    ranks. A rank is ruled out by the paired differences of all pairs in the cell (p < 0.05,
-    corrected for their number by Holm's rule): a method that k others are ahead of is at best
-    number k + 1. With one seed no rank can be ruled out.
+    A cell is a (group, sparsity) with at least two methods, all with a result. Ties get the mean of
+    their ranks. The paired differences of all pairs in a cell exclude ranks (p < 0.05, corrected
+    for their number by Holm's rule): if k methods are ahead of a method, its best possible rank is
+    k + 1. With one seed no rank is excluded.
+
+    Returns:
+        One row for each method. Columns: `method`; `cells` (their number); means over the cells of
+        `rank`, and of the smallest and largest possible rank, `low` and `high`.
     """
     found: dict[str, list[tuple[float, float, float]]] = {}
     column = f"{STRONGEST}_accuracy"
@@ -127,7 +134,7 @@ def ranks(material: Material) -> pd.DataFrame:
 
 
 def _leads(material: Material, group: Group, sparsity: float, names: list[str]) -> np.ndarray:
-    """Whether the method of each row is ahead of that of each column (bool M×M)."""
+    """Return whether the method of each row is ahead of the method of each column (bool M×M)."""
     pairs = list(itertools.combinations(range(len(names)), 2))
     found = [_paired(material, group, (names[i], sparsity), (names[j], sparsity)) for i, j in pairs]
     p_values = statistics.holm([np.nan if apart is None else apart.p for apart in found])
@@ -163,10 +170,7 @@ def _pair(
 def _paired(
     material: Material, group: Group, ours: tuple[str, float], theirs: tuple[str, float]
 ) -> statistics.Difference | None:
-    """Our minus their outcome, image for image and seed for seed.
-
-    None unless both have the same seeds.
-    """
+    """Return our outcome minus theirs for each image and seed; None unless the seeds are equal."""
     results = group.select(material.tidy.results)
     results = results[(results.attack == STRONGEST) & (results.component == "all")]
     results = results[results.selection == material.primary].sort_values("seed")

@@ -25,12 +25,13 @@ COLUMNS = [
 
 
 def read(path: Path) -> pd.DataFrame:
-    """One file of published numbers, with the column `source` (the file's name).
+    """Read a file of published numbers, and add the column `source` (the name of the file).
 
-    Lines that start with # are instructions. accuracy is a fraction in [0,1]; an empty cell is not
-    known, and an empty objective means any.
+    Lines that start with # are comments. `accuracy` is a fraction in [0,1]. An empty cell is
+    unknown; an empty objective matches every objective.
 
-    Raises UsageError naming file, row, column and value.
+    Raises:
+        UsageError: if a value is wrong. The message names file, row, column and value.
     """
     try:
         table = pd.read_csv(path, comment="#", dtype=str, keep_default_na=False)

@@ -7,17 +7,17 @@ V_images:
     V_seeds = (sample variance of the S means over images) / S
     V_images = (variance of the images' own share) / N, from the mean squares of a two-way layout
 
-V_seeds holds everything that differs between seeds, the interaction included, with S - 1 degrees
-of freedom; V_images is what all seeds have in common. The two are joined by Howe's rule,
+V_seeds is the variance between seeds, with the interaction, and has S - 1 degrees of freedom.
+V_images is the variance that all seeds have in common. Howe's rule combines the two:
 
-    half-width = sqrt(t(S-1)^2 V_seeds + t(N-1)^2 V_images),
+    half-width = sqrt(t(S-1)^2 V_seeds + t(N-1)^2 V_images).
 
-so that an interval is never narrower than the t interval of the seeds' means, and a p-value is the
-level at which the interval just reaches zero: the two cannot contradict each other. Satterthwaite's
-rule as in multi-reader studies (Hillis 2007) was tried first; with two seeds it rejects up to three
-times as often as it says (docs/statistics.md).
+An interval is therefore never narrower than the t interval of the seeds' means. A p-value is the
+level at which the interval just reaches zero, so interval and p-value never contradict each other.
+Satterthwaite's rule, which multi-reader studies use (Hillis 2007), was tried first. With two seeds
+its rate of false rejections is up to three times the nominal level (docs/statistics.md).
 
-With one seed nothing is known about other seeds: intervals are over images only, and there is no
+With one seed the variance between seeds is unknown: intervals are over images only, and there is no
 p-value.
 
 Sources: Searle, Casella and McCulloch, "Variance Components", 1992, chapter 4 (two-way crossed,
@@ -42,22 +42,22 @@ _LEAST_P = 1e-15
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1); nan where there are too few values."""
+    """Return mean and sample standard deviation (n - 1); nan if there are too few values."""
     numbers = np.asarray(values, dtype=float)
     mean = float(numbers.mean()) if len(numbers) else float("nan")
     return mean, float(numbers.std(ddof=1)) if len(numbers) > 1 else float("nan")
 
 
 def variances(outcomes_SN: np.ndarray) -> tuple[float, float]:
-    """Parts of the variance of the mean: (V_seeds, V_images).
+    """Return the parts of the variance of the mean: (V_seeds, V_images).
 
     Args:
         outcomes_SN: outcome of each image for each seed: 0 or 1, or -1, 0 or 1 for the difference
             of two networks.
 
     Returns:
-        V_seeds, nan with one seed, and V_images, 0 with one image or where the images' own share
-        is estimated as negative.
+        V_seeds, which is nan with one seed; V_images, which is 0 with one image or if its estimate
+        is negative.
 
     Raises:
         ValueError: if there is no seed or no image.
@@ -77,7 +77,7 @@ def variances(outcomes_SN: np.ndarray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of outcomes paired by seed and image, and how uncertain it is.
+    """Mean of outcomes paired by seed and image, and the parts of its variance.
 
     of_seeds, of_images: the parts of its variance, see `variances`; of_seeds is nan for one seed.
     """
@@ -150,13 +150,14 @@ def difference(ours_SN: np.ndarray, theirs_SN: np.ndarray) -> Difference:
 def accuracy_interval(outcomes_SN: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     """Interval of an accuracy: low and high end in [0, 1]; with one seed over images only.
 
-    The images' part is Wilson's interval of as many images as count: N where all seeds agree on
-    every image, S·N where they have nothing in common. Its width is never zero.
-    The seeds' part is added by Zou and Donner's rule, Howe's for limits that are not symmetric.
+    The part of the images is Wilson's interval for an effective number of images: N if all seeds
+    agree on every image, S·N if outcomes of different seeds are independent. Its width is never
+    zero. The part of the seeds is added by Zou and Donner's rule, which is Howe's rule for limits
+    that are not symmetric.
 
     Args:
         outcomes_SN: bool, outcome of each image for each seed.
-        level: share of such intervals that hold the truth.
+        level: share of such intervals that contain the true accuracy.
 
     Raises:
         ValueError: if there is no seed or no image.
@@ -181,7 +182,7 @@ def _quantile(tail: float, freedom: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for there being several; nan stays nan and does not count.
+    """Correct p-values for multiple tests; nan stays nan and is not counted as a test.
 
     Source: Holm, Scandinavian Journal of Statistics 6 (1979).
     """
@@ -196,7 +197,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def survival_curve(
     age: Sequence[int], pruned: Sequence[int], active: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Share of connections that stay active longer than each age, from 0 to the largest.
+    """Return the share of connections that stay active longer than each age.
 
     Args:
         age: ages in steps; an age may occur several times (several networks).
@@ -204,7 +205,8 @@ def survival_curve(
         active: how many had that age at the end of training; their lifetime is censored.
 
     Returns:
-        Ages A and shares A, as an estimate that takes the censored lifetimes into account.
+        Ages from 0 to the largest (A values) and shares (A values); the estimate accounts for
+        censored lifetimes.
 
     Source: Kaplan and Meier, JASA 53 (1958), equation 2b.
     """

@@ -21,9 +21,9 @@ STRONGEST = "autoattack"
 
 @dataclass(frozen=True)
 class Material:
-    """All that tables and plots are made from.
+    """The data of all tables and plots.
 
-    summary: one row a line of the main table, see `summarise`.
+    summary: one row for each line of the main table, see `summarise`.
     """
 
     study: Study
@@ -45,13 +45,17 @@ class Material:
         return None if rows.empty else rows.iloc[0]
 
     def chance(self, group: Group) -> float | None:
-        """Accuracy of always predicting the largest class; None if nothing was attacked."""
+        """Accuracy if the largest class is always predicted; None without an evaluation."""
         known = group.select(self.tidy.results).chance.dropna()
         return None if known.empty else float(known.iloc[0])
 
 
 def make_material(study: Study, layout: Layout, tidy: Tidy) -> Material:
-    """Summarise the tidy tables. Raises UsageError when they contradict the per-image outcomes."""
+    """Summarise the tidy tables.
+
+    Raises:
+        UsageError: if the tables contradict the outcomes of single images.
+    """
     outcomes = Outcomes(layout)
     return Material(study, tidy, outcomes, summarise(study, tidy, outcomes))
 
@@ -60,13 +64,17 @@ COSTS = ("epochs", "forward_passes", "backward_passes", "train_seconds", "peak_m
 
 
 def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
-    """One row a (group, method, sparsity, selection) of the grid, measured or not.
+    """Summarise the results over seeds.
 
-    Columns, accuracies as fractions, nan where nothing was measured: `seeds` and `seeds_planned`;
-    for each attack `<attack>_accuracy` (mean over seeds), `_spread` (sample standard deviation),
-    `_low` and `_high` (95 % interval, see data/statistics.py); `nonzero`, `prunable`,
-    `peak_active_weights` and COSTS (means); `potentially_unreliable` (why the network is, in
-    words), `failure` (of training) and `budget` (a sparsity that was missed), with their seeds.
+    Returns:
+        One row for each (group, method, sparsity, selection) of the grid, also without a result.
+        Accuracies are fractions; they are nan without a result. Columns:
+        seeds, seeds_planned: number of seeds with a result and in the grid.
+        <attack>_accuracy, _spread: mean and sample standard deviation over seeds.
+        <attack>_low, _high: 95 % interval, see data/statistics.py.
+        nonzero, prunable, peak_active_weights, COSTS: means over seeds.
+        potentially_unreliable, failure, budget: as text with the seeds: why the network is
+            potentially unreliable, why training failed, which sparsity was missed.
     """
     whole = tidy.results[tidy.results.component == "all"]
     found = []
@@ -84,7 +92,7 @@ def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
 
 
 def _failed(tidy: Tidy, key: dict[str, Any]) -> list[str]:
-    """Why the training of some seeds of a line failed."""
+    """Return why the training of some seeds of a line failed."""
     rows = tidy.failures
     if rows.empty:
         return []
@@ -117,15 +125,15 @@ def _line(
 
 
 def stack(key: dict[str, Any], rows: pd.DataFrame, outcomes: Outcomes) -> np.ndarray | None:
-    """Per-image outcomes of one line's seeds, in the order of its result rows.
+    """Return outcomes of single images for the seeds of a line, in the order of its result rows.
 
     Args:
         key: dataset, arch, objective, method, sparsity and selection.
-        rows: the rows of one attack as a whole, one a seed.
+        rows: the rows of one attack (all components together), one for each seed.
         outcomes: outcomes of the images of all networks.
 
     Returns:
-        S×N bool, or None when there is no row or any seed's outcomes are missing.
+        S×N bool; None if there is no row, or if outcomes of a seed are missing.
 
     Raises:
         UsageError: if an outcome file contradicts its row.
@@ -154,11 +162,11 @@ def stack(key: dict[str, Any], rows: pd.DataFrame, outcomes: Outcomes) -> np.nda
 
 
 def components(material: Material, group: Group) -> pd.DataFrame:
-    """Accuracy (fraction, mean over seeds) after each component of the strongest attack.
+    """Return the accuracy (fraction, mean over seeds) after each component of the strongest attack.
 
-    One row a (method, sparsity, selection) that the study asks it for, with
-    `potentially_unreliable`; columns in the order in which the components ran, none of those if
-    none was run.
+    Returns:
+        One row for each (method, sparsity, selection) with this attack. Columns:
+        `potentially_unreliable`, and one for each component in the order in which they ran.
     """
     rows = group.select(material.tidy.results)
     rows = rows[(rows.attack == STRONGEST) & (rows.component != "all")]

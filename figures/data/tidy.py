@@ -86,7 +86,8 @@ class Tidy:
 def read(folder: Path) -> Tidy:
     """Read the collected tables of a study.
 
-    Raises UsageError when results.csv is missing or a table is damaged or lacks a column.
+    Raises:
+        UsageError: if results.csv is missing, or if a table is damaged or lacks a column.
     """
     if not (folder / "results.csv").exists():
         raise UsageError(
@@ -96,9 +97,9 @@ def read(folder: Path) -> Tidy:
 
 
 def check(tidy: Tidy, layout: Layout, folder: Path) -> None:
-    """Raise UsageError unless all tables and outcomes are as `robsparse collect` left them.
+    """Raise UsageError if tables or outcomes were changed after `robsparse collect`.
 
-    A row of results.csv that is not what the outcomes of its images say is named with its column.
+    If a row of results.csv contradicts the outcomes of its images, the message names its column.
     """
     outcomes = functools.cache(functools.partial(_flags, layout))
     for row in tidy.results.itertuples():
@@ -206,13 +207,13 @@ class Outcomes:
         return self._read(cell, selection).get("labels")
 
     def correct(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
-        """Correct under the whole attack (bool N), or None if that was not run here."""
+        """Correct under all components of the attack (bool N); None without the attack."""
         return self._read(cell, selection).get(f"{attack}.all")
 
     def distances(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
-        """Smallest perturbation found that breaks each image (float N), if the attack measures it.
+        """Smallest perturbation that breaks each image (float N), if the attack measures it.
 
-        0 where the image is misclassified as it is, inf where none was found.
+        It is 0 if the clean image is misclassified, and inf if no perturbation was found.
         """
         return self._read(cell, selection).get(f"{attack}.distance")
 
@@ -228,7 +229,7 @@ class Outcomes:
 
 
 class Broken(NamedTuple):
-    """An image (C×H×W, in [0,1]), the same perturbed, and the class predicted for the latter."""
+    """A clean image (C×H×W, in [0,1]), its adversarial image, and the class predicted for that."""
 
     clean: np.ndarray
     perturbed: np.ndarray

@@ -114,12 +114,13 @@ def smallest_perturbations(material: Material, cell: Cell, norm: str) -> np.ndar
     """Length of the smallest perturbation with which any attack of a norm broke each image.
 
     An attack that does not measure lengths still gives a bound: an image that it broke needs at
-    most its eps. So at the eps of any attack, the share of images that need a longer perturbation
-    is never above the accuracy under that attack. Attacks are those of the primary selection.
+    most its eps. Therefore, at the eps of an attack, the share of images that need a longer
+    perturbation is at most the accuracy under that attack. All attacks of the primary selection
+    are used.
 
     Returns:
-        Lengths (float N, inf where no attack broke the image, 0 where it is misclassified as it
-        is), or None if no attack of that norm measured lengths.
+        Lengths (float N); inf if no attack broke the image, 0 if the clean image is misclassified.
+        None if no attack of that norm measured lengths.
     """
     study, outcomes = material.study, material.outcomes
     names = _attacks_of(material, norm)

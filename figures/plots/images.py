@@ -31,11 +31,13 @@ _MOST_GROUPS = 6
 
 
 def disagreements(material: Material) -> pd.DataFrame:
-    """One row a test image that the strongest attack breaks for one method and not for another.
+    """Return the test images that the strongest attack breaks for one method and not for another.
 
-    Columns: the keys of the networks, their first seed; `image` (place among the attacked ones),
-    `label`; `robust`, `broken` and `misclassified` (without an attack): methods, with spaces. The
-    dense network is among them at every sparsity.
+    Returns:
+        One row for each image. Columns: the keys of the networks and their first seed; `image` (its
+        index among the attacked images) and `label`; `robust`, `broken` and `misclassified` (the
+        clean image): names of methods, separated by spaces. The dense network is compared at every
+        sparsity.
     """
     study, rows = material.study, []
     for group in groups(study):
@@ -62,7 +64,7 @@ def disagreements(material: Material) -> pd.DataFrame:
 def _outcomes(
     material: Material, group: Group, sparsity: float, seed: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(correct without, correct under the strongest attack) of each method."""
+    """Return for each method which images are correct: clean, and under the strongest attack."""
     found = {}
     for name in methods(material.study, group):
         cell = _cell(material, group, name, sparsity, seed)
@@ -86,7 +88,7 @@ def _labels(material: Material, group: Group) -> np.ndarray:
 
 
 def pictures(material: Material) -> Figure:
-    """Some of those images at the highest sparsity: clean, perturbed, and what was changed."""
+    """Draw some of these images at the highest sparsity: clean, adversarial, and the difference."""
     study, label = material.study, material.study.label("attack", STRONGEST)
     caption = [
         f"Test images that {label} breaks for one method and not for another, at the highest "

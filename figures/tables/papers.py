@@ -22,10 +22,11 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def contents(material: Material, spec: Table) -> dict[str, str]:
-    """The table by suffix: .md, .tex and .csv.
+    """Return the table as text for each suffix: .md, .tex and .csv.
 
-    Raises UsageError when a published file is damaged, or when rows and columns leave several
-    networks in one place.
+    Raises:
+        UsageError: if a file of published numbers is damaged, or if the rows and columns of the
+            table put several networks into one field.
     """
     table = values(material, spec)
     if table.empty:
@@ -50,12 +51,13 @@ def contents(material: Material, spec: Table) -> dict[str, str]:
 
 
 def values(material: Material, spec: Table) -> pd.DataFrame:
-    """One row a network and attack, and a row more for each further source of its number.
+    """Return our accuracies beside the published ones.
 
-    Columns: the keys of a published number; `ours` (fraction, mean over seeds), `published`,
-    `difference` (ours - published), `source`, `potentially_unreliable`; nan and "" where there is
-    none. An attack that is not what its name stands for (a part of AutoAttack, say) is compared
-    with none.
+    Returns:
+        One row for each network, attack and source of a published number. Columns: the keys of a
+        published number; `ours` (fraction, mean over seeds), `published`, `difference`
+        (ours - published), `source`, `potentially_unreliable`. A missing value is nan or "". An
+        incomplete attack, e.g. some components of AutoAttack, is compared with no published number.
     """
     sources = [published.read(Path(name)) for name in spec.published]
     theirs = pd.concat(sources) if sources else pd.DataFrame(columns=[*published.COLUMNS, "source"])
@@ -178,7 +180,7 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
 
 
 def _differs(study: Study, theirs: pd.DataFrame, table: pd.DataFrame) -> str:
-    """How the numbers of a publication were measured, as far as it may differ from ours."""
+    """Return how a publication measured its numbers, if this may differ from our measurement."""
     used = theirs[
         theirs.dataset.isin(table.dataset)
         & theirs.arch.isin(table.arch)
