@@ -1,4 +1,4 @@
-"""What training and evaluation share: device, precision, random numbers, perturbations.
+"""Parts of both training and evaluation: device, precision, random numbers, perturbations.
 
-Imports base alone.
+Imports only base.
 """
