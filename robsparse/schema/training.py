@@ -43,6 +43,11 @@ class Fit(Strict):
         "ADMM's authors), 2: also after the passes of the loss (HYDRA's authors)",
     )
     momentum: Share = 0.9
+    nesterov: bool = Field(
+        False,
+        description="Nesterov momentum as torch has it (Sutskever et al., ICML 2013): the step is "
+        "along gradient + momentum * velocity, with the velocity that already holds the gradient",
+    )
     velocity: Literal["torch", "tensorflow"] = "torch"
     weight_decay: float = Field(1e-4, ge=0)
     decay: Literal["coupled", "sgdw"] = "coupled"
@@ -55,6 +60,11 @@ class Fit(Strict):
             ("epochs", self.epochs > MOST_EPOCHS, f"at most {MOST_EPOCHS} epochs"),
             ("lr", self.lr > LARGEST_LR, f"a learning rate of at most {LARGEST_LR}"),
             ("weight_decay", self.weight_decay >= 1, "less than 1: the share that a step takes"),
+            (
+                "nesterov",
+                self.nesterov and not self.momentum,
+                "false, because momentum is 0",
+            ),
             ("milestones", drops != sorted(set(drops)), "ascending shares, like [0.5, 0.75]"),
             (
                 "warmup",

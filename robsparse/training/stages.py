@@ -125,6 +125,7 @@ def begin_stage(run: Run, stage: Stage, steps: int) -> None:
         stage.parameters(run.model),
         lr=fit.lr,
         momentum=fit.momentum,
+        nesterov=fit.nesterov,
         weight_decay=fit.weight_decay if fit.decay == "coupled" else 0.0,
     )
 

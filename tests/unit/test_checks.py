@@ -59,6 +59,10 @@ NONSENSE = {
         {"methods": {"lwm": {"finetune": {"decay": "coupled", "weight_decay": 1}}}},
         "methods.lwm.finetune.weight_decay = 1: expected less than 1",
     ),
+    "nesterov without momentum": (
+        {"methods": {"lwm": {"finetune": {"nesterov": True, "momentum": 0}}}},
+        "methods.lwm.finetune.nesterov = true: expected false, because momentum is 0",
+    ),
     "descending milestones": (
         {"methods": {"bcs": {"train": {"milestones": [0.75, 0.5]}}}},
         "methods.bcs.train.milestones = [0.75, 0.5]: expected ascending shares, like [0.5, 0.75]",

@@ -139,6 +139,7 @@ VALUES = {
     "milestones": [0.2, 0.3],
     "gamma": 0.2,
     "momentum": 0.5,
+    "nesterov": True,
     "methods.bcs.momentum": "reset",
     "velocity": lambda old: "torch" if old == "tensorflow" else "tensorflow",
     "weight_decay": 0.001,

@@ -29,7 +29,7 @@ from robsparse.training.checkpoints import Interrupted, StopRequest
 from robsparse.training.objectives import Attacker
 from robsparse.training.resuming import Position, RunState
 from robsparse.training.session import prepare_session
-from robsparse.training.stages import FixedMaskStage, Stage, schedule_factor
+from robsparse.training.stages import FixedMaskStage, Stage, begin_stage, schedule_factor
 from robsparse.training.validation import guessing_accuracy, validate
 
 CPU = torch.device("cpu")
@@ -97,14 +97,21 @@ def slow_natural_training(study, cell, fit):
                         p.mul_(1 - fit.weight_decay * factor)
                         step = g
                     v.mul_(fit.momentum).add_(step)
-                    p.sub_(fit.lr * factor * v)
+                    p.sub_(fit.lr * factor * (step + fit.momentum * v if fit.nesterov else v))
     return model.state_dict(), curve
 
 
 @pytest.mark.parametrize(
-    ("decay", "schedule"), [("coupled", "cosine"), ("sgdw", "step"), ("sgdw", "cosine")]
+    ("decay", "schedule", "nesterov"),
+    [
+        ("coupled", "cosine", False),
+        ("sgdw", "step", False),
+        ("sgdw", "cosine", False),
+        ("coupled", "step", True),
+        ("sgdw", "cosine", True),
+    ],
 )
-def test_dense_training_equals_a_slow_loop(decay, schedule, study_data, one):
+def test_dense_training_equals_a_slow_loop(decay, schedule, nesterov, study_data, one):
     study_data["methods"]["dense"]["pretrain"] = {
         "epochs": 2,
         "lr": 0.05,
@@ -112,6 +119,7 @@ def test_dense_training_equals_a_slow_loop(decay, schedule, study_data, one):
         "decay": decay,
         "weight_decay": 0.02,
         "momentum": 0.8,
+        "nesterov": nesterov,
     }
     study, cell, layout = one("dense", objectives=["natural"])
     loop.train_cell(study, cell, layout, device="cpu")
@@ -658,6 +666,29 @@ def test_velocity_across_a_drop_of_the_learning_rate(velocity, study_data, one):
         path.append(bias[0].item())
         sums.append(position)
     assert path == pytest.approx(sums, abs=1e-7)
+
+
+@pytest.mark.parametrize("velocity", ["torch", "tensorflow"])
+def test_nesterov_by_hand_across_a_drop_of_the_learning_rate(velocity, study_data, one):
+    """tensorflow: v = m v - lr g, then w += m v - lr g; torch: v = m v + g, w -= lr (g + m v)."""
+    fit = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "velocity": velocity, "epochs": 1}
+    study_data["methods"]["dense"]["pretrain"] = fit | {"nesterov": True}
+    session = prepare_session(*one("dense"), CPU)
+    (stage,) = session.stages
+    begin_stage(session.run, stage, session.batches.steps)
+    bias = session.run.model.get_parameter("10.bias")
+    session = replace(session, objective=lambda *_: bias.sum())  # gradient 1
+    v, position = 0.0, 0.0
+    for factor in (1.0, 1.0, 0.1, 0.1):
+        take_step(session, stage, torch.arange(4), factor)
+        lr = 0.1 * factor
+        if velocity == "tensorflow":
+            v = 0.5 * v - lr
+            position += 0.5 * v - lr
+        else:
+            v = 0.5 * v + 1
+            position -= lr * (1 + 0.5 * v)
+        assert bias[0].item() == pytest.approx(position, abs=1e-7)
 
 
 # ---------------------------------------------------------------- collapse
