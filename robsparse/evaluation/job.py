@@ -92,7 +92,7 @@ def resolve(
         weights=files.weights,
         record=files.record,
         outcomes=files.flags,
-        cache=layout.cache(cell, selection),
+        cache=files.cache,
         training=layout.training(cell) if target is None else None,
         surrogate=surrogates(study, cell, selection, layout, device),
     )

@@ -11,22 +11,25 @@ from robsparse.study.cells import Cell, Layout
 class Target:
     """Which weights of a cell are attacked, and where the outcome is written.
 
-    weights: the file that they are loaded from; None for those that the network is built with.
+    weights: the file of the weights; None for the weights that the network is built with.
+    record, flags: the files of the results. cache: the folder of finished parts.
     """
 
     weights: Path | None
     match: Match
     record: Path
     flags: Path
+    cache: Path
 
     @classmethod
     def of_study(cls, layout: Layout, cell: Cell, selection: str) -> "Target":
-        """The cell's own weights, trained or taken in; the outcome is one of the study's."""
+        """The cell's own weights, trained or imported; the outcome is one of the study's."""
         return cls(
             layout.model(cell, selection),
             "names",
             layout.evaluation(cell, selection),
             layout.flags(cell, selection),
+            layout.cache(cell, selection),
         )
 
     @classmethod
@@ -40,6 +43,8 @@ class Target:
         return cls(None, "names", *_beside(results / source.kind / source.name.replace(":", ".")))
 
 
-def _beside(path: Path) -> tuple[Path, Path]:
-    """Record and flags of a network, named after `path`."""
-    return path.with_name(f"{path.name}.evaluation.json"), path.with_name(f"{path.name}.flags.npz")
+def _beside(path: Path) -> tuple[Path, Path, Path]:
+    """Record, flags and cache of a network, named after `path`."""
+    ends = ("evaluation.json", "flags.npz", "cache")
+    record, flags, cache = (path.with_name(f"{path.name}.{end}") for end in ends)
+    return record, flags, cache

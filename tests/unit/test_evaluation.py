@@ -29,6 +29,7 @@ from robsparse.records.rows import Row, wilson_interval
 from robsparse.sparsity.layers import prunable
 from robsparse.study.cells import Layout, derive_seed
 from robsparse.study.planned import Attack
+from robsparse.study.targets import Target
 
 CPU = torch.device("cpu")
 EPS = 0.1
@@ -618,6 +619,24 @@ def test_kept_parts_go_when_the_record_is_there_and_before_if_asked(
     assert ("kept.npz" in seen) != fresh
     assert len(seen) == 2 + ("kept.npz" in seen)
     assert not parts.exists()
+
+
+def test_evaluation_of_other_weights_leaves_the_cache_of_the_cell_alone(
+    study_data, load_study, tmp_path
+):
+    study_data["evaluation"] |= {"n_examples": 4, "batch_size": 4}
+    study_data["evaluation"]["selections"] = {"last": ["clean"]}
+    study = load_study(study_data)
+    cell, layout = study.cells()[0], Layout(tmp_path / "run")
+    weights.save(tmp_path / "other.safetensors", small_cnn().state_dict())
+    cached = layout.cache(cell, "last") / "kept.npz"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"of a killed run")
+    target = Target.of_file(tmp_path / "other.safetensors", "names")
+    for fresh in (False, True):
+        evaluate_cell(study, cell, "last", layout, target=target, device="cpu", fresh=fresh)
+        assert cached.exists()
+    assert not target.cache.exists()
 
 
 def test_magnitudes_are_counted_in_tenths_of_a_decade():
