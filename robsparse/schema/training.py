@@ -119,6 +119,13 @@ class Training(Strict):
         None, description="how training images are varied, if not as the data set says"
     )
     beta: PositiveFloat = Field(6.0, description="weight of the KL term of TRADES and MART")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="probability that the other classes share in the target of the cross entropy; "
+        "images are crafted against the plain label",
+    )
     rst_file: Annotated[str | None, CONTENT] = Field(
         None, description="rst: npz of pseudo-labelled extra images, arrays `images` and `labels`"
     )

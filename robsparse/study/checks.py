@@ -26,6 +26,7 @@ def of_parts(parts: Parts) -> list[str]:
         _attack_radii,
         _training_radii,
         _extra_images,
+        _label_smoothing,
         _data,
         _batches,
         _archs,
@@ -121,6 +122,14 @@ def _extra_images(parts: Parts) -> Iterator[str]:
                 "authors took theirs from TinyImages, which was withdrawn, so there is none to "
                 "download"
             )
+
+
+def _label_smoothing(parts: Parts) -> Iterator[str]:
+    """Label smoothing of MART, whose loss nobody has published with it."""
+    for key, training, blocks in _trainings(parts):
+        if training.label_smoothing and any("mart" in block.objectives for block in blocks):
+            value = training.label_smoothing
+            yield _line(f"{key}.label_smoothing", value, "0 for the objective 'mart'")
 
 
 def _data(parts: Parts) -> Iterator[str]:

@@ -96,17 +96,35 @@ def make_attacker(planned: PlannedCell, generator: torch.Generator) -> Attacker:
     return Attacker(threat.eps, crafting, generator, threat.norm, precision)
 
 
-def natural(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
+def smoothed_cross_entropy(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
+    """Mean cross entropy with targets of 1 - smoothing for the label.
+
+    The K - 1 other classes have smoothing / (K - 1) each. torch would spread its `label_smoothing`
+    over all K classes, so that K / (K - 1) times as much of it is the same.
+    Source: Szegedy et al., CVPR 2016; the targets as in the code of Pang et al., ICLR 2021, who
+    smooth adversarial training and leave the crafting as it is.
+    """
+    classes = logits.shape[1]
+    return F.cross_entropy(logits, y, label_smoothing=smoothing * classes / max(1, classes - 1))
+
+
+def natural(
+    model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float, *, smoothing: float = 0
+) -> Tensor:
     """Cross entropy on clean images."""
-    return F.cross_entropy(model(x), y)
+    return smoothed_cross_entropy(model(x), y, smoothing)
 
 
-def at(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
+def at(
+    model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float, *, smoothing: float = 0
+) -> Tensor:
     """Cross entropy on PGD images alone. Source: Madry et al., ICLR 2018, equation 2.1."""
-    return F.cross_entropy(model(attacker.attack_labels(model, x, y)), y)
+    return smoothed_cross_entropy(model(attacker.attack_labels(model, x, y)), y, smoothing)
 
 
-def mat(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
+def mat(
+    model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float, *, smoothing: float = 0
+) -> Tensor:
     """Mixed-batch adversarial training: the first half of the batch attacked, the rest clean.
 
     Of an odd number the clean part is the larger one, so a single image stays clean.
@@ -115,13 +133,16 @@ def mat(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float)
     """
     half = len(x) // 2
     adversarial = attacker.attack_labels(model, x[:half], y[:half])
-    return F.cross_entropy(model(torch.cat([adversarial, x[half:]])), y)
+    return smoothed_cross_entropy(model(torch.cat([adversarial, x[half:]])), y, smoothing)
 
 
-def trades(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
+def trades(
+    model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float, *, smoothing: float = 0
+) -> Tensor:
     """Clean cross entropy + beta * mean KL(clean || adversarial).
 
     The gradient flows through both branches, each of which is a batch of its own for batch norm.
+    Label smoothing changes the clean cross entropy alone, as in Rebuffi et al., NeurIPS 2021.
     Robust self-training (rst) is this on batches of labelled and pseudo-labelled images.
     Source: Zhang et al., ICML 2019, equation 5; yaodongyu/TRADES for the start of the attack;
     Carmon et al., NeurIPS 2019, for self-training.
@@ -133,7 +154,7 @@ def trades(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: flo
         F.softmax(clean_logits, dim=1),
         reduction="batchmean",
     )
-    return F.cross_entropy(clean_logits, y) + beta * divergence
+    return smoothed_cross_entropy(clean_logits, y, smoothing) + beta * divergence
 
 
 def mart(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
@@ -168,6 +189,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 
 
 def make_objective(name: str, training: Training) -> Objective:
-    """The objective of that name, with beta of the settings."""
+    """The objective of that name, with beta and label smoothing of the settings."""
     function, beta = OBJECTIVES[name], training.beta
-    return lambda model, x, y, attacker: function(model, x, y, attacker, beta)
+    smoothing = {"smoothing": training.label_smoothing} if training.label_smoothing else {}
+    return lambda model, x, y, attacker: function(model, x, y, attacker, beta, **smoothing)

@@ -100,6 +100,14 @@ NONSENSE = {
         {"evaluation": {"attacks": {"pgd": {"restarts": 10**10}}}},
         "evaluation.attacks.pgd.restarts = 10000000000: expected a number of at most 2147483648",
     ),
+    "label smoothing of half": (
+        {"training": {"label_smoothing": 0.5}},
+        "training.label_smoothing = 0.5: expected to be less than 0.5",
+    ),
+    "label smoothing of mart": (
+        {"grid": {"objectives": ["mart"]}, "training": {"label_smoothing": 0.1}},
+        "training.label_smoothing = 0.1: expected 0 for the objective 'mart'",
+    ),
     "one image of a mixed batch": (
         {"grid": {"objectives": ["mat"]}, "training": {"batch_size": 1}},
         "training.batch_size = 1: expected at least 2 for the objective 'mat', which attacks half "

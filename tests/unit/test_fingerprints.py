@@ -159,6 +159,7 @@ VALUES = {
     "precision": "bf16",
     "backend": "eager",
     "augmentation": {"kind": "crop"},
+    "label_smoothing": 0.2,
     "rst_file": "weights.pt",
     "rst_fraction": 0.25,
     "n_examples": 10,

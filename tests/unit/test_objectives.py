@@ -482,3 +482,53 @@ def test_objective_of_a_training_has_its_beta(study_data, load_study):
     training = load_study(study_data).training
     one = objectives.make_objective("trades", training)(linear(), X, Y, attacker())
     assert torch.equal(one, loss_of("trades", linear(), beta=2.5, x=X, y=Y))
+
+
+# ---------------------------------------------------------------- label smoothing
+
+
+def smoothed(rows, labels, share):
+    """Mean cross entropy with the label at 1 - share and the others at share / (K - 1), summed."""
+    total = 0.0
+    for row, label in zip(rows, labels, strict=True):
+        p = softmax(row)
+        for k, value in enumerate(p):
+            total -= (1 - share if k == label else share / (len(p) - 1)) * math.log(value)
+    return total / len(rows)
+
+
+def made_with(name, share, study_data, load_study):
+    study_data["training"]["label_smoothing"] = share
+    return objectives.make_objective(name, load_study(study_data).training)
+
+
+@pytest.mark.parametrize("name", ["natural", "at", "mat"])
+def test_label_smoothing_by_hand(name, study_data, load_study):
+    model, y = Three().train(), torch.tensor([0, 1])
+    loss = made_with(name, 0.3, study_data, load_study)(model, X, y, attacker())
+    rows = (model.seen[-1].flatten(1) @ model.weight.T).tolist()
+    assert loss.item() == pytest.approx(smoothed(rows, y.tolist(), 0.3), rel=1e-5)
+    assert loss.item() != pytest.approx(smoothed(rows, y.tolist(), 0.0), rel=1e-3)
+    plain = Three().train()
+    loss_of(name, plain, x=X, y=y)
+    assert torch.equal(plain.seen[-1], model.seen[-1])  # crafted against the plain label
+
+
+@pytest.mark.parametrize("name", ["trades", "rst"])
+def test_label_smoothing_of_trades_changes_the_clean_cross_entropy_alone(
+    name, study_data, load_study
+):
+    study_data["training"]["beta"] = 2.5
+    model, y = Three().train(), torch.tensor([0, 1])
+    loss = made_with(name, 0.3, study_data, load_study)(model, X, y, attacker())
+    rows = (X.flatten(1) @ model.weight.T).tolist()
+    difference = smoothed(rows, y.tolist(), 0.3) - smoothed(rows, y.tolist(), 0.0)
+    plain = loss_of(name, Three().train(), beta=2.5, x=X, y=y)
+    assert (loss - plain).item() == pytest.approx(difference, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_without_label_smoothing_every_bit_is_as_before(name, study_data, load_study):
+    made = made_with(name, 0.0, study_data, load_study)
+    loss = made(linear(), X, Y, attacker())
+    assert torch.equal(loss, loss_of(name, linear(), x=X, y=Y, beta=6.0))
