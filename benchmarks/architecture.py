@@ -66,7 +66,20 @@ def drawing() -> str:
             files = sum(path.name != "__init__.py" for path in own.values())
             lines += _wrapped(f"{package:<12} {files:>5} {length:>6}  ", " ".join(ordered))
     lines.append("-" * 88)
-    lines.append(f"{len(layers)} layers; longest chain of imports: {depth(graph)} modules")
+    packages = {name.split(".")[0] for name in known}
+    above = {
+        package: {
+            other.split(".")[0]
+            for name, used in graph.items()
+            if name.split(".")[0] == package
+            for other in used
+        }
+        for package in packages
+    }
+    lines.append(
+        f"{len(layers)} layers; longest chain of imports: {depth(above)} packages, "
+        f"{depth(graph)} modules"
+    )
     return "\n".join(lines)
 
 
