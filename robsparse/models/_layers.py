@@ -1,13 +1,19 @@
-"""Parts of several architectures: normalisation, convolutions, residual block, initial weights."""
+"""Parts of several architectures: normalisation, convolutions, residual blocks, initial weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from robsparse.base.errors import UsageError
-from robsparse.schema import Normalised
+from robsparse.schema import Activation, Normalised
+
+FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+MODULES: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 
 class Normalise(nn.Module):
@@ -58,8 +64,16 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, padding: str) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        padding: str = "symmetric",
+        activation: Activation = "relu",
+    ) -> None:
         super().__init__()
+        self.activation = FUNCTIONS[activation]
         self.conv1 = conv3x3(inputs, width, stride, padding)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width)
@@ -67,9 +81,43 @@ class BasicBlock(nn.Module):
         self.shortcut = shortcut(inputs, width, stride)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        out = functional.relu(self.bn1(self.conv1(x_NCHW)))
+        out = self.activation(self.bn1(self.conv1(x_NCHW)))
         out = self.bn2(self.conv2(out))
-        return functional.relu(out + self.shortcut(x_NCHW))
+        return self.activation(out + self.shortcut(x_NCHW))
+
+
+class PreActivationBlock(nn.Module):
+    """BN, activation and a 3x3 convolution, twice; the result is added to the shortcut.
+
+    x_NCHW -> (N, outputs, H/stride, W/stride). The shortcut is the input. If the number of channels
+    changes, it is a 1x1 convolution of the input after BN and activation.
+
+    Source: He et al. (ECCV 2016), figure 1 (b).
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        padding: str = "symmetric",
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__()
+        self.activation = FUNCTIONS[activation]
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = conv3x3(inputs, outputs, stride, padding)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = conv3x3(outputs, outputs)
+        self.shortcut = None if inputs == outputs else conv1x1(inputs, outputs, stride)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        active = self.activation(self.bn1(x_NCHW))
+        out = self.activation(self.bn2(self.conv1(active)))
+        out = self.conv2(out)
+        return out + (x_NCHW if self.shortcut is None else self.shortcut(active))
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, padding: str = "symmetric") -> nn.Conv2d:

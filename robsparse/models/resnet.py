@@ -9,12 +9,11 @@ Differs from the authors' code:
 - the last mean is over the whole map for images of any size.
 """
 
-from typing import Literal
-
 from torch import Tensor, nn
-from torch.nn import functional
 
 from robsparse.models._layers import (
+    FUNCTIONS,
+    MODULES,
     BasicBlock,
     conv1x1,
     conv3x3,
@@ -23,21 +22,14 @@ from robsparse.models._layers import (
     require_size,
     shortcut,
 )
-from robsparse.schema import Normalised
+from robsparse.schema import Activation, Residual
 
 NAMES = ("resnet18", "resnet34", "resnet50")
 SMALLEST = 8  # pixels a side of the images
 
 
-class Params(Normalised):
-    """padding: where a 3x3 convolution of stride 2 adds zeros.
-
-    "symmetric": one row or column on every side. "tensorflow": as the BCS authors' TensorFlow; if
-    a side is even, only at the bottom or right. Trained weights need the padding that they were
-    trained with.
-    """
-
-    padding: Literal["symmetric", "tensorflow"] = "symmetric"
+class Params(Residual):
+    """The padding, the activation and the normalisation of the images."""
 
 
 class Bottleneck(nn.Module):
@@ -49,8 +41,16 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, padding: str) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        padding: str = "symmetric",
+        activation: Activation = "relu",
+    ) -> None:
         super().__init__()
+        self.activation = FUNCTIONS[activation]
         outputs = self.expansion * width
         self.conv1 = conv1x1(inputs, width)
         self.bn1 = nn.BatchNorm2d(width)
@@ -61,10 +61,10 @@ class Bottleneck(nn.Module):
         self.shortcut = shortcut(inputs, outputs, stride)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        out = functional.relu(self.bn1(self.conv1(x_NCHW)))
-        out = functional.relu(self.bn2(self.conv2(out)))
+        out = self.activation(self.bn1(self.conv1(x_NCHW)))
+        out = self.activation(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return functional.relu(out + self.shortcut(x_NCHW))
+        return self.activation(out + self.shortcut(x_NCHW))
 
 
 # The kind of block, and the number of blocks in each of the four stages.
@@ -89,13 +89,14 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
     layers: dict[str, nn.Module] = {
         "conv1": conv3x3(image_shape[0], channels),
         "bn1": nn.BatchNorm2d(channels),
-        "relu": nn.ReLU(),
+        "relu": MODULES[params.activation](),
     }
     for number, depth in enumerate(depths, start=1):
         width, stride = 32 * 2**number, 1 if number == 1 else 2
         stage = nn.Sequential()
         for step in range(depth):
-            stage.append(block(channels, width, stride if step == 0 else 1, params.padding))
+            first = stride if step == 0 else 1
+            stage.append(block(channels, width, first, params.padding, params.activation))
             channels = block.expansion * width
         layers[f"stage{number}"] = stage
     return network(name, params, image_shape[0], layers | mean_and_classify(channels, classes))

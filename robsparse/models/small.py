@@ -4,19 +4,20 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from robsparse.models._layers import (
+    MODULES,
     BasicBlock,
     conv3x3,
     mean_and_classify,
     network,
     require_size,
 )
-from robsparse.schema import Normalised
+from robsparse.schema import Activated
 
 NAMES = ("small_cnn", "small_resnet")
 SMALLEST = {"small_cnn": 5, "small_resnet": 4}  # pixels a side of the images
 
 
-class Params(Normalised):
+class Params(Activated):
     """width: number of channels of the first convolution, in 1..1024.
 
     Later convolutions have 2 and 4 times as many channels.
@@ -28,9 +29,9 @@ class Params(Normalised):
 def build(name: str, params: Params, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Build one of the two networks: x_NCHW in [0,1] -> logits_NK.
 
-    small_cnn: three 3x3 convolutions (strides 1, 2, 2) with BN and ReLU, 2x2 mean pool, one linear
-    layer. small_resnet: a 3x3 convolution, three basic residual blocks (strides 1, 2, 2), mean
-    over the whole map, one linear layer.
+    small_cnn: three 3x3 convolutions (strides 1, 2, 2) with BN and the activation, 2x2 mean pool,
+    one linear layer. small_resnet: a 3x3 convolution, three basic residual blocks (strides 1, 2,
+    2), mean over the whole map, one linear layer.
 
     Initial weights are drawn from a truncated normal of variance 2 / fan_in; biases are 0.
 
@@ -40,14 +41,16 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
     """
     layers = _cnn if name == "small_cnn" else _resnet
     require_size(name, image_shape, SMALLEST[name])
-    return network(name, params, image_shape[0], layers(params.width, image_shape, classes))
+    return network(name, params, image_shape[0], layers(params, image_shape, classes))
 
 
-def _cnn(width: int, image_shape: tuple[int, int, int], classes: int) -> dict[str, nn.Module]:
+def _cnn(params: Params, image_shape: tuple[int, int, int], classes: int) -> dict[str, nn.Module]:
     channels, height, breadth = image_shape
+    width = params.width
     layers: list[nn.Module] = []
     for out, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-        layers += [conv3x3(channels, out, stride), nn.BatchNorm2d(out), nn.ReLU()]
+        layers += [conv3x3(channels, out, stride), nn.BatchNorm2d(out)]
+        layers.append(MODULES[params.activation]())
         channels = out
     # A map of 2x2 pixels needs no pooling, and torch's pooling to the same size is slow.
     if (-(-height // 4), -(-breadth // 4)) != (2, 2):
@@ -56,13 +59,16 @@ def _cnn(width: int, image_shape: tuple[int, int, int], classes: int) -> dict[st
     return {str(number): layer for number, layer in enumerate(layers)}
 
 
-def _resnet(width: int, image_shape: tuple[int, int, int], classes: int) -> dict[str, nn.Module]:
+def _resnet(
+    params: Params, image_shape: tuple[int, int, int], classes: int
+) -> dict[str, nn.Module]:
+    width, kind = params.width, params.activation
     return {
         "conv1": conv3x3(image_shape[0], width),
         "bn1": nn.BatchNorm2d(width),
-        "relu": nn.ReLU(),
-        "stage1": BasicBlock(width, width, 1, "symmetric"),
-        "stage2": BasicBlock(width, 2 * width, 2, "symmetric"),
-        "stage3": BasicBlock(2 * width, 4 * width, 2, "symmetric"),
+        "relu": MODULES[kind](),
+        "stage1": BasicBlock(width, width, 1, activation=kind),
+        "stage2": BasicBlock(width, 2 * width, 2, activation=kind),
+        "stage3": BasicBlock(2 * width, 4 * width, 2, activation=kind),
         **mean_and_classify(4 * width, classes),
     }

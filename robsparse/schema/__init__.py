@@ -13,12 +13,15 @@ from robsparse.schema.imagesets import (
     image_shape,
     shapes_in_npz,
 )
+from robsparse.schema.networks import Activated, Activation, Residual
 from robsparse.schema.threat import AttackParams
 from robsparse.schema.training import Finetune, Fit, FromScratch
 
 __all__ = [
     "CONTENT",
     "PLACE",
+    "Activated",
+    "Activation",
     "AttackParams",
     "Augmentation",
     "Description",
@@ -30,6 +33,7 @@ __all__ = [
     "Name",
     "Normalised",
     "Radius",
+    "Residual",
     "Share",
     "Strict",
     "image_shape",

@@ -5,10 +5,12 @@ Most tests build on torch's meta device: shapes and names without numbers, at no
 
 import csv
 import hashlib
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+import torch.fx
 from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
@@ -16,12 +18,13 @@ from torch.nn import functional
 from robsparse import models
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
-from robsparse.models import _layers, resnet, vgg, wideresnet
+from robsparse.models import _layers, preactresnet, resnet, vgg, wideresnet
 from robsparse.networks import weights
 from robsparse.sparsity.layers import prunable, weight_count
 
 BIG = [*resnet.NAMES, *vgg.NAMES, *wideresnet.NAMES]
-PADDED = [*resnet.NAMES, *wideresnet.NAMES]
+PADDED = [*resnet.NAMES, *wideresnet.NAMES, *preactresnet.NAMES]
+ACTIVATED = [*PADDED, "small_cnn", "small_resnet"]
 CIFAR = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}
 
 
@@ -127,7 +130,10 @@ SIDES = {
 
 @pytest.mark.parametrize("padding", ["symmetric", "tensorflow"])
 @pytest.mark.parametrize("shape", SIDES)
-@pytest.mark.parametrize(("name", "expansion"), [("resnet18", 1), ("resnet34", 1), ("resnet50", 4)])
+@pytest.mark.parametrize(
+    ("name", "expansion"),
+    [("resnet18", 1), ("resnet34", 1), ("resnet50", 4), ("preactresnet18", 1)],
+)
 def test_stages_of_a_resnet_halve_the_map_three_times(name, expansion, shape, padding):
     found = outputs(build(name, shape, padding=padding), shape)
     assert [found["conv1"], *(found[f"stage{number}"] for number in (1, 2, 3, 4))] == [
@@ -197,7 +203,7 @@ def test_sizes_of_small_resnet_by_hand():
 
 
 LEAST = {"vgg16": 16, "small_cnn": 5, "small_resnet": 4}
-LEAST |= dict.fromkeys(resnet.NAMES, 8) | dict.fromkeys(wideresnet.NAMES, 4)
+LEAST |= dict.fromkeys([*resnet.NAMES, *preactresnet.NAMES], 8) | dict.fromkeys(wideresnet.NAMES, 4)
 
 
 @pytest.mark.parametrize("name", LEAST)
@@ -242,6 +248,106 @@ def test_residual_block_adds_a_projection_where_the_shape_changes():
     torch.testing.assert_close(block(x), expected)
 
 
+def test_parameters_of_preactresnet18_by_hand():
+    widths = (64, 128, 256, 512)
+    convolutions = 9 * 3 * 64 + 4 * 9 * 64**2  # the first one, and those of stage 1
+    norms = 4 * 64  # channels of the four batch norms of stage 1
+    for before, width in itertools.pairwise(widths):
+        convolutions += 9 * before * width + 9 * width**2 + before * width  # with the shortcut
+        convolutions += 2 * 9 * width**2
+        norms += before + 3 * width
+    norms += 512  # after the last block
+    model = build("preactresnet18")
+    assert weight_count(model) == convolutions + 512 * 10
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == convolutions + 2 * norms + 512 * 10 + 10 == 11_172_170
+    assert [key for key in model.state_dict() if key.startswith("stage1.0.shortcut")] == []
+
+
+def test_preactresnet18_is_the_one_written_out_by_hand():
+    """With stage weights of two blocks: pre-activation order, raw first shortcut, last BN."""
+    model = build("preactresnet18", (3, 8, 8), device="cpu").double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    state = model.eval().state_dict()
+
+    def norm(x, key):
+        mean, var = state[f"{key}.running_mean"], state[f"{key}.running_var"]
+        scaled = (x - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + 1e-5).sqrt()
+        return scaled * state[f"{key}.weight"].view(1, -1, 1, 1) + state[f"{key}.bias"].view(
+            1, -1, 1, 1
+        )
+
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    h = functional.conv2d(x, state["conv1.weight"], padding=1)
+    for stage in (1, 2, 3, 4):
+        for step in (0, 1):
+            key, stride = f"stage{stage}.{step}", 2 if stage > 1 and step == 0 else 1
+            a = norm(h, f"{key}.bn1").clamp(min=0)
+            if stride == 2:
+                h = functional.conv2d(a, state[f"{key}.shortcut.weight"], stride=2)
+            a = functional.conv2d(a, state[f"{key}.conv1.weight"], stride=stride, padding=1)
+            a = norm(a, f"{key}.bn2").clamp(min=0)
+            h = h + functional.conv2d(a, state[f"{key}.conv2.weight"], padding=1)
+    h = norm(h, "bn1").clamp(min=0).mean((2, 3))
+    expected = h @ state["classifier.weight"].T + state["classifier.bias"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+# ---------------------------------------------------------------- activation
+
+
+def activations(model):
+    """The names of the functions and modules of the trace that are activations."""
+    graph = torch.fx.symbolic_trace(model).graph
+    modules = dict(model.named_modules())
+    found = [
+        modules[str(n.target)] if n.op == "call_module" else n.target
+        for n in graph.nodes
+        if n.op in ("call_module", "call_function")
+    ]
+    kinds = {functional.relu: "relu", functional.silu: "silu"}
+    return [
+        "relu" if isinstance(f, nn.ReLU) else "silu" if isinstance(f, nn.SiLU) else kinds[f]
+        for f in found
+        if isinstance(f, nn.ReLU | nn.SiLU) or f in kinds
+    ]
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_silu_stands_at_every_place_of_a_relu_and_changes_no_weight(name):
+    plain, smooth = build(name), build(name, activation="silu")
+    assert [(k, v.shape) for k, v in plain.state_dict().items()] == [
+        (k, v.shape) for k, v in smooth.state_dict().items()
+    ]
+    before, after = activations(plain), activations(smooth)
+    assert set(before) == {"relu"}
+    assert after == ["silu"] * len(before)
+
+
+def test_silu_by_hand():
+    block, x = _layers.BasicBlock(8, 8, 1, activation="silu").eval(), torch.randn(2, 8, 5, 5)
+    silenced(block.bn2)
+    torch.testing.assert_close(block(x), x / (1 + (-x).exp()))
+
+
+def test_vgg_has_no_choice_of_activation():
+    with pytest.raises(ValidationError, match="unknown key"):
+        registry.entry("arch", "vgg16").params(activation="silu")
+
+
+def test_unknown_activation_is_told_in_one_line(study_data, load_study):
+    study_data["archs"]["small_cnn"] |= {"activation": "gelu"}
+    with pytest.raises(UsageError) as caught:
+        load_study(study_data)
+    assert str(caught.value).endswith(
+        "archs.small_cnn.activation = \"gelu\": expected 'relu' or 'silu'; nearest match: 'relu'"
+    )
+
+
 def test_bottleneck_strides_in_its_3x3_convolution():
     block = resnet.Bottleneck(64, 16, 2, "symmetric")
     layers = (block.conv1, block.conv2, block.conv3, block.shortcut[0])
@@ -252,13 +358,13 @@ def test_bottleneck_strides_in_its_3x3_convolution():
 
 
 def test_pre_activation_block_adds_the_input_as_it_came():
-    block, x = wideresnet.PreActivationBlock(8, 8, 1, "symmetric").eval(), torch.randn(2, 8, 5, 5)
+    block, x = _layers.PreActivationBlock(8, 8, 1, "symmetric").eval(), torch.randn(2, 8, 5, 5)
     silenced(block.conv2)
     assert torch.equal(block(x), x)
 
 
 def test_pre_activation_block_projects_the_activated_input():
-    block = wideresnet.PreActivationBlock(4, 8, 2, "symmetric").eval()
+    block = _layers.PreActivationBlock(4, 8, 2, "symmetric").eval()
     x = torch.randn(2, 4, 6, 6)
     silenced(block.conv2)
     torch.testing.assert_close(block(x), block.shortcut((x / (1 + 1e-5) ** 0.5).relu()))
@@ -316,7 +422,7 @@ def test_padding_changes_the_strided_3x3_convolutions_and_nothing_else(name):
         and module.stride == (2, 2)
         and module.kernel_size == (3, 3)
     ]
-    assert len(strided) == (3 if name in resnet.NAMES else 2)
+    assert len(strided) == (2 if name in wideresnet.NAMES else 3)
     changed = [k for k, v in prunable(there).items() if isinstance(v, _layers.TensorFlowConv2d)]
     assert changed == strided
     assert not any(isinstance(v, _layers.TensorFlowConv2d) for v in prunable(here).values())

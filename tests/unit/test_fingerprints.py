@@ -189,6 +189,7 @@ VALUES = {
     "where_exists": "nowhere",
     "published": [],
     "kind": "crop",
+    "activation": "silu",
     "shift": 0.2,
     "training": {"batch_size": 10},
     "params": {"bcs": {"noise_scale": 0.01}},
@@ -456,7 +457,8 @@ FILES = {
         robsparse/sparsity/scores
         robsparse/training/dynamic
         robsparse/evaluation/fast_minimum_norm robsparse/models/resnet robsparse/models/vgg
-        robsparse/models/wideresnet baselines/* eval/* robsparse/datasets/*
+        robsparse/models/wideresnet robsparse/models/preactresnet
+        baselines/* eval/* robsparse/datasets/*
     """,
 }
 

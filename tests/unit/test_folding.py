@@ -20,7 +20,15 @@ from robsparse.training import objectives
 SHAPES = {"small_cnn": (1, 8, 8), "small_resnet": (1, 8, 8)}
 ARCHS = [
     (name, padding)
-    for name in ("small_cnn", "small_resnet", "vgg16", "resnet18", "resnet50", "wrn28_2")
+    for name in (
+        "small_cnn",
+        "small_resnet",
+        "vgg16",
+        "resnet18",
+        "resnet50",
+        "wrn28_2",
+        "preactresnet18",
+    )
     for padding in ("symmetric", "tensorflow")
     if padding == "symmetric" or "padding" in registry.entry("arch", name).params.model_fields
 ]
@@ -71,6 +79,14 @@ def test_values_are_those_of_the_network(name, padding, dtype, limits):
     assert folding.runs_on(folding.view_of(model, x)) == "view"
     found = differences(model, x)
     assert all(value < limit for value, limit in zip(found, limits, strict=True)), found
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "small_resnet", "resnet18", "preactresnet18"])
+def test_silu_is_followed_by_the_view(name):
+    model = build(name, activation="silu").double()
+    x = torch.rand(3, *SHAPES.get(name, (3, 32, 32)), dtype=torch.float64)
+    assert folding.runs_on(folding.view_of(model, x)) == "view"
+    assert largest_difference(model, x) < 1e-10
 
 
 @pytest.mark.parametrize(
