@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from robsparse.base.counts import layer_keep_count
 from robsparse.schema import Fit, Share, Strict
 from robsparse.sparsity.layers import Prunable, prunable
-from robsparse.sparsity.masks import rankable, top_k_mask
+from robsparse.sparsity.masks import require_finite, top_k_mask
 from robsparse.training.stages import FixedMaskStage, Run, Stage
 
 LABEL = "ADMM"
@@ -151,7 +151,7 @@ def pruned(model: nn.Module, params: Params) -> dict[str, Prunable]:
 def survivors(weight: Tensor, sparsity: float, params: Params) -> Tensor:
     """Return the mask of the projection onto tensors of a sparsity: the largest magnitudes."""
     if params.projection == "percentile":
-        size = rankable(weight.detach().abs())
+        size = require_finite(weight.detach().abs())
         return size > float(np.percentile(size.cpu().numpy(), 100 * sparsity))
     return top_k_mask(weight.abs(), layer_keep_count(weight.numel(), sparsity))
 

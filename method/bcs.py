@@ -42,7 +42,7 @@ from robsparse.schema import Fit, Strict
 from robsparse.sparsity.budgets import erk_keep_counts
 from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.layers import parametrisation, prunable, trained_weight
-from robsparse.sparsity.rewiring import Changes, Rewiring, rewiring_of
+from robsparse.sparsity.rewiring import Changes, Rewiring, make_rewiring
 from robsparse.training.stages import Run, Stage
 
 LABEL = "BCS"
@@ -197,7 +197,7 @@ class SamplingStage(Stage):
             active = active.nonzero().squeeze(1)
         layers = thetas(run.model)
         budget = keep_count(sum(theta.numel() for theta in layers), run.sparsity)
-        self.rewiring = rewiring_of(layers, active.to(layers[0].device), budget, run.generator)
+        self.rewiring = make_rewiring(layers, active.to(layers[0].device), budget, run.generator)
         self.saved_active = None
         self.fixed = all(layer.fixed for layer in signed_layers(run.model))
         return self.rewiring
@@ -208,24 +208,24 @@ class SamplingStage(Stage):
         return self.params.rewiring == "never"
 
     def after_step(self, run: Run) -> None:
-        rewiring, params, may_wake = self.rewiring, self.params, self.params.waking == "drift"
+        rewiring, params, allow_drift = self.rewiring, self.params, self.params.waking == "drift"
         assert rewiring is not None
         assert run.connections is not None
         nothing = rewiring.active[:0]
         changes = Changes(nothing, nothing, nothing)
         with torch.no_grad():
-            survives = rewiring.move(self._noise(run), may_wake=may_wake)
+            survives = rewiring.move(self._noise(run), allow_drift=allow_drift)
             if not self.fixed:
                 changes = rewiring.rewire(
                     survives,
                     params.regrown_theta,
                     by_room=params.regrowth == "dormant",
-                    may_wake=may_wake,
+                    allow_drift=allow_drift,
                 )
             if params.momentum == "reset" and len(changes.drawn):
                 states = [run.optimizer.state[theta] for theta in rewiring.layers]
                 rewiring.reset([state.get("momentum_buffer") for state in states], changes.drawn)
-        run.connections.record(changes.pruned, torch.cat([changes.woken, changes.drawn]))
+        run.connections.record(changes.pruned, torch.cat([changes.drifted, changes.drawn]))
 
     def _noise(self, run: Run) -> float:
         """Return the standard deviation of the noise on an active theta."""

@@ -1,4 +1,4 @@
-"""How many weights each layer keeps, so that all together meet the sparsity exactly."""
+"""The number of weights that each layer keeps. The sum meets the sparsity exactly."""
 
 import math
 
@@ -9,7 +9,7 @@ from robsparse.sparsity.layers import prunable
 
 
 def layer_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
-    """Nonzero weights of each layer when all have the same sparsity."""
+    """Return the nonzero weights of each layer if all layers have the same sparsity."""
     return {
         name: layer_keep_count(module.weight.numel(), sparsity)
         for name, module in prunable(model).items()
@@ -17,10 +17,12 @@ def layer_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
 
 
 def erk_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
-    """Nonzero weights of each layer by Erdos-Renyi-Kernel shares; they sum to keep_count exactly.
+    """Return the nonzero weights of each layer by Erdos-Renyi-Kernel shares.
 
-    A layer's density is proportional to (sum of its dimensions) / (product of its dimensions),
-    capped at 1; what a capped layer cannot take goes to the others.
+    Their sum is exactly keep_count. The density of a layer is proportional to
+    (sum of its dimensions) / (product of its dimensions), and at most 1. The weights that exceed a
+    full layer are distributed over the other layers.
+
     Source: RigL (Evci et al., ICML 2020), section 3, "Sparsity distribution".
     """
     shapes = {name: module.weight.shape for name, module in prunable(model).items()}
@@ -40,10 +42,11 @@ def erk_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
 
 
 def quota_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
-    """Nonzero weights of each layer by ideal gas quotas; they sum to keep_count exactly.
+    """Return the nonzero weights of each layer by ideal gas quotas.
 
-    A layer of n weights has density 1 / (1 + F n), with the one F that meets the budget: small
-    layers stay denser than large ones.
+    Their sum is exactly keep_count. A layer of n weights has density 1 / (1 + F n). F is the same
+    for all layers and is chosen to meet the budget. Small layers are denser than large ones.
+
     Source: VITA-Group/Sparsity-Win-Robust-Generalization, behaviour of its initialisation "igq".
     """
     sizes = {name: module.weight.numel() for name, module in prunable(model).items()}

@@ -9,43 +9,44 @@ from torch import Tensor
 
 from robsparse.records.columns import LIFETIME_COLUMNS, STEP_COLUMNS
 
-# Steps are processed so many at a time, or when their lists together are this long.
+# Pending steps are processed when there are this many, or when their lists are this long.
 STEPS_AT_ONCE, POSITIONS_AT_ONCE = 256, 1 << 20
 
 
 class ConnectionLog:
-    """The active connections of every layer from step to step.
+    """A log of the active connections of every layer at every step.
 
-    Ages are in training steps; a connection of the initial network is active since step 0. A row of
-    the log sums up `every` steps (pruned, regrown) or describes the last of them (active, age).
+    Ages are in training steps. A connection of the initial network is active since step 0. A row of
+    the log covers `every` steps. Its columns `pruned` and `regrown` are sums over these steps. Its
+    columns `active` and `age` describe the last of them.
 
     A position is an index into the weights of all layers, one layer after the other. The position
-    after the last weight is padding: a method whose lists have a fixed length fills them with it,
-    and no table counts it. Many steps are processed together, in a time that depends on the number
-    of changed connections alone. The CPU never waits for the GPU.
+    after the last weight is padding. A method with lists of a fixed length fills them with padding,
+    and no table counts it. Many steps are processed together. The time depends only on the number
+    of changed connections. The CPU never waits for the GPU.
     """
 
     def __init__(self, active: dict[str, Tensor], every: int = 1) -> None:
-        """Start from the masks of active connections (bool, any shape) of the layers, by name."""
+        """Start from the masks of the active connections of each layer (bool, any shape)."""
         self.names, self.every, self.step = list(active), every, 0
         device = next(iter(active.values())).device
         padding = torch.full((1,), -1, dtype=torch.int32, device=device)
-        # The step since which each connection is active, -1 where it is dormant.
+        # For each connection: the step at which it became active, or -1 if it is dormant.
         since = [mask.flatten().to(torch.int32) - 1 for mask in active.values()]
         self.active_since = torch.cat([*since, padding])
         self.ends = torch.tensor([mask.numel() for mask in active.values()]).cumsum(0).to(device)
-        # Of each layer and of the padding: connections pruned and regrown so far, active ones, and
-        # the sum of the steps since which these are active.
+        # For each layer and the padding: the numbers of connections pruned so far, regrown so far
+        # and active now, and the sum of the steps at which the active ones became active.
         self.totals = torch.zeros(len(active) + 1, 4, dtype=torch.float64, device=device)
         self.totals[:-1, 2] = torch.stack([mask.sum() for mask in active.values()])
         self.pruned_at_age = torch.zeros(1024, dtype=torch.int64, device=device)
         self.rows: list[Tensor] = [self.totals[:-1]]
-        # Pruned and regrown positions of each step that is not processed yet.
+        # The pruned and the regrown positions of each step that is not yet processed.
         self.length = 0
         self.pending: list[Tensor] = []
 
     def record(self, pruned: Tensor, regrown: Tensor) -> None:
-        """Add one step: the positions (int64) that were pruned and those that were regrown."""
+        """Add one step: the pruned positions and the regrown positions (int64)."""
         self.step += 1
         self.pending += [pruned, regrown]
         self.length += len(pruned) + len(regrown)
@@ -53,34 +54,33 @@ class ConnectionLog:
             self._process()
 
     def record_by_layer(self, pruned: list[Tensor], regrown: list[Tensor]) -> None:
-        """Add one step, given as flat positions inside each layer."""
+        """Add one step. The lists hold, for each layer, flat positions inside this layer."""
         starts = [0, *self.ends.tolist()]
         both = (
-            torch.cat([own + start for own, start in zip(positions, starts, strict=False)])
+            torch.cat([part + start for part, start in zip(positions, starts, strict=False)])
             for positions in (pruned, regrown)
         )
         self.record(*both)
 
     def _process(self) -> None:
-        """Process the pending steps: their events by position, and by time at each position."""
+        """Process the pending steps. Their events are sorted by position and then by time."""
         pending, self.pending, self.length = self.pending, [], 0
         if not pending:
             return
         first, steps = self.step - len(pending) // 2 + 1, len(pending) // 2
         kinds = [torch.full_like(positions, i) for i, positions in enumerate(pending)]
         position, order = torch.cat(pending).sort(stable=True)
-        kind = torch.cat(kinds)[
-            order
-        ]  # 0: pruned at the first step, 1: regrown then, 2: pruned, ...
+        # 0: pruned at the first step, 1: regrown at the first step, 2: pruned at the second, ...
+        kind = torch.cat(kinds)[order]
         step, prunes = first + kind // 2, kind % 2 == 0
-        # A pruned connection is active since the event before at its position, if there is one.
+        # A pruned connection became active at the previous event of its position, if there is one.
         again = position[1:] == position[:-1]
         since = self.active_since[position].long()
         since[1:] = torch.where(again, step[:-1], since[1:])
         self._count(steps, (kind // 2, position), prunes, torch.where(prunes, -since, step))
         padding = len(self.active_since) - 1
         self._count_lifetimes((step - since) * (prunes & (since > 0) & (position < padding)))
-        # The last event at a position counts; all others are written to the padding.
+        # Only the last event at a position is stored. All others are written to the padding.
         last = position.clone()
         last[:-1].masked_fill_(again, padding)
         self.active_since.index_copy_(0, last, step.masked_fill(prunes, -1).int())
@@ -89,7 +89,7 @@ class ConnectionLog:
     def _count(
         self, steps: int, where: tuple[Tensor, Tensor], prunes: Tensor, since: Tensor
     ) -> None:
-        """Add events to the totals, step by step, and keep the rows of the logged steps."""
+        """Add events to the totals of each step, and store the rows of the logged steps."""
         step, position = where
         layer = torch.bucketize(position, self.ends, right=True)
         change = torch.stack([prunes, ~prunes, 1 - 2 * prunes.long(), since], dim=1).double()
@@ -102,7 +102,7 @@ class ConnectionLog:
         self.rows += [totals[i, :-1].clone() for i in reversed(ends)]
 
     def _count_lifetimes(self, ages: Tensor) -> None:
-        """Count the ages of regrown connections that were pruned; 0 stands for all other events."""
+        """Count the ages at which regrown connections were pruned. Age 0 means any other event."""
         while self.step >= len(self.pruned_at_age):
             self.pruned_at_age = torch.cat(
                 [self.pruned_at_age, torch.zeros_like(self.pruned_at_age)]
@@ -111,7 +111,7 @@ class ConnectionLog:
         self.pruned_at_age[:1].zero_()
 
     def steps(self) -> pd.DataFrame:
-        """One row for each logged step and layer; step 0 is the initial network."""
+        """Return one row for each logged step and layer. Step 0 is the initial network."""
         self._process()
         values = torch.stack(self.rows).cpu()  # rows x layers x totals
         steps = torch.arange(len(self.rows), dtype=torch.int32) * self.every
@@ -127,7 +127,7 @@ class ConnectionLog:
         return table
 
     def lifetimes(self) -> pd.DataFrame:
-        """Regrown connections by age: how many were pruned at it, how many are active with it."""
+        """Return the numbers of pruned and of active regrown connections at each age."""
         self._process()
         since = self.active_since.cpu()
         ages = (self.step - since[since > 0]).long()
@@ -138,7 +138,7 @@ class ConnectionLog:
         return table[(table.pruned > 0) | (table.active > 0)].reset_index(drop=True)
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """Return everything that a resumed run needs."""
         self._process()
         return {
             "names": self.names,
@@ -153,7 +153,7 @@ class ConnectionLog:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> "ConnectionLog":
-        """The log that `state` was taken from."""
+        """Return the log that returned `state`."""
         since = state["active_since"].to(device)
         layers = (since[:-1] >= 0).split(state["sizes"])
         log = cls(dict(zip(state["names"], layers, strict=True)), state["every"])
@@ -164,10 +164,10 @@ class ConnectionLog:
 
 
 def empty_steps() -> pd.DataFrame:
-    """The log of a method that never rewires."""
+    """Return the log of a method that never rewires."""
     return pd.DataFrame(columns=list(STEP_COLUMNS))
 
 
 def empty_lifetimes() -> pd.DataFrame:
-    """The lifetimes of a method that never rewires."""
+    """Return the lifetimes of a method that never rewires."""
     return pd.DataFrame(columns=list(LIFETIME_COLUMNS))

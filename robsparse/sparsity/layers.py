@@ -1,7 +1,7 @@
-"""The layers whose weights are prunable, and what is behind a parametrised weight.
+"""The layers with prunable weights, and the parameter of a parametrised weight.
 
-Prunable means every convolution and linear weight, first and last layer included; biases and batch
-norm are not.
+The weights of all convolution and linear layers are prunable, also in the first and the last layer.
+Biases and batch norm are not prunable.
 """
 
 from typing import TypeVar, cast
@@ -15,26 +15,30 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def prunable(model: nn.Module) -> dict[str, Prunable]:
-    """The modules whose `.weight` is prunable, by name, in forward order of definition."""
+    """Return the modules with a prunable `.weight`, by name, in the order of their definition."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Prunable)}
 
 
 def trained_weight(module: Prunable) -> nn.Parameter:
-    """The parameter behind a parametrised weight: what the optimiser changes."""
+    """Return the parameter of a parametrised weight. The optimiser changes this parameter."""
     return cast(nn.Parameter, _parametrisations(module).original)
 
 
 def gradient(weight: Tensor) -> Tensor:
-    """The gradient of a parameter that the loss depends on, once it has been differentiated."""
+    """Return the gradient of a parameter after a backward pass of a loss that depends on it."""
     assert weight.grad is not None
     return weight.grad
 
 
 def parametrisation(module: Prunable, kind: type[Kind]) -> Kind:
-    """The parametrisation of a layer's weight. Raises TypeError if it is of another kind."""
+    """Return the parametrisation of the weight of a layer.
+
+    Raises:
+        TypeError: if it is not of the given kind.
+    """
     found = _parametrisations(module)[0]
     if not isinstance(found, kind):
-        raise TypeError(f"expected a weight behind {kind.__name__}, found {type(found).__name__}")
+        raise TypeError(f"expected a weight with {kind.__name__}, found {type(found).__name__}")
     return found
 
 
@@ -44,11 +48,11 @@ def _parametrisations(module: Prunable) -> parametrize.ParametrizationList:
 
 
 def weight_count(model: nn.Module) -> int:
-    """Number of prunable weights."""
+    """Return the number of prunable weights."""
     return sum(module.weight.numel() for module in prunable(model).values())
 
 
 def nonzero_count(model: nn.Module) -> int:
-    """Number of prunable weights that are not exactly zero in the forward pass."""
+    """Return the number of prunable weights that are not exactly zero in the forward pass."""
     with torch.no_grad():
         return sum(int(module.weight.count_nonzero()) for module in prunable(model).values())

@@ -1,4 +1,4 @@
-"""Masks of prunable weights: chosen, applied to a network, and made part of its weights."""
+"""Masks of prunable weights: to choose them, to apply them, and to make weights plain again."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from robsparse.sparsity.layers import prunable
 def random_masks(
     model: nn.Module, counts: dict[str, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Masks that keep so many weights in each layer, at positions drawn uniformly."""
+    """Return masks that keep counts[name] weights in each layer, at uniformly random positions."""
     masks = {}
     for name, module in prunable(model).items():
         weight = module.weight
@@ -28,9 +28,13 @@ def random_masks(
     return masks
 
 
-def rankable(score: Tensor) -> Tensor:
-    """The scores as they are. Raises TrainingError if one is NaN or infinite and so has no rank."""
-    if not math.isfinite(score.sum()):  # which may be too large for a float itself
+def require_finite(score: Tensor) -> Tensor:
+    """Return the scores unchanged.
+
+    Raises:
+        TrainingError: if a score is NaN or infinite, because such scores cannot be ranked.
+    """
+    if not math.isfinite(score.sum()):  # the sum of finite scores can be infinite too
         wrong = score.numel() - int(score.isfinite().sum())
         if wrong:
             raise TrainingError(f"{wrong} of {score.numel()} scores of weights are not finite")
@@ -38,18 +42,21 @@ def rankable(score: Tensor) -> Tensor:
 
 
 def top_k_mask(score: Tensor, k: int) -> Tensor:
-    """Boolean mask of exactly the k largest entries of `score` (any shape).
+    """Return a boolean mask of exactly the k largest entries of `score` (any shape).
 
-    Nothing is sorted: the k-th largest entry is selected, and of those equal to it the first count.
-    Raises TrainingError if an entry is not finite.
+    The k-th largest entry is selected without sorting. If several entries are equal to it, the
+    first ones are kept.
+
+    Raises:
+        TrainingError: if an entry is not finite.
     """
-    flat = rankable(score.detach().flatten())
+    flat = require_finite(score.detach().flatten())
     if k == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     smallest: Tensor | float
     if flat.is_cuda:
         smallest = flat.topk(k, sorted=False).values.min()
-    else:  # NumPy selects ten times as fast as torch
+    else:  # here NumPy is ten times faster than torch
         smallest = float(np.partition(flat.numpy(), len(flat) - k)[len(flat) - k])
     mask = flat > smallest
     equal = (flat == smallest).nonzero().squeeze(1)
@@ -58,7 +65,7 @@ def top_k_mask(score: Tensor, k: int) -> Tensor:
 
 
 class Masked(nn.Module):
-    """Parametrisation w -> w * mask with a fixed mask: zeros stay zero, their gradient too."""
+    """Parametrisation w -> w * mask with a fixed mask. Masked weights and gradients are zero."""
 
     mask: Tensor
 
@@ -71,7 +78,7 @@ class Masked(nn.Module):
 
 
 def magnitude_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
-    """Per layer, the mask of the largest |w| (the same share in every layer)."""
+    """Return masks of the largest |w| of each layer. All layers keep the same share."""
     keep = layer_keep_counts(model, sparsity)
     return {
         name: top_k_mask(module.weight.abs(), keep[name])
@@ -80,7 +87,7 @@ def magnitude_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
 
 
 def global_masks(scores: dict[str, Tensor], keep: int) -> dict[str, Tensor]:
-    """Masks of the `keep` largest scores of all layers together."""
+    """Return masks of the `keep` largest scores of all layers together."""
     flat = top_k_mask(torch.cat([score.flatten() for score in scores.values()]), keep)
     parts = flat.split([score.numel() for score in scores.values()])
     return {
@@ -89,7 +96,7 @@ def global_masks(scores: dict[str, Tensor], keep: int) -> dict[str, Tensor]:
 
 
 def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
-    """Fix the mask of each named layer from here on."""
+    """Apply a fixed mask to each named layer."""
     modules = prunable(model)
     for name, mask in masks.items():
         parametrize.register_parametrization(modules[name], "weight", Masked(mask))
@@ -97,10 +104,10 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
 
 @contextmanager
 def effective_weights(model: nn.Module) -> Iterator[None]:
-    """Form every parametrised weight once and use it for all passes inside the block.
+    """Compute every parametrised weight once and use it for all passes inside the block.
 
-    They are formed with gradients here, because the first pass inside may be one without, whose
-    weights would then serve the training pass too.
+    The weights are computed here, with gradients. Otherwise, a first pass without gradients would
+    compute them, and the training pass would get weights without gradients.
     """
     with parametrize.cached():
         for module in prunable(model).values():
@@ -109,18 +116,18 @@ def effective_weights(model: nn.Module) -> Iterator[None]:
 
 
 def bake(model: nn.Module) -> None:
-    """Turn every parametrised weight into a plain one with the value that it has now."""
+    """Replace every parametrised weight by a plain weight with its current value."""
     for module in prunable(model).values():
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-            # The weight is the last of the parameters then, and comes back to its place, the first:
-            # optimisers know parameters by their order.
+            # The weight is now the last parameter. Make it the first one again, because an
+            # optimiser identifies parameters by their order.
             for name in [name for name in module._parameters if name != "weight"]:
                 module._parameters[name] = module._parameters.pop(name)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the plain network that computes what `model` computes now (copied, on CPU)."""
+    """Return the state dict of a plain network with the current weights (copied, on the CPU)."""
     state = {
         name: value for name, value in model.state_dict().items() if "parametrizations." not in name
     }

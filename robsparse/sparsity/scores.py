@@ -1,4 +1,4 @@
-"""Trainable scores that decide which weights are kept, for methods that learn their mask."""
+"""Trainable scores for methods that learn a mask. The scores decide which weights are kept."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from robsparse.sparsity.masks import top_k_mask
 
 
 class _StraightThroughTopK(torch.autograd.Function):
-    """0/1 mask of the k largest |scores|; its gradient is handed to |score| unchanged."""
+    """0/1 mask of the k largest |score|. The backward pass gives its gradient to |score|."""
 
     @staticmethod
     def forward(ctx: Any, magnitude: Tensor, k: int) -> Tensor:
@@ -21,7 +21,7 @@ class _StraightThroughTopK(torch.autograd.Function):
 
 
 def straight_through_mask(score: Tensor, k: int) -> Tensor:
-    """0/1 mask of the k largest |score|, whose gradient goes to |score| as if it were the mask.
+    """Return the 0/1 mask of the k largest |score|. Its gradient goes to |score| unchanged.
 
     Source: Ramanujan et al., CVPR 2020 (edge-popup); inspire-group/hydra, behaviour of its layers.
     """
@@ -29,7 +29,9 @@ def straight_through_mask(score: Tensor, k: int) -> Tensor:
 
 
 def scaled_scores(weight: Tensor) -> Tensor:
-    """Scores sqrt(6 / fan_in) * w / max|w|: they rank weights by magnitude. All 0 if all w are.
+    """Return scores sqrt(6 / fan_in) * w / max|w|, which rank weights by magnitude.
+
+    If all weights are 0, all scores are 0.
 
     Source: HYDRA (Sehwag et al., NeurIPS 2020), equation 3.
     """

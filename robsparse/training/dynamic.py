@@ -14,7 +14,7 @@ from robsparse.schema.training import Fit
 from robsparse.sparsity.budgets import erk_keep_counts
 from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.layers import gradient, parametrisation, prunable, trained_weight
-from robsparse.sparsity.masks import random_masks, rankable
+from robsparse.sparsity.masks import random_masks, require_finite
 from robsparse.training.stages import Run, Stage
 
 NEW_WEIGHT = 1e-12
@@ -158,10 +158,10 @@ class DynamicStage(MaskedStage):
         self, run: Run, weight: Tensor, mask: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Update one layer's mask; returns the positions that were dropped and those grown."""
-        dropped = self.to_drop(run, rankable(weight), mask)
+        dropped = self.to_drop(run, require_finite(weight), mask)
         old = mask.flatten().clone()
         mask.view(-1)[dropped] = False
-        scores = rankable(self.growth_scores(run, gradient))
+        scores = require_finite(self.growth_scores(run, gradient))
         scores = torch.where(mask, -torch.inf, scores).flatten()
         grown = scores.topk(len(dropped)).indices
         mask.view(-1)[grown] = True

@@ -1,4 +1,4 @@
-"""BCS against hand computation, a slow independent implementation, and its invariants."""
+"""BCS: steps by hand, a slow independent implementation, and invariants."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def network(sizes=(6, 8, 5), seed=0):
 
 
 def started(model, sparsity, *, seed=0, lr=0.1, sgd_momentum=0.9, **params):
-    """A stage and a run just before the first step."""
+    """Return a stage and a run before the first step."""
     stage = bcs.SamplingStage(bcs.Params(**params))
     run = Run(model=model, sparsity=sparsity, generator=torch.Generator().manual_seed(seed), lr=lr)
     stage.before_fit(run)
@@ -36,7 +36,7 @@ def started(model, sparsity, *, seed=0, lr=0.1, sgd_momentum=0.9, **params):
 
 
 def last_step(run):
-    """Deaths and regrowths of the step that was just taken, over all layers."""
+    """Return the numbers of pruned and regrown connections of the last step."""
     log = run.connections.steps()
     return log[log.step == log.step.max()][["pruned", "regrown"]].sum().to_dict()
 
@@ -60,7 +60,7 @@ def test_weight_is_sign_times_theta_where_theta_is_positive():
     assert weight.tolist() == [0.5, -0.25, 0.0, 0.0]
 
 
-def test_gradient_of_theta_is_that_of_the_weight_times_sign_if_live():
+def test_gradient_of_an_active_theta_is_the_gradient_of_the_weight_times_sign():
     layer = bcs.SignedTheta(torch.tensor([1.0, -1.0, 1.0, -1.0]))
     theta = torch.tensor([0.5, 0.25, -0.5, 0.0], requires_grad=True)
     layer(theta).backward(torch.tensor([2.0, 3.0, 5.0, 7.0]))
@@ -68,7 +68,7 @@ def test_gradient_of_theta_is_that_of_the_weight_times_sign_if_live():
 
 
 def test_one_step_by_hand():
-    """Two live weights of four; one dies, so one of the three dormant ones is regrown."""
+    """Two of four weights are active. One becomes dormant, and one of three dormant is regrown."""
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
     stage, run = started(model, 0.5, sgd_momentum=0.0, noise_scale=0.0)
     (theta,) = bcs.thetas(model)
@@ -86,21 +86,21 @@ def test_one_step_by_hand():
 
 
 def slow_step(thetas, signs, velocities, weight_gradients, *, lr, momentum, shrink):
-    """SGDW on theta written out in NumPy from the published order of a step, without noise."""
-    live = [theta > 0 for theta in thetas]
+    """SGDW on theta in NumPy, in the published order of a step, without noise."""
+    masks = [theta > 0 for theta in thetas]
     for theta, sign, velocity, gradient, active in zip(
-        thetas, signs, velocities, weight_gradients, live, strict=True
+        thetas, signs, velocities, weight_gradients, masks, strict=True
     ):
         g = np.where(active, sign * gradient, 0.0)
         theta[:] = (1 - shrink) * theta
         velocity[:] = momentum * velocity - lr * g
         theta[:] = theta + velocity
-        # strict: nothing wakes up by itself
+        # waking: drawn, so no dormant theta becomes active without a draw
         theta[~active] = np.minimum(theta[~active], 0.0)
 
 
 def test_fifty_steps_equal_a_slow_implementation_given_the_same_regrowths():
-    """Weight gradients are drawn; regrown positions are copied, everything else must agree."""
+    """Weight gradients are random. Regrown positions are copied. All other values must agree."""
     model = network().double()
     stage, run = started(model, 0.7, noise_scale=0.0)
     signs = [m.parametrizations.weight[0].sign.double().numpy() for m in prunable(model).values()]
@@ -141,10 +141,10 @@ def test_fifty_steps_equal_a_slow_implementation_given_the_same_regrowths():
     seed=st.integers(0, 1000),
     momentum=st.sampled_from(["keep", "reset"]),
 )
-def test_live_count_is_the_budget_at_every_step(sizes, sparsity, seed, momentum):
+def test_active_count_is_the_budget_at_every_step(sizes, sparsity, seed, momentum):
     model = network(tuple(sizes), seed)
     budget = keep_count(weight_count(model), sparsity)
-    # Noise a million times the published one: dormant weights must not wake by it either.
+    # The noise is a million times the published one. It must not make dormant weights active.
     stage, run = started(model, sparsity, seed=seed, noise_scale=1.0, momentum=momentum)
     signs = [m.parametrizations.weight[0].sign.clone() for m in prunable(model).values()]
     assert nonzero_count(model) == budget
@@ -178,7 +178,7 @@ def test_between_update_and_rewiring_the_count_is_at_most_the_budget(monkeypatch
     assert min(counts) < budget
 
 
-def test_noise_moves_live_weights_alone_and_scales_with_the_learning_rate():
+def test_noise_changes_only_active_weights_and_scales_with_the_learning_rate():
     model = nn.Sequential(nn.Linear(100, 100, bias=False))
     stage, run = started(model, 0.5, lr=0.2, sgd_momentum=0.0, noise_scale=0.1)
     (theta,) = bcs.thetas(model)
@@ -196,7 +196,7 @@ def test_velocity_of_a_regrown_weight_is_kept_or_reset():
         stage, run = started(model, 0.5, momentum=momentum, noise_scale=0.0)
         (theta,) = bcs.thetas(model)
         theta.data.copy_(torch.tensor([[0.3, 0.05, 0.0, 0.0]]))
-        # Both live weights die: two of four positions are regrown, so some have a velocity.
+        # Both active weights are pruned. Two of four positions are regrown; some have a velocity.
         velocities = []
         for _ in range(6):
             step(stage, run, [torch.full((1, 4), 10.0)])
@@ -218,7 +218,7 @@ def test_positions_are_drawn_uniformly_among_the_dormant():
     stage, run = started(model, 0.9, noise_scale=0.0)
     (theta,) = bcs.thetas(model)
     for _ in range(2000):
-        # Three of a budget of four: one is regrown elsewhere.
+        # Three are active and the budget is four, so one is regrown.
         theta.data = torch.tensor([[1.0, 1.0, 1.0, *[0.0] * 37]])
         stage.before_step(run)
         stage.after_step(run)
@@ -233,7 +233,7 @@ def test_positions_are_drawn_uniformly_among_the_dormant():
     room=st.lists(st.integers(0, 30), min_size=1, max_size=6),
     data=st.data(),
 )
-def test_no_layer_gets_more_than_it_has_room_for(room, data):
+def test_no_layer_gets_more_than_its_dormant_positions(room, data):
     count = data.draw(st.integers(0, sum(room)))
     sizes = np.array([r + 5 for r in room])
     drawn = bcs.draw_layers(count, sizes, np.array(room), torch.Generator().manual_seed(0))
@@ -246,13 +246,13 @@ def test_authors_init_has_their_shares_and_may_exceed_the_budget():
     counts = bcs.initial_counts(Run(model, 0.99, torch.Generator()), "authors")
     assert list(counts.values()) == [120, int(0.5 * 0.01 * 600), 180]
     stage, run = started(model, 0.99, init="authors", noise_scale=0.0)
-    live = nonzero_count(model)
-    assert live == sum(counts.values()) > keep_count(weight_count(model), 0.99)
+    found = nonzero_count(model)
+    assert found == sum(counts.values()) > keep_count(weight_count(model), 0.99)
     step(stage, run, [torch.zeros_like(t) for t in bcs.thetas(model)])
-    assert nonzero_count(model) == live  # topped up only, never pruned
+    assert nonzero_count(model) == found  # only regrown, never pruned
 
 
-def test_authors_init_below_the_budget_is_topped_up_by_the_first_rewiring():
+def test_authors_init_below_the_budget_is_filled_by_the_first_rewiring():
     model = network((10, 200, 200, 10))
     stage, run = started(model, 0.5, init="authors", noise_scale=0.0)
     budget = keep_count(weight_count(model), 0.5)

@@ -51,7 +51,7 @@ def chain(*widths):
 
 
 def begin(model, sparsity, *, seed=0, lr=0.1, sgd=None, **params):
-    """A stage and its run, ready for the first step."""
+    """Return a stage and its run before the first step."""
     stage = SamplingStage(Params(**params))
     run = Run(model, sparsity, torch.Generator().manual_seed(seed), lr=lr)
     stage.before_fit(run)
@@ -62,7 +62,7 @@ def begin(model, sparsity, *, seed=0, lr=0.1, sgd=None, **params):
 
 
 def one_theta(values, *, sparsity, sgd=None, sign=None, **params):
-    """A single linear layer whose theta are given."""
+    """A single linear layer with the given theta."""
     model = nn.Sequential(nn.Linear(len(values), 1, bias=False))
     stage, run = begin(model, sparsity, sgd=sgd or {}, **params)
     (theta,) = thetas(model)
@@ -73,13 +73,13 @@ def one_theta(values, *, sparsity, sgd=None, sign=None, **params):
 
 
 def last_step(run):
-    """Deaths and regrowths of the step that was just taken, over all layers."""
+    """Return the numbers of pruned and regrown connections of the last step."""
     log = run.connections.steps()
     return log[log.step == log.step.max()][["pruned", "regrown"]].sum().to_dict()
 
 
 def fits(observed, expected=None):
-    """Chi-square test of counts against expected ones, equal ones if not given."""
+    """Chi-square test of counts against expected counts. By default, these are all equal."""
     p_value = stats.chisquare(observed, expected).pvalue
     print(f"chi-square over {len(observed)} counts: p = {p_value:.2f}")
     assert p_value > 0.01
@@ -90,7 +90,7 @@ def counts_at_start(model, sparsity, init):
 
 
 def no_gradient(model, *_):
-    """An objective whose gradients are 0."""
+    """An objective with gradients of 0."""
     return 0 * sum(p.sum() for p in model.parameters())
 
 
@@ -132,15 +132,15 @@ def test_full_step_by_hand_with_signs_momentum_and_one_possible_regrowth():
 
 
 @pytest.mark.parametrize(("momentum", "expected"), [("keep", 5.0), ("reset", 0.0)])
-def test_killed_and_redrawn_weight_keeps_or_loses_its_velocity(momentum, expected):
-    # All three positions must be live, so the one that dies is the one that is drawn.
+def test_pruned_and_redrawn_weight_keeps_or_loses_its_velocity(momentum, expected):
+    # The budget is all three positions, so the position that becomes dormant is drawn again.
     model, stage, run, theta = one_theta(
         [0.5, 0.2, 0.3], sparsity=0.0, momentum=momentum, noise_scale=0.0, sign=[1.0, 1.0, 1.0]
     )
     sgd_step(stage, run, model(torch.tensor([[1.0, 5.0, 2.0]])).sum())
     assert theta.detach()[0].tolist() == pytest.approx([0.4, 1e-12, 0.1])
     velocity = run.optimizer.state[theta]["momentum_buffer"][0].tolist()
-    assert velocity == [1.0, expected, 2.0]  # only that of the regrown one is touched
+    assert velocity == [1.0, expected, 2.0]  # only the velocity of the regrown weight changes
 
 
 def test_reset_works_without_momentum():
@@ -157,26 +157,26 @@ def test_regrown_weights_get_the_value_of_the_parameter():
     assert theta.detach()[0].tolist() == pytest.approx([0.5, 0.25], abs=1e-5)
 
 
-@pytest.mark.parametrize(("waking", "wakes"), [("drawn", False), ("drift", True)])
-def test_dormant_theta_drifts_over_zero_on_its_momentum_only_if_it_may(waking, wakes):
+@pytest.mark.parametrize(("waking", "drifts"), [("drawn", False), ("drift", True)])
+def test_dormant_theta_drifts_over_zero_on_its_momentum_only_if_allowed(waking, drifts):
     stage = SamplingStage(Params(init="authors", waking=waking, noise_scale=0.0))
-    model = chain(2, 1, 1)  # two layers: the authors' shares name a first and a last
+    model = chain(2, 1, 1)  # two layers, because the authors' shares need a first and a last layer
     run = Run(model, 0.4, torch.Generator().manual_seed(0), lr=0.1)
     stage.before_fit(run)
     run.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     first, second = thetas(model)
-    first.data.copy_(torch.tensor([[1.0, -0.05]]))  # two live of three; a budget of one
+    first.data.copy_(torch.tensor([[1.0, -0.05]]))  # two of three are active; the budget is one
     second.data.copy_(torch.tensor([[1.0]]))
     first.grad, second.grad = torch.zeros_like(first), torch.zeros_like(second)
     run.optimizer.state[first]["momentum_buffer"] = torch.tensor([[0.0, -1.0]])
     stage.before_step(run)
-    run.optimizer.step()  # velocity -0.9 moves the dormant one to -0.05 + 0.09
+    run.optimizer.step()  # velocity -0.9 moves the dormant theta to -0.05 + 0.09
     stage.after_step(run)
-    assert (first[0, 1].item() > 0) is wakes
-    assert nonzero_count(model) == 2 + wakes
+    assert (first[0, 1].item() > 0) is drifts
+    assert nonzero_count(model) == 2 + drifts
 
 
-def test_rewiring_is_silent_when_nothing_is_missing():
+def test_rewiring_draws_nothing_when_nothing_is_missing():
     _, stage, run, _ = one_theta([0.5, 0.4, 0.0, 0.0], sparsity=0.5, noise_scale=0.0)
     state = run.generator.get_state()
     stage.before_step(run)
@@ -208,7 +208,7 @@ def test_start_keeps_weights_at_random_positions_and_all_signs(init):
         weight, sign = module.weight.detach(), module.parametrizations.weight[0].sign
         assert int((weight != 0).sum()) == counts[name]
         assert torch.equal(weight[weight != 0], before[name][weight != 0])
-        assert torch.equal(sign, before[name].sign())  # that of dormant positions too
+        assert torch.equal(sign, before[name].sign())  # dormant positions too
         theta = module.parametrizations.weight.original.detach()
         assert torch.equal(theta, theta.clamp(min=0))
 
@@ -231,7 +231,7 @@ def test_another_generator_seed_starts_from_other_positions():
 
 
 def test_initial_counts_of_the_authors_are_the_published_ones():
-    """Every row of the table, from the real layer sizes of the real architectures."""
+    """Every row of the table, with the layer sizes of the published architectures."""
     table = pd.read_csv(Path(__file__).with_name("authors_counts.csv"))
     for (arch, classes), rows in table.groupby(["arch", "num_classes"]):
         with torch.device("meta"):
@@ -245,8 +245,13 @@ def test_initial_counts_of_the_authors_are_the_published_ones():
 
 @pytest.mark.parametrize("init", ["strict", "erk", "uniform"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99, 0.995])
-def test_all_but_the_authors_start_at_exactly_the_budget(init, sparsity):
-    for arch in ("vgg16", "resnet18", "wrn28_2", "small_resnet"):  # vgg16 at 0.995: theirs is over
+def test_all_inits_but_authors_start_at_exactly_the_budget(init, sparsity):
+    for arch in (
+        "vgg16",
+        "resnet18",
+        "wrn28_2",
+        "small_resnet",
+    ):  # vgg16 at 0.995: `authors` exceeds it
         with torch.device("meta"):
             model = models.build(arch, registry.entry("arch", arch).params(), (3, 32, 32), 10)
         run = Run(model, sparsity, torch.Generator().manual_seed(0), arch=arch)
@@ -256,7 +261,7 @@ def test_all_but_the_authors_start_at_exactly_the_budget(init, sparsity):
             assert 0 <= counts[name] <= module.weight.numel()
 
 
-def test_strict_start_adds_to_or_thins_out_the_authors_layers_at_random():
+def test_strict_start_changes_the_authors_layers_at_random_to_meet_the_budget():
     model = chain(30, 40, 40, 40, 10)  # sizes 1200, 1600, 1600, 400
     theirs = counts_at_start(model, 0.5, "authors")
     more = counts_at_start(model, 0.5, "strict")
@@ -284,7 +289,7 @@ def test_temperature_is_langevin_noise():
 
 
 @pytest.mark.parametrize("rewiring", ["never", "until_last_drop"])
-def test_after_rewiring_the_live_set_is_fixed_and_its_weights_may_change_sign(rewiring):
+def test_after_rewiring_the_active_set_is_fixed_and_its_weights_may_change_sign(rewiring):
     model = chain(6, 20, 6)
     stage, run = begin(model, 0.5, rewiring=rewiring, noise_scale=0.0)
     budget, x = nonzero_count(model), torch.rand(16, 6)
@@ -329,7 +334,7 @@ def test_rewiring_goes_on_until_the_last_drop_of_the_schedule_whatever_the_warm_
     assert fixed == [step >= max(milestones) * steps for step in range(steps)]
 
 
-def test_a_fixed_live_set_survives_a_checkpoint():
+def test_a_fixed_active_set_survives_a_checkpoint():
     one, two = chain(6, 20, 6), chain(6, 20, 6)
     stage, run = begin(one, 0.5, rewiring="never")
     sgd_step(stage, run, one(torch.rand(8, 6)).square().mean())
@@ -341,10 +346,10 @@ def test_a_fixed_live_set_survives_a_checkpoint():
 
 
 @pytest.mark.parametrize("kind", [HostRewiring, DeviceRewiring])
-def test_a_checkpoint_of_gathered_theta_goes_on_bit_for_bit_and_is_no_larger(
+def test_a_checkpoint_of_gathered_theta_continues_with_the_same_bits_and_is_no_larger(
     kind, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(bcs, "rewiring_of", kind)
+    monkeypatch.setattr(bcs, "make_rewiring", kind)
     x = torch.rand(16, 60)
 
     def ready():
@@ -441,7 +446,7 @@ def test_budget_signs_and_zeros_hold_at_every_step_of_real_training(case):
 
 
 @given(st.integers(0, 1000), st.sampled_from([0.5, 0.9, 0.99]))
-def test_authors_variant_is_topped_up_and_never_pruned(seed, sparsity):
+def test_authors_variant_is_filled_and_never_pruned(seed, sparsity):
     torch.manual_seed(seed)
     model = chain(6, 20, 20, 6)
     stage, run = begin(model, sparsity, seed=seed, init="authors")
@@ -477,12 +482,12 @@ def test_baked_network_computes_the_same_with_exact_zeros():
     x = torch.rand(8, 6)
     for _ in range(3):
         sgd_step(stage, run, model(x).square().mean())
-    output, live = model(x), nonzero_count(model)
+    output, nonzero = model(x), nonzero_count(model)
     stage.finalize(run)
     assert torch.equal(model(x), output)
-    assert nonzero_count(model) == live == keep_count(weight_count(model), 0.7)
+    assert nonzero_count(model) == nonzero == keep_count(weight_count(model), 0.7)
     assert "0.weight" in dict(model.named_parameters())
-    bake(model)  # nothing is left to bake
+    bake(model)  # no parametrisation is left
 
 
 def test_one_stage_from_scratch():
@@ -491,12 +496,12 @@ def test_one_stage_from_scratch():
     assert stage.selectable
 
 
-# ---------------------------------------------------------------- through the prepared
+# ---------------------------------------------------------------- through the loop
 
 
 @pytest.fixture
 def prepared(study_data, load_study, tmp_path):
-    """prepared(**changes of bcs.train) -> a session and its first stage, which is ready."""
+    """prepared(**changes of bcs.train) -> a session and its prepared first stage."""
 
     def make(**fit):
         study_data["methods"]["bcs"]["train"] |= fit
@@ -512,7 +517,7 @@ def prepared(study_data, load_study, tmp_path):
 
 
 @pytest.mark.parametrize("lr_factor", [1.0, 0.1])
-def test_sgdw_shrinks_every_trained_tensor_by_weight_decay_times_the_factor_alone(
+def test_sgdw_shrinks_every_trained_tensor_by_weight_decay_times_the_factor(
     prepared, lr_factor, monkeypatch
 ):
     made, stage = prepared(lr=0.02, weight_decay=0.25, decay="sgdw")
@@ -520,7 +525,7 @@ def test_sgdw_shrinks_every_trained_tensor_by_weight_decay_times_the_factor_alon
     with torch.no_grad():
         run.model.get_parameter("1.bias").fill_(3.0)
     before = [p.detach().clone() for p in run.model.parameters()]
-    # A loss without gradient: what is left is the decay, and it is not multiplied by lr.
+    # The loss has no gradient, so only the decay acts. It is not multiplied by lr.
     made = replace(made, objective=no_gradient)
     take_step(made, stage, 8, lr_factor)
     for old, new in zip(before, run.model.parameters(), strict=True):
@@ -544,7 +549,7 @@ def test_coupled_decay_is_multiplied_by_the_learning_rate(prepared):
 
 
 @pytest.mark.parametrize("objective", ["natural", "at", "mat", "trades", "mart"])
-def test_step_gives_the_live_theta_of_every_layer_a_gradient(
+def test_step_gives_active_theta_of_every_layer_a_gradient(
     objective, study_data, load_study, tmp_path
 ):
     study_data["grid"] |= {"objectives": [objective], "sparsities": [0.5]}
@@ -553,19 +558,21 @@ def test_step_gives_the_live_theta_of_every_layer_a_gradient(
     (stage,) = made.stages
     stage.before_fit(made.run)
     made.run.optimizer = torch.optim.SGD(stage.parameters(made.run.model), lr=0.0)
-    live = active_masks(made.run.model)
+    active = active_masks(made.run.model)
     take_step(made, stage, 32)
-    for theta, own in zip(thetas(made.run.model), live, strict=True):
+    for theta, own in zip(thetas(made.run.model), active, strict=True):
         assert theta.grad[own].abs().sum() > 0
         assert not theta.grad[~own].any()
 
 
-def test_peak_active_weights_tell_of_an_authors_start_above_the_budget(
+def test_peak_active_weights_include_an_authors_start_above_the_budget(
     study_data, load_study, tmp_path
 ):
     study_data["grid"] |= {"methods": ["bcs"], "sparsities": [0.95], "objectives": ["natural"]}
     study_data["methods"]["bcs"] |= {"init": "authors"}
-    study_data["methods"]["bcs"]["train"] |= {"lr": 0.5}  # so that many die in the one epoch
+    study_data["methods"]["bcs"]["train"] |= {
+        "lr": 0.5
+    }  # so that many are pruned in the only epoch
     study = load_study(study_data)
     cell, layout = study.cells()[0], Layout(tmp_path / "run")
     run = prepare_session(study, cell, layout, CPU).run
@@ -573,5 +580,5 @@ def test_peak_active_weights_tell_of_an_authors_start_above_the_budget(
     assert started_with > keep_count(weight_count(run.model), 0.95)
     loop.train_cell(study, cell, layout, device="cpu")
     record = json.loads(layout.training(cell).read_text())
-    assert record["curve"][-1]["active_weights"] < started_with  # else the test proves nothing
+    assert record["curve"][-1]["active_weights"] < started_with  # otherwise the test shows nothing
     assert record["cost"]["peak_active_weights"] == started_with

@@ -1,4 +1,4 @@
-"""The log of connections against slow bookkeeping with one entry a connection."""
+"""The log of connections against a slow implementation with one entry for each connection."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from robsparse.sparsity.history import ConnectionLog, empty_lifetimes, empty_ste
 SIZES = {"first": 7, "second": 12}
 
 
-def sets(generator):
+def random_masks(generator):
     return {name: torch.rand(size, generator=generator) < 0.5 for name, size in SIZES.items()}
 
 
@@ -25,42 +25,42 @@ def positions(mask):
     every=st.sampled_from([1, 2, 5]),
     at_once=st.sampled_from([1, 3, 256]),
 )
-def test_log_equals_slow_bookkeeping(seed, count, every, at_once):
+def test_log_equals_a_slow_implementation(seed, count, every, at_once):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(history, "STEPS_AT_ONCE", at_once)
-        compare_with_slow_bookkeeping(seed, count, every)
+        compare_with_a_slow_implementation(seed, count, every)
 
 
-def compare_with_slow_bookkeeping(seed, count, every):
+def compare_with_a_slow_implementation(seed, count, every):
     generator = torch.Generator().manual_seed(seed)
-    live = sets(generator)
-    log = ConnectionLog(live, every)
-    born = {n: dict.fromkeys(positions(mask).tolist(), 0) for n, mask in live.items()}
-    died, rows = [], [{n: (0, 0, len(born[n]), 0.0) for n in SIZES}]
+    active = random_masks(generator)
+    log = ConnectionLog(active, every)
+    active_since = {n: dict.fromkeys(positions(mask).tolist(), 0) for n, mask in active.items()}
+    pruned_ages, rows = [], [{n: (0, 0, len(active_since[n]), 0.0) for n in SIZES}]
     window = {n: [0, 0] for n in SIZES}
     for step in range(1, count + 1):
-        dead, grown = [], []
+        pruned_positions, regrown_positions = [], []
         for name, size in SIZES.items():
-            gone = live[name] & (torch.rand(size, generator=generator) < 0.4)
-            left = live[name] & ~gone
+            pruned = active[name] & (torch.rand(size, generator=generator) < 0.4)
+            left = active[name] & ~pruned
             new = ~left & (torch.rand(size, generator=generator) < 0.3)
-            dead.append(positions(gone))
-            grown.append(positions(new))
-            live[name] = left | new
-            for place in positions(gone).tolist():
-                birth = born[name].pop(place)
-                died += [step - birth] if birth else []
-            born[name] |= dict.fromkeys(positions(new).tolist(), step)
-            window[name][0] += int(gone.sum())
+            pruned_positions.append(positions(pruned))
+            regrown_positions.append(positions(new))
+            active[name] = left | new
+            for place in positions(pruned).tolist():
+                start = active_since[name].pop(place)
+                pruned_ages += [step - start] if start else []
+            active_since[name] |= dict.fromkeys(positions(new).tolist(), step)
+            window[name][0] += int(pruned.sum())
             window[name][1] += int(new.sum())
-        log.record_by_layer(dead, grown)
+        log.record_by_layer(pruned_positions, regrown_positions)
         if seed % 3 == 0 and step == count // 2:  # a third of the time after an interruption
             log = ConnectionLog.from_state(log.state(), torch.device("cpu"))
         if step % every == 0:
             rows.append(
                 {
                     n: (*window[n], len(b), step - sum(b.values()) / len(b) if b else None)
-                    for n, b in born.items()
+                    for n, b in active_since.items()
                 }
             )
             window = {n: [0, 0] for n in SIZES}
@@ -73,12 +73,12 @@ def compare_with_slow_bookkeeping(seed, count, every):
             found = table[(table.step == i * every) & (table.layer == name)].iloc[0]
             assert (found.pruned, found.regrown, found.active) == (pruned, regrown, active)
             assert age is None or abs(found.age - age) < 1e-9
-    ages = [step - birth for b in born.values() for birth in b.values() if birth]
+    ages = [step - start for b in active_since.values() for start in b.values() if start]
     lifetimes = log.lifetimes()
-    assert lifetimes.pruned.sum() == len(died)
+    assert lifetimes.pruned.sum() == len(pruned_ages)
     assert lifetimes.active.sum() == len(ages)
     for row in lifetimes.itertuples():
-        assert (row.pruned, row.active) == (died.count(row.age), ages.count(row.age))
+        assert (row.pruned, row.active) == (pruned_ages.count(row.age), ages.count(row.age))
 
 
 def test_tables_of_a_method_that_never_rewires_have_the_same_columns():

@@ -1,4 +1,4 @@
-"""Where regrowths go: layers and positions in distribution, the budget, both kinds of rewiring."""
+"""Rewiring: the distribution of regrown connections over layers and positions, and the budget."""
 
 import math
 
@@ -19,14 +19,14 @@ NEW = 1e-12
 
 
 def fits(observed, expected=None):
-    """Chi-square test of counts against expected ones, equal ones if not given."""
+    """Chi-square test of counts against expected counts. By default, these are all equal."""
     p_value = stats.chisquare(observed, expected).pvalue
     print(f"chi-square over {len(observed)} counts: p = {p_value:.2f}")
     assert p_value > 0.01
 
 
 class Repeated:
-    """Layers of given sizes with given active counts, rewired again and again."""
+    """Layers with given sizes and active counts. Each call of `draw` rewires them once."""
 
     def __init__(self, sizes, active, budget, kind=HostRewiring, *, by_room=False):
         self.sizes, self.active, self.budget = sizes, active, budget
@@ -40,8 +40,8 @@ class Repeated:
             layer[:count] = 1.0
         active = (torch.cat(layers) > 0).nonzero().squeeze(1)
         rewiring = self.kind(layers, active, self.budget, self.generator)
-        survives = rewiring.move(0.0, may_wake=False)
-        drawn = rewiring.rewire(survives, NEW, by_room=self.by_room, may_wake=False).drawn
+        survives = rewiring.move(0.0, allow_drift=False)
+        drawn = rewiring.rewire(survives, NEW, by_room=self.by_room, allow_drift=False).drawn
         found = [(layer == NEW).numpy() for layer in layers]
         at = set(np.concatenate(found).nonzero()[0].tolist())
         assert set(drawn.tolist()) - {rewiring.padding} == at
@@ -77,7 +77,7 @@ def test_regrowths_can_go_to_layers_by_dormant_positions(kind):
 
 
 @KINDS
-def test_regrowths_of_a_step_are_spread_like_independent_draws(kind):
+def test_regrowths_of_a_step_are_distributed_like_independent_draws(kind):
     # Three draws over layers of equal size: the first gets Binomial(3, 1/2).
     rewiring = Repeated([50, 50], [10, 10], 23, kind)
     observed = np.zeros(4)
@@ -86,8 +86,8 @@ def test_regrowths_of_a_step_are_spread_like_independent_draws(kind):
     fits(observed, 1200 * stats.binom(3, 0.5).pmf(range(4)))
 
 
-def test_what_a_nearly_full_layer_cannot_take_goes_elsewhere():
-    # 90 % of the draws aim at the large layer, which has two dormant positions.
+def test_draws_beyond_the_dormant_positions_of_a_layer_go_to_other_layers():
+    # 90 % of the draws choose the large layer, which has two dormant positions.
     rewiring = Repeated([90, 10], [88, 0], budget=98)
     for _ in range(20):
         large, small = rewiring.draw()
@@ -113,7 +113,7 @@ def test_redrawn_remainder_follows_the_sizes_of_the_layers_with_room():
 
 @KINDS
 def test_a_full_layer_is_never_drawn(kind):
-    # By size 96 % of the draws would go to the first layer; the others share them, 3 to 1.
+    # By size 96 % of the draws would go to the first layer; the others get them 3 to 1.
     counts = [t.sum() for t in Repeated([1000, 30, 10], [1000, 0, 0], 1001, kind).counts(800)]
     assert counts[0] == 0
     fits(counts[1:], [600, 200])
@@ -127,22 +127,22 @@ def test_regrown_positions_are_uniform_over_the_dormant_ones_of_a_layer(kind):
     total = Repeated([12, 20], [4, 2], 11, kind).counts(1500)
     drawn = sum(counts.sum() for counts in total)
     assert drawn == 5 * 1500 if kind is HostRewiring else drawn > 4.99 * 1500
-    for counts, live in zip(total, (4, 2), strict=True):
-        # Several are drawn without replacement in a step, which only narrows the spread.
-        fits(counts[live:])
+    for counts, active in zip(total, (4, 2), strict=True):
+        # A step draws several positions without replacement. This only makes the variance smaller.
+        fits(counts[active:])
 
 
 @KINDS
-def test_positions_of_a_sparse_layer_are_found_by_trying_and_uniform(kind, monkeypatch):
-    monkeypatch.setattr(HostRewiring, "_count_out", None)  # the last resort
-    monkeypatch.setattr(DeviceRewiring, "_counted_out", lambda self, layer: self._anywhere(layer))
+def test_positions_of_a_sparse_layer_are_found_by_random_tries_and_uniform(kind, monkeypatch):
+    monkeypatch.setattr(HostRewiring, "_choose_from_lists", None)
+    monkeypatch.setattr(DeviceRewiring, "_dormant_positions", DeviceRewiring._random_positions)
     (counts,) = Repeated([60], [6], 8, kind).counts(3000)
     assert counts.sum() == 6000
     fits(counts[6:])
 
 
 @KINDS
-def test_positions_of_a_nearly_full_layer_are_counted_out_and_uniform(kind):
+def test_positions_of_a_nearly_full_layer_are_drawn_from_a_list_and_uniform(kind):
     # Two of 500 are dormant: 24 tries find one in 9 of 100 draws.
     assert (1 - 2 / 500) ** (CANDIDATES * ROUNDS) > 0.9
     (counts,) = Repeated([500], [498], 499, kind).counts(1500)
@@ -151,7 +151,7 @@ def test_positions_of_a_nearly_full_layer_are_counted_out_and_uniform(kind):
 
 
 @KINDS
-def test_every_pair_of_positions_is_as_probable_as_any_other(kind):
+def test_all_pairs_of_positions_have_the_same_probability(kind):
     rewiring, pairs = Repeated([7], [2], 4, kind), {}
     for _ in range(2000):
         pair = tuple(np.flatnonzero(rewiring.draw()[0]))
@@ -160,11 +160,14 @@ def test_every_pair_of_positions_is_as_probable_as_any_other(kind):
     fits([count for pair, count in pairs.items() if len(pair) == 2])
 
 
-# ---------------------------------------------------------------- step after step
+# ---------------------------------------------------------------- many steps
 
 
-def shaken(kind, seed, steps, *, sizes=(30, 200, 60), sparsity=0.7, interrupt=None):
-    """Values after steps that kill about a tenth, and (died, drawn) counts of each step."""
+def perturbed(kind, seed, steps, *, sizes=(30, 200, 60), sparsity=0.7, interrupt=None):
+    """Return the values after some steps, the counts (pruned, drawn, active) of each, the budget.
+
+    Each step makes about a tenth of the connections dormant.
+    """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.Generator().manual_seed(seed + 1)
     layers = [torch.rand(size, generator=noise) for size in sizes]
@@ -172,8 +175,8 @@ def shaken(kind, seed, steps, *, sizes=(30, 200, 60), sparsity=0.7, interrupt=No
     for layer, part in zip(layers, mask.split(sizes), strict=True):
         layer.mul_(part)
     budget = int((1 - sparsity) * sum(sizes))
-    live = mask.nonzero().squeeze(1)
-    rewiring = kind(layers, live, budget, generator)
+    active = mask.nonzero().squeeze(1)
+    rewiring = kind(layers, active, budget, generator)
     history = []
     for step in range(steps):
         if step == interrupt:
@@ -182,8 +185,8 @@ def shaken(kind, seed, steps, *, sizes=(30, 200, 60), sparsity=0.7, interrupt=No
         for layer in layers:
             layer.sub_(torch.rand(layer.shape, generator=noise), alpha=0.3)
         before = torch.cat(layers) > 0
-        survives = rewiring.move(1e-3, may_wake=False)
-        pruned, _, drawn = rewiring.rewire(survives, 0.5, by_room=False, may_wake=False)
+        survives = rewiring.move(1e-3, allow_drift=False)
+        pruned, _, drawn = rewiring.rewire(survives, 0.5, by_room=False, allow_drift=False)
         now = torch.cat(layers) > 0
         assert set(rewiring.active.tolist()) - {rewiring.padding} == set(
             now.nonzero()[:, 0].tolist()
@@ -196,21 +199,21 @@ def shaken(kind, seed, steps, *, sizes=(30, 200, 60), sparsity=0.7, interrupt=No
 
 @KINDS
 @given(seed=st.integers(0, 1000))
-def test_the_budget_is_met_step_after_step(kind, seed):
-    _, history, budget = shaken(kind, seed, 12)
-    left = [budget - live for _, _, live in history]
-    assert max(live for _, _, live in history[2:]) <= max(budget, history[0][2])
+def test_the_budget_is_met_at_every_step(kind, seed):
+    _, history, budget = perturbed(kind, seed, 12)
+    left = [budget - active for _, _, active in history]
+    assert max(active for _, _, active in history[2:]) <= max(budget, history[0][2])
     if kind is HostRewiring:
         assert all(missing <= 0 for missing in left)
-    # What device rewiring leaves is drawn at the next step, so it does not add up.
+    # Device rewiring makes missing draws at the next step, so they do not accumulate.
     assert sum(missing > 0 for missing in left) <= 1
     assert max(left) <= 1
-    assert sum(died for died, _, _ in history) > 50
+    assert sum(pruned for pruned, _, _ in history) > 50
 
 
 @KINDS
-def test_an_interrupted_run_goes_on_as_the_uninterrupted_one(kind):
-    one, two = (shaken(kind, 3, 12, interrupt=at) for at in (None, 6))
+def test_an_interrupted_run_equals_an_uninterrupted_one(kind):
+    one, two = (perturbed(kind, 3, 12, interrupt=at) for at in (None, 6))
     assert torch.equal(one[0], two[0])
     assert one[1] == two[1]
 
@@ -221,32 +224,36 @@ def test_device_rewiring_draws_no_more_than_its_lists_hold_and_the_rest_later():
     rewiring = DeviceRewiring(layers, none, 3000, torch.Generator().manual_seed(0))
     found = []
     for _ in range(4):
-        rewiring.rewire(rewiring.move(0.0, may_wake=False), 1.0, by_room=False, may_wake=False)
+        rewiring.rewire(
+            rewiring.move(0.0, allow_drift=False), 1.0, by_room=False, allow_drift=False
+        )
         found.append(int((layers[0] > 0).sum()))
     assert found == [1024, 2048, 3000, 3000]
 
 
 @pytest.mark.parametrize(("active", "slots"), [(0, 5), (3, 5), (4, 5), (6, 7)])
-def test_lists_of_device_rewiring_hold_the_budget_and_one_slot_that_stays_empty(active, slots):
+def test_lists_of_device_rewiring_hold_the_budget_and_one_unused_slot(active, slots):
     layers = [torch.arange(8.0).flip(0) - 7.5 + active]
     rewiring = DeviceRewiring(layers, torch.arange(active), 4, torch.Generator().manual_seed(0))
     for _ in range(3):
-        survives = rewiring.move(0.0, may_wake=False)
-        rewiring.rewire(survives, 1.0, by_room=False, may_wake=False)
+        survives = rewiring.move(0.0, allow_drift=False)
+        rewiring.rewire(survives, 1.0, by_room=False, allow_drift=False)
         assert len(rewiring.active) == slots
         assert rewiring.active[-1] == rewiring.padding == 8
     assert int((layers[0] > 0).sum()) == max(active, 4)
     again = DeviceRewiring(layers, rewiring.active, 4, torch.Generator())
-    assert torch.equal(again.active, rewiring.active)  # of an interrupted run
+    assert torch.equal(again.active, rewiring.active)  # as in an interrupted run
 
 
 @KINDS
-def test_values_that_are_not_finite_die_and_stop_nothing(kind):
+def test_values_that_are_not_finite_become_dormant_without_an_error(kind):
     layers = [torch.full((30,), math.nan), torch.ones(50)]
-    live = torch.arange(40)
-    rewiring = kind(layers, live, 40, torch.Generator().manual_seed(0))
+    active = torch.arange(40)
+    rewiring = kind(layers, active, 40, torch.Generator().manual_seed(0))
     for _ in range(3):
-        rewiring.rewire(rewiring.move(0.1, may_wake=False), 1.0, by_room=False, may_wake=False)
+        rewiring.rewire(
+            rewiring.move(0.1, allow_drift=False), 1.0, by_room=False, allow_drift=False
+        )
     assert int((torch.cat(layers) > 0).sum()) == 40
 
 
@@ -260,7 +267,7 @@ def test_layers_that_were_replaced_are_noticed(kind):
 
 
 @KINDS
-def test_only_what_stands_at_the_positions_is_reset(kind):
+def test_only_the_entries_at_the_positions_are_reset(kind):
     layers = [torch.ones(2, 2), torch.ones(3), torch.ones(2)]
     rewiring = kind(layers, torch.arange(9), 9, torch.Generator())
     velocities = [torch.arange(1.0, 5.0).view(2, 2), torch.arange(5.0, 8.0), None]
@@ -272,7 +279,7 @@ def test_only_what_stands_at_the_positions_is_reset(kind):
 
 
 def trained(device, steps, **params):
-    """Steps of BCS on gradients of noise; returns stage and run."""
+    """Prepare BCS with random gradients and make one step; return stage, run, step and steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 30)).to(device)
     stage = bcs.SamplingStage(bcs.Params(**params))
@@ -302,7 +309,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_never_makes_the_host_wait_for_the_gpu(switches):
+def test_a_step_never_makes_the_cpu_wait_for_the_gpu(switches):
     stage, run, step, steps = trained("cuda", 20, **SWITCHES[switches])
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -316,18 +323,18 @@ def test_a_step_never_makes_the_host_wait_for_the_gpu(switches):
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
-def test_both_kinds_keep_the_log_of_a_training_true(switches, monkeypatch):
+def test_the_log_of_a_training_is_correct_with_both_kinds(switches, monkeypatch):
     logs = {}
     for kind in (HostRewiring, DeviceRewiring):
         with monkeypatch.context() as patch:
-            patch.setattr(bcs, "rewiring_of", kind)
+            patch.setattr(bcs, "make_rewiring", kind)
             _, run, step, steps = trained("cpu", 60, **SWITCHES[switches])
             for _ in range(steps):
                 step()
         log = run.connections.steps()
-        live = log[log.step == steps + 1].set_index("layer").active
-        for name, theta in zip(live.index, bcs.thetas(run.model), strict=True):
-            assert live[name] == int((theta > 0).sum())
+        active = log[log.step == steps + 1].set_index("layer").active
+        for name, theta in zip(active.index, bcs.thetas(run.model), strict=True):
+            assert active[name] == int((theta > 0).sum())
         lifetimes = run.connections.lifetimes()
         assert lifetimes.pruned.sum() + lifetimes.active.sum() == log.regrown.sum()
         logs[kind] = log

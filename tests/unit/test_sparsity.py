@@ -45,7 +45,7 @@ def conv_net(channels=2):
 
 @st.composite
 def nets(draw):
-    """A chain of convolutions and linear layers, never run: shapes alone matter."""
+    """A chain of convolutions and linear layers, that is never run. Only its shapes are used."""
     layers = []
     for _ in range(draw(st.integers(1, 5))):
         i, o = draw(st.integers(1, 40)), draw(st.integers(1, 40))
@@ -57,13 +57,13 @@ def nets(draw):
 # ---------------------------------------------------------------- what counts
 
 
-def test_prunable_is_convolution_and_linear_weights_alone():
+def test_only_convolution_and_linear_weights_are_prunable():
     model = conv_net()
     assert list(prunable(model)) == ["0", "4"]
     assert weight_count(model) == 2 * 9 + 32 * 3
 
 
-def test_live_count_counts_what_the_forward_pass_uses():
+def test_nonzero_count_counts_the_weights_of_the_forward_pass():
     model = linear_net(3, 2)
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 0.0, -2.0], [0.0, -0.0, 3.0]]))
@@ -92,7 +92,7 @@ def test_erk_by_hand_with_a_full_layer():
     assert erk_keep_counts(model, 0.5) == {"0": 48, "1": 4}
 
 
-def test_erk_by_hand_shares_what_a_full_layer_cannot_take_in_proportion():
+def test_erk_by_hand_distributes_the_rest_of_a_full_layer_in_proportion():
     # budget 1949 over 200 + 40 + 20: the last would get 149.9 of its 100; 1849 / 240 = 7.704
     model = nn.Sequential(nn.Linear(100, 100), nn.Linear(20, 20), nn.Linear(10, 10))
     assert keep_count(10_500, 0.8143) == 1949
@@ -133,7 +133,7 @@ def test_erk_is_within_one_weight_of_shares_with_one_common_scale(model, sparsit
         total = sum(min(math.prod(s), scale * sum(s)) for s in shapes.values())
         low, high = (scale, high) if total < budget else (low, scale)
     for name, shape in shapes.items():
-        # A full layer may be short of nothing, another takes what rounding leaves.
+        # A full layer must hold all its weights. Another layer gets the rest of the rounding.
         assert abs(counts[name] - min(math.prod(shape), high * sum(shape))) <= 1 + 1e-6
 
 
@@ -178,14 +178,14 @@ def test_top_k_mask_equals_a_sort(n, seed, data):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("k", [1, 3, 6])
-def test_scores_that_are_not_finite_are_refused_and_not_ranked(value, k):
+def test_scores_that_are_not_finite_are_refused(value, k):
     for score in (torch.ones(6), torch.arange(6.0)):
         score[2] = value
         with pytest.raises(TrainingError, match="1 of 6 scores of weights are not finite"):
             top_k_mask(score, k)
 
 
-def test_scores_whose_sum_is_too_large_for_a_float_are_ranked():
+def test_finite_scores_with_an_infinite_sum_are_ranked():
     assert top_k_mask(torch.tensor([3e38, 1e38, 2e38]), 1).tolist() == [True, False, False]
 
 
@@ -226,7 +226,7 @@ def test_masked_weights_stay_zero_under_momentum_and_weight_decay():
         assert torch.equal(module.weight != 0, masks[name])
 
 
-def test_magnitude_masks_take_the_same_share_of_every_layer():
+def test_magnitude_masks_keep_the_same_share_of_every_layer():
     model = conv_net(3)
     masks = magnitude_masks(model, 0.9)
     for name, module in prunable(model).items():
@@ -240,7 +240,7 @@ def test_magnitude_masks_take_the_same_share_of_every_layer():
 
 def masked_net():
     model = conv_net()
-    model(torch.rand(8, 1, 4, 4))  # running statistics that are not the initial ones
+    model(torch.rand(8, 1, 4, 4))  # to change the running statistics
     apply_masks(model, magnitude_masks(model, 0.8))
     return model.eval()
 
@@ -249,7 +249,7 @@ def test_plain_state_fills_a_plain_network_that_computes_the_same():
     model, images = masked_net(), torch.rand(5, 1, 4, 4)
     state = plain_state(model)
     plain = conv_net()
-    plain.load_state_dict(state)  # strict: no key too many, none missing
+    plain.load_state_dict(state)  # strict: no unknown key, no missing key
     assert torch.equal(plain.eval()(images), model(images))
     assert nonzero_count(plain) == nonzero_count(model) == layer_keep_count(18, 0.8) + 20
 
@@ -273,16 +273,16 @@ def test_plain_state_leaves_the_model_parametrised():
 
 def test_bake_keeps_the_function_and_the_exact_zeros():
     model, images = masked_net(), torch.rand(5, 1, 4, 4)
-    live, output, state = nonzero_count(model), model(images), plain_state(model)
+    nonzero, output, state = nonzero_count(model), model(images), plain_state(model)
     bake(model)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
     assert torch.equal(model(images), output)
-    assert nonzero_count(model) == live
+    assert nonzero_count(model) == nonzero
     assert set(model.state_dict()) == set(conv_net().state_dict())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
 
 
-def test_bake_leaves_trainable_weights_and_plain_networks_alone():
+def test_bake_does_not_change_trainable_weights_and_plain_networks():
     model = conv_net()
     before = model[0].weight
     bake(model)
@@ -296,7 +296,7 @@ def test_bake_leaves_trainable_weights_and_plain_networks_alone():
 
 
 def test_quotas_by_hand():
-    # 10 and 90 weights, 12 of them live: 10 / (1 + 10 F) + 90 / (1 + 90 F) = 12 at F = 0.1444;
+    # 10 and 90 weights, 12 of them nonzero: 10 / (1 + 10 F) + 90 / (1 + 90 F) = 12 at F = 0.1444;
     # the shares are 4.1 and 7.9.
     assert quota_keep_counts(linear_net(10, 1, 90), 0.88) == {"0": 4, "1": 8}
 
@@ -321,7 +321,7 @@ def test_quotas_are_within_one_weight_of_one_common_quota(model, sparsity):
             assert abs(found[name] - size / (1 + low * size)) <= 1 + 1e-3
 
 
-# ---------------------------------------------------------------- random, global and held masks
+# ---------------------------------------------------------------- other masks, effective weights
 
 
 def test_random_masks_have_the_counts_and_follow_the_generator():
@@ -336,14 +336,14 @@ def test_random_masks_have_the_counts_and_follow_the_generator():
     assert not torch.equal(one["0"], other["0"])
 
 
-def test_global_masks_take_the_largest_of_all_layers_together():
+def test_global_masks_keep_the_largest_weights_of_all_layers_together():
     scores = {"a": torch.tensor([[9.0, 1.0], [5.0, 3.0]]), "b": torch.tensor([4.0, 8.0, 2.0])}
     masks = global_masks(scores, 4)
     assert masks["a"].tolist() == [[True, False], [True, False]]
     assert masks["b"].tolist() == [True, True, False]
 
 
-def test_effective_weights_are_formed_once_and_with_gradients():
+def test_effective_weights_are_computed_once_and_with_gradients():
     class Counted(Masked):
         formed = 0
 
@@ -364,7 +364,7 @@ def test_effective_weights_are_formed_once_and_with_gradients():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_bake_brings_the_weight_back_to_its_place(bias):
+def test_bake_keeps_the_weight_as_the_first_parameter(bias):
     layer = nn.Linear(3, 2, bias=bias)
     before = [name for name, _ in layer.named_parameters()]
     model = nn.Sequential(layer)
