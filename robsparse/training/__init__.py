@@ -1,4 +1,4 @@
-"""The one training loop, its stages, objectives, batches and checkpoints.
+"""The training loop, with its stages, objectives, batches and checkpoints.
 
-Imports fast and what is below it; never evaluation.
+Imports fast and the packages below it, and never evaluation.
 """

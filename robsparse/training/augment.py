@@ -1,4 +1,4 @@
-"""Random shifts, crops and flips of whole batches, on the device that trains.
+"""Random shifts, crops and flips of whole batches, on the training device.
 
 The random numbers of a whole epoch are drawn at once. They depend neither on the size of a batch
 nor on the step at which an interrupted run is resumed.
@@ -17,15 +17,16 @@ from robsparse.schema.imagesets import Augmentation
 class Draws:
     """The random shift and flip of each of n images in one epoch.
 
-    offset_N2: (down, right) from a pixel to the place in the image whose value it gets, in shares
-    of the side (shift) or whole pixels (crop); flip_N: whether the image is mirrored.
+    offset_N2: the offset (down, right) of each image. A pixel gets the value of the image at its
+        position plus this offset. The unit is the side (shift) or one pixel (crop).
+    flip_N: whether the image is mirrored.
     """
 
     offset_N2: Tensor
     flip_N: Tensor
 
     def to(self, device: torch.device) -> "Draws":
-        """The same draws on another device."""
+        """Return the same draws on another device."""
         return Draws(self.offset_N2.to(device), self.flip_N.to(device))
 
     def __getitem__(self, index: Tensor) -> "Draws":
@@ -33,7 +34,7 @@ class Draws:
 
 
 def draw(n: int, settings: Augmentation, generator: torch.Generator) -> Draws:
-    """Draw for n images. The generator is on the CPU, so that all devices draw the same."""
+    """Draw for n images. The generator is on the CPU, so the draws do not depend on the device."""
     offset_N2, flip_N = torch.zeros(n, 2), torch.zeros(n, dtype=torch.bool)
     if settings.kind == "shift":
         offset_N2 = settings.shift * (2 * torch.rand(n, 2, generator=generator) - 1)
@@ -46,7 +47,7 @@ def draw(n: int, settings: Augmentation, generator: torch.Generator) -> Draws:
 
 
 def apply(x_NCHW: Tensor, draws: Draws, settings: Augmentation) -> Tensor:
-    """The images x_NCHW in [0,1], shifted, cropped and flipped as drawn."""
+    """Return the images x_NCHW in [0,1] after the drawn shifts, crops and flips."""
     if settings.kind == "shift":
         x_NCHW = _shifted(x_NCHW, draws.offset_N2)
     if settings.kind == "crop":
@@ -57,20 +58,20 @@ def apply(x_NCHW: Tensor, draws: Draws, settings: Augmentation) -> Tensor:
 
 
 def _shifted(x_NCHW: Tensor, offset_N2: Tensor) -> Tensor:
-    """Pixel (i, j) becomes the bilinear sample at (i + down, j + right), edges repeated."""
+    """Return images with bilinear samples at (i + down, j + right). Edge pixels are repeated."""
     # Without align_corners, the coordinates -1 and 1 of a grid are the outer edges of the corner
     # pixels. A side has length 2, so a share of the side is twice that share in the grid.
     theta = torch.eye(2, 3, device=x_NCHW.device, dtype=x_NCHW.dtype).repeat(len(x_NCHW), 1, 1)
-    theta[:, :, 2] = 2 * offset_N2.flip(1).to(x_NCHW.dtype)  # the grid wants (right, down)
+    theta[:, :, 2] = 2 * offset_N2.flip(1).to(x_NCHW.dtype)  # the order of a grid is (right, down)
     grid = functional.affine_grid(theta, list(x_NCHW.shape), align_corners=False)
     moved = functional.grid_sample(
         x_NCHW, grid, mode="bilinear", padding_mode="border", align_corners=False
     )
-    return moved.clamp(0, 1)  # interpolation may round to just above 1
+    return moved.clamp(0, 1)  # interpolation may give a value just above 1 by rounding
 
 
 def _cropped(x_NCHW: Tensor, offset_N2: Tensor, padding: int) -> Tensor:
-    """The window of the old size in the padded image, moved by whole pixels from its middle."""
+    """Return a window of the old size in each padded image, shifted by whole pixels."""
     height, width = x_NCHW.shape[2:]
     padded = functional.pad(x_NCHW, [padding] * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # N, C, top, left, height, width

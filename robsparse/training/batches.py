@@ -1,8 +1,8 @@
-"""Training batches: their order, augmentation and extra images depend on seed and epoch alone.
+"""Training batches. Their order, augmentation and extra images depend only on seed and epoch.
 
-Every method sees the same batches, and a resumed run sees the same ones as an uninterrupted run.
-The images are kept on the training device as bytes. Each batch is converted to numbers, shifted and
-flipped when it is used.
+Every method sees the same batches. A resumed run sees the same batches as an uninterrupted run.
+The images are stored on the training device as bytes. Each batch is converted to floats, shifted
+and flipped when it is used.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from robsparse.study.cells import Cell, derive_seed
 from robsparse.study.planned import PlannedCell
 from robsparse.training import augment
 
-LEVELS = (255, 16)  # largest pixel value of photographs, and of the 8x8 digits
-SHARE_OF_MEMORY = 0.5  # images may fill that share of a GPU's free memory
+LEVELS = (255, 16)  # the largest pixel values of photographs and of the 8x8 digits
+SHARE_OF_MEMORY = 0.5  # the largest share of free GPU memory that images may use
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Images and labels as they are kept in memory.
+    """Images and labels in memory.
 
-    x_NCHW: uint8 in 0..levels, which mean [0,1]; or floats in [0,1] if levels is None.
+    x_NCHW: uint8 in 0..levels for values in [0,1], or floats in [0,1] if levels is None.
     """
 
     x_NCHW: Tensor
@@ -33,7 +33,7 @@ class Stored:
 
     @classmethod
     def from_part(cls, part: Part, device: torch.device) -> "Stored":
-        """Keep the images as bytes if these are exact, and on the device if its memory suffices."""
+        """Store images as bytes if this is exact, and on the device if they fit into its memory."""
         x_NCHW, levels = part.x_NCHW, None
         for number in LEVELS:
             whole = (part.x_NCHW * number).round()
@@ -53,14 +53,14 @@ class Stored:
         return len(self.y_N)
 
     def __getitem__(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Chosen images x_NCHW in [0,1] and their labels y_N."""
+        """Return the images x_NCHW in [0,1] at these indices, and their labels y_N."""
         x_NCHW = self.x_NCHW[index]
         return x_NCHW if self.levels is None else x_NCHW.float() / self.levels, self.y_N[index]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images of one kind, in the order and with the augmentation of one epoch."""
+    """Labelled or extra images, in the order and with the augmentation of one epoch."""
 
     stored: Stored
     order: Tensor
@@ -70,7 +70,7 @@ class Source:
     device: torch.device
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Its share of the batch at a step, on the device: x_NCHW in [0,1], y_N."""
+        """Return the images and labels of a step, on the device: x_NCHW in [0,1], y_N."""
         index = self.order[step * self.size : (step + 1) * self.size]
         x_NCHW, y_N = self.stored[index.to(self.stored.y_N.device)]
         x_NCHW, y_N = x_NCHW.to(self.device), y_N.to(self.device)
@@ -79,13 +79,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The batches of one epoch: labelled images, then extra ones if there are any."""
+    """The batches of one epoch: labelled images, followed by extra images if there are any."""
 
     sources: list[Source]
     memory_format: torch.memory_format
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The whole batch at a step: x_NCHW in [0,1] in the memory format, y_N."""
+        """Return the batch of a step: x_NCHW in [0,1] in the memory format, y_N."""
         images, labels = zip(*(source.batch(step) for source in self.sources), strict=True)
         return torch.cat(images).contiguous(memory_format=self.memory_format), torch.cat(labels)
 
@@ -93,9 +93,9 @@ class Epoch:
 class Batches:
     """The batches of one cell's training run.
 
-    train: labelled images; an epoch goes through them once, the last partial batch is dropped.
-    extra: pseudo-labelled images that fill the share `rst_fraction` of each batch, or None.
-    device, memory_format: where batches are used, and how their images lie in memory.
+    train: labelled images. An epoch uses each image once and drops the last partial batch.
+    extra: pseudo-labelled images, or None. They are the share `rst_fraction` of each batch.
+    device, memory_format: the device and the memory format of the batches.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Batches:
         self.steps = len(train) // self.size
 
     def epoch(self, index: int) -> Epoch:
-        """The batches of an epoch of the run, counted from 0 over all stages."""
+        """Return the batches of an epoch. `index` counts from 0 over all stages of the run."""
         sources = [self._source("order", self.train, self.size, index)]
         if self.extra is not None and self.extra_size:
             sources.append(self._source("extra", self.extra, self.extra_size, index))
@@ -129,7 +129,7 @@ class Batches:
         axes = (self.cell.dataset, self.cell.seed, epoch)
         generator = torch.Generator().manual_seed(derive_seed(name, *axes))
         needed, order = self.steps * size, torch.randperm(len(stored), generator=generator)
-        while len(order) < needed:  # an epoch takes more extra images than there are: repeat them
+        while len(order) < needed:  # repeat the extra images if an epoch needs more
             order = torch.cat([order, torch.randperm(len(stored), generator=generator)])
         generator = torch.Generator().manual_seed(derive_seed("augment", name, *axes))
         draws = augment.draw(len(stored), self.augmentation, generator).to(device)

@@ -1,4 +1,4 @@
-"""Interrupting and resuming a training run: a job is safe to kill and safe to start twice."""
+"""Interrupting and resuming a training run. A job may be killed or started twice."""
 
 import hashlib
 import io
@@ -20,15 +20,16 @@ _SUM = hashlib.sha256().digest_size
 
 
 class Interrupted(Exception):
-    """The run saved its state because of a signal; starting the same job again continues it."""
+    """A signal stopped the run after its state was saved. The same job, started again, resumes."""
 
     def __init__(self, signum: int, path: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}, to be resumed from {path}")
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name}; the same command resumes from {path}")
         self.signum = signum
 
 
 class StopRequest:
-    """Tells the loop when to stop between steps: after a signal, or after `max_steps` steps.
+    """Asks the loop to stop between two steps: after a signal, or after `max_steps` steps.
 
     The signals are SIGINT, SIGTERM and SIGUSR1. A stop after `max_steps` counts as SIGTERM.
     """
@@ -38,7 +39,7 @@ class StopRequest:
         self.steps_left = max_steps
 
     def after_step(self) -> int | None:
-        """Count a finished step; the signal to stop by now, or None."""
+        """Count a finished step. Return the signal that requests a stop, or None."""
         if self.steps_left is not None:
             self.steps_left -= 1
             if self.steps_left == 0 and self.signum is None:
@@ -47,7 +48,7 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator["StopRequest"]:
-        """Take the signals over inside the block."""
+        """Catch the signals inside the block, and restore the old handlers after it."""
 
         def remember(signum: int, frame: types.FrameType | None) -> None:
             self.signum = signum
@@ -63,7 +64,11 @@ class StopRequest:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises UsageError when another process is running the same job."""
+    """Hold the lock of the folder inside the block.
+
+    Raises:
+        UsageError: if another process is running the same job, or the folder is not writable.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,7 +77,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise UsageError(f"{folder}: another process is running this very job") from None
+        raise UsageError(f"{folder}: another process is running the same job") from None
     try:
         yield
     finally:
@@ -80,9 +85,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class Checkpoint:
-    """The resume state of one run, valid only for what decides that run.
+    """The resume state of one run.
 
-    A state is one file: the SHA-256 of all that follows it, then what torch saves.
+    A state is one file. It starts with the SHA-256 of the rest; the rest is written by torch.save.
+    `digest` identifies everything that decides the run. Only a state with this digest is loaded.
     """
 
     def __init__(self, folder: Path, digest: str) -> None:
@@ -91,7 +97,7 @@ class Checkpoint:
         self.digest = digest
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the saved state atomically; the one before it is kept as state.previous.pt."""
+        """Replace the saved state atomically. The previous state becomes state.previous.pt."""
         content = io.BytesIO()
         torch.save({"digest": self.digest, **state}, content)
         with atomic(self.path) as temporary:
@@ -102,34 +108,34 @@ class Checkpoint:
                 os.replace(self.path, self.previous)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole state of the same run, or None to start afresh.
+        """Return the newest undamaged state of the same run, or None if there is none.
 
-        One line says of each state that is there why it is not used.
+        One line is printed for each state that cannot be used, with the reason.
         """
         for path, otherwise in (
-            (self.path, "the state before it is tried"),
-            (self.previous, "training starts afresh"),
+            (self.path, "trying the previous state"),
+            (self.previous, "training starts from the beginning"),
         ):
             if path.exists():
                 state = _read_intact(path)
                 if state is None:
                     reason = "damaged"
                 elif state.get("digest") != self.digest:
-                    reason = "made with other settings, code, libraries or device"
+                    reason = "saved with other settings, code, libraries or device"
                 else:
                     return state
                 print(f"{path}: {reason}; {otherwise}", flush=True)
         return None
 
     def clear(self) -> None:
-        """Remove the states of a run that is finished, half-written ones included."""
+        """Remove all states of a finished run, also incomplete files."""
         for pattern in ("state*.pt", ".state*.pt.*"):
             for path in self.path.parent.glob(pattern):
                 path.unlink()
 
 
 def _read_intact(path: Path) -> dict[str, Any] | None:
-    """What a state file holds; None unless every byte is as it was written."""
+    """Return the content of a state file, or None if the file is damaged."""
     try:
         content = path.read_bytes()
         if hashlib.sha256(memoryview(content)[_SUM:]).digest() != content[:_SUM]:
@@ -137,6 +143,6 @@ def _read_intact(path: Path) -> dict[str, Any] | None:
         state = torch.load(
             io.BytesIO(memoryview(content)[_SUM:]), map_location="cpu", weights_only=True
         )
-    except Exception:  # unreadable, or whole and yet no state
+    except Exception:  # unreadable, or another kind of file
         return None
     return state if isinstance(state, dict) else None

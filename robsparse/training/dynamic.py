@@ -1,7 +1,7 @@
-"""Dynamic sparse training: a mask of fixed size, in which new weights replace the smallest ones.
+"""Dynamic sparse training: at some steps, new weights replace the smallest weights of a mask.
 
-Shared by the methods that prune and regrow every so many steps (SET, RigL, Flying Bird, gradual
-magnitude pruning); BCS rewires at every step and by other rules.
+The methods that prune and regrow at intervals use it (SET, RigL, Flying Bird, gradual magnitude
+pruning). BCS does not use it, because BCS rewires at every step and by other rules.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ NEW_WEIGHT = 1e-12
 
 
 class _PassGradient(torch.autograd.Function):
-    """w * mask; masked weights get a gradient too."""
+    """w * mask. Masked weights get a gradient too."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
@@ -33,9 +33,9 @@ class _PassGradient(torch.autograd.Function):
 
 
 class OpenMask(nn.Module):
-    """Parametrisation w -> w * mask in which masked weights get the gradient of an unmasked weight.
+    """Parametrisation w -> w * mask. A masked weight gets the same gradient as without a mask.
 
-    The stage must set that gradient to 0 before the optimiser's step: `MaskedStage` does.
+    The stage must set this gradient to 0 before the step of the optimiser. `MaskedStage` does so.
     """
 
     mask: Tensor
@@ -49,17 +49,17 @@ class OpenMask(nn.Module):
 
 
 class MaskedStage(Stage):
-    """Train under masks that the stage may change: `initial_masks` and `before_masking`."""
+    """Train with masks. A subclass sets them in `initial_masks` and `before_masking`."""
 
     def initial_masks(self, run: Run) -> dict[str, Tensor]:
-        """Bool masks of all prunable layers; all weights unless a method says otherwise."""
+        """Return bool masks of all prunable layers. By default, they keep all weights."""
         return {
             name: torch.ones_like(module.weight, dtype=torch.bool)
             for name, module in prunable(run.model).items()
         }
 
     def before_masking(self, run: Run) -> None:
-        """Called at each step with the gradients of all weights, masked ones included."""
+        """Called at each step with the gradients of all weights, also of masked weights."""
 
     def before_fit(self, run: Run) -> None:
         masks = self.initial_masks(run)
@@ -78,18 +78,19 @@ class MaskedStage(Stage):
 
 
 class DynamicStage(MaskedStage):
-    """At some steps, drop the smallest weights of each layer and grow as many elsewhere.
+    """At some steps, drop the smallest weights of each layer and grow the same number of others.
 
-    A method defines when (`due`), how many (`fraction`) and where (`growth_scores`). New weights
-    have no momentum and the value NEW_WEIGHT, which is too small to change a sum, but is nonzero
-    even without a gradient. A connection that is dropped and grown in the same update has not
-    changed: it keeps its value and its momentum, so an update does not change a dense layer. (The
-    authors of RigL do so, `reinit_when_same=False`, and those of Flying Bird.)
+    A method defines the steps (`due`), the number (`fraction`) and the new positions
+    (`growth_scores`). New weights have no momentum and the value NEW_WEIGHT. This value is too
+    small to change a sum, but it is nonzero even without a gradient. A connection that is dropped
+    and grown in the same update keeps its value and its momentum. Therefore an update does not
+    change a dense layer. The authors of RigL (`reinit_when_same=False`) and of Flying Bird do the
+    same.
     """
 
     # Whether an update of the mask replaces the step of the optimiser.
     update_replaces_step = False
-    # Whether a connection that is dropped and grown in the same update is a new one.
+    # Whether a connection that is dropped and grown in the same update becomes a new connection.
     restarts_regrown = False
 
     def __init__(self, fit: Fit) -> None:
@@ -99,29 +100,29 @@ class DynamicStage(MaskedStage):
         self.changes: list[tuple[Tensor, Tensor]] = []
 
     def initial_masks(self, run: Run) -> dict[str, Tensor]:
-        """Random positions, Erdos-Renyi-Kernel shares of layers."""
+        """Return masks with random positions and the Erdos-Renyi-Kernel shares of layers."""
         return random_masks(run.model, erk_keep_counts(run.model, run.sparsity), run.generator)
 
     def due(self, run: Run) -> bool:
-        """Whether the mask is updated at this step."""
+        """Return whether the mask is updated at this step."""
         raise NotImplementedError
 
     def fraction(self, run: Run) -> float:
-        """Share of a layer's active weights that an update drops."""
+        """Return the share of the active weights of a layer that an update drops."""
         raise NotImplementedError
 
     def dropped_count(self, run: Run, mask: Tensor) -> int:
-        """How many of a layer's active weights an update drops, rounded down."""
+        """Return the number of active weights of a layer that an update drops, rounded down."""
         return int(self.fraction(run) * int(mask.sum()))
 
     def to_drop(self, run: Run, weight: Tensor, mask: Tensor) -> Tensor:
-        """Flat positions of the active weights to drop: the smallest ones."""
+        """Return the flat positions of the active weights to drop: the smallest weights."""
         count = self.dropped_count(run, mask)
         size = torch.where(mask, weight.abs(), torch.inf).flatten()
         return size.topk(count, largest=False).indices
 
     def growth_scores(self, run: Run, gradient: Tensor) -> Tensor:
-        """Scores of all positions; the masked ones with the largest scores become active."""
+        """Return scores of all positions. The masked ones with the largest scores become active."""
         raise NotImplementedError
 
     def before_fit(self, run: Run) -> None:
@@ -135,7 +136,7 @@ class DynamicStage(MaskedStage):
             self._update(run)
             for group in run.optimizer.param_groups:
                 for parameter in group["params"]:
-                    parameter.grad = None  # the optimiser skips it then
+                    parameter.grad = None  # so the optimiser skips it
         elif self.is_due:
             self.gradients = {n: gradient(w).clone() for n, w, _ in masked_layers(run.model)}
 
@@ -157,7 +158,7 @@ class DynamicStage(MaskedStage):
     def _exchange(
         self, run: Run, weight: Tensor, mask: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Update one layer's mask; returns the positions that were dropped and those grown."""
+        """Update the mask of one layer. Return the pruned and the regrown positions."""
         dropped = self.to_drop(run, require_finite(weight), mask)
         old = mask.flatten().clone()
         mask.view(-1)[dropped] = False
@@ -177,7 +178,7 @@ class DynamicStage(MaskedStage):
 
 
 def masked_layers(model: nn.Module) -> list[tuple[str, nn.Parameter, OpenMask]]:
-    """Name, trainable weight and mask of each prunable layer."""
+    """Return name, trainable weight and mask of each prunable layer."""
     return [
         (name, trained_weight(module), parametrisation(module, OpenMask))
         for name, module in prunable(model).items()
@@ -185,7 +186,7 @@ def masked_layers(model: nn.Module) -> list[tuple[str, nn.Parameter, OpenMask]]:
 
 
 def set_masks(run: Run, masks: dict[str, Tensor]) -> None:
-    """Replace all masks; weights outside them become 0, without momentum."""
+    """Replace all masks. The weights and the momentum outside the masks become 0."""
     with torch.no_grad():
         for name, weight, layer in masked_layers(run.model):
             layer.mask.copy_(masks[name])

@@ -1,7 +1,7 @@
-"""The one training loop: every stage of every method runs here.
+"""The training loop. Every stage of every method runs in it.
 
-`train` is the loop. `session` prepares what it needs, `recorder` keeps what it counts, and
-`resuming` saves and restores it.
+`train` is the loop. The module `session` prepares its inputs, `recorder` records its results, and
+`resuming` saves and restores its state.
 """
 
 import itertools
@@ -39,20 +39,26 @@ def train_cell(
 ) -> None:
     """Train one cell and write its weights (best_val and last), curves and cost.
 
-    Continues an interrupted run of the same settings. `max_steps` stops as a signal would after
-    that many steps of this call, for tests of resuming.
+    An interrupted run with the same settings is continued.
 
-    Raises UsageError when the starting weights are missing, TrainingError when the loss, a weight
-    or a score is not finite, Interrupted after a signal.
+    Args:
+        study, cell, layout: the study, the cell to train, and the paths of its files.
+        device, threads: replace those of the study.
+        max_steps: stop after this number of steps, as after a signal. Tests of resuming use it.
+
+    Raises:
+        UsageError: if the starting weights are missing.
+        TrainingError: if the loss, a weight or a score is not finite.
+        Interrupted: after a signal.
     """
     prepare(threads or study.machine.threads)
     failed = layout.failed(cell)
     with locked(layout.resume(cell)):
         if study.is_external(cell.method):
-            with _kept_failure(failed, UsageError):
+            with _failure_written(failed, UsageError):
                 external.import_network(study, cell, layout)
             return
-        with _kept_failure(failed, TrainingError), StopRequest(max_steps).listen() as stop:
+        with _failure_written(failed, TrainingError), StopRequest(max_steps).listen() as stop:
             training_device = pick_device(device or study.machine.device)
             session = prepare_session(study, cell, layout, training_device)
             state = RunState(session)
@@ -63,8 +69,8 @@ def train_cell(
 
 
 @contextmanager
-def _kept_failure(path: Path, failure: type[Exception]) -> Iterator[None]:
-    """Write the message of a failure to a file for `collect`; a new attempt removes the file."""
+def _failure_written(path: Path, failure: type[Exception]) -> Iterator[None]:
+    """Write the message of a failure to a file for `collect`. A new attempt removes the file."""
     path.unlink(missing_ok=True)
     try:
         yield
@@ -75,10 +81,13 @@ def _kept_failure(path: Path, failure: type[Exception]) -> Iterator[None]:
 
 
 def train(session: Session, state: RunState, stop: StopRequest) -> None:
-    """Run all stages of the method, from the position at which an interrupted run was saved.
+    """Run all stages of the method. An interrupted run continues at its saved position.
 
-    Raises TrainingError when a loss or the network is not finite, Interrupted after a checkpoint
-    when `stop` says so. A collapsed training ends early, with `failure` in its record.
+    A collapsed training ends early, with `failure` in its record.
+
+    Raises:
+        TrainingError: if a loss or the network is not finite.
+        Interrupted: if `stop` requested a stop. The state is saved before.
     """
     run, batches = session.run, session.batches
     position, record = state.position, state.record
@@ -126,9 +135,16 @@ def compute_gradients(
     attacker: Attacker,
     batch: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Craft adversarial images, compute the loss with the stage's penalty, and its gradients.
+    """Craft adversarial images, and compute the loss with the penalty of the stage, and gradients.
 
-    batch: x_NCHW in [0,1], y_N. Returns the loss, detached, which a GPU may still be computing.
+    Args:
+        run, stage: the network and its stage.
+        objective: the loss of a batch.
+        attacker: crafts the adversarial images.
+        batch: x_NCHW in [0,1], y_N.
+
+    Returns:
+        The detached loss. A GPU may still be computing it.
     """
     x_NCHW, y_N = batch
     run.model.train()
@@ -146,17 +162,17 @@ def compute_gradients(
 
 
 def _pass_clean(model: nn.Module, x_NCHW: Tensor, wanted: bool) -> None:
-    """Let batch norm see the clean batch once more."""
+    """Make one more pass over the clean batch, which updates batch norm, if `wanted`."""
     if wanted:
         with torch.no_grad():
             model(x_NCHW)
 
 
 def update(run: Run, stage: Stage) -> None:
-    """Change the parameters by their gradients; the stage's hooks run before and after."""
+    """Make a step of the optimiser. The hooks of the stage run before and after it."""
     stage.before_step(run)
     if stage.fit.decay == "sgdw":
-        # Weight decay that is not multiplied by the learning rate, on all trained tensors.
+        # Weight decay of all trained tensors. It is not multiplied by the learning rate.
         factor = 1 - stage.fit.weight_decay * run.lr_factor
         with torch.no_grad():
             for group in run.optimizer.param_groups:
@@ -167,7 +183,7 @@ def update(run: Run, stage: Stage) -> None:
 
 
 def attacker_at(session: Session, position: Position) -> Attacker:
-    """The attacker of the next step: weaker while a network from scratch warms up."""
+    """Return the attacker of the next step. It is weaker during the warm-up of a new network."""
     steps = session.batches.steps * session.settings.crafting.eps_warmup
     done = session.batches.steps * position.epoch + position.step
     if session.start.weights or position.stage > 0 or done >= steps:
@@ -176,7 +192,7 @@ def attacker_at(session: Session, position: Position) -> Attacker:
 
 
 def _epochs_left(session: Session, stage: Stage, position: Position) -> Iterator[int]:
-    """The epochs of the stage that are not done, with a progress bar on a terminal."""
+    """Return the epochs of the stage that remain, with a progress bar on a terminal."""
     description = f"{session.cell.key} {stage.name}"
     return iter(
         tqdm(range(position.epoch, stage.fit.epochs), description, unit="epoch", disable=None)
@@ -184,13 +200,13 @@ def _epochs_left(session: Session, stage: Stage, position: Position) -> Iterator
 
 
 def _set_step(run: Run, stage: Stage, step: int) -> None:
-    """Show the hooks a step of the stage, counted from 0, and its learning rate."""
+    """Set the step (counted from 0 in the stage) and its learning rate for the hooks."""
     run.step = step
     set_learning_rate(run, stage, stage.lr_factor(step, run.steps // stage.fit.epochs))
 
 
 def set_learning_rate(run: Run, stage: Stage, factor: float) -> None:
-    """Set the learning rate of the next step, as `factor` times the initial one."""
+    """Set the learning rate of the next step to `factor` times the initial learning rate."""
     before = run.lr
     run.lr_factor, run.lr = factor, stage.fit.lr * factor
     run.optimizer.param_groups[0]["lr"] = run.lr
@@ -201,7 +217,7 @@ def set_learning_rate(run: Run, stage: Stage, factor: float) -> None:
 
 
 def _check_finite(model: nn.Module) -> None:
-    """Raise TrainingError if a tensor is not finite: no later loss shows the last step of all."""
+    """Raise TrainingError if a tensor is not finite. No later loss would show it."""
     for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
         if not value.isfinite().all():
             raise TrainingError(f"'{name}' holds NaN or infinite values")

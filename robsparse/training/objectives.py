@@ -1,6 +1,6 @@
-"""Training objectives: each returns the loss of one batch as a scalar that carries gradients.
+"""Training objectives. Each one returns the loss of a batch as a scalar with gradients.
 
-The model is in train mode when an objective is called; crafting switches it by `Crafting.bn_mode`.
+An objective is called with a model in train mode. Crafting sets the mode to `Crafting.bn_mode`.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,11 +24,12 @@ RandomStart = Callable[[Tensor, float, torch.Generator, str], Tensor]
 
 @dataclass(frozen=True)
 class Attacker:
-    """Crafts training examples under the threat of the study with its own random numbers.
+    """Crafts training examples under the threat of the study, with a separate generator.
 
-    `precision` is what the passes compute in: fp32, tf32 or bf16. `scale` in (0, 1] multiplies
-    eps and step_size, for a warm-up. `crafted_on` collects what the passes used so far: "view",
-    "network" or both.
+    eps, norm: radius and norm of the threat. crafting: steps, step size and the like.
+    precision: the precision of the passes: fp32, tf32 or bf16.
+    scale: factor in (0, 1] on eps and step_size, for a warm-up.
+    crafted_on: what the passes used so far: "view", "network" or both.
     """
 
     eps: float
@@ -40,17 +41,20 @@ class Attacker:
     crafted_on: set[str] = field(default_factory=set, compare=False)
 
     def scaled(self, scale: float) -> "Attacker":
-        """The same attacker with smaller eps and step_size; both share their random numbers."""
+        """Return an attacker with smaller eps and step_size and the same generator."""
         return replace(self, scale=scale)
 
     def attack_labels(
         self, model: nn.Module, x: Tensor, y: Tensor, start: RandomStart = perturb.uniform_start
     ) -> Tensor:
-        """Maximise the cross entropy with y_N, from a uniform random start unless told."""
+        """Return images that increase the cross entropy with y_N, from a random `start`."""
         return self._craft(model, x, start, perturb.cross_entropy_of(y))
 
     def attack_outputs(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Maximise the KL divergence from the model's own clean output, from x + 0.001 N(0,1)."""
+        """Return images that increase the KL divergence from the clean output.
+
+        The start is x + 0.001 N(0,1).
+        """
         with self._view(model, x) as view, torch.no_grad():
             clean_logits = view(x)
         return self._craft(model, x, perturb.gaussian_start, perturb.divergence_from(clean_logits))
@@ -71,14 +75,16 @@ class Attacker:
 
     @contextmanager
     def _view(self, model: nn.Module, x: Tensor) -> Iterator[nn.Module]:
-        """What images are crafted on: the folded view, unless batch norm follows the batch."""
+        """Yield the folded view for crafting, or the network if batch norm is in train mode."""
         with perturb.batch_norm_mode(model, self.crafting.bn_mode):
             view, precision = model, self.precision
             if self.crafting.bn_mode == "eval":
                 dtype = torch.bfloat16 if precision == "bf16" else None
                 view = folding.view_of(model, x, dtype, self.crafting.backend)
             if view is not model and precision == "bf16":
-                precision = "fp32"  # bf16 is in the view's weights; autocast would round its logits
+                precision = (
+                    "fp32"  # the weights of the view are bf16; autocast would also round its logits
+                )
             with computing(precision, x.device):
                 yield view
             if len(x):
@@ -90,19 +96,20 @@ Objective = Callable[[nn.Module, Tensor, Tensor, Attacker], Tensor]
 
 
 def make_attacker(planned: PlannedCell, generator: torch.Generator) -> Attacker:
-    """The attacker of a cell's training, on the device of the generator."""
+    """Return the attacker for the training of a cell, on the device of the generator."""
     crafting, threat = planned.crafting, planned.training_threat
     precision = pick_precision(crafting.precision, generator.device)
     return Attacker(threat.eps, crafting, generator, threat.norm, precision)
 
 
 def smoothed_cross_entropy(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
-    """Mean cross entropy with targets of 1 - smoothing for the label.
+    """Return the mean cross entropy with a target of 1 - smoothing for the label.
 
-    The K - 1 other classes have smoothing / (K - 1) each. torch would spread its `label_smoothing`
-    over all K classes, so that K / (K - 1) times as much of it is the same.
-    Source: Szegedy et al., CVPR 2016; the targets as in the code of Pang et al., ICLR 2021, who
-    smooth adversarial training and leave the crafting as it is.
+    The target of each of the K - 1 other classes is smoothing / (K - 1). PyTorch distributes its
+    `label_smoothing` over all K classes, so it gets smoothing * K / (K - 1).
+
+    Source: Szegedy et al., CVPR 2016. The targets are those in the code of Pang et al., ICLR 2021,
+    who also smooth the labels of adversarial training and do not smooth those of crafting.
     """
     classes = logits.shape[1]
     return F.cross_entropy(logits, y, label_smoothing=smoothing * classes / max(1, classes - 1))
@@ -118,18 +125,19 @@ def natural(
 def at(
     model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float, *, smoothing: float = 0
 ) -> Tensor:
-    """Cross entropy on PGD images alone. Source: Madry et al., ICLR 2018, equation 2.1."""
+    """Cross entropy on PGD images only. Source: Madry et al., ICLR 2018, equation 2.1."""
     return smoothed_cross_entropy(model(attacker.attack_labels(model, x, y)), y, smoothing)
 
 
 def mat(
     model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float, *, smoothing: float = 0
 ) -> Tensor:
-    """Mixed-batch adversarial training: the first half of the batch attacked, the rest clean.
+    """Mixed-batch adversarial training: the first half of the batch is attacked.
 
-    Of an odd number the clean part is the larger one, so a single image stays clean.
-    Both halves are one batch for batch norm and weigh the same in the mean.
-    Source: Kurakin et al., ICLR 2017, section 3; the halves as in the BCS authors' released code.
+    If the number of images is odd, the clean part is larger, so a single image stays clean. Both
+    parts form one batch for batch norm. All images have the same weight in the mean.
+
+    Source: Kurakin et al., ICLR 2017, section 3; the halves as in the code of the BCS authors.
     """
     half = len(x) // 2
     adversarial = attacker.attack_labels(model, x[:half], y[:half])
@@ -141,9 +149,10 @@ def trades(
 ) -> Tensor:
     """Clean cross entropy + beta * mean KL(clean || adversarial).
 
-    The gradient flows through both branches, each of which is a batch of its own for batch norm.
-    Label smoothing changes the clean cross entropy alone, as in Rebuffi et al., NeurIPS 2021.
-    Robust self-training (rst) is this on batches of labelled and pseudo-labelled images.
+    The gradient flows through both branches. Each branch is a separate batch for batch norm.
+    Label smoothing changes only the clean cross entropy, as in Rebuffi et al., NeurIPS 2021.
+    Robust self-training (rst) uses the same loss on labelled and pseudo-labelled images.
+
     Source: Zhang et al., ICML 2019, equation 5; yaodongyu/TRADES for the start of the attack;
     Carmon et al., NeurIPS 2019, for self-training.
     """
@@ -160,11 +169,12 @@ def trades(
 def mart(model: nn.Module, x: Tensor, y: Tensor, attacker: Attacker, beta: float) -> Tensor:
     """Boosted cross entropy + beta * mean of KL(clean || adversarial) * (1 - p_y(clean)).
 
-    With p the adversarial probabilities, the boosted cross entropy is
-    -log p_y - log(1.0001 - max over k != y of p_k): it also pushes down the likeliest wrong class.
+    The boosted cross entropy is -log p_y - log(1.0001 - max over k != y of p_k), where p are the
+    adversarial probabilities. It also reduces the probability of the most likely wrong class.
     The images maximise the cross entropy from x + 0.001 N(0,1).
-    Source: Wang et al., ICLR 2020, equations 8 to 11; YisenWang/MART for the small numbers that
-    keep logarithms and weights from 0 (1e-12, 1.0001 and 1.0000001), which the paper does not have.
+
+    Source: Wang et al., ICLR 2020, equations 8 to 11. The constants 1e-12, 1.0001 and 1.0000001 are
+    not in the paper. They are in YisenWang/MART and keep logarithms and weights away from 0.
     """
     adversarial = attacker.attack_labels(model, x, y, perturb.gaussian_start)
     clean_logits, adversarial_logits = model(x), model(adversarial)
@@ -189,7 +199,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 
 
 def make_objective(name: str, training: Training) -> Objective:
-    """The objective of that name, with beta and label smoothing of the settings."""
+    """Return the objective with this name, with beta and label smoothing of the settings."""
     function, beta = OBJECTIVES[name], training.beta
     smoothing = {"smoothing": training.label_smoothing} if training.label_smoothing else {}
     return lambda model, x, y, attacker: function(model, x, y, attacker, beta, **smoothing)

@@ -1,4 +1,4 @@
-"""What a training run records: the curve, the cost, the best weights, and the files of the end."""
+"""The results of a training run: the curve, the cost, the best weights, and the files."""
 
 import sys
 import time
@@ -21,12 +21,15 @@ from robsparse.training.validation import guessing_accuracy, validate
 
 @dataclass
 class TrainingRecord:
-    """What a run has cost and reached so far; a checkpoint keeps all of it.
+    """The cost and the results of a run so far. A checkpoint stores all fields.
 
-    peak_active: largest number of connections held. collapsed: validations in a row at the
-    accuracy of guessing. failure: why training was given up, or "". crafted_on: what images were
-    crafted on, "network", "view" or both. curve: a point for each epoch. best, best_state: epoch,
-    accuracy and weights of the best validation.
+    seconds: training time. forward_passes, backward_passes: passes over a batch.
+    peak_active: the largest number of active weights.
+    collapsed: the number of validations in a row at the accuracy of guessing.
+    failure: the reason why training stopped early, or "".
+    crafted_on: what images were crafted on: "network", "view" or both.
+    curve: one point for each epoch.
+    best, best_state: epoch, accuracy and weights of the best validation.
     """
 
     seconds: float = 0.0
@@ -41,26 +44,26 @@ class TrainingRecord:
     best_state: dict[str, Tensor] = field(default_factory=dict)
 
     def count_active(self, number: int) -> None:
-        """Take a number of active connections into the peak."""
+        """Update the peak with a number of active weights."""
         self.peak_active = max(self.peak_active, number)
 
 
 class Recorder:
-    """Adds each step and each epoch of a session to its record. `began`: the clock's last start."""
+    """Adds each step and epoch of a session to a record. `began`: the last start of the clock."""
 
     def __init__(self, session: Session, record: TrainingRecord) -> None:
         self.session, self.record, self.began = session, record, 0.0
 
     def start_clock(self) -> None:
-        """Start to measure time that counts as training."""
+        """Start to measure training time."""
         self.began = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Add the time since the start to the record."""
+        """Add the time since `start_clock` to the record."""
         self.record.seconds += time.perf_counter() - self.began
 
     def end_step(self, stage: Stage) -> None:
-        """Count the passes of a step, and note what its images were crafted on."""
+        """Count the passes of a step, and record what its images were crafted on."""
         session, record = self.session, self.record
         forward, backward = PASSES[session.cell.objective](session.attacker.crafting.steps)
         record.forward_passes += forward + stage.fit.clean_passes
@@ -68,9 +71,9 @@ class Recorder:
         record.crafted_on = sorted({*record.crafted_on, *session.attacker.crafted_on})
 
     def end_epoch(self, stage: Stage, loss: float) -> None:
-        """Add a point to the curve; keep the exported weights if they are the best so far.
+        """Add a point to the curve, and store the weights if they are the best so far.
 
-        loss: the mean of the epoch. A collapse of the training sets `record.failure`.
+        If the training has collapsed, `record.failure` is set. `loss` is the mean of the epoch.
         """
         session, record, run = self.session, self.record, self.session.run
         active = stage.active_weights(run)
@@ -97,7 +100,7 @@ class Recorder:
             record.best_state = plain_state(self.session.run.model)
 
     def _check_collapse(self, point: dict[str, Any]) -> None:
-        """Set the failure when the network has only guessed for too many validations in a row."""
+        """Set the failure if too many validations in a row are no better than guessing."""
         record, patience = self.record, self.session.settings.collapse_after
         guessing = guessing_accuracy(self.session.held_out)
         record.collapsed = record.collapsed + 1 if point["val_clean"] <= guessing else 0
@@ -110,7 +113,7 @@ class Recorder:
             print(f"{self.session.cell.key}: {record.failure}", file=sys.stderr, flush=True)
 
     def _print(self, stage: Stage, point: dict[str, Any]) -> None:
-        """About ten plain lines a stage where there is no terminal for a progress bar."""
+        """Print about ten lines for each stage if there is no terminal for a progress bar."""
         done, epochs = self.session.run.epoch + 1, stage.fit.epochs
         if not sys.stderr.isatty() and (done % max(1, epochs // 10) == 0 or done == epochs):
             numbers = " ".join(
@@ -128,7 +131,7 @@ def write_results(session: Session, record: TrainingRecord) -> None:
     """Write the weights (best_val and last), the log of connections and the training record."""
     cell, layout, start = session.cell, session.layout, session.start
     last_state = plain_state(session.run.model)
-    # A collapsed run may have had no epoch in a stage that can be selected.
+    # A collapsed run may have no epoch that can be selected.
     states = {"best_val": record.best_state or last_state, "last": last_state}
     for selection, state in states.items():
         weights.save(layout.model(cell, selection), state)
@@ -153,7 +156,7 @@ def write_results(session: Session, record: TrainingRecord) -> None:
 
 
 def _write_connections(session: Session, log: ConnectionLog | None) -> None:
-    """Write the history of the connections; empty tables for a method that never rewires."""
+    """Write the history of connections. The tables of a method that never rewires are empty."""
     tables = {
         session.layout.steps(session.cell): log.steps() if log else empty_steps(),
         session.layout.lifetimes(session.cell): log.lifetimes() if log else empty_lifetimes(),
@@ -164,12 +167,12 @@ def _write_connections(session: Session, log: ConnectionLog | None) -> None:
 
 
 def _failure(of_start: str, own: str) -> str:
-    """Why this network, or the one that it started from, failed; empty if neither did."""
+    """Return why this network or its starting network failed, or "" if none failed."""
     return own or (of_start and f"started from a failed network: {of_start}")
 
 
 def _cost(session: Session, record: TrainingRecord) -> dict[str, Any]:
-    """Cost of this run and of the one that it started from, added up."""
+    """Return the total cost of this run and of the training of its starting network."""
     before, device = session.start.cost, session.device
     own = {
         "epochs": len(record.curve),

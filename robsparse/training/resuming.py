@@ -1,4 +1,4 @@
-"""Saving a training run between two steps, and continuing it from what was saved."""
+"""Saving a training run between two steps, and continuing it from the saved state."""
 
 import copy
 import math
@@ -24,9 +24,9 @@ PLACE = ("epoch", "step", "steps", "lr", "lr_factor")
 
 @dataclass
 class Position:
-    """Where a run is: its stage and epoch, from 0, and the steps of the epoch that are done.
+    """The position of a run: stage and epoch (from 0), and the finished steps of the epoch.
 
-    `loss_sum` adds up the losses of those steps; on a GPU it may still be computed.
+    `loss_sum` is the sum of the losses of these steps. A GPU may still be computing it.
     """
 
     stage: int = 0
@@ -35,16 +35,21 @@ class Position:
     loss_sum: float | Tensor = 0.0
 
     def end_step(self, loss: Tensor) -> None:
-        """Count a step and its loss. Raises TrainingError if a loss on a CPU is not finite."""
+        """Count a step and its loss.
+
+        Raises:
+            TrainingError: if a loss on a CPU is not finite.
+        """
         self.step += 1
         self.loss_sum += loss.double()
         if loss.device.type == "cpu":
             self.read_loss()
 
     def read_loss(self) -> float:
-        """The sum of the losses, for which a GPU has to be waited for.
+        """Return the sum of the losses. With a GPU, this waits for the GPU.
 
-        Raises TrainingError if it is not finite.
+        Raises:
+            TrainingError: if the sum is not finite.
         """
         self.loss_sum = float(self.loss_sum)
         if not math.isfinite(self.loss_sum):
@@ -61,16 +66,17 @@ class Position:
 
 
 class RunState:
-    """The state of a run between two steps, and the checkpoint that keeps it.
+    """The state of a run between two steps, and its checkpoint.
 
-    position, record: where the run is, and what it has cost and reached so far.
+    position: the position of the run.
+    record: its cost and its results so far.
     before_stage: the network and the random numbers before the stage. A resumed run prepares the
         stage from them again.
-    saved: the loaded checkpoint, until its stage is restored.
+    saved: the loaded checkpoint. It is None after its stage has been restored.
     """
 
     def __init__(self, session: Session) -> None:
-        """Load the checkpoint of an interrupted run, if there is one for the same settings."""
+        """Load the checkpoint of an interrupted run with the same settings, if there is one."""
         self.session = session
         precisions = (session.attacker.precision, session.run.precision)
         digest = session.fingerprint.whole(session.device.type, *precisions)
@@ -88,7 +94,7 @@ class RunState:
             )
 
     def begin_stage(self, stage: Stage) -> None:
-        """Prepare a stage; restore what was saved in it, if the run was interrupted there."""
+        """Prepare a stage. If the run was interrupted in this stage, restore the saved state."""
         session, saved, self.saved = self.session, self.saved, None
         if saved:
             self._restore(saved["before_stage"])
@@ -104,7 +110,11 @@ class RunState:
             self.record.count_active(stage.active_weights(session.run))
 
     def save(self, stage: Stage) -> None:
-        """Replace the checkpoint. Raises TrainingError if the losses so far are not finite."""
+        """Replace the checkpoint.
+
+        Raises:
+            TrainingError: if the losses so far are not finite.
+        """
         run = self.session.run
         self.position.read_loss()
         self.checkpoint.save(
@@ -126,7 +136,7 @@ class RunState:
             self.save(stage)
 
     def _state(self) -> dict[str, Any]:
-        """The network, the history of its connections, and all random numbers to come."""
+        """Return the network, the history of its connections, and all random states."""
         run, generators = self.session.run, self._generators()
         return {
             "model": run.model.state_dict(),
@@ -136,12 +146,12 @@ class RunState:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Bring back what `_state` returned."""
+        """Restore a result of `_state`."""
         run, device, log = self.session.run, self.session.device, state["connections"]
         run.model.load_state_dict(state["model"])
         run.connections = ConnectionLog.from_state(log, device) if log else None
-        for generator, its_state in zip(self._generators(), state["generators"], strict=True):
-            generator.set_state(its_state)
+        for generator, saved in zip(self._generators(), state["generators"], strict=True):
+            generator.set_state(saved)
         randomness.restore(state["global"], device)
 
     def _generators(self) -> list[torch.Generator]:

@@ -1,4 +1,4 @@
-"""What the training of one cell needs, prepared before its first step."""
+"""Everything that the training of one cell needs. It is prepared before the first step."""
 
 import traceback
 from collections.abc import Iterator
@@ -33,9 +33,9 @@ from robsparse.training.stages import Run, Stage
 
 @dataclass(frozen=True)
 class StartingNetwork:
-    """The network that a run starts from: its weights and what its own training recorded.
+    """The network that a run starts from: its weights and the record of its training.
 
-    All fields are empty for a network that is trained from scratch.
+    All fields are empty if a network is trained from scratch.
     """
 
     weights: Path | None = None
@@ -48,8 +48,8 @@ class StartingNetwork:
 class Session:
     """The fixed parts of one cell's training run.
 
-    Only the state inside `run`, the stages and the generator of the attacker changes later.
-    `held_out` are the images for validation, on the device of the training.
+    Later, only the state inside `run`, the stages and the generator of the attacker changes.
+    `held_out` are the images for validation, on the training device.
     """
 
     cell: Cell
@@ -69,10 +69,11 @@ class Session:
 
 
 def prepare_session(study: Study, cell: Cell, layout: Layout, device: torch.device) -> Session:
-    """Read the data and make the network, the objective, the attacker and the stages of a cell.
+    """Read the data, and make the network, the objective, the attacker and the stages of a cell.
 
-    Raises UsageError when data or starting weights are missing or do not fit, TrainingError when
-    the method's file cannot be used.
+    Raises:
+        UsageError: if data or starting weights are missing or do not fit.
+        TrainingError: if the file of the method has an error.
     """
     planned = study.planned[cell]
     fingerprint = fingerprints.training(study, cell)
@@ -104,19 +105,19 @@ def prepare_session(study: Study, cell: Cell, layout: Layout, device: torch.devi
 
 
 def _generator(device: torch.device, cell: Cell, *axes: str) -> torch.Generator:
-    """Random numbers on the device that depend on these names and the seed of the cell."""
+    """Return a generator on the device, with a seed that depends on `axes` and the cell's seed."""
     return torch.Generator(device).manual_seed(derive_seed(*axes, cell.seed))
 
 
 def _read_extra_images(cell: Cell, settings: Training, splits: Splits) -> Part | None:
-    """Pseudo-labelled images for robust self-training."""
+    """Return pseudo-labelled images for robust self-training, or None for other objectives."""
     if cell.objective != "rst":
         return None
     return pseudo_labelled(Path(settings.rst_file or ""), splits.image_shape, splits.classes)
 
 
 def _read_start(study: Study, cell: Cell, layout: Layout) -> StartingNetwork:
-    """The last weights of the cell that this one starts from, and their record."""
+    """Return the last weights and the training record of the cell that this cell starts from."""
     start = study.starting_cell(cell)
     if start is None:
         return StartingNetwork()
@@ -133,12 +134,12 @@ def _read_start(study: Study, cell: Cell, layout: Layout) -> StartingNetwork:
 def _prepare_run(
     study: Study, cell: Cell, splits: Splits, start: StartingNetwork, device: torch.device
 ) -> Run:
-    """The network before its first step, and what else the hooks of a stage see."""
+    """Return the initial network, with the other values that hooks of a stage can read."""
     settings, method = study.planned[cell].training, study.base("method", cell.method)
     return Run(
         model=_initial_network(study, cell, splits, start).to(device),
         sparsity=cell.sparsity,
-        # Variants of a method draw the same random numbers until their settings differ.
+        # Variants of a method use the same seed, so that only their settings make a difference.
         generator=_generator(device, cell, "method", method, cell.sparsity_text),
         arch=study.base("arch", cell.arch),
         precision=pick_precision(settings.precision, device),
@@ -147,7 +148,7 @@ def _prepare_run(
 
 
 def _initial_network(study: Study, cell: Cell, splits: Splits, start: StartingNetwork) -> nn.Module:
-    """The same initial weights for every method: seeded by arch and seed alone."""
+    """Return the initial network. Its weights depend only on arch and seed, not on the method."""
     randomness.seed(derive_seed("init", cell.arch, cell.seed))
     model = construct.build(study, cell, splits.image_shape, splits.classes)
     if start.weights is not None:
@@ -156,7 +157,7 @@ def _initial_network(study: Study, cell: Cell, splits: Splits, start: StartingNe
 
 
 def pick_memory_format(run: Run, train: Part, device: torch.device) -> torch.memory_format:
-    """The layout of images that is fast at the precision, if the network's code accepts it."""
+    """Return the fast memory format for the precision, if the code of the network accepts it."""
     fast = fast_memory_format(run.precision)
     x_NCHW = train.x_NCHW[:IMAGES].to(device)
     changed_NCHW = x_NCHW.contiguous(memory_format=fast)
@@ -165,9 +166,16 @@ def pick_memory_format(run: Run, train: Part, device: torch.device) -> torch.mem
 
 
 def make_stages(study: Study, cell: Cell, path: Path) -> list[Stage]:
+    """Return the stages of the method of a cell. `path`: the file of the method.
+
+    Raises:
+        TrainingError: if the file of the method has an error.
+    """
     try:
         module = registry.load("method", study.base("method", cell.method))
-    except UsageError as error:  # the file of the method is wrong, not the user's input
+    except (
+        UsageError
+    ) as error:  # the error is in the file of the method, not in the input of the user
         raise TrainingError(f"{cell.key}: {error}") from error
     with method_errors(cell, path):
         return module.stages(study.planned[cell].params)
@@ -175,7 +183,7 @@ def make_stages(study: Study, cell: Cell, path: Path) -> list[Stage]:
 
 @contextmanager
 def method_errors(cell: Cell, path: Path) -> Iterator[None]:
-    """Turn an error in the code of the method's file into one line with that file and line."""
+    """Turn an error in the file of the method into a TrainingError of one line with its place."""
     try:
         yield
     except (TrainingError, UsageError, Interrupted, OSError):
@@ -191,7 +199,7 @@ def method_errors(cell: Cell, path: Path) -> Iterator[None]:
 
 @contextmanager
 def stage_errors(session: Session, stage: Stage) -> Iterator[None]:
-    """As `method_errors`; a TrainingError gets the cell, the stage and the epoch."""
+    """Like `method_errors`. Also add the cell, the stage and the epoch to a TrainingError."""
     with method_errors(session.cell, session.method_path):
         try:
             yield

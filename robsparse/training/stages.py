@@ -1,10 +1,10 @@
-"""The contract between a method and the one training loop: a method is a list of stages.
+"""The interface between a method and the training loop. A method is a list of stages.
 
 A method file defines `Params` (a pydantic model), `LABEL` (its printed name) and
 
     def stages(params: Params) -> list[Stage]
 
-and, when it starts from another cell's weights, the literal `STARTS_FROM = "dense"`.
+A method that starts from the weights of another cell also defines `STARTS_FROM = "dense"`.
 """
 
 import math
@@ -23,18 +23,21 @@ from robsparse.sparsity.masks import apply_masks, bake, magnitude_masks
 
 @dataclass
 class Run:
-    """What a stage's hooks may read and change while it trains.
+    """The values that the hooks of a stage may read and change.
 
-    `step` counts from 0 through all epochs of the stage, which has `steps` in all; `lr` is its
-    learning rate, `lr_factor` the ratio to the stage's initial one. In before_step and after_step
-    they are those of the step that is taken, in before_epoch of the epoch's first step, in finalize
-    of the last one. In before_fit `step` is 0 and `lr` the initial one. A resumed run shows the
-    hooks the same as one that was never interrupted.
+    step: the current step. It counts from 0 over all epochs of the stage.
+    steps: the number of steps of the stage.
+    epoch: the current epoch of the stage, from 0.
+    lr, lr_factor: the learning rate of the step, and its ratio to the initial one of the stage.
+    generator: random numbers for the method, on the device of the model.
+    precision: the precision of the training pass.
+    optimizer: is created after before_fit. In before_fit there is none.
+    connections: a stage that rewires sets this log in before_fit and records each step in it.
+    log_every: the number of steps for one row of the log.
 
-    `generator` lives on the model's device and serves the method's own randomness. `optimizer` is
-    made after before_fit, where there is none. `precision` is that of the training pass. A stage
-    that rewires sets `connections` in before_fit and records each step there, one row for every
-    `log_every` steps.
+    In before_step and after_step, `step` is the current step. In before_epoch it is the first step
+    of the epoch, in finalize the last step of the stage. In before_fit it is 0, and `lr` is the
+    initial learning rate. The hooks of a resumed run see the same values as without interruption.
     """
 
     model: nn.Module
@@ -55,9 +58,9 @@ class Run:
 class Stage:
     """One phase of training. Subclass it and override the hooks that the method needs.
 
-    name: pretrain, prune, finetune, train, ... as printed in curves.
-    selectable: whether the network is at its target sparsity throughout, so that the weights of
-        any epoch may be exported as `best_val`.
+    name: the name in curves: pretrain, prune, finetune, train, ...
+    selectable: whether the network has its target sparsity in all epochs. Then the weights of any
+        epoch may be exported as `best_val`.
     """
 
     name = "train"
@@ -69,57 +72,57 @@ class Stage:
     def before_fit(self, run: Run) -> None:
         """Prepare the model (masks, parametrisations).
 
-        A resumed run calls it again, with the network, the random numbers and the log of
-        connections as they were at the first call.
+        A resumed run calls it again, with the same network, random numbers and log of connections
+        as at the first call.
         """
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """The parameters that this stage trains; all others keep their values."""
+        """Return the parameters that this stage trains. All others keep their values."""
         return list(model.parameters())
 
     def before_epoch(self, run: Run) -> None:
-        """Called before the first step of each epoch; `run.epoch` counts from 0."""
+        """Called before the first step of each epoch. `run.epoch` counts from 0."""
 
     def penalty(self, run: Run) -> Tensor | None:
-        """A term to add to the loss of each step."""
+        """Return a term that is added to the loss of each step, or None."""
         return None
 
     def before_step(self, run: Run) -> None:
-        """Called with gradients in place, just before the optimiser changes the parameters."""
+        """Called after the backward pass and before the optimiser changes the parameters."""
 
     def after_step(self, run: Run) -> None:
         """Called after the optimiser changed the parameters."""
 
     def finalize(self, run: Run) -> None:
-        """Leave a plain network with exact zeros for the next stage and the export."""
+        """Make a plain network with exact zeros for the next stage and the export."""
         bake(run.model)
 
     def active_weights(self, run: Run) -> int:
-        """Number of prunable weights that training must hold now.
+        """Return the number of prunable weights that training needs now.
 
-        These are more than the forward pass uses if the method scores or regularises weights that
-        it masks.
+        The number is larger than that of the forward pass if the method scores or regularises
+        masked weights.
         """
         return nonzero_count(run.model)
 
     def state(self) -> dict[str, Any]:
-        """What the stage itself must remember across an interruption (tensors and numbers)."""
+        """Return the state of the stage for a checkpoint (tensors and numbers)."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore a result of `state`."""
 
     def lr_factor(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of a step as a multiple of the initial one."""
+        """Return the learning rate of a step as a multiple of the initial learning rate."""
         return schedule_factor(self.fit, step, steps_per_epoch)
 
 
 def begin_stage(run: Run, stage: Stage, steps: int) -> None:
-    """Let a stage of so many steps prepare the network, and make its optimiser."""
+    """Let a stage with this number of steps prepare the network, and make its optimiser."""
     fit = stage.fit
     run.epoch, run.step, run.steps = 0, 0, steps
     run.lr, run.lr_factor = fit.lr, 1.0
-    vars(run).pop("optimizer", None)  # that of the stage before
+    vars(run).pop("optimizer", None)  # of the previous stage
     stage.before_fit(run)
     run.optimizer = torch.optim.SGD(
         stage.parameters(run.model),
@@ -134,19 +137,19 @@ Masks = Callable[[Run], dict[str, Tensor]]
 
 
 def largest_weights(run: Run) -> dict[str, Tensor]:
-    """Masks of the largest |w|, the same share of every layer."""
+    """Return masks of the largest |w|, with the same share in every layer."""
     return magnitude_masks(run.model, run.sparsity)
 
 
 def remaining_weights(run: Run) -> dict[str, Tensor]:
-    """Masks of the weights that an earlier stage has left, whatever their share of each layer."""
+    """Return masks of the nonzero weights, which an earlier stage has kept."""
     return {name: module.weight.detach() != 0 for name, module in prunable(run.model).items()}
 
 
 class FixedMaskStage(Stage):
-    """Train the weights under a mask and no others.
+    """Train only the weights inside a fixed mask.
 
-    The mask is drawn once, by `masks`, from the network that the stage starts with.
+    `masks` computes the mask once, from the network at the start of the stage.
     """
 
     def __init__(self, name: str, fit: Fit, masks: Masks = largest_weights) -> None:
@@ -158,7 +161,7 @@ class FixedMaskStage(Stage):
 
 
 class ScoreStage(Stage):
-    """Train scores that decide which weights are kept, and batch norm; no weight and no bias."""
+    """Train batch norm, and scores that decide which weights are kept, but no weight or bias."""
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         frozen = set()
@@ -167,16 +170,17 @@ class ScoreStage(Stage):
         return [p for p in model.parameters() if id(p) not in frozen]
 
     def active_weights(self, run: Run) -> int:
-        # Every weight has a score that gets a gradient: training holds the dense network.
+        # Every weight has a score with a gradient, so training needs the dense network.
         return weight_count(run.model)
 
 
 def schedule_factor(fit: Fit, step: int, steps_per_epoch: int) -> float:
-    """Factor on the initial learning rate at step 0, 1, ... of a stage.
+    """Return the factor on the initial learning rate at step t = 0, 1, ... of a stage.
 
-    cosine: (1 + cos(pi t / T)) / 2 for each step; cosine_epochs: (1 + cos(pi (e - 1) / E)) / 2 for
-    each epoch. step: gamma for each milestone passed.
-    In the W steps of a warm-up it is (t + 1) / W of that.
+    cosine: (1 + cos(pi t / T)) / 2, for T steps.
+    cosine_epochs: (1 + cos(pi (e - 1) / E)) / 2 in epoch e of E.
+    step: one factor gamma for each milestone that has passed.
+    In a warm-up of W steps, the factor is multiplied by (t + 1) / W.
     """
     share = step / (fit.epochs * steps_per_epoch)
     factor = 1.0

@@ -1,4 +1,4 @@
-"""Accuracy on held-out training images, by which weights are selected; never on test images."""
+"""Accuracy on held-out training images, to select weights. Test images are never used."""
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ BATCH = 250  # images at a time, so that the largest networks fit into memory
 
 
 def validate(model: nn.Module, part: Part, attacker: Attacker, steps: int) -> dict[str, float]:
-    """Clean and PGD accuracy in eval mode, as fractions: val_clean and val_robust.
+    """Return clean and PGD accuracy in eval mode, as fractions: val_clean and val_robust.
 
-    The random start is the same at every call, so that epochs differ in their weights alone.
+    All calls use the same random start, so epochs differ only in their weights.
     """
     generator = torch.Generator(part.x_NCHW.device).manual_seed(derive_seed("validate", len(part)))
     correct = {"val_clean": 0, "val_robust": 0}
@@ -41,11 +41,11 @@ def validate(model: nn.Module, part: Part, attacker: Attacker, steps: int) -> di
 
 
 def correct_count(model: nn.Module, x_NCHW: Tensor, y_N: Tensor) -> int:
-    """Number of images whose largest logit is that of the label."""
+    """Return the number of images with the largest logit at the label."""
     with torch.no_grad():
         return int((model(x_NCHW).argmax(1) == y_N).sum())
 
 
 def guessing_accuracy(part: Part) -> float:
-    """Accuracy of guessing the largest class of the images, whatever they show."""
+    """Return the accuracy of a network that always predicts the largest class."""
     return int(part.y_N.bincount().max()) / len(part)

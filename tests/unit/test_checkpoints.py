@@ -19,7 +19,7 @@ from robsparse.training.checkpoints import Checkpoint, Interrupted, StopRequest,
 def test_second_holder_is_refused_in_one_line(tmp_path):
     with locked(tmp_path / "run" / "job"):
         with (
-            pytest.raises(UsageError, match="another process is running this very job"),
+            pytest.raises(UsageError, match="another process is running the same job"),
             locked(tmp_path / "run" / "job"),
         ):
             pass
@@ -226,8 +226,8 @@ def test_one_flipped_byte_is_never_resumed_from(where, two, capsys):
         assert step_of(two.load()) == expected
     message = capsys.readouterr().out.splitlines()
     assert message[-2:] == [
-        f"{two.path}: damaged; the state before it is tried",
-        f"{two.previous}: damaged; training starts afresh",
+        f"{two.path}: damaged; trying the previous state",
+        f"{two.previous}: damaged; training starts from the beginning",
     ]
 
 
@@ -244,7 +244,7 @@ def test_state_of_another_run_is_said_not_to_be_used(two, capsys):
     assert Checkpoint(two.path.parent, "others").load() is None
     message = capsys.readouterr().out.splitlines()
     assert len(message) == 2
-    assert "made with other settings, code, libraries or device" in message[0]
+    assert "saved with other settings, code, libraries or device" in message[0]
 
 
 def test_clear_removes_the_states_and_nothing_else(two):

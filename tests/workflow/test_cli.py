@@ -469,7 +469,7 @@ def test_running_job_locks_out_a_copy_and_exits_75_when_terminated(
     code, out, err = robsparse("train", long, "--cell", DENSE)
     assert process.poll() is None, "the first run ended too early for this test"
     assert (code, out) == (2, "")
-    assert_one_line(err, "another process is running this very job")
+    assert_one_line(err, "another process is running the same job")
     code, err = stop(process, signal.SIGTERM)
     assert code == 75
     assert "Traceback" not in err
