@@ -80,10 +80,10 @@ def row_values():
 
 @pytest.fixture
 def study_data(tiny: dict[str, Any]) -> dict[str, Any]:
-    """A study of one dense and one sparse cell a method that trains in a fraction of a second."""
+    """A study with a dense cell and a sparse cell for each method. It trains in under a second."""
     tiny["grid"] |= {"methods": ["bcs", "lwm"], "seeds": [0], "sparsities": [0.9]}
     tiny["datasets"]["digits"] |= {"validation_examples": 20, "test_examples": 800}
-    tiny["training"] |= {"batch_size": 64, "precision": "fp32"}  # the same on every machine
+    tiny["training"] |= {"batch_size": 64, "precision": "fp32"}  # the same results on every machine
     tiny["training"]["crafting"]["precision"] = "fp32"
     for params in tiny["methods"].values():
         for value in params.values():
@@ -107,7 +107,7 @@ def load_study(tmp_path: Path) -> Callable[[dict[str, Any]], Study]:
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[[dict[str, Any] | str], str]:
-    """refused(data or text) -> the message about a wrong study, without the file's name.
+    """refused(data or text) -> the error message for an invalid study, without the file name.
 
     A message with several lines has the name in each of them.
     """
@@ -126,7 +126,7 @@ def refused(tmp_path: Path) -> Callable[[dict[str, Any] | str], str]:
 
 @pytest.fixture(scope="session")
 def make_run() -> Callable[..., Run]:
-    """make_run(model, sparsity, seed=0) -> what the hooks of a stage get."""
+    """make_run(model, sparsity, seed=0) -> the run that the hooks of a stage get."""
 
     def make(model: nn.Module, sparsity: float, seed: int = 0) -> Run:
         return Run(model, sparsity, torch.Generator().manual_seed(seed))
@@ -136,7 +136,7 @@ def make_run() -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def known_network() -> tuple[nn.Module, Part]:
-    """A small network, trained adversarially for a moment, and images that it classifies correctly.
+    """A small adversarially trained network, and images that it classifies correctly.
 
     At an eps of 0.1 some of the 200 images withstand every attack and some do not.
     """

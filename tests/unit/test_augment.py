@@ -25,13 +25,13 @@ def test_shift_by_whole_pixels_repeats_the_edge():
     torch.testing.assert_close(moved(x, 0.0, 0.0), x)
 
 
-def test_half_a_pixel_is_the_mean_of_two():
+def test_shift_by_half_a_pixel_is_the_mean_of_two_pixels():
     ramp = torch.arange(8.0).expand(1, 1, 3, 8) / 10
     expected = torch.tensor([0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.0]) / 10
     torch.testing.assert_close(moved(ramp, 0.0, 0.5 / 8)[0, 0], expected.expand(3, 8))
 
 
-def test_crop_equals_a_slow_one_image_at_a_time():
+def test_crop_equals_a_slow_crop_of_single_images():
     x, generator = torch.rand(20, 3, 5, 7), torch.Generator().manual_seed(0)
     draws = augment.draw(20, CROP, generator)
     assert set(draws.offset_N2.flatten().tolist()) == {-2, -1, 0, 1, 2}
@@ -51,7 +51,7 @@ def test_flip_mirrors_about_half_of_the_images():
     assert 160 < int(draws.flip_N.sum()) < 240
 
 
-def test_nothing_to_do_is_the_same_tensor():
+def test_without_augmentation_the_tensor_is_the_same():
     x = torch.rand(3, 1, 4, 4)
     draws = augment.draw(3, Augmentation(), torch.Generator())
     assert augment.apply(x, draws, Augmentation()) is x

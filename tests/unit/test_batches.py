@@ -1,4 +1,4 @@
-"""Where training images come from: bytes where exact, the same batches wherever they lie."""
+"""Training batches: images as bytes, order, extra images and augmentation."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def part_of(x_NCHW):
 
 
 @pytest.mark.parametrize("levels", batches.LEVELS)
-def test_grey_levels_are_kept_as_bytes_and_come_back_to_the_bit(levels):
+def test_grey_levels_are_stored_as_bytes_and_restored_to_the_same_bits(levels):
     x_NCHW = torch.arange(levels + 1).float().view(-1, 1, 1, 1).repeat(1, 1, 2, 2) / levels
     stored = batches.Stored.from_part(part_of(x_NCHW), CPU)
     assert (stored.x_NCHW.dtype, stored.levels) == (torch.uint8, levels)
@@ -34,7 +34,7 @@ def test_grey_levels_are_kept_as_bytes_and_come_back_to_the_bit(levels):
     assert torch.equal(labels, index)
 
 
-def test_what_bytes_cannot_hold_stays_as_it_is():
+def test_images_that_bytes_cannot_represent_stay_floats():
     x_NCHW = torch.rand(5, 1, 2, 2)
     stored = batches.Stored.from_part(part_of(x_NCHW), CPU)
     assert stored.levels is None
@@ -71,11 +71,11 @@ def test_an_epoch_is_the_same_from_bytes_and_from_floats(study_data, load_study,
         assert torch.equal(y, other_y)
 
 
-# ---------------------------------------------------------------- what a batch is made of
+# ---------------------------------------------------------------- the images of a batch
 
 
 def numbered(n):
-    """Images of 8x8 that are their own number, over 1000."""
+    """8x8 images. All pixels of image i are i / 1000."""
     return Part(torch.arange(n).float().view(n, 1, 1, 1).expand(n, 1, 8, 8) / 1000, torch.arange(n))
 
 
@@ -97,7 +97,7 @@ def labels_of(made, epoch):
     return [made.epoch(epoch).batch(step)[1].tolist() for step in range(made.steps)]
 
 
-def test_an_epoch_takes_each_image_once_and_drops_the_last_partial_batch(make_batches):
+def test_an_epoch_uses_each_image_once_and_drops_the_last_partial_batch(make_batches):
     made = make_batches(numbered(70), batch_size=16)
     assert (made.size, made.steps, made.extra_size) == (16, 4, 0)
     taken = labels_of(made, 0)
@@ -108,7 +108,7 @@ def test_an_epoch_takes_each_image_once_and_drops_the_last_partial_batch(make_ba
     assert len(made.epoch(0).sources) == 1
 
 
-def test_order_depends_on_seed_and_epoch_alone(make_batches):
+def test_order_depends_only_on_seed_and_epoch(make_batches):
     one, same, other = (make_batches(numbered(70), batch_size=16, seed=s) for s in (0, 0, 1))
     assert labels_of(one, 2) == labels_of(same, 2)
     assert labels_of(one, 2) != labels_of(one, 3)
@@ -122,7 +122,7 @@ def test_batch_is_no_larger_than_the_data(make_batches):
     assert (made.size, made.steps) == (5, 1)
 
 
-def test_extra_images_fill_their_share_and_go_round_again(make_batches):
+def test_extra_images_fill_their_share_and_are_repeated(make_batches):
     labelled, extra = numbered(60), Part(numbered(7).x_NCHW, torch.arange(900, 907))
     made = make_batches(labelled, extra, batch_size=10, rst_fraction=0.38)
     assert (made.size, made.extra_size, made.steps) == (7, 3, 8)
@@ -134,13 +134,13 @@ def test_extra_images_fill_their_share_and_go_round_again(make_batches):
     assert len(rounds) == 24
 
 
-def test_extra_images_without_a_share_are_not_taken(make_batches):
+def test_extra_images_without_a_share_are_not_used(make_batches):
     made = make_batches(numbered(60), numbered(7), batch_size=10, rst_fraction=0.01)
     assert (made.size, made.extra_size) == (10, 0)
     assert len(made.epoch(0).sources) == 1
 
 
-def test_augmentation_is_drawn_anew_for_every_epoch_and_kind_of_image(make_batches):
+def test_augmentation_differs_between_epochs_and_kinds_of_images(make_batches):
     augmentation = {"kind": "shift", "shift": 0.25, "flip": True}
     made = make_batches(
         numbered(40), numbered(40), batch_size=20, rst_fraction=0.5, augmentation=augmentation
@@ -156,7 +156,7 @@ def test_augmentation_is_drawn_anew_for_every_epoch_and_kind_of_image(make_batch
     assert torch.equal(own.draws.flip_N, drawn.flip_N)
 
 
-def test_augmentation_of_an_image_is_its_own_wherever_it_stands(make_batches):
+def test_augmentation_of_an_image_does_not_depend_on_its_position(make_batches):
     made = make_batches(numbered(40), batch_size=8, augmentation={"kind": "shift", "shift": 0.25})
     source = made.epoch(0).sources[0]
     x, labels = source.batch(2)
@@ -166,7 +166,7 @@ def test_augmentation_of_an_image_is_its_own_wherever_it_stands(make_batches):
     assert torch.equal(x, expected)
 
 
-def test_augmentation_of_the_training_stands_before_that_of_the_data(study_data, load_study):
+def test_augmentation_of_the_training_overrides_that_of_the_data(study_data, load_study):
     study_data["datasets"]["digits"]["augmentation"] = {"kind": "shift", "shift": 0.2}
     study_data["training"].pop("augmentation", None)
     study = load_study(study_data)
@@ -180,8 +180,8 @@ def test_augmentation_of_the_training_stands_before_that_of_the_data(study_data,
     assert made.augmentation.kind == "none"
 
 
-def test_a_training_run_asks_for_one_epoch_after_the_other(study_data, load_study, tmp_path):
-    """Over stages too: order and augmentation depend on the epoch of the whole run."""
+def test_a_training_run_uses_consecutive_epochs(study_data, load_study, tmp_path):
+    """Epochs are counted over all stages. Order and augmentation depend on this number."""
     study_data["training"]["batch_size"] = 200
     study = load_study(study_data)
     (cell,) = (cell for cell in study.cells() if cell.method == "dense")

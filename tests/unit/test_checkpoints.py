@@ -28,7 +28,7 @@ def test_second_holder_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_lock_is_free_again_after_the_block(fails, tmp_path):
+def test_lock_is_released_after_the_block(fails, tmp_path):
     try:
         with locked(tmp_path / "job"):
             if fails:
@@ -39,7 +39,7 @@ def test_lock_is_free_again_after_the_block(fails, tmp_path):
         pass
 
 
-def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+def test_second_process_is_refused_and_a_killed_process_leaves_no_lock(tmp_path):
     code = (
         "import sys, time; from pathlib import Path\n"
         "from robsparse.training.checkpoints import locked\n"
@@ -62,7 +62,7 @@ def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         pass
 
 
-def test_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_folder_that_cannot_be_created_gives_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UsageError, match="cannot write results here"),
@@ -75,7 +75,7 @@ def test_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_signal_is_remembered_and_the_old_handlers_come_back(signum):
+def test_signal_is_recorded_and_the_old_handlers_are_restored(signum):
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     with StopRequest().listen() as stop:
         assert stop.signum is None
@@ -92,14 +92,14 @@ def test_stop_is_requested_after_so_many_steps(max_steps):
     assert stop.after_step() == signal.SIGTERM
 
 
-def test_stop_is_requested_by_a_signal_alone_where_no_number_of_steps_is_given():
+def test_without_max_steps_only_a_signal_requests_a_stop():
     with StopRequest().listen() as stop:
         assert [stop.after_step() for _ in range(5)] == [None] * 5
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.after_step() == signal.SIGUSR1
 
 
-def test_interrupted_names_the_signal_and_where_to_resume(tmp_path):
+def test_interrupted_names_the_signal_and_the_state_file(tmp_path):
     error = Interrupted(signal.SIGTERM, tmp_path / "state.pt")
     assert "SIGTERM" in str(error)
     assert str(tmp_path / "state.pt") in str(error)
@@ -123,7 +123,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def two(checkpoint):
-    """A checkpoint with states 1 and, newer, 2."""
+    """A checkpoint with state 1 and the newer state 2."""
     checkpoint.save(state(1))
     checkpoint.save(state(2))
     return checkpoint
@@ -133,14 +133,14 @@ def test_nothing_saved_is_none(checkpoint):
     assert checkpoint.load() is None
 
 
-def test_state_comes_back(checkpoint):
+def test_saved_state_is_loaded(checkpoint):
     checkpoint.save(state(5))
     loaded = checkpoint.load()
     assert loaded["list"] == [1, {"a": 2}]
     assert loaded["model"]["w"].tolist() == [5.0, 5.0]
 
 
-def test_newest_state_comes_back_and_one_before_it_is_kept(two):
+def test_newest_state_is_loaded_and_the_previous_one_is_stored(two):
     assert step_of(two.load()) == 2
     two.save(state(3))
     assert step_of(two.load()) == 3
@@ -151,7 +151,7 @@ def test_state_of_other_settings_is_ignored(two):
     assert Checkpoint(two.path.parent, "others").load() is None
 
 
-def test_older_state_of_the_same_settings_is_found_behind_one_of_others(checkpoint):
+def test_previous_state_is_used_if_the_newest_has_other_settings(checkpoint):
     checkpoint.save(state(1))
     other = Checkpoint(checkpoint.path.parent, "others")
     other.save(state(9))
@@ -191,14 +191,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_state_falls_back_to_the_one_before_it(damage, two):
+def test_previous_state_is_used_if_the_newest_is_damaged(damage, two):
     DAMAGES[damage](two.path)
     assert step_of(two.load()) == 1
     assert not two.path.with_name("x").exists()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_two_damaged_states_start_afresh(damage, two):
+def test_two_damaged_states_start_from_the_beginning(damage, two):
     for path in (two.path, two.path.with_name("state.previous.pt")):
         DAMAGES[damage](path)
     assert two.load() is None
@@ -218,7 +218,7 @@ def test_crash_while_saving_keeps_the_last_state(two, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["sum", "first", "middle", "last"])
-def test_one_flipped_byte_is_never_resumed_from(where, two, capsys):
+def test_a_state_with_one_flipped_byte_is_never_used(where, two, capsys):
     for path, expected in ((two.path, 1), (two.previous, None)):
         content = bytearray(path.read_bytes())
         content[{"sum": 3, "first": 32, "middle": len(content) // 2, "last": -1}[where]] ^= 1
@@ -231,7 +231,7 @@ def test_one_flipped_byte_is_never_resumed_from(where, two, capsys):
     ]
 
 
-def test_flipped_weight_is_noticed_though_torch_reads_the_file(two):
+def test_flipped_weight_is_found_although_torch_reads_the_file(two):
     loaded = two.load()
     loaded["model"]["w"][0] += 1
     content = io.BytesIO()
@@ -240,7 +240,7 @@ def test_flipped_weight_is_noticed_though_torch_reads_the_file(two):
     assert step_of(two.load()) == 1
 
 
-def test_state_of_another_run_is_said_not_to_be_used(two, capsys):
+def test_a_line_reports_that_a_state_of_another_run_is_not_used(two, capsys):
     assert Checkpoint(two.path.parent, "others").load() is None
     message = capsys.readouterr().out.splitlines()
     assert len(message) == 2

@@ -1,4 +1,4 @@
-"""Peers by their defining properties, on nets small enough to work out by hand."""
+"""Dynamic sparse training and other baselines, on small networks, by hand."""
 
 import math
 
@@ -43,7 +43,7 @@ def run_of(model, sparsity, steps=100):
 
 
 def started(stage, sparsity=0.5, net=0, steps=100):
-    """The stage on a fresh net, ready for its first step."""
+    """Return the stage and its run before the first step."""
     torch.manual_seed(1)
     run = run_of(NETS[net](), sparsity, steps)
     stage.before_fit(run)
@@ -52,7 +52,7 @@ def started(stage, sparsity=0.5, net=0, steps=100):
 
 
 def step(stage, run, at, gradient=None):
-    """One training step; `gradient(name, weight)` stands for that of all weights."""
+    """One training step; `gradient(name, weight)` gives the gradients of all weights."""
     run.step = at
     run.optimizer.zero_grad()
     x = torch.randn(8, *((12,) if isinstance(run.model[0], nn.Linear) else (2, 4, 4)))
@@ -97,7 +97,7 @@ def test_quotas_by_hand():
 
 
 @given(sparsity=st.integers(1, 99).map(lambda n: n / 100), seed=st.integers(0, 99))
-def test_random_masks_have_the_asked_counts(sparsity, seed):
+def test_random_masks_have_the_given_counts(sparsity, seed):
     model = NETS[1]()
     counts = erk_keep_counts(model, sparsity)
     found = random_masks(model, counts, torch.Generator().manual_seed(seed))
@@ -113,7 +113,7 @@ def test_global_masks_keep_the_largest_of_all_layers():
     }
 
 
-# ---------------------------------------------------------------- what all have in common
+# ---------------------------------------------------------------- all dynamic methods
 
 
 DYNAMIC = {
@@ -130,7 +130,7 @@ DYNAMIC = {
 
 @pytest.mark.parametrize("net", [0, 1])
 @pytest.mark.parametrize("name", DYNAMIC)
-def test_live_weights_of_each_layer_never_change_in_number(name, net):
+def test_the_number_of_active_weights_of_each_layer_never_changes(name, net):
     stage, run = started(DYNAMIC[name](), 0.7, net)
     stage.fit = stage.fit.model_copy(update={"epochs": 50})  # two steps an epoch
     before = {layer: int(mask.sum()) for layer, mask in masks(run).items()}
@@ -155,7 +155,7 @@ def test_live_weights_of_each_layer_never_change_in_number(name, net):
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
-def test_new_weights_have_no_value_and_no_momentum(name):
+def test_new_weights_have_a_tiny_value_and_no_momentum(name):
     stage, run = started(DYNAMIC[name]())
     stage.fit = stage.fit.model_copy(update={"epochs": 50})
     for at in range(2):
@@ -171,27 +171,29 @@ def test_new_weights_have_no_value_and_no_momentum(name):
 
 
 @pytest.mark.parametrize("name", ["rigl", "flyingbird", "flyingbird by gradient"])
-def test_a_connection_that_is_dropped_and_grown_at_once_has_not_changed(name):
-    """As RigL's and Flying Bird's authors do; a layer without zeros is left as it is."""
-    stage, run = started(DYNAMIC[name](), 0.2)  # by Erdos-Renyi-Kernel the last layer is dense
+def test_a_connection_that_is_dropped_and_grown_in_one_update_does_not_change(name):
+    """As in the code of RigL and Flying Bird. A dense layer does not change."""
+    stage, run = started(
+        DYNAMIC[name](), 0.2
+    )  # the Erdos-Renyi-Kernel shares make the last layer dense
     stage.fit = stage.fit.model_copy(update={"epochs": 50})
-    live = {}
+    active = {}
     for layer, weight, mask in masked_layers(run.model):
         velocity = torch.full_like(weight, 0.5) * mask.mask
         run.optimizer.state[weight]["momentum_buffer"] = velocity
-        live[layer] = mask.mask.clone()
-    run.optimizer.step = lambda: None  # the exchange alone
+        active[layer] = mask.mask.clone()
+    run.optimizer.step = lambda: None  # only the update of the mask
     before = {n: w.detach().clone() for n, w, _ in masked_layers(run.model)}
     step(stage, run, 2, lambda _, weight: weight.detach().abs().neg().exp())
     for layer, weight, mask in masked_layers(run.model):
-        still = live[layer] & mask.mask
+        still = active[layer] & mask.mask
         assert torch.equal(weight[still], before[layer][still])
         assert (run.optimizer.state[weight]["momentum_buffer"][still] == 0.5).all()
-    assert name == "flyingbird" or any(mask.all() for mask in live.values())
+    assert name == "flyingbird" or any(mask.all() for mask in active.values())
 
 
-def test_set_starts_a_connection_again_that_is_removed_and_added_at_once():
-    """As SET's authors do: of a layer without zeros the smallest weights start again at 0."""
+def test_set_resets_a_connection_that_is_dropped_and_grown_in_one_update():
+    """As in the code of SET. In a dense layer, the smallest weights are reset to 0."""
     stage, run = started(DYNAMIC["set"](), 0.2)
     stage.fit = stage.fit.model_copy(update={"epochs": 50})
     step(stage, run, 2)
@@ -218,17 +220,17 @@ def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest():
     old = masks(run)
     step(stage, run, 50, lambda name, weight: gradients[name].clone())
     for name, weight, layer in masked_layers(run.model):
-        # half-way the cosine stands at 1/2: alpha / 2 * (1 + 0) of the live weights
+        # at half of the training: alpha / 2 * (1 + 0) of the active weights
         count = int(0.6 / 2 * (1 + math.cos(math.pi * 0.5)) * int(old[name].sum()))
-        live = [i for i, on in enumerate(old[name].flatten().tolist()) if on]
+        active = [i for i, on in enumerate(old[name].flatten().tolist()) if on]
         size = before[name].abs().flatten().tolist()
-        dropped = sorted(live, key=lambda i: size[i])[:count]
-        kept = [i for i in live if i not in dropped]
+        dropped = sorted(active, key=lambda i: size[i])[:count]
+        kept = [i for i in active if i not in dropped]
         others = [i for i in range(weight.numel()) if i not in kept]
         score = gradients[name].abs().flatten().tolist()
         grown = sorted(others, key=lambda i: -score[i])[:count]
         assert layer.mask.flatten().nonzero().flatten().tolist() == sorted(kept + grown)
-        # the update takes the place of the step: what is kept has not moved
+        # the update replaces the step, so the kept weights have not changed
         assert torch.equal(weight.flatten()[kept], before[name].flatten()[kept])
 
 
@@ -262,7 +264,7 @@ def set_of(values):
     return {int(v) for v in values}
 
 
-def test_set_exchanges_once_an_epoch_and_not_after_the_last():
+def test_set_updates_once_in_each_epoch_but_not_after_the_last():
     stage, run = started(set.SetStage(set.Params()), steps=60)
     stage.fit = stage.fit.model_copy(update={"epochs": 3})
     due = [at for run.step in range(60) for at in [run.step] if stage.due(run)]
@@ -272,7 +274,7 @@ def test_set_exchanges_once_an_epoch_and_not_after_the_last():
 # ---------------------------------------------------------------- Flying Bird
 
 
-def test_flying_bird_exchanges_less_and_less_and_later_more_seldom():
+def test_flying_bird_updates_fewer_weights_and_later_less_often():
     params = flyingbird.Params(update_every=10, late_update_every=20)
     stage, run = started(flyingbird.FlyingBirdStage(params), steps=200)
     stage.fit = stage.fit.model_copy(update={"epochs": 4})
@@ -302,13 +304,13 @@ def test_gradual_pruning_follows_the_cubic_and_ends_exact():
             assert stage.active_weights(run) == weight_count(run.model)
         elif (at + 1) % 5 == 0:
             wanted = round(0.9 * (1 - (1 - done) ** 3), 10)
-            live = {name: int(mask.sum()) for name, mask in masks(run).items()}
-            assert live == {n: size - int(size * wanted + 1e-9) for n, size in sizes.items()}
+            active = {name: int(mask.sum()) for name, mask in masks(run).items()}
+            assert active == {n: size - int(size * wanted + 1e-9) for n, size in sizes.items()}
         assert stage.selectable == (done == 1)
     assert stage.active_weights(run) == sum(layer_keep_counts(run.model, 0.9).values())
 
 
-def test_gradual_pruning_drops_the_smallest_and_never_brings_them_back():
+def test_gradual_pruning_drops_the_smallest_and_never_regrows_them():
     stage, run = started(gmp.GradualStage(gmp.Params(update_every=1, end=1.0)), 0.9)
     for at in range(100):
         old = masks(run)
@@ -319,7 +321,7 @@ def test_gradual_pruning_drops_the_smallest_and_never_brings_them_back():
             assert (weight[gone] == 0).all()
 
 
-def test_gradual_pruning_wants_its_ends_in_order():
+def test_gradual_pruning_requires_the_begin_before_the_end():
     with pytest.raises(ValueError, match="expected begin to be less than end"):
         gmp.Params(begin=0.6, end=0.5)
 
@@ -379,16 +381,16 @@ def test_template_prunes_at_random():
     (stage,) = template.stages(template.Params())
     stage.before_fit(run)
     for module, weight in zip(prunable(run.model).values(), before, strict=True):
-        live = module.weight != 0
+        active = module.weight != 0
         assert (
-            int(live.sum())
+            int(active.sum())
             == layer_keep_counts(run.model, 0.7)[
                 next(n for n, m in prunable(run.model).items() if m is module)
             ]
         )
-        assert torch.equal(module.weight[live], weight[live])
-        largest = weight.abs().flatten().topk(int(live.sum())).indices
-        assert not live.flatten()[largest].all()
+        assert torch.equal(module.weight[active], weight[active])
+        largest = weight.abs().flatten().topk(int(active.sum())).indices
+        assert not active.flatten()[largest].all()
 
 
 # ---------------------------------------------------------------- HARP
@@ -461,10 +463,10 @@ def test_harp_ends_at_the_global_target_with_unequal_layers(net, sparsity, rates
     assert nonzero_count(run.model) == keep_count(weight_count(run.model), sparsity)
     densities = []
     for module, score in zip(prunable(run.model).values(), scores, strict=True):
-        live = module.weight != 0
-        densities.append(float(live.float().mean()))
-        if 0 < int(live.sum()) < live.numel():
-            assert score[live].min() >= score[~live].max()
+        active = module.weight != 0
+        densities.append(float(active.float().mean()))
+        if 0 < int(active.sum()) < active.numel():
+            assert score[active].min() >= score[~active].max()
     if abs(shares[0] - shares[1]) > 0.3 and max(densities) < 1:
         assert (densities[0] > densities[1]) == (shares[0] > shares[1])
 
@@ -489,7 +491,7 @@ def test_harp_finetunes_the_weights_that_it_chose():
     assert all(torch.equal(m.weight != 0, chosen[n]) for n, m in prunable(run.model).items())
 
 
-def test_masks_that_are_set_take_weights_and_momentum_along():
+def test_set_masks_also_masks_weights_and_momentum():
     stage, run = started(snip.SnipStage(snip.Params().train), 0.8)
     step(stage, run, 1)
     none = {name: torch.zeros_like(layer.mask) for name, _, layer in masked_layers(run.model)}
@@ -499,12 +501,12 @@ def test_masks_that_are_set_take_weights_and_momentum_along():
         assert not run.optimizer.state[weight]["momentum_buffer"].any()
 
 
-# ---------------------------------------------------------------- what has no rank
+# ---------------------------------------------------------------- values that are not finite
 
 
 @pytest.mark.parametrize("spoilt", ["weight", "gradient"])
 @pytest.mark.parametrize("name", [*DYNAMIC, "snip", "gmp"])
-def test_what_is_not_finite_is_never_ranked(name, spoilt):
+def test_values_that_are_not_finite_are_never_ranked(name, spoilt):
     made = DYNAMIC | {
         "snip": lambda: snip.SnipStage(snip.Params().train),
         "gmp": lambda: gmp.GradualStage(gmp.Params(update_every=1)),
@@ -520,7 +522,7 @@ def test_what_is_not_finite_is_never_ranked(name, spoilt):
         return torch.full_like(weight, math.nan if spoilt == "gradient" else 0.0)
 
     def train():
-        for offset in (0, 0, 1):  # a gradient may first spoil the weights
+        for offset in (0, 0, 1):  # a gradient that is not finite may change the weights first
             step(stage, run, at + offset, gradient)
 
     with pytest.raises(TrainingError, match="scores of weights are not finite"):
@@ -535,7 +537,7 @@ def test_admm_projects_no_weights_that_are_not_finite(projection):
 
 
 @pytest.mark.parametrize("method", [hydra, harp])
-def test_masks_of_scores_that_are_not_finite_are_not_formed(method):
+def test_no_masks_are_computed_from_scores_that_are_not_finite(method):
     run = run_of(NETS[0](), 0.5)
     stage = method.stages(method.Params())[0]
     stage.before_fit(run)

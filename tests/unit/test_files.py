@@ -51,7 +51,7 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_folder_that_cannot_be_created_gives_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UsageError, match="cannot write results here"),

@@ -1,4 +1,4 @@
-"""Losses, their gradients and their side effects, on networks small enough to work out by hand."""
+"""Losses, gradients and side effects on small networks, by hand."""
 
 import dataclasses
 import math
@@ -75,7 +75,7 @@ def clip(value, centre):
 
 
 def moved(x, start, signs):
-    """One signed step from `start`, cut to the ball around x and the box."""
+    """One signed step from `start`, projected to the ball around x and the box."""
     return [clip(s + STEP * sign, centre) for centre, s, sign in zip(x, start, signs, strict=True)]
 
 
@@ -84,7 +84,7 @@ def sign(value):
 
 
 def adversarial_of_at(seed=5):
-    """The uniform start is that of the generator; the step goes against the label."""
+    """The start is uniform. The step reduces the probability of the label."""
     noise = torch.rand(X.shape, generator=torch.Generator().manual_seed(seed)).view(2, 3).tolist()
     rows = []
     for x, n, label in zip(X.view(2, 3).tolist(), noise, Y.tolist(), strict=True):
@@ -94,7 +94,7 @@ def adversarial_of_at(seed=5):
 
 
 def adversarial_of_trades(seed=5):
-    """From x + 0.001 N(0,1) the divergence grows away from x, whatever the label is."""
+    """The start is x + 0.001 N(0,1). The step goes away from x and does not depend on the label."""
     noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(seed)).view(2, 3).tolist()
     rows = []
     for x, n in zip(X.view(2, 3).tolist(), noise, strict=True):
@@ -126,9 +126,12 @@ def test_at_by_hand():
     assert torch.allclose(model[1].weight.grad[1], gradient, atol=1e-6)
 
 
-def test_mat_attacks_the_first_half_of_the_batch_alone():
+def test_mat_attacks_only_the_first_half_of_the_batch():
     model, rows = linear(), X.view(2, 3).tolist()
-    (attacked, _), clean = adversarial_of_at(), rows[1]  # the first image starts as with `at`
+    (attacked, _), clean = (
+        adversarial_of_at(),
+        rows[1],
+    )  # the first image has the same start as with `at`
     expected = (cross_entropy(logit(attacked), 0) + cross_entropy(logit(clean), 1)) / 2
     assert loss_of("mat", model, x=X, y=Y).item() == pytest.approx(expected)
 
@@ -180,13 +183,13 @@ def test_trades_gradient_by_hand_flows_through_both_branches():
         # d KL / dz_adv = q - p, d KL / dz = p (1 - p) (z - z_adv)
         expected += 2.0 * (q - p) * torch.tensor(a) / 2
         clean_branch += 2.0 * p * (1 - p) * (z - z_adv) * torch.tensor(x) / 2
-    assert clean_branch.abs().max() > 1e-3  # it would be missed
+    assert clean_branch.abs().max() > 1e-3  # so the test would notice if it were missing
     assert torch.allclose(model[1].weight.grad[1], expected + clean_branch, atol=1e-5)
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 40.0])
-def test_mart_by_hand_with_the_authors_small_numbers(sharpness):
-    """Three classes; sharp outputs are where 1.0001, 1.0000001 and 1e-12 decide."""
+def test_mart_by_hand_with_the_constants_of_the_authors(sharpness):
+    """Three classes. With sharp outputs, 1.0001, 1.0000001 and 1e-12 matter."""
     model = with_batch_norm().eval()
     model[3].p = 0.0
     model[-1].weight.data *= sharpness
@@ -219,11 +222,11 @@ def test_crafted_images_of_both_attacks_by_hand():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_loss_is_a_mean_over_the_batch(name):
-    """Repeating every image leaves it as it is, up to the random start."""
+    """Repeating every image does not change the loss, except for the random start."""
     model = linear()
     one = loss_of(name, model, attacker(steps=8), x=X, y=Y).item()
     two = loss_of(name, model, attacker(steps=8), x=X.repeat(9, 1, 1, 1), y=Y.repeat(9)).item()
-    assert two == pytest.approx(one, rel=0.2)  # a sum would be nine times as much
+    assert two == pytest.approx(one, rel=0.2)  # a sum would be nine times larger
 
 
 def test_stronger_crafting_raises_the_loss():
@@ -233,7 +236,7 @@ def test_stronger_crafting_raises_the_loss():
     assert natural < loss_of("at", model, attacker(steps=1)) < loss_of("at", model, attacker(10))
 
 
-def test_study_fills_in_beta(study_data, load_study):
+def test_beta_has_a_default_in_the_study(study_data, load_study):
     study_data["training"]["beta"] = 0.5
     objective = objectives.make_objective("trades", load_study(study_data).training)
     found = objective(linear(), X, Y, attacker()).item()
@@ -250,7 +253,7 @@ def craft(name, model, made):
 
 
 def calls_of(network, monkeypatch):
-    """The mode and the outputs of every pass from here on; a hook would forbid a view.
+    """Record the mode and the outputs of every pass. (A hook would prevent a folded view.)
 
     The passes of a view are those of all views: each refresh makes a new one.
     """
@@ -267,7 +270,7 @@ def calls_of(network, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["labels", "outputs"])
-def test_crafting_in_eval_mode_leaves_no_trace_in_the_network(name):
+def test_crafting_in_eval_mode_does_not_change_the_network(name):
     model = with_batch_norm()
     model[3].eval()
     modes = [module.training for module in model.modules()]
@@ -291,7 +294,7 @@ def test_crafting_uses_running_statistics_in_eval_and_those_of_the_batch_in_trai
     view = folding.view_of(model.eval(), BATCH)
     seen = calls_of(view, monkeypatch), calls_of(model, monkeypatch)
     craft(name, model.train(), attacker(steps=2))
-    assert seen[0]  # a view has running statistics alone
+    assert seen[0]  # a view has only running statistics
     assert not seen[1]
     seen[0].clear()
     craft(name, model, attacker(steps=2, bn_mode="train"))
@@ -300,7 +303,7 @@ def test_crafting_uses_running_statistics_in_eval_and_those_of_the_batch_in_trai
 
 
 @pytest.mark.parametrize(("name", "batches"), [("natural", 1), ("at", 1), ("trades", 2)])
-def test_statistics_see_the_training_passes_alone(name, batches):
+def test_only_the_training_passes_update_the_statistics(name, batches):
     model = with_batch_norm()
     loss_of(name, model, attacker(steps=4))
     assert int(model[1].num_batches_tracked) == batches
@@ -308,7 +311,7 @@ def test_statistics_see_the_training_passes_alone(name, batches):
 
 
 @pytest.mark.parametrize(("name", "batches"), [("natural", 1), ("at", 5), ("trades", 7)])
-def test_statistics_absorb_the_crafting_in_train_mode(name, batches):
+def test_crafting_in_train_mode_updates_the_statistics(name, batches):
     model = with_batch_norm()
     loss_of(name, model, attacker(steps=4, bn_mode="train"))
     assert int(model[1].num_batches_tracked) == batches
@@ -335,7 +338,7 @@ def test_global_random_numbers_are_not_drawn(name):
 
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_passes_are_those_that_a_step_takes(name, steps, monkeypatch):
+def test_passes_are_those_of_a_step(name, steps, monkeypatch):
     model, backward = with_batch_norm(), []
     for x in (BATCH, BATCH[:3]):
         view = folding.view_of(model.eval(), x)
@@ -358,8 +361,8 @@ def test_every_objective_has_its_passes():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradients_do_not_depend_on_forming_the_effective_weights_once(name):
-    """TRADES starts with a pass without gradients, which must not be what the step then uses."""
+def test_gradients_do_not_depend_on_computing_the_effective_weights_once(name):
+    """TRADES starts with a pass without gradients. The step must not use its weights."""
     gradients = []
     for once in (False, True):
         model = with_batch_norm()
@@ -375,7 +378,7 @@ def test_gradients_do_not_depend_on_forming_the_effective_weights_once(name):
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0] if gradient.dim() > 1)
 
 
-# ---------------------------------------------------------------- mart, reach and norm
+# ---------------------------------------------------------------- mart, eps and norm
 
 
 def softmax(row):
@@ -384,7 +387,7 @@ def softmax(row):
 
 
 class Three(nn.Module):
-    """Logits (a.x, b.x, 0), and the images that it was given."""
+    """Logits (a.x, b.x, 0), and a list of its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -417,7 +420,9 @@ def test_mart_gradient_equals_a_numerical_one():
     images, made = X.double(), attacker()
 
     def loss():
-        made.generator.manual_seed(5)  # the same images each time: a small change turns no sign
+        made.generator.manual_seed(
+            5
+        )  # the same images each time, because a small change does not change a sign
         return OBJECTIVES["mart"](model, images, Y, made, 6.0)
 
     def at(i, j, change):
@@ -441,7 +446,7 @@ def test_mart_crafts_against_the_label_from_the_gaussian_start():
 
 
 @pytest.mark.parametrize("craft", ["attack_labels", "attack_outputs"])
-def test_scaled_attacker_shortens_reach_and_steps_alike(craft):
+def test_scaled_attacker_scales_eps_and_step_size(craft):
     words = (linear(), X, Y) if craft == "attack_labels" else (linear(), X)
     full, half = attacker(steps=3), attacker(steps=3).scaled(0.5)
     short = Attacker(EPS / 2, Crafting(steps=3, step_size=STEP / 2), full.generator)
@@ -453,7 +458,7 @@ def test_scaled_attacker_shortens_reach_and_steps_alike(craft):
 
 
 @pytest.mark.parametrize("craft", ["attack_labels", "attack_outputs"])
-def test_crafting_is_in_the_norm_of_the_threat(craft):
+def test_crafting_uses_the_norm_of_the_threat(craft):
     words = (linear(), X, Y) if craft == "attack_labels" else (linear(), X)
     crafting = Crafting(steps=5, step_size=0.3)
     made = Attacker(0.3, crafting, torch.Generator().manual_seed(1), "L2")
@@ -465,7 +470,7 @@ def test_crafting_is_in_the_norm_of_the_threat(craft):
     assert abs(float(along @ W / W.norm())) == pytest.approx(1, abs=0.1)  # the gradient itself
 
 
-def test_mat_attacks_the_first_half_and_weighs_both_the_same():
+def test_mat_attacks_the_first_half_and_gives_both_the_same_weight():
     model = Three().train()
     x, y = torch.cat([X, X[:1]]), torch.tensor([0, 1, 0])
     loss = loss_of("mat", model, x=x, y=y)
@@ -515,7 +520,7 @@ def test_label_smoothing_by_hand(name, study_data, load_study):
 
 
 @pytest.mark.parametrize("name", ["trades", "rst"])
-def test_label_smoothing_of_trades_changes_the_clean_cross_entropy_alone(
+def test_label_smoothing_of_trades_changes_only_the_clean_cross_entropy(
     name, study_data, load_study
 ):
     study_data["training"]["beta"] = 2.5

@@ -14,7 +14,7 @@ def factors(steps_per_epoch=1, **settings):
     return [schedule_factor(fit, s, steps_per_epoch) for s in range(fit.epochs * steps_per_epoch)]
 
 
-def test_constant_is_one_throughout():
+def test_constant_schedule_is_always_one():
     assert factors(epochs=3, schedule="constant") == [1.0, 1.0, 1.0]
 
 
@@ -40,7 +40,7 @@ def test_step_drops_at_the_milestones_exactly():
     assert found[150:] == pytest.approx([0.01] * 50)
 
 
-def test_step_takes_gamma_and_any_number_of_milestones():
+def test_step_schedule_has_gamma_and_any_number_of_milestones():
     found = factors(epochs=10, schedule="step", gamma=0.5, milestones=(0.2, 0.7, 0.9))
     assert found == [1, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125]
     assert factors(epochs=2, schedule="step", milestones=()) == [1, 1]
@@ -48,13 +48,13 @@ def test_step_takes_gamma_and_any_number_of_milestones():
 
 
 @pytest.mark.parametrize("tenth", range(1, 10))
-def test_step_that_falls_on_a_milestone_is_after_it(tenth):
+def test_step_at_a_milestone_has_the_lower_rate(tenth):
     found = factors(steps_per_epoch=3, epochs=10, schedule="step", milestones=(tenth / 10,))
     assert found == pytest.approx([1.0] * (3 * tenth) + [0.1] * (30 - 3 * tenth))
 
 
 def test_admm_retraining_drops_at_epochs_80_and_150_of_200():
-    from robsparse.baselines.admm import Retrain  # noqa: PLC0415 (one case of many here)
+    from robsparse.baselines.admm import Retrain  # noqa: PLC0415 (only one test needs it)
 
     found = [schedule_factor(Retrain(), epoch, 1) for epoch in (79, 80, 149, 150, 199)]
     assert found == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])
@@ -93,7 +93,7 @@ def test_fixed_mask_is_drawn_once_and_survives_large_changes(make_run):
     assert nonzero_count(model) == stage.active_weights(run) == 10
 
 
-def test_fixed_mask_of_a_pruned_network_is_its_own(make_run):
+def test_fixed_mask_of_a_pruned_network_is_unchanged(make_run):
     model = nn.Sequential(nn.Linear(10, 10, bias=False))
     mask = torch.rand(10, 10).argsort(dim=1) < 1  # one of ten in every row
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_fixed_mask_of_a_pruned_network_is_its_own(make_run):
 # ---------------------------------------------------------------- warm-up and cosine by epoch
 
 
-def test_cosine_of_epochs_by_hand_is_the_one_of_the_epoch_before():
+def test_cosine_of_epochs_by_hand_uses_the_previous_epoch():
     # (1 + cos(pi (e - 1) / 4)) / 2 for e = 0, 1, 2, 3, the same in both steps of an epoch
     root = 2**-0.5
     by_epoch = [(1 + root) / 2, 1.0, (1 + root) / 2, 0.5]
@@ -124,7 +124,7 @@ def test_warm_up_multiplies_the_schedule():
     assert found == pytest.approx([p * min(1, (t + 1) / 3) for t, p in enumerate(plain)])
 
 
-def test_remaining_weights_are_those_that_are_not_zero(make_run):
+def test_remaining_weights_are_the_nonzero_weights(make_run):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.0, -1.0], [2.0, 0.0]]))
@@ -135,7 +135,7 @@ def test_remaining_weights_are_those_that_are_not_zero(make_run):
     assert not masks["0"].requires_grad
 
 
-def test_fixed_mask_keeps_the_largest_weights_unless_told(make_run):
+def test_fixed_mask_keeps_the_largest_weights_by_default(make_run):
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.1, -3.0, 0.2, 2.0]]))

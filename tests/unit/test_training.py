@@ -1,4 +1,4 @@
-"""The one loop against a slow loop written out, and what its stages may change."""
+"""The training loop against a slow loop, and what the stages may change."""
 
 import contextlib
 import itertools
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def one(study_data, load_study, tmp_path):
-    """one(method, **changes of the grid) -> the study, its cell of that method, its folder."""
+    """one(method, **changes of the grid) -> the study, the cell of that method, and the folder."""
 
     def make(method, **grid):
         study_data["grid"] |= {"methods": [method]} | grid
@@ -49,7 +49,7 @@ def one(study_data, load_study, tmp_path):
 
 
 def take_step(session, stage, index, factor=1.0):
-    """One step on the training images of these numbers."""
+    """One step on the training images with these indices."""
     loop.set_learning_rate(session.run, stage, factor)
     batch = session.batches.train[index]
     attacker = loop.attacker_at(session, Position())
@@ -67,7 +67,7 @@ def fresh(study, cell):
 
 
 def slow_natural_training(study, cell, fit):
-    """SGD written out on plain tensors: order, schedule, decay, momentum."""
+    """SGD on plain tensors: order, schedule, decay, momentum."""
     model, splits = fresh(study, cell)
     model.train()
     parameters = list(model.parameters())
@@ -136,8 +136,8 @@ def test_dense_training_equals_a_slow_loop(decay, schedule, nesterov, study_data
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
-def test_adversarial_training_crafts_each_batch_from_its_own_random_numbers(study_data, one):
-    """One step of `at` written out, with the generator that is named after data and objective."""
+def test_adversarial_training_crafts_each_batch_with_the_crafting_generator(study_data, one):
+    """One step of `at` by hand, with a generator that depends on data and objective."""
     study, cell, layout = one("dense")
     session = prepare_session(study, cell, layout, CPU)
     (stage,) = session.stages
@@ -164,7 +164,7 @@ def test_loss_that_is_not_finite_stops_with_stage_and_epoch(one):
 
 
 @pytest.mark.parametrize("tensor", ["0.weight", "1.running_var"])
-def test_a_last_step_that_spoils_the_network_is_no_result(tensor, one, monkeypatch):
+def test_a_network_that_is_not_finite_after_the_last_step_is_refused(tensor, one, monkeypatch):
     """No later loss would show it."""
     study, cell, layout = one("dense", objectives=["natural"])
     ordinary = loop.update
@@ -204,7 +204,7 @@ def test_scores_that_are_not_finite_are_one_line_with_cell_stage_and_epoch(one, 
 
 
 class Rolls(torch.nn.Module):
-    """Draws from everything that a foreign network may draw from."""
+    """Draws from all global generators that an external model may use."""
 
     def forward(self, x):
         if not self.training:
@@ -214,7 +214,7 @@ class Rolls(torch.nn.Module):
 
 @pytest.fixture
 def restless(monkeypatch):
-    """Every network has dropout and draws global random numbers while it trains."""
+    """Every network has dropout and uses global random numbers in training."""
     build = construct.build
 
     def built(*args):
@@ -225,9 +225,7 @@ def restless(monkeypatch):
 
 @pytest.mark.usefixtures("restless")
 @pytest.mark.parametrize("every", [1, 4])
-def test_networks_with_dropout_train_to_the_same_bits_however_often_they_are_stopped(
-    every, study_data, one
-):
+def test_networks_with_dropout_have_the_same_bits_after_any_number_of_stops(every, study_data, one):
     study_data["training"]["batch_size"] = 200
     study_data["methods"]["bcs"]["train"]["epochs"] = 2
     study, cell, layout = one("bcs")
@@ -236,7 +234,7 @@ def test_networks_with_dropout_train_to_the_same_bits_however_often_they_are_sto
     layout.training(cell).unlink()
     stops = 0
     while not layout.training(cell).exists():
-        torch.manual_seed(stops)  # as another process would have it
+        torch.manual_seed(stops)  # as in another process
         np.random.seed(stops)  # noqa: NPY002
         random.seed(stops)
         with contextlib.suppress(Interrupted):
@@ -247,10 +245,10 @@ def test_networks_with_dropout_train_to_the_same_bits_however_often_they_are_sto
 
 
 @pytest.mark.parametrize("every", [1, 5])
-def test_momentum_comes_back_to_its_own_parameter_after_a_masked_stage(
+def test_momentum_is_restored_to_the_right_parameter_after_a_masked_stage(
     every, study_data, one, monkeypatch
 ):
-    """Whatever a stage did to the modules, the next one has its parameters in the same order."""
+    """The order of the parameters is the same in all stages."""
     stages = [
         FixedMaskStage("prune", Fit(epochs=1, lr=0.1)),
         Stage(Fit(epochs=1, lr=0.1, momentum=0.9)),
@@ -272,7 +270,7 @@ def test_momentum_comes_back_to_its_own_parameter_after_a_masked_stage(
 
 @pytest.fixture
 def pruned(study_data, one):
-    """pruned(method) -> a trained cell whose dense start was trained before."""
+    """pruned(method) -> a trained cell. Its dense starting network is trained too."""
 
     def train(method, **grid):
         study, cell, layout = one(method, **grid)
@@ -289,7 +287,7 @@ def load(study, cell, layout):
     return model
 
 
-def test_hydra_prune_stage_moves_scores_and_batch_norm_and_nothing_else(pruned):
+def test_hydra_prune_stage_changes_only_scores_and_batch_norm(pruned):
     study, cell, layout = pruned("hydra")
     dense = load(study, study.starting_cell(cell), layout)
     session = prepare_session(study, cell, layout, CPU)
@@ -330,7 +328,7 @@ def test_lwm_keeps_the_largest_weights_of_the_dense_network_and_trains_them(prun
         assert not torch.equal(after[after != 0], before[after != 0])
 
 
-def test_admm_pulls_the_weights_towards_their_projection(pruned, study_data):
+def test_admm_moves_the_weights_towards_their_projection(pruned, study_data):
     study_data["methods"]["admm"] |= {"rho": 5.0}
     study_data["methods"]["admm"]["admm"] |= {"epochs": 3}
     study, cell, layout = pruned("admm")
@@ -351,10 +349,12 @@ def test_admm_pulls_the_weights_towards_their_projection(pruned, study_data):
     assert gap() < 0.2 * before
 
 
-def test_pruning_starts_from_the_last_weights_and_not_from_the_best(study_data, one, told):
+def test_pruning_starts_from_the_last_weights_and_not_from_the_best(
+    study_data, one, fixed_accuracies
+):
     study_data["methods"]["dense"]["pretrain"]["epochs"] = 2
     study, cell, layout = one("lwm", objectives=["natural"])
-    networks = told([0.9, 0.1, 0.1])
+    networks = fixed_accuracies([0.9, 0.1, 0.1])
     loop.train_cell(study, study.starting_cell(cell), layout, device="cpu")
     start = prepare_session(study, cell, layout, CPU).run.model.state_dict()
     assert all(torch.equal(start[name], value) for name, value in networks[1].items())
@@ -362,7 +362,7 @@ def test_pruning_starts_from_the_last_weights_and_not_from_the_best(study_data, 
 
 
 @pytest.mark.parametrize("method", ["lwm", "hydra", "admm"])
-def test_cost_counts_the_dense_start_too(method, pruned):
+def test_cost_includes_the_dense_training(method, pruned):
     study, cell, layout = pruned(method)
     own, start = (
         json.loads(layout.training(each).read_text()) for each in (cell, study.starting_cell(cell))
@@ -381,7 +381,7 @@ def test_cost_counts_the_dense_start_too(method, pruned):
 # ---------------------------------------------------------------- validation
 
 
-def test_validation_is_repeatable_and_leaves_the_network_alone(one):
+def test_validation_is_repeatable_and_does_not_change_the_network(one):
     study, cell, _ = one("dense")
     model, splits = fresh(study, cell)
     model.train()
@@ -401,14 +401,16 @@ def test_accuracies_are_those_of_the_images_in_eval_mode(one):
     model, splits = fresh(study, cell)
     part = splits.validation
     model.train()
-    model(splits.train.x_NCHW[:200])  # statistics differ from those of the validation batch
+    model(
+        splits.train.x_NCHW[:200]
+    )  # so that running statistics differ from those of the validation batch
     attacker = Attacker(1e-9, study.training.crafting, torch.Generator())
     found = validate(model, part, attacker, 1)
     expected = float((model.eval()(part.x_NCHW).argmax(1) == part.y_N).float().mean())
     assert found["val_clean"] == found["val_robust"] == pytest.approx(expected)
 
 
-def test_missing_start_is_one_line_that_says_what_to_train(one):
+def test_missing_starting_weights_give_one_line_with_the_cell_to_train(one):
     study, cell, layout = one("lwm")
     with pytest.raises(UsageError, match=r"train --cell digits/small_cnn/dense/at/s0\.0000/seed0"):
         prepare_session(study, cell, layout, CPU)
@@ -446,10 +448,10 @@ def test_validation_equals_a_slow_one(one, monkeypatch):
         torch.testing.assert_close(seen.pop(0), x)
 
 
-# ---------------------------------------------------------------- what is selected, what is held
+# ---------------------------------------------------------------- selection and active weights
 
 
-def test_curve_has_the_mean_loss_of_each_epoch_and_the_rate_that_it_starts_with(
+def test_curve_has_the_mean_loss_and_the_first_learning_rate_of_each_epoch(
     study_data, one, monkeypatch
 ):
     fit = {"epochs": 3, "lr": 0.2, "schedule": "step", "milestones": [0.3, 0.6], "gamma": 0.5}
@@ -469,7 +471,7 @@ def test_curve_has_the_mean_loss_of_each_epoch_and_the_rate_that_it_starts_with(
     assert [point["lr"] for point in curve] == pytest.approx([0.2, 0.1, 0.05])
 
 
-def test_clean_passes_move_batch_norm_and_are_counted(study_data, one):
+def test_clean_passes_change_batch_norm_and_are_counted(study_data, one):
     study_data["methods"]["dense"]["pretrain"]["clean_passes"] = 2
     study, cell, layout = one("dense", objectives=["natural"])
     loop.train_cell(study, cell, layout, device="cpu")
@@ -481,7 +483,7 @@ def test_clean_passes_move_batch_norm_and_are_counted(study_data, one):
     assert (cost["forward_passes"], cost["backward_passes"]) == (3 * steps, steps)
 
 
-def test_accuracy_of_the_largest_class_itself_is_guessing(one, monkeypatch):
+def test_the_accuracy_of_the_largest_class_counts_as_guessing(one, monkeypatch):
     monkeypatch.setattr(recorder, "guessing_accuracy", lambda part: 0.25)
     made = recorder.Recorder(prepare_session(*one("dense"), CPU), recorder.TrainingRecord())
     for accuracy, count in ((0.25, 1), (0.2, 2), (0.26, 0)):
@@ -489,7 +491,7 @@ def test_accuracy_of_the_largest_class_itself_is_guessing(one, monkeypatch):
         assert made.record.collapsed == count
 
 
-def test_random_numbers_are_named_after_what_they_are_for(study_data, load_study, tmp_path):
+def test_seeds_depend_on_the_purpose_of_the_random_numbers(study_data, load_study, tmp_path):
     """Methods share initial weights and crafting; objectives, sparsities and seeds differ."""
     grid = {"methods": ["bcs", "set"], "sparsities": [0.9, 0.95], "seeds": [0, 1]}
     grid |= {"objectives": ["at", "trades"]}
@@ -511,8 +513,8 @@ def test_random_numbers_are_named_after_what_they_are_for(study_data, load_study
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """told(accuracies) -> the networks that were validated, which were told these accuracies."""
+def fixed_accuracies(monkeypatch):
+    """fixed_accuracies(values) -> a list of the validated networks. Validation returns `values`."""
 
     def tell(accuracies):
         left, networks = list(accuracies), []
@@ -531,10 +533,12 @@ def told(monkeypatch):
     ("accuracies", "best"),
     [([0.1, 0.3, 0.3, 0.2], 2), ([0.2, 0.2, 0.2, 0.2], 1), ([0.0, 0.1, 0.2, 0.3], 4)],
 )
-def test_the_first_of_the_best_epochs_is_selected(accuracies, best, told, study_data, one):
+def test_the_first_of_the_best_epochs_is_selected(
+    accuracies, best, fixed_accuracies, study_data, one
+):
     study_data["methods"]["dense"]["pretrain"]["epochs"] = 4
     study, cell, layout = one("dense", objectives=["natural"])
-    networks = told(accuracies)
+    networks = fixed_accuracies(accuracies)
     loop.train_cell(study, cell, layout, device="cpu")
     selected = json.loads(layout.training(cell).read_text())["selected"]
     assert selected["best_val"] == {"epoch": best, "val_robust": max(accuracies)}
@@ -546,11 +550,13 @@ def test_the_first_of_the_best_epochs_is_selected(accuracies, best, told, study_
         assert all(torch.equal(state[name], value) for name, value in networks[index].items())
 
 
-def test_networks_are_validated_every_so_many_epochs_and_at_the_end(told, study_data, one):
+def test_networks_are_validated_every_so_many_epochs_and_at_the_end(
+    fixed_accuracies, study_data, one
+):
     study_data["methods"]["dense"]["pretrain"]["epochs"] = 6
     study_data["training"]["validation"] = {"every": 2}
     study, cell, layout = one("dense", objectives=["natural"])
-    told([0.1, 0.4, 0.2, 0.3])
+    fixed_accuracies([0.1, 0.4, 0.2, 0.3])
     loop.train_cell(study, cell, layout, device="cpu")
     record = json.loads(layout.training(cell).read_text())
     assert [p["epoch"] for p in record["curve"] if "val_robust" in p] == [1, 3, 5, 6]
@@ -559,7 +565,7 @@ def test_networks_are_validated_every_so_many_epochs_and_at_the_end(told, study_
 
 @pytest.mark.parametrize("largest", range(6))
 def test_peak_active_weights_are_those_of_any_stage_and_epoch(largest, one, monkeypatch):
-    """Nonzero weights are counted at the start of each of two stages and after their two epochs."""
+    """Nonzero weights are counted at the start of each stage and after each epoch."""
     counts = [7] * 6
     counts[largest] = 9
 
@@ -615,7 +621,7 @@ def test_learning_rate_warms_up_by_hand():
     )
 
 
-def test_eps_warms_up_in_networks_from_scratch_alone(study_data, one, pruned):
+def test_eps_warms_up_only_in_networks_from_scratch(study_data, one, pruned):
     study_data["training"]["crafting"]["eps_warmup"] = 1
     study, cell, layout = pruned("lwm")
     scratch = prepare_session(study, study.starting_cell(cell), layout, CPU)
@@ -628,7 +634,7 @@ def test_eps_warms_up_in_networks_from_scratch_alone(study_data, one, pruned):
     assert loop.attacker_at(pruning, Position()).scale == 1
 
 
-def test_eps_warms_up_in_the_first_stage_alone_and_over_its_epochs(study_data, one):
+def test_eps_warms_up_only_in_the_first_stage_and_over_its_epochs(study_data, one):
     study_data["methods"]["dense"]["pretrain"]["epochs"] = 3
     study_data["training"]["crafting"]["eps_warmup"] = 2
     session = prepare_session(*one("dense"), CPU)
@@ -638,7 +644,7 @@ def test_eps_warms_up_in_the_first_stage_alone_and_over_its_epochs(study_data, o
     assert found == pytest.approx([1 / (2 * steps), (steps + 1) / (2 * steps), 1, 1, 1])
 
 
-def test_scaled_attacker_stays_within_the_shorter_reach():
+def test_scaled_attacker_stays_within_the_smaller_eps():
     attacker = Attacker(0.2, Crafting(steps=3, step_size=0.1), torch.Generator().manual_seed(0))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
     x = torch.full((4, 1, 4, 4), 0.5)
@@ -696,7 +702,7 @@ def test_nesterov_by_hand_across_a_drop_of_the_learning_rate(velocity, study_dat
 
 @pytest.fixture
 def guessing(monkeypatch):
-    """Every validation finds a network that only guesses; returns how good guessing is."""
+    """Make every validation find the accuracy of guessing, and return this accuracy."""
     monkeypatch.setattr(
         recorder, "validate", lambda model, part, *_: {"val_clean": 0.1, "val_robust": 0.0}
     )
@@ -704,7 +710,7 @@ def guessing(monkeypatch):
 
 
 @pytest.mark.usefixtures("guessing")
-def test_a_network_that_only_guesses_is_stopped_and_marked(study_data, one, capsys):
+def test_training_of_a_network_that_only_guesses_stops_with_a_failure(study_data, one, capsys):
     study_data["training"]["collapse_after"] = 3
     study_data["methods"]["bcs"]["train"]["epochs"] = 9
     study, cell, layout = one("bcs")
@@ -719,7 +725,7 @@ def test_a_network_that_only_guesses_is_stopped_and_marked(study_data, one, caps
 
 
 @pytest.mark.usefixtures("guessing")
-def test_the_guard_can_be_turned_off(study_data, one):
+def test_the_collapse_check_can_be_disabled(study_data, one):
     study_data["training"]["collapse_after"] = 0
     study_data["methods"]["bcs"]["train"]["epochs"] = 4
     study, cell, layout = one("bcs")
@@ -729,7 +735,7 @@ def test_the_guard_can_be_turned_off(study_data, one):
     assert record["failure"] == ""
 
 
-def test_one_good_validation_starts_the_count_again(one):
+def test_one_good_validation_resets_the_count(one):
     made = recorder.Recorder(prepare_session(*one("dense"), CPU), recorder.TrainingRecord())
     point = {"epoch": 1, "stage": "pretrain"}
     for accuracy in [0.1] * 9 + [0.5] + [0.1] * 9:
@@ -737,7 +743,7 @@ def test_one_good_validation_starts_the_count_again(one):
     assert made.record.failure == ""
 
 
-def test_a_network_that_starts_from_a_failed_one_says_so(pruned):
+def test_a_network_that_starts_from_a_failed_network_has_a_failure(pruned):
     study, cell, layout = pruned("lwm")
     path = layout.training(study.starting_cell(cell))
     record = json.loads(path.read_text())
@@ -757,7 +763,7 @@ def test_guessing_accuracy():
 
 
 def test_self_training_mixes_pseudo_labelled_images_into_each_batch(study_data, one, tmp_path):
-    images = np.full((30, 8, 8), 255, dtype=np.uint8)  # white: told apart from the digits
+    images = np.full((30, 8, 8), 255, dtype=np.uint8)  # white, so they differ from the digits
     np.savez(tmp_path / "extra.npz", images=images, labels=np.arange(30) % 10)
     study_data["training"] |= {"rst_file": str(tmp_path / "extra.npz"), "rst_fraction": 0.25}
     study, cell, layout = one("dense", objectives=["rst"])
@@ -770,7 +776,7 @@ def test_self_training_mixes_pseudo_labelled_images_into_each_batch(study_data, 
         white = (x_NCHW == 1).flatten(1).all(dim=1)
         assert white.tolist() == [False] * 48 + [True] * 16
         seen += y_N[white].tolist()
-    assert Counter(seen[:30]) == dict.fromkeys(range(10), 3)  # all once before any comes again
+    assert Counter(seen[:30]) == dict.fromkeys(range(10), 3)  # every image once before a repetition
     loop.train_cell(study, cell, layout, device="cpu")
     assert json.loads(layout.training(cell).read_text())["cost"]["epochs"] == 1
 
@@ -783,11 +789,11 @@ def test_extra_images_of_another_shape_are_refused(study_data, one, tmp_path):
         prepare_session(*one("dense", objectives=["rst"]), CPU)
 
 
-# ---------------------------------------------------------------- what images are crafted on
+# ---------------------------------------------------------------- crafted_on
 
 
 class Tutorial(torch.nn.Module):
-    """Takes a tensor with channels first, as tutorials do; a hook is what no view follows."""
+    """Uses `view`, which needs channels first. Its hook prevents a folded view."""
 
     def __init__(self, hooked=False, channels=1):
         super().__init__()
@@ -802,7 +808,7 @@ class Tutorial(torch.nn.Module):
 
 @pytest.mark.parametrize(("hooked", "used"), [(False, "view"), (True, "network")])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_networks_of_any_code_train_and_the_record_says_on_what(  # noqa: PLR0917
+def test_networks_of_any_code_train_and_their_record_has_crafted_on(  # noqa: PLR0917
     hooked, used, precision, study_data, one, monkeypatch, capsys
 ):
     monkeypatch.setattr(construct, "build", lambda *_: Tutorial(hooked))
@@ -814,12 +820,12 @@ def test_networks_of_any_code_train_and_the_record_says_on_what(  # noqa: PLR091
     loop.train_cell(study, cell, layout, device="cpu")
     assert json.loads((layout.training(cell)).read_text())["crafted_on"] == used
     out = capsys.readouterr().out
-    # Once each process: the network is made anew when a run is taken up.
+    # Once in each process, because a resumed run creates the network again.
     assert out.count("folded view: not used for this network, 'conv' has hooks") == 2 * hooked
 
 
 @pytest.mark.parametrize(("network", "lines"), [(Tutorial, 1), (torch.nn.Conv2d, 0)])
-def test_network_that_takes_no_channels_last_gets_its_images_with_channels_first(
+def test_network_that_refuses_channels_last_gets_images_with_channels_first(
     network, lines, make_run, capsys
 ):
     model = network(channels=3) if network is Tutorial else network(3, 4, 3)
@@ -834,7 +840,7 @@ def test_network_that_takes_no_channels_last_gets_its_images_with_channels_first
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_was_crafted_on_before_a_stop_is_remembered(study_data, one, monkeypatch):
+def test_crafted_on_of_an_interrupted_run_is_restored(study_data, one, monkeypatch):
     study, cell, layout = one("dense")
     with monkeypatch.context() as patch, contextlib.suppress(Interrupted):
         patch.setattr(objectives.folding, "view_of", lambda model, *_: model)

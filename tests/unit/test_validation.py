@@ -1,4 +1,4 @@
-"""Validation on a network whose answers are known by hand."""
+"""Validation of a network with outputs that are known by hand."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ class Slope(nn.Module):
         return torch.stack([torch.zeros_like(a), a - b], dim=1)
 
 
-# L-inf distances to the other class: 0.05 (wrong already), 0.05, 0.15 and 0.25.
+# L-inf distances to the other class: 0.05 (misclassified), 0.05, 0.15 and 0.25.
 ROWS = torch.tensor([[0.4, 0.5], [0.5, 0.4], [0.5, 0.2], [0.6, 0.1]])
 PART = Part(ROWS.view(4, 1, 1, 2), torch.tensor([1, 1, 1, 1]))
 
@@ -41,7 +41,7 @@ def attacker(eps, step_size=0.05, norm="Linf"):
         ("Linf", 0.1, 0.5),
         ("Linf", 0.2, 0.25),
         ("Linf", 0.3, 0.0),
-        ("L2", 0.18, 0.5),  # lengths are sqrt(2) times those above
+        ("L2", 0.18, 0.5),  # the L2 lengths are sqrt(2) times the L-inf lengths
         ("L2", 0.3, 0.25),
     ],
 )
@@ -50,14 +50,14 @@ def test_accuracies_by_hand(norm, eps, robust):
     assert found == {"val_clean": 0.75, "val_robust": robust}
 
 
-def test_steps_and_their_length_are_those_that_are_told():
-    """One short step from a start in the ball does not reach what twenty do."""
+def test_steps_and_step_size_are_used():
+    """One short step from a random start breaks fewer images than twenty steps."""
     few = validation.validate(Slope(), PART, attacker(0.16, step_size=0.001), steps=1)
     many = validation.validate(Slope(), PART, attacker(0.16, step_size=0.01), steps=40)
     assert few["val_robust"] > many["val_robust"] == 0.25
 
 
-def test_batches_are_all_counted_and_modes_come_back(monkeypatch):
+def test_all_batches_are_counted_and_modes_are_restored(monkeypatch):
     monkeypatch.setattr(validation, "BATCH", 3)
     model = Slope().train()
     found = validation.validate(model, PART, attacker(0.1), steps=20)
@@ -66,7 +66,7 @@ def test_batches_are_all_counted_and_modes_come_back(monkeypatch):
     assert int(model.norm.num_batches_tracked) == 0
 
 
-def test_start_is_drawn_from_a_seed_of_the_number_of_images(monkeypatch):
+def test_seed_of_the_start_depends_on_the_number_of_images(monkeypatch):
     seen, plain = [], perturb.ascend
 
     def ascend(model, x, start, loss, **options):
