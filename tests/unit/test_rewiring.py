@@ -11,7 +11,13 @@ from scipy import stats
 from torch import nn
 
 from robsparse.method import bcs
-from robsparse.sparsity.rewiring import CANDIDATES, ROUNDS, DeviceRewiring, HostRewiring
+from robsparse.sparsity.rewiring import (
+    CANDIDATES,
+    ROUNDS,
+    DeviceRewiring,
+    HostRewiring,
+    make_rewiring,
+)
 from robsparse.training.stages import Run
 
 KINDS = pytest.mark.parametrize("kind", [HostRewiring, DeviceRewiring])
@@ -342,3 +348,11 @@ def test_the_log_of_a_training_is_correct_with_both_kinds(switches, monkeypatch)
     print(f"pruned and regrown: on the host {one.tolist()}, on the device {two.tolist()}")
     assert two.pruned == pytest.approx(one.pruned, rel=0.1)
     assert two.regrown == pytest.approx(one.regrown, rel=0.1)
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", HostRewiring), ("meta", DeviceRewiring)])
+def test_device_of_the_layers_decides_the_kind(device, kind, monkeypatch):
+    monkeypatch.setattr(kind, "__init__", lambda self, *_: None)
+    generator = torch.Generator()
+    layers = [torch.zeros(4, device=device)]
+    assert type(make_rewiring(layers, torch.arange(2), 2, generator)) is kind
