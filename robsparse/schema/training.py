@@ -96,6 +96,14 @@ class Finetune(Fit):
     lr: PositiveFloat = 0.01
 
 
+class WeightAveraging(Strict):
+    """Exponential moving average of the weights. It is what is validated, selected and exported."""
+
+    decay: Share = Field(
+        0.995, description="share of the old average that a step keeps, fewer in the first steps"
+    )
+
+
 class Validation(Strict):
     """Robust accuracy on held-out training images, by which `best_val` is selected."""
 
@@ -125,6 +133,9 @@ class Training(Strict):
         lt=0.5,
         description="probability that the other classes share in the target of the cross entropy; "
         "images are crafted against the plain label",
+    )
+    ema: WeightAveraging | None = Field(
+        None, description="average the weights of each stage; none: the trained weights themselves"
     )
     rst_file: Annotated[str | None, CONTENT] = Field(
         None, description="rst: npz of pseudo-labelled extra images, arrays `images` and `labels`"

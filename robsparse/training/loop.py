@@ -25,7 +25,7 @@ from robsparse.training.objectives import Attacker, Objective
 from robsparse.training.recorder import Recorder, write_results
 from robsparse.training.resuming import Position, RunState
 from robsparse.training.session import Session, prepare_session, stage_errors
-from robsparse.training.stages import Run, Stage
+from robsparse.training.stages import Run, Stage, end_stage
 
 
 def train_cell(
@@ -122,7 +122,7 @@ def train(session: Session, state: RunState, stop: StopRequest) -> None:
                 if record.failure:
                     break
                 state.save_if_due(stage)
-            stage.finalize(run)
+            end_stage(run, stage)
         if record.failure:
             break
         position.end_stage()
@@ -180,6 +180,8 @@ def update(run: Run, stage: Stage) -> None:
                     parameter.mul_(factor)
     run.optimizer.step()
     stage.after_step(run)
+    if run.average is not None:
+        run.average.update(run.model)
 
 
 def attacker_at(session: Session, position: Position) -> Attacker:

@@ -87,7 +87,7 @@ class Recorder:
             "active_weights": active,
         }
         if run.epoch % validation.every == 0 or run.epoch + 1 == stage.fit.epochs:
-            point |= validate(run.model, session.held_out, session.attacker, validation.steps)
+            point |= validate(run.exported, session.held_out, session.attacker, validation.steps)
             self._keep_best(stage, point)
             self._check_collapse(point)
         record.curve.append(point)
@@ -97,7 +97,7 @@ class Recorder:
         record = self.record
         if stage.selectable and point["val_robust"] > record.best.get("val_robust", -1.0):
             record.best = {"epoch": point["epoch"], "val_robust": point["val_robust"]}
-            record.best_state = plain_state(self.session.run.model)
+            record.best_state = plain_state(self.session.run.exported)
 
     def _check_collapse(self, point: dict[str, Any]) -> None:
         """Set the failure if too many validations in a row are no better than guessing."""
@@ -130,7 +130,7 @@ class Recorder:
 def write_results(session: Session, record: TrainingRecord) -> None:
     """Write the weights (best_val and last), the log of connections and the training record."""
     cell, layout, start = session.cell, session.layout, session.start
-    last_state = plain_state(session.run.model)
+    last_state = plain_state(session.run.exported)
     # A collapsed run may have no epoch that can be selected.
     states = {"best_val": record.best_state or last_state, "last": last_state}
     for selection, state in states.items():

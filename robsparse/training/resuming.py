@@ -136,10 +136,11 @@ class RunState:
             self.save(stage)
 
     def _state(self) -> dict[str, Any]:
-        """Return the network, the history of its connections, and all random states."""
+        """Return the network, its average, the history of its connections, and random states."""
         run, generators = self.session.run, self._generators()
         return {
             "model": run.model.state_dict(),
+            "average": run.average.state() if run.average else None,
             "connections": run.connections.state() if run.connections else None,
             "generators": [generator.get_state() for generator in generators],
             "global": randomness.state(self.session.device),
@@ -149,6 +150,8 @@ class RunState:
         """Restore a result of `_state`."""
         run, device, log = self.session.run, self.session.device, state["connections"]
         run.model.load_state_dict(state["model"])
+        if run.average is not None:
+            run.average.load_state(state["average"])
         run.connections = ConnectionLog.from_state(log, device) if log else None
         for generator, saved in zip(self._generators(), state["generators"], strict=True):
             generator.set_state(saved)

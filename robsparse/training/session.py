@@ -22,6 +22,7 @@ from robsparse.fast.structure import runs
 from robsparse.networks import construct, weights
 from robsparse.records.training_record import read_training
 from robsparse.schema.training import Training
+from robsparse.sparsity.averaging import WeightAverage
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout, derive_seed
 from robsparse.study.study import Study
@@ -136,14 +137,16 @@ def _prepare_run(
 ) -> Run:
     """Return the initial network, with the other values that hooks of a stage can read."""
     settings, method = study.planned[cell].training, study.base("method", cell.method)
+    model = _initial_network(study, cell, splits, start).to(device)
     return Run(
-        model=_initial_network(study, cell, splits, start).to(device),
+        model=model,
         sparsity=cell.sparsity,
         # Variants of a method use the same seed, so that only their settings make a difference.
         generator=_generator(device, cell, "method", method, cell.sparsity_text),
         arch=study.base("arch", cell.arch),
         precision=pick_precision(settings.precision, device),
         log_every=settings.log_every,
+        average=WeightAverage(model, settings.ema.decay) if settings.ema else None,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robsparse.schema.training import Fit
+from robsparse.sparsity.averaging import WeightAverage
 from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.layers import nonzero_count, prunable, trained_weight, weight_count
 from robsparse.sparsity.masks import apply_masks, bake, magnitude_masks
@@ -34,6 +35,8 @@ class Run:
     optimizer: is created after before_fit. In before_fit there is none.
     connections: a stage that rewires sets this log in before_fit and records each step in it.
     log_every: the number of steps for one row of the log.
+    average: the moving average of the weights, or None. Hooks do not change it, and the next stage
+        continues from the trained weights.
 
     In before_step and after_step, `step` is the current step. In before_epoch it is the first step
     of the epoch, in finalize the last step of the stage. In before_fit it is 0, and `lr` is the
@@ -47,12 +50,18 @@ class Run:
     precision: str = "fp32"
     log_every: int = 1
     connections: ConnectionLog | None = None
+    average: WeightAverage | None = None
     optimizer: torch.optim.Optimizer = field(init=False, repr=False, compare=False)
     lr: float = 0.0
     lr_factor: float = 1.0
     epoch: int = 0
     step: int = 0
     steps: int = 0
+
+    @property
+    def exported(self) -> nn.Module:
+        """The network that is validated, selected and exported: the average, or the model."""
+        return self.model if self.average is None else self.average.network
 
 
 class Stage:
@@ -131,6 +140,15 @@ def begin_stage(run: Run, stage: Stage, steps: int) -> None:
         nesterov=fit.nesterov,
         weight_decay=fit.weight_decay if fit.decay == "coupled" else 0.0,
     )
+    if run.average is not None:
+        run.average.restart(run.model)
+
+
+def end_stage(run: Run, stage: Stage) -> None:
+    """Let the stage finish the network, whose zeros the average takes over."""
+    stage.finalize(run)
+    if run.average is not None:
+        run.average.follow(run.model)
 
 
 Masks = Callable[[Run], dict[str, Tensor]]

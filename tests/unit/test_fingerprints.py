@@ -160,6 +160,7 @@ VALUES = {
     "backend": "eager",
     "augmentation": {"kind": "crop"},
     "label_smoothing": 0.2,
+    "ema": {"decay": 0.9},
     "rst_file": "weights.pt",
     "rst_fraction": 0.25,
     "n_examples": 10,
