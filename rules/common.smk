@@ -2,8 +2,10 @@ import os
 import sys
 from pathlib import Path
 from shlex import quote
+from typing import get_args
 
 from robsparse.records.columns import COLLECTED
+from robsparse.schema.evaluation import Selection
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.loading import load
@@ -47,7 +49,7 @@ wildcard_constraints:
     objective=r"[^/]+",
     sparsity=r"0\.\d{4}",
     seed=r"\d+",
-    selection=r"best_val|last",
+    selection="|".join(get_args(Selection)),
 
 
 def cell_of(wildcards):

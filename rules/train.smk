@@ -8,8 +8,10 @@ rule train:
     input:
         inputs_of_training,
     output:
-        best=f"{ROOT}/models/{CELL}/best_val.safetensors",
-        last=f"{ROOT}/models/{CELL}/last.safetensors",
+        weights=[
+            f"{ROOT}/models/{CELL}/{selection}.safetensors"
+            for selection in STUDY.saved_selections()
+        ],
         record=f"{ROOT}/models/{CELL}/training.json",
         steps=f"{ROOT}/models/{CELL}/steps.parquet",
         lifetimes=f"{ROOT}/models/{CELL}/lifetimes.parquet",

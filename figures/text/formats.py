@@ -17,6 +17,8 @@ UNRELIABLE, FAILED, MISSED = "†", "§", "¶"
 SELECTION_RULES = {
     "best_val": "the epoch with the best PGD accuracy on held-out training images, "
     "among those in which the network is at its sparsity",
+    "best_clean": "the epoch with the best clean accuracy on held-out training images, "
+    "among those in which the network is at its sparsity",
     "last": "the last epoch",
 }
 OBJECTIVES = {

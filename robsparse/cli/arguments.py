@@ -4,8 +4,10 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from robsparse.base.errors import UsageError, nearest_match
+from robsparse.schema.evaluation import Selection
 from robsparse.schema.machine import MOST_THREADS
 from robsparse.study import loading
 from robsparse.study.cells import Cell, Layout
@@ -73,7 +75,7 @@ def add_selection(command: argparse.ArgumentParser | argparse._ArgumentGroup) ->
     command.add_argument(
         "--selection",
         default="best_val",
-        choices=("best_val", "last"),
+        choices=get_args(Selection),
         help="which saved weights (default: %(default)s)",
     )
 

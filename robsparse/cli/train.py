@@ -40,8 +40,8 @@ COMMANDS = (
         _train,
         "train one cell",
         "Writes best_val.safetensors, last.safetensors, training.json and steps.parquet to "
-        "DIR/STUDY/models/KEY. An interrupted run continues from DIR/STUDY/resume/KEY and gives "
-        "the same bits.",
+        "DIR/STUDY/models/KEY; also best_clean.safetensors if the study attacks it. An interrupted "
+        "run continues from DIR/STUDY/resume/KEY and gives the same bits.",
         add_arguments=_add_train,
     ),
 )

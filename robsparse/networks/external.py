@@ -28,7 +28,7 @@ TOLERANCE = 1e-3  # relative to the largest logit; rounding differs between mach
 def import_network(study: Study, cell: Cell, layout: Layout) -> None:
     """Write the files that training would write, with the weights of the external model.
 
-    Both selections get the same weights. The record has no cost of training.
+    All selections get the same weights. The record has no cost of training.
 
     Raises:
         UsageError: if the file is damaged, would run code or does not fit the arch, or if the
@@ -40,7 +40,8 @@ def import_network(study: Study, cell: Cell, layout: Layout) -> None:
     network = construct.with_weights(study, cell, splits, source.file, source.match).eval()
     construct.check_network(network, splits.train.x_NCHW[:IMAGES], splits.classes)
     state = _tensors(network, str(source))
-    for selection in ("best_val", "last"):
+    selections = study.saved_selections()
+    for selection in selections:
         weights.save(layout.model(cell, selection), state)
     tables = {layout.steps(cell): empty_steps(), layout.lifetimes(cell): empty_lifetimes()}
     for path, table in tables.items():
@@ -48,7 +49,7 @@ def import_network(study: Study, cell: Cell, layout: Layout) -> None:
             table.to_parquet(temporary)
     record = {
         "cell": cell.key,
-        "selected": {"best_val": {"epoch": None}, "last": {"epoch": None}},
+        "selected": {s: {"epoch": None} for s in selections},
         "failure": "",
         "cost": None,
         "curve": [],
@@ -56,7 +57,7 @@ def import_network(study: Study, cell: Cell, layout: Layout) -> None:
         "data_checksum": splits.checksum(),
         **provenance.current(),
         **fingerprint.kept(),
-        "weights": {s: file_checksum(layout.model(cell, s)) for s in ("best_val", "last")},
+        "weights": {s: file_checksum(layout.model(cell, s)) for s in selections},
     }
     write_json(layout.training(cell), record)
     print(f"imported {cell.key}: {layout.model(cell, 'last').parent}")
@@ -72,7 +73,7 @@ def load_network(
         cell: the cell of the study.
         splits: the data set of the cell.
         layout: paths of the study's results.
-        selection: "best_val" or "last".
+        selection: which saved weights.
 
     Raises:
         UsageError: if the weights are missing or damaged, or if foreign code builds a network with

@@ -6,7 +6,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from robsparse.schema.fields import Name, Seed, Strict, each_once
 
-Selection = Literal["best_val", "last"]
+# Which weights of a training run are saved and attacked. best_val, best_clean: those of the epoch
+# with the best robust, or clean, accuracy on held-out images; last: those at the end.
+Selection = Literal["best_val", "best_clean", "last"]
 
 
 class SanityChecks(Strict):
@@ -25,7 +27,9 @@ class Evaluation(Strict):
     batch_size: PositiveInt = 250
     seed: Seed = 0
     selections: dict[Selection, Annotated[list[Name], Field(min_length=1)]] = Field(
-        min_length=1, description="attacks to run on the weights of each selection"
+        min_length=1,
+        description="attacks to run on the weights of each selection; training saves best_clean "
+        "only if it is listed here",
     )
     sanity_checks: SanityChecks = SanityChecks()
 

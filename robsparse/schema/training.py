@@ -105,7 +105,10 @@ class WeightAveraging(Strict):
 
 
 class Validation(Strict):
-    """Robust accuracy on held-out training images, by which `best_val` is selected."""
+    """Accuracy on held-out training images; it selects the weights.
+
+    `best_val` is the epoch with the best accuracy under PGD, `best_clean` that without attack.
+    """
 
     steps: PositiveInt = 10
     every: PositiveInt = Field(1, description="epochs between two validations")

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from robsparse.base.errors import UsageError
 from robsparse.schema.evaluation import Selection
@@ -31,6 +32,11 @@ class Study(Parts):
     def cells(self) -> list[Cell]:
         """Every cell the study trains or takes in, starting points included, in a fixed order."""
         return list(self.planned)
+
+    def saved_selections(self) -> list[Selection]:
+        """The selections whose weights training saves: best_clean only if it is attacked."""
+        listed: set[Selection] = {"best_val", "last", *self.evaluation.selections}
+        return [selection for selection in get_args(Selection) if selection in listed]
 
     def inputs(self, cell: Cell, layout: Layout) -> list[Path]:
         """Files of the study that must be there before `cell` is trained."""

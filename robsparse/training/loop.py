@@ -37,7 +37,7 @@ def train_cell(
     threads: int | None = None,
     max_steps: int | None = None,
 ) -> None:
-    """Train one cell and write its weights (best_val and last), curves and cost.
+    """Train one cell and write the weights of each selection, curves and cost.
 
     An interrupted run with the same settings is continued.
 
@@ -65,7 +65,7 @@ def train_cell(
             train(session, state, stop)
             write_results(session, state.record)
             state.checkpoint.clear()
-            print(f"trained {cell.key}: {layout.model(cell, 'best_val').parent}")
+            print(f"trained {cell.key}: {layout.training(cell).parent}")
 
 
 @contextmanager

@@ -18,6 +18,9 @@ from robsparse.training.session import Session
 from robsparse.training.stages import Stage
 from robsparse.training.validation import guessing_accuracy, validate
 
+# The accuracy on held-out images by which a selection takes its epoch, the first of the best ones.
+CRITERIA = {"best_val": "val_robust", "best_clean": "val_clean"}
+
 
 @dataclass
 class TrainingRecord:
@@ -29,7 +32,8 @@ class TrainingRecord:
     failure: the reason why training stopped early, or "".
     crafted_on: what images were crafted on: "network", "view" or both.
     curve: one point for each epoch.
-    best, best_state: epoch, accuracy and weights of the best validation.
+    best, best_states: epoch and accuracy, and the weights, of the best validation for each
+        selection in CRITERIA.
     """
 
     seconds: float = 0.0
@@ -40,8 +44,8 @@ class TrainingRecord:
     failure: str = ""
     crafted_on: list[str] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    best_state: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, dict[str, Any]] = field(default_factory=dict)
+    best_states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def count_active(self, number: int) -> None:
         """Update the peak with a number of active weights."""
@@ -94,10 +98,14 @@ class Recorder:
         self._print(stage, point)
 
     def _keep_best(self, stage: Stage, point: dict[str, Any]) -> None:
-        record = self.record
-        if stage.selectable and point["val_robust"] > record.best.get("val_robust", -1.0):
-            record.best = {"epoch": point["epoch"], "val_robust": point["val_robust"]}
-            record.best_state = plain_state(self.session.run.exported)
+        record, state = self.record, None
+        for selection, criterion in CRITERIA.items():
+            best = record.best.get(selection, {}).get(criterion, -1.0)
+            wanted = stage.selectable and selection in self.session.selections
+            if wanted and point[criterion] > best:
+                state = state or plain_state(self.session.run.exported)
+                record.best[selection] = _selected(point, selection)
+                record.best_states[selection] = state
 
     def _check_collapse(self, point: dict[str, Any]) -> None:
         """Set the failure if too many validations in a row are no better than guessing."""
@@ -128,20 +136,20 @@ class Recorder:
 
 
 def write_results(session: Session, record: TrainingRecord) -> None:
-    """Write the weights (best_val and last), the log of connections and the training record."""
+    """Write the weights of each selection, the log of connections and the training record."""
     cell, layout, start = session.cell, session.layout, session.start
     last_state = plain_state(session.run.exported)
     # A collapsed run may have no epoch that can be selected.
-    states = {"best_val": record.best_state or last_state, "last": last_state}
+    states = {s: record.best_states.get(s, last_state) for s in session.selections}
     for selection, state in states.items():
         weights.save(layout.model(cell, selection), state)
     _write_connections(session, session.run.connections)
-    last_point = {key: record.curve[-1][key] for key in ("epoch", "val_robust")}
+    selected = {s: record.best.get(s) or _selected(record.curve[-1], s) for s in states}
     write_json(
         layout.training(cell),
         {
             "cell": cell.key,
-            "selected": {"best_val": record.best or last_point, "last": last_point},
+            "selected": selected,
             "failure": _failure(start.failure, record.failure),
             "crafted_on": " and ".join(record.crafted_on) or None,
             "cost": _cost(session, record),
@@ -153,6 +161,11 @@ def write_results(session: Session, record: TrainingRecord) -> None:
             "weights": {s: file_checksum(layout.model(cell, s)) for s in states},
         },
     )
+
+
+def _selected(point: dict[str, Any], selection: str) -> dict[str, Any]:
+    """What the record says of the epoch that a selection takes."""
+    return {key: point[key] for key in ("epoch", CRITERIA.get(selection, "val_robust"))}
 
 
 def _write_connections(session: Session, log: ConnectionLog | None) -> None:

@@ -79,7 +79,8 @@ class RunState:
         """Load the checkpoint of an interrupted run with the same settings, if there is one."""
         self.session = session
         precisions = (session.attacker.precision, session.run.precision)
-        digest = session.fingerprint.whole(session.device.type, *precisions)
+        # The record has no weights of a selection that was not asked for when it was saved.
+        digest = session.fingerprint.whole(session.device.type, *precisions, session.selections)
         self.checkpoint = Checkpoint(session.layout.resume(session.cell), digest)
         self.saved = self.checkpoint.load()
         self.position, self.record = Position(), TrainingRecord()

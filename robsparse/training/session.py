@@ -21,6 +21,7 @@ from robsparse.fast.proof import IMAGES
 from robsparse.fast.structure import runs
 from robsparse.networks import construct, weights
 from robsparse.records.training_record import read_training
+from robsparse.schema.evaluation import Selection
 from robsparse.schema.training import Training
 from robsparse.sparsity.averaging import WeightAverage
 from robsparse.study import fingerprints
@@ -50,7 +51,8 @@ class Session:
     """The fixed parts of one cell's training run.
 
     Later, only the state inside `run`, the stages and the generator of the attacker changes.
-    `held_out` are the images for validation, on the training device.
+    `held_out` are the images for validation, on the training device. `selections` are those
+    whose weights are saved.
     """
 
     cell: Cell
@@ -59,6 +61,7 @@ class Session:
     settings: Training
     fingerprint: fingerprints.Fingerprint
     data_checksum: str
+    selections: list[Selection]
     batches: Batches
     held_out: Part
     objective: Objective
@@ -94,6 +97,7 @@ def prepare_session(study: Study, cell: Cell, layout: Layout, device: torch.devi
         settings=planned.training,
         fingerprint=fingerprint,
         data_checksum=splits.checksum(),
+        selections=study.saved_selections(),
         batches=batches,
         held_out=splits.validation.to(device),
         objective=make_objective(cell.objective, planned.training),

@@ -69,7 +69,7 @@ class Stage:
 
     name: the name in curves: pretrain, prune, finetune, train, ...
     selectable: whether the network has its target sparsity in all epochs. Then the weights of any
-        epoch may be exported as `best_val`.
+        epoch may be exported as `best_val` or `best_clean`.
     """
 
     name = "train"

@@ -72,8 +72,8 @@ BAD = {
     "unknown selection": (
         "evaluation.selections.best",
         ["clean"],
-        ["evaluation.selections.best", "'best_val' or 'last'"],
-        "",
+        ["evaluation.selections.best", "'best_val', 'best_clean' or 'last'"],
+        "'best_clean'",
     ),
     "eps in 8-bit units": ("threat.eps", 8, ["threat.eps = 8", "(0, 1]"], "'8/255'"),
     "eps of zero": ("threat.eps", 0, ["threat.eps = 0", "above 0"], ""),

@@ -668,7 +668,8 @@ which jobs the parameters change that Snakemake compares.
 
 Some things change no fingerprint: the name and the folder of a config, the place of data and
 weights, and comments and docstrings in code. The content of a file that a config names does change
-it.
+it. If `evaluation.selections` gets `best_clean`, networks that were trained without it are trained
+again, because training did not save these weights.
 
 The stages are training, evaluation, collect and figures. If a stage runs again, all later stages
 also run again. If several names in the table fit a key, the longest one counts. In a row with

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from robsparse import datasets, models
 from robsparse.base.errors import TrainingError, UsageError
+from robsparse.base.files import file_checksum
 from robsparse.compute import perturb
 from robsparse.datasets import Part
 from robsparse.networks import construct, weights
@@ -550,6 +551,65 @@ def test_the_first_of_the_best_epochs_is_selected(
         assert all(torch.equal(state[name], value) for name, value in networks[index].items())
 
 
+CLEAN = [(0.5, 0.1), (0.9, 0.2), (0.9, 0.3), (0.7, 0.0)]  # clean and robust accuracy of 4 epochs
+
+
+@pytest.fixture
+def best_clean(study_data, monkeypatch):
+    """A study that attacks best_clean; its validations find the accuracies in CLEAN."""
+    study_data["methods"]["bcs"]["train"]["epochs"] = 4
+    study_data["evaluation"]["selections"] |= {"best_clean": ["clean"]}
+    networks = []
+
+    def validate(model, *_):
+        networks.append(plain_state(model))
+        clean, robust = CLEAN[(len(networks) - 1) % 4]
+        return {"val_clean": clean, "val_robust": robust}
+
+    monkeypatch.setattr(recorder, "validate", validate)
+    return networks
+
+
+def test_best_clean_is_the_first_epoch_with_the_best_clean_accuracy(best_clean, one):
+    study, cell, layout = one("bcs")
+    loop.train_cell(study, cell, layout, device="cpu")
+    record = json.loads(layout.training(cell).read_text())
+    assert record["selected"] == {
+        "best_val": {"epoch": 3, "val_robust": 0.3},
+        "best_clean": {"epoch": 2, "val_clean": 0.9},
+        "last": {"epoch": 4, "val_robust": 0.0},
+    }
+    for selection, index in (("best_val", 2), ("best_clean", 1), ("last", 3)):
+        assert record["weights"][selection] == file_checksum(layout.model(cell, selection))
+        model, _ = fresh(study, cell)
+        weights.load_into(model, layout.model(cell, selection))
+        state = model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in best_clean[index].items())
+
+
+def test_best_clean_is_not_written_unless_it_is_attacked(fixed_accuracies, study_data, one):
+    study_data["methods"]["bcs"]["train"]["epochs"] = 2
+    study, cell, layout = one("bcs")
+    fixed_accuracies([0.1, 0.2])
+    loop.train_cell(study, cell, layout, device="cpu")
+    assert set(json.loads(layout.training(cell).read_text())["selected"]) == {"best_val", "last"}
+    files = [path.name for path in layout.training(cell).parent.glob("*.safetensors")]
+    assert sorted(files) == ["best_val.safetensors", "last.safetensors"]
+
+
+def test_best_clean_of_a_resumed_run_is_that_of_an_uninterrupted_one(best_clean, one, tmp_path):
+    """Stopped in every epoch, also in those after the best one."""
+    study, cell, layout = one("bcs")
+    loop.train_cell(study, cell, layout, device="cpu")
+    resumed = Layout(tmp_path / "resumed")
+    while not resumed.training(cell).exists():
+        with contextlib.suppress(Interrupted):
+            loop.train_cell(study, cell, resumed, device="cpu", max_steps=5)
+    for selection in ("best_val", "best_clean", "last"):
+        whole = layout.model(cell, selection).read_bytes()
+        assert resumed.model(cell, selection).read_bytes() == whole
+
+
 def test_networks_are_validated_every_so_many_epochs_and_at_the_end(
     fixed_accuracies, study_data, one
 ):
@@ -588,6 +648,7 @@ CHANGES = {
     "crafting": {"training": {"crafting": {"steps": 1, "step_size": 0.05}}},
     "threat": {"threat": {"eps": 0.2}},
     "data": {"datasets": {"digits": {"validation_examples": 30, "test_examples": 800}}},
+    "selections": {"evaluation": {"selections": {"best_clean": ["clean"], "last": ["clean"]}}},
     "learning rate": {"methods": {"bcs": {"train": {"epochs": 1, "lr": 0.05}}}},
 }
 
