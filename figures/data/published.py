@@ -8,27 +8,29 @@ from pathlib import Path
 import pandas as pd
 
 from robsparse.base.errors import UsageError, nearest_match
+from robsparse.schema.evaluation import Selection
 from robsparse.schema.fields import rounded_sparsity
 
-KEYS = ["dataset", "arch", "method", "objective", "sparsity", "attack"]
+KEYS = ["dataset", "arch", "method", "objective", "sparsity", "attack", "selection"]
 COLUMNS = [
     *KEYS,
     "accuracy",
     "eps",
     "n_examples",
     "extra_data",
-    "selection",
     "where",
     "printed_as",
     "note",
 ]
+# The epoch of a published number: not stated, the best one on some images, or the last one.
+SELECTIONS = ("", "best", "last")
 
 
 def read(path: Path) -> pd.DataFrame:
     """Read a file of published numbers, and add the column `source` (the name of the file).
 
     Lines that start with # are comments. `accuracy` is a fraction in [0,1]. An empty cell is
-    unknown; an empty objective matches every objective.
+    unknown; an empty objective matches every objective. `selection` is one of SELECTIONS.
 
     Raises:
         UsageError: if a value is wrong. The message names file, row, column and value.
@@ -52,4 +54,19 @@ def read(path: Path) -> pd.DataFrame:
                 f"[{low}, {high}]"
             )
         table[column] = numbers
+    for row in table.index[~table.selection.isin(SELECTIONS)]:
+        raise UsageError(
+            f"{path}: row {row + 1}: selection = '{table.selection[row]}': expected 'best', 'last' "
+            "or an empty field"
+        )
     return table.assign(sparsity=table.sparsity.map(rounded_sparsity), source=path.stem)
+
+
+def chosen_alike(theirs: pd.DataFrame, selection: Selection) -> pd.Series:
+    """Whether each published number is of an epoch that was chosen like ours (bool).
+
+    `last` is compared with the last epoch. The others are compared with the best epoch, although
+    its authors chose it on images of their own, often the test images. A number whose epoch is not
+    stated is compared with every selection.
+    """
+    return theirs.selection.isin(["", "last" if selection == "last" else "best"])

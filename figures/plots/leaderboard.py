@@ -70,7 +70,10 @@ def entries(material: Material) -> pd.DataFrame:
     """
     ours = _our_entries(material)
     names = dict.fromkeys(name for table in material.study.tables for name in table.published)
-    numbers = pd.concat([files.read(Path(name)) for name in names]) if names else pd.DataFrame()
+    numbers = pd.DataFrame()
+    if names:
+        numbers = pd.concat([files.read(Path(name)) for name in names])
+        numbers = numbers[files.chosen_alike(numbers, material.primary)]
     found = ours + _published_entries(numbers, ours)
     columns = [*_PLACE, "label", "accuracy", "low", "high", "ours", "known"]
     table = pd.DataFrame(found, columns=[*columns, "potentially_unreliable"])

@@ -15,7 +15,7 @@ from robsparse.figures.data.summary import Material
 from robsparse.figures.text.formats import NONE, SMALL, UNRELIABLE, accuracy_percent, join, percent
 from robsparse.figures.text.markup import bullets, latex, markdown
 from robsparse.schema.grid import Axis, Table
-from robsparse.study.study import Study
+from robsparse.study.study import AXES, Study
 
 COLUMNS = [*published.KEYS, "ours", "published", "difference", "source", "potentially_unreliable"]
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -64,9 +64,9 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
     rows = []
     for cell in material.study.cells_of(spec):
         for attack in spec.attacks:
-            key = {k: getattr(cell, k) for k in published.KEYS if k != "attack"}
-            key |= {"attack": attack}
-            ours, reasons = _ours(material, spec, key)
+            asked = {"attack": attack, "selection": spec.selection}
+            key = material.study.place_in(spec, cell) | asked
+            ours, reasons = _ours(material, {axis: getattr(cell, axis) for axis in AXES} | asked)
             compared = not material.study.qualifier(attack)
             found = _matching(theirs, key, material.study) if compared else []
             for number, source in found or [(np.nan, "")]:
@@ -83,9 +83,9 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _ours(material: Material, spec: Table, key: dict[str, Any]) -> tuple[float, str]:
+def _ours(material: Material, key: dict[str, Any]) -> tuple[float, str]:
     """Our accuracy, and why the network is potentially unreliable."""
-    rows = material.summary[material.summary.selection == spec.selection]
+    rows = material.summary
     same = np.logical_and.reduce([rows[k] == v for k, v in key.items() if k != "attack"])
     column = f"{key['attack']}_accuracy"
     if column not in rows or not same.any():
@@ -96,9 +96,11 @@ def _ours(material: Material, spec: Table, key: dict[str, Any]) -> tuple[float, 
 def _matching(theirs: pd.DataFrame, key: dict[str, Any], study: Study) -> list[tuple[float, str]]:
     """Published numbers of the same network under the same attack, with their sources."""
     wanted = key | {"method": study.base("method", key["method"])}
+    selection = wanted.pop("selection")
     same = np.logical_and.reduce(
         [(theirs[k] == v) | ((k == "objective") & (theirs[k] == "")) for k, v in wanted.items()]
     )
+    same &= published.chosen_alike(theirs, selection)
     return list(zip(theirs[same].accuracy, theirs[same].source, strict=True))
 
 
@@ -184,11 +186,14 @@ def _differs(study: Study, theirs: pd.DataFrame, table: pd.DataFrame) -> str:
     used = theirs[
         theirs.dataset.isin(table.dataset)
         & theirs.arch.isin(table.arch)
-        & theirs.method.isin(table.method)
+        & theirs.method.isin([study.base("method", name) for name in table.method.unique()])
+        & published.chosen_alike(theirs, table.selection.iloc[0])
     ]
     words = [join(used["where"]), f"as {join(used.printed_as)}"]
     if (used.eps.dropna() != study.threat.eps).any():
         words.append(f"eps {join(used.eps)}")
     words.append(f"{join(used.n_examples)} test images")
     words.append(f"extra data: {join(used.extra_data)}")
+    if chosen := [name for name in used.selection.unique() if name]:
+        words.append(f"selection: {join(chosen)} epoch of its authors")
     return "; ".join([*words, *dict.fromkeys(note for note in used.note if note)])

@@ -90,6 +90,7 @@ def table_notes(material: Material, group: Group) -> list[str]:
         *_external_models(study, group, results),
         *_attacked_without_view(study, results),
         _selections(study),
+        *_trained_on_validation(study, group),
         f"Threat: {threat_in_words(study, results)}.",
         f"Nonzero weights: prunable weights that are not zero, of {join(results.prunable)} "
         "(biases and batch norm are not prunable), mean over seeds. Peak active weights: the "
@@ -117,6 +118,16 @@ def _training(study: Study, group: Group, results: pd.DataFrame) -> str:
 def _selections(study: Study) -> str:
     rules = (f"{name} = {SELECTION_RULES[name]}" for name in study.evaluation.selections)
     return f"Selection: {'; '.join(rules)}."
+
+
+def _trained_on_validation(study: Study, group: Group) -> list[str]:
+    """A warning that the best epochs were not selected on unseen images."""
+    if not getattr(study.datasets[group.dataset], "train_on_validation", False):
+        return []
+    return [
+        "Networks were also trained on the validation images (train_on_validation). The selections "
+        "best_val and best_clean are therefore made on images that the networks know; last is not."
+    ]
 
 
 def _bold(material: Material, group: Group) -> list[str]:

@@ -31,7 +31,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint training, validation and test images. Training code never receives `test`."""
+    """Training, validation and test images. Training code never receives `test`.
+
+    They are disjoint, unless a data set also trains on its validation images.
+    """
 
     train: Part
     validation: Part

@@ -15,6 +15,8 @@ from robsparse.schema import Images
 def split_validation(part: Part, params: Images, name: str) -> tuple[Part, Part]:
     """Split images into training and validation images, stratified by class.
 
+    With `train_on_validation` the training images are all of them.
+
     Args:
         part: the images to split.
         params: number of validation images, and the seed that draws them.
@@ -36,6 +38,8 @@ def split_validation(part: Part, params: Images, name: str) -> tuple[Part, Part]
             f"{len(part)} training images like this ({error})"
         ) from None
     kept, held = torch.tensor(train), torch.tensor(validation)
+    if params.train_on_validation:
+        kept = torch.arange(len(part))
     return Part(part.x_NCHW[kept], part.y_N[kept]), Part(part.x_NCHW[held], part.y_N[held])
 
 

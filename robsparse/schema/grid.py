@@ -62,6 +62,9 @@ class Table(Strict):
 
     An empty list of datasets, archs, ... stands for all of the study. Every combination of the
     `rows` axes that the study has is a line; the other axes must have one value or be columns.
+    On the axes `as_base`, a variant stands for what it is a variant of: it has the same line and
+    the same published numbers. So methods stand side by side that were trained with different
+    variants of a data set or an architecture.
     """
 
     name: Name = Field(description="names tables/<name>.md, .tex and .csv")
@@ -72,6 +75,9 @@ class Table(Strict):
     methods: list[Name] = Field(default_factory=list)
     rows: list[Axis] = Field(min_length=1)
     columns: list[Axis] = Field(min_length=1)
+    as_base: list[Literal["dataset", "arch"]] = Field(
+        default_factory=list, description="axes on which a variant has the line of its base"
+    )
     attacks: list[Name] = Field(min_length=1)
     selection: Selection = "best_val"
     published: Annotated[list[str], PLACE] = Field(
@@ -87,7 +93,9 @@ class Table(Strict):
             )
         return name
 
-    @field_validator("datasets", "archs", "objectives", "methods", "rows", "columns", "attacks")
+    @field_validator(
+        *("datasets", "archs", "objectives", "methods", "rows", "columns", "as_base", "attacks")
+    )
     @classmethod
     def _no_repeats(cls, values: list[Any]) -> list[Any]:
         return each_once(values)

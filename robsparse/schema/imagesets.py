@@ -46,9 +46,13 @@ class Images(Strict):
     """What every data set with a training and a test part of its own has.
 
     validation_examples: held out of the training images, stratified by class.
+    train_on_validation: networks are trained on all training images, also on those that validation
+        measures. The selections `best_val` and `best_clean` are then made on images that the
+        network knows; `last` needs no selection.
     """
 
     validation_examples: int = Field(2000, ge=10)
+    train_on_validation: bool = False
     split_seed: NonNegativeInt = 0
     augmentation: Augmentation = Augmentation()
 
@@ -61,7 +65,8 @@ class Images(Strict):
     ) -> Description:
         """Of a data set of so many training images, of which some are held out, and test images."""
         held_out = self.validation_examples
-        return Description(image_shape, classes, train - held_out, held_out, test)
+        trained = train if self.train_on_validation else train - held_out
+        return Description(image_shape, classes, trained, held_out, test)
 
 
 class Downloaded(Images):

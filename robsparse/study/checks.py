@@ -139,7 +139,8 @@ def _data(parts: Parts) -> Iterator[str]:
             continue
         each, held_out = found.classes or 1, found.validation_examples
         if found.train_examples < each or held_out < each:
-            total = found.train_examples + held_out
+            shared = getattr(parts.datasets[name], "train_on_validation", False)
+            total = found.train_examples + (0 if shared else held_out)
             key = f"datasets.{name}.validation_examples"
             expected = f"{each} to {total - each} of the {total} images beside those for tests"
             yield _line(key, held_out, expected)

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from robsparse.base.errors import UsageError
 from robsparse.schema.evaluation import Selection
@@ -52,7 +52,8 @@ class Study(Parts):
         found: dict[tuple[object, ...], Cell] = {}
         for cell in self.cells():
             if all(not names or getattr(cell, axis) in names for axis, names in wanted.items()):
-                place = tuple(getattr(cell, axis) for axis in (*table.rows, *table.columns))
+                shown = self.place_in(table, cell)
+                place = tuple(shown[axis] for axis in (*table.rows, *table.columns))
                 other = found.setdefault(place, cell)
                 if any(getattr(cell, axis) != getattr(other, axis) for axis in AXES):
                     raise UsageError(
@@ -60,6 +61,14 @@ class Study(Parts):
                         "place; expected another axis, or fewer networks"
                     )
         return list(found.values())
+
+    def place_in(self, table: Table, cell: Cell) -> dict[str, Any]:
+        """The axes of a network as a table shows them: a variant as its base where it says so."""
+        place = {axis: getattr(cell, axis) for axis in AXES}
+        for axis in table.as_base:
+            if axis == "dataset" or cell.arch in self.archs:
+                place[axis] = self.base(axis, place[axis])
+        return place
 
     def surrogate(self, cell: Cell, method: str) -> Cell:
         """The network of `method` that an attack on `cell` is crafted on: never the same one.
