@@ -276,6 +276,14 @@ DATA = {
         "datasets.cifar100.validation_examples = 99: expected 100 to 49900 of the 50000 images "
         "beside those for tests",
     ),
+    "held out of 100 classes, which are trained on too": (
+        {
+            "grid": {"datasets": ["cifar100"]},
+            "datasets": {"cifar100": {"validation_examples": 99, "train_on_validation": True}},
+        },
+        "datasets.cifar100.validation_examples = 99: expected 100 to 49900 of the 50000 images "
+        "beside those for tests",
+    ),
     "small images": (
         {"grid": {"archs": ["vgg16"]}},
         "archs.vgg16: expected images of at least 16x16 pixels, those of 'digits' have 8x8",

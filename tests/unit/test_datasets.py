@@ -62,6 +62,30 @@ def test_folders_are_classes_in_order(read):
     assert torch.equal(splits.test.x_NCHW, read(split_seed=3).test.x_NCHW)
 
 
+def test_all_images_are_trained_on_where_a_study_says_so(read):
+    """Images, labels and order are those of the training part; the validation images are in it."""
+    held_out, shared = read(), read(train_on_validation=True)
+    assert (len(shared.train), len(shared.validation), len(shared.test)) == (40, 10, 12)
+    assert torch.equal(shared.validation.x_NCHW, held_out.validation.x_NCHW)
+    assert torch.equal(shared.test.x_NCHW, held_out.test.x_NCHW)
+
+    def rows(*parts):
+        return sorted(
+            (int(label), image.numpy().tobytes())
+            for part in parts
+            for image, label in zip(part.x_NCHW, part.y_N, strict=True)
+        )
+
+    assert rows(shared.train) == rows(held_out.train, held_out.validation)
+    assert shared.checksum() != held_out.checksum()
+
+
+def test_description_counts_all_images_where_they_are_trained_on():
+    params = registry.entry("dataset", "cifar10").params
+    assert params().description().train_examples == 48_000
+    assert params(train_on_validation=True).description().train_examples == 50_000
+
+
 def test_images_are_decoded_once_and_again_when_one_changes(read, folder, monkeypatch, tmp_path):
     first, decoded = read(), []
     ordinary = imagefolder._decode

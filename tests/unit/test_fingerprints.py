@@ -163,6 +163,8 @@ VALUES = {
     "ema": {"decay": 0.9},
     "rst_file": "weights.pt",
     "rst_fraction": 0.25,
+    "train_on_validation": True,
+    "as_base": ["arch"],
     "n_examples": 10,
     "version": "rand",
     "components": ["apgd-ce"],

@@ -1,5 +1,6 @@
 """Tables of papers, and the published numbers in them."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,41 @@ def test_several_publications_stand_side_by_side(material, source, tmp_path):
     assert "70.0 / 75.0(a), 60.0(b) / −5.0, +10.0" in text
 
 
+def test_variants_stand_in_the_line_of_their_base(study_data, load_study, source, tmp_path):
+    """Another method on a variant of data set and architecture, beside the plain one."""
+    study_data["grid"] = [
+        study_data["grid"] | {"methods": ["bcs"], "sparsities": [0.9]},
+        study_data["grid"]
+        | {"archs": ["wide"], "datasets": ["few"], "methods": ["mine"], "sparsities": [0.9]},
+    ]
+    study_data["archs"] = {"wide": {"base": "small_cnn", "width": 6, "label": "Wide"}}
+    study_data["datasets"]["few"] = study_data["datasets"]["digits"] | {
+        "base": "digits",
+        "label": "Few",
+    }
+    study_data["methods"]["mine"] = study_data["methods"]["bcs"] | {"base": "bcs", "label": "Mine"}
+    study = load_study(study_data)
+    keys = ["dataset", "arch", "objective", "method", "sparsity", "selection"]
+    lines = [
+        ["digits", "small_cnn", "at", "bcs", 0.9, "best_val", "", 0.7],
+        ["few", "wide", "at", "mine", 0.9, "best_val", "", 0.8],
+    ]
+    summary = pd.DataFrame(lines, columns=[*keys, "potentially_unreliable", "clean_accuracy"])
+    made = Material(study, Tidy(*[pd.DataFrame()] * 9), Outcomes(tmp_path), summary)
+    values = {"methods": [], "rows": ["dataset", "arch", "sparsity"]}
+    together = spec(source(LINE), **values, as_base=["dataset", "arch"])
+    text = papers.contents(made, together)[".md"]
+    [line] = [row for row in text.splitlines() if "90 %" in row]
+    assert "70.0 / 75.0(a) / −5.0" in line
+    assert "80.0 / 75.0(a) / +5.0" in line
+    apart = papers.contents(made, spec(source(LINE), **values))[".md"]
+    assert len([row for row in apart.splitlines() if "90 %" in row]) == 2
+    assert "80.0 / n/a / n/a" in apart
+    two = spec(source(LINE), methods=[], rows=["arch"], columns=["objective"], as_base=["arch"])
+    with pytest.raises(UsageError, match=r"rows and columns put .* in one place"):
+        papers.values(made, two)
+
+
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [("best_val", [0.75, 0.5]), ("best_clean", [0.75, 0.5]), ("last", [0.6, 0.5])],
@@ -214,6 +250,10 @@ def test_the_tables_of_the_paper_can_be_drawn_before_anything_is_measured(reposi
         drawn[each.name] = papers.contents(material, local_spec)
     # Ours is not measured yet. HYDRA, VGG16 at 99 % of the public leaderboard:
     assert "n/a / 35.6(a) / n/a" in drawn["at_cifar10"][".md"]
+    # BCS as published is a column beside ours, in the line of the plain architecture.
+    lines = [row for row in drawn["as_published"][".md"].splitlines() if row.startswith("|")]
+    assert re.search(r"\| +BCS Clean \|.*\| +BCS \(as published\) Clean \|", lines[0])
+    assert len([row for row in lines if "resnet50" in row]) == 2  # dense, 99 %
     # Its cells need a file that is not here.
     assert "No network of this table" in drawn["self_training"][".md"]
     assert "pseudo_labelled.npz" in drawn["self_training"][".md"]
