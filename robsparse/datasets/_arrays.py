@@ -10,6 +10,7 @@ from sklearn.model_selection import train_test_split
 from robsparse.base.errors import UsageError
 from robsparse.datasets import Part
 from robsparse.schema import Images
+from robsparse.schema.imagesets import shapes_in_npz
 
 
 def split_validation(part: Part, params: Images, name: str) -> tuple[Part, Part]:
@@ -125,19 +126,22 @@ def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
         ) from None
 
 
-def pseudo_labelled(path: Path, image_shape: tuple[int, int, int], classes: int) -> Part:
-    """Read extra images for robust self-training from an npz file.
+def read_extra(path: Path, image_shape: tuple[int, int, int], classes: int) -> Part:
+    """Read further training images from an npz file: pseudo-labelled or synthetic ones.
 
     Args:
-        path: the file, with the arrays `images` and `labels`.
+        path: the file, with the arrays `image` and `label`, or `images` and `labels`.
         image_shape: channels, height and width of the data set's images.
         classes: number of classes of the data set.
 
     Raises:
         UsageError: if the file is not readable or does not fit the data set.
     """
-    stored = read_npz(path, ("images", "labels"))
-    part = as_part(stored["images"], stored["labels"], str(path), classes)
+    images, labels = "images", "labels"
+    if {"image", "label"} <= shapes_in_npz(str(path)).keys():  # as published files have it
+        images, labels = "image", "label"
+    stored = read_npz(path, (images, labels))
+    part = as_part(stored[images], stored[labels], str(path), classes)
     if part.x_NCHW.shape[1:] != image_shape:
         raise UsageError(
             f"{path}: expected images of {'x'.join(map(str, image_shape))} (channels, height, "

@@ -146,6 +146,14 @@ class Training(Strict):
     rst_fraction: Share = Field(
         0.5, description="rst: share of each batch that is pseudo-labelled, in [0,1)"
     )
+    synthetic_file: Annotated[str | None, CONTENT] = Field(
+        None,
+        description="npz of further images for every objective except rst, arrays `image` and "
+        "`label` or `images` and `labels`",
+    )
+    synthetic_fraction: Share = Field(
+        0.7, description="share of each batch that comes from synthetic_file, in [0,1)"
+    )
     collapse_after: NonNegativeInt = Field(
         10,
         description="stop, and mark the result, when held-out accuracy has been that of guessing "
@@ -155,3 +163,11 @@ class Training(Strict):
         1, description="steps that one row of the log of rewiring sums up"
     )
     validation: Validation = Validation()
+
+    def extra_images(self, objective: str) -> tuple[str, float] | None:
+        """Return the file of further training images and their share of a batch, or None."""
+        if objective == "rst":
+            return self.rst_file or "", self.rst_fraction
+        if self.synthetic_file is None:
+            return None
+        return self.synthetic_file, self.synthetic_fraction

@@ -27,6 +27,7 @@ def of_parts(parts: Parts) -> list[str]:
         _training_radii,
         _extra_images,
         _label_smoothing,
+        _synthetic_images,
         _data,
         _batches,
         _archs,
@@ -122,6 +123,16 @@ def _extra_images(parts: Parts) -> Iterator[str]:
                 "authors took theirs from TinyImages, which was withdrawn, so there is none to "
                 "download"
             )
+
+
+def _synthetic_images(parts: Parts) -> Iterator[str]:
+    """Yield errors of synthetic images: no file, or an objective with further images of its own."""
+    for key, training, blocks in _trainings(parts):
+        path, where = training.synthetic_file, f"{key}.synthetic_file"
+        if path is not None and not os.path.isfile(path):
+            yield _line(where, path, "an npz file with the arrays 'image' and 'label'")
+        elif path is not None and any("rst" in block.objectives for block in blocks):
+            yield _line(where, path, "none for the objective 'rst', which has its rst_file")
 
 
 def _label_smoothing(parts: Parts) -> Iterator[str]:

@@ -18,7 +18,7 @@ PASSES: dict[str, Callable[[int], tuple[float, float]]] = {
 def passes_per_epoch(objective: str, training: Training) -> float:
     """Forward and backward passes over each labelled training image in one epoch.
 
-    Robust self-training passes over as many further images as its batches mix in.
+    The passes over pseudo-labelled or synthetic images that batches mix in are counted as well.
     """
-    extra = training.rst_fraction if objective == "rst" else 0.0
-    return sum(PASSES[objective](training.crafting.steps)) / (1 - extra)
+    extra = training.extra_images(objective)
+    return sum(PASSES[objective](training.crafting.steps)) / (1 - (extra[1] if extra else 0))

@@ -34,6 +34,8 @@ _READ_BY = {
     "beta": ("trades", "mart", "rst"),
     "rst_file": ("rst",),
     "rst_fraction": ("rst",),
+    "synthetic_file": ("natural", "at", "mat", "trades", "mart"),
+    "synthetic_fraction": ("natural", "at", "mat", "trades", "mart"),
 }
 
 
@@ -191,6 +193,8 @@ def _training_settings(study: Study, cell: Cell) -> dict[str, Any]:
     """Resolved settings of one training run, and of the one that it starts from."""
     plan, start = study.planned[cell], study.starting_cell(cell)
     unread = {name for name, readers in _READ_BY.items() if cell.objective not in readers}
+    if plan.training.synthetic_file is None:
+        unread.add("synthetic_fraction")
     return {
         "cell": cell.key,
         "dataset": _settings(study.datasets[cell.dataset], {"augmentation"}),

@@ -149,7 +149,8 @@ def training_seconds(clock: Clock, cell: Cell) -> float:
     fits = [stage.fit for stage in method.stages(study.planned[cell].params)]
     training = study.planned[cell].training
     size, examples = training.batch_size, clock.data(cell.dataset).train_examples
-    labelled = size - int(size * training.rst_fraction) * (cell.objective == "rst")
+    extra = training.extra_images(cell.objective)
+    labelled = size - (int(size * extra[1]) if extra else 0)
     steps = max(1, examples // labelled)
     once = sum(fit.epochs for fit in fits) * clock.step(cell)
     once += sum(fit.epochs * fit.clean_passes for fit in fits) * clock.forward(cell)

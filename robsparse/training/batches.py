@@ -94,7 +94,7 @@ class Batches:
     """The batches of one cell's training run.
 
     train: labelled images. An epoch uses each image once and drops the last partial batch.
-    extra: pseudo-labelled images, or None. They are the share `rst_fraction` of each batch.
+    extra: pseudo-labelled or synthetic images, or None. The settings give their share of a batch.
     device, memory_format: the device and the memory format of the batches.
     """
 
@@ -113,7 +113,8 @@ class Batches:
         self.extra = Stored.from_part(extra, device) if extra is not None else None
         training, self.augmentation = planned.training, planned.augmentation
         size = min(training.batch_size, len(train))
-        self.extra_size = int(size * training.rst_fraction) if extra else 0
+        settings = training.extra_images(cell.objective) if extra is not None else None
+        self.extra_size = int(size * settings[1]) if settings else 0
         self.size = size - self.extra_size
         self.steps = len(train) // self.size
 

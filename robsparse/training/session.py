@@ -16,7 +16,7 @@ from robsparse.base.errors import TrainingError, UsageError
 from robsparse.compute import randomness
 from robsparse.compute.machine import fast_memory_format, pick_precision
 from robsparse.datasets import Part, Splits
-from robsparse.datasets._arrays import pseudo_labelled
+from robsparse.datasets._arrays import read_extra
 from robsparse.fast.proof import IMAGES
 from robsparse.fast.structure import runs
 from robsparse.networks import construct, weights
@@ -115,10 +115,9 @@ def _generator(device: torch.device, cell: Cell, *axes: str) -> torch.Generator:
 
 
 def _read_extra_images(cell: Cell, settings: Training, splits: Splits) -> Part | None:
-    """Return pseudo-labelled images for robust self-training, or None for other objectives."""
-    if cell.objective != "rst":
-        return None
-    return pseudo_labelled(Path(settings.rst_file or ""), splits.image_shape, splits.classes)
+    """Return the pseudo-labelled or synthetic images that training uses, or None."""
+    extra = settings.extra_images(cell.objective)
+    return extra and read_extra(Path(extra[0]), splits.image_shape, splits.classes)
 
 
 def _read_start(study: Study, cell: Cell, layout: Layout) -> StartingNetwork:

@@ -86,6 +86,8 @@ def make_batches(study_data, load_study):
     def make(train, extra=None, seed=0, **training):
         study_data["grid"]["seeds"] = [0, 1]
         study_data["training"] |= {"augmentation": {"kind": "none"}} | training
+        if extra is not None:
+            study_data["training"]["synthetic_file"] = __file__  # the images are given
         study = load_study(study_data)
         cell = replace(study.cells()[0], seed=seed)
         return batches.Batches(cell, study.planned[cell], train, extra, CPU)
@@ -124,7 +126,7 @@ def test_batch_is_no_larger_than_the_data(make_batches):
 
 def test_extra_images_fill_their_share_and_are_repeated(make_batches):
     labelled, extra = numbered(60), Part(numbered(7).x_NCHW, torch.arange(900, 907))
-    made = make_batches(labelled, extra, batch_size=10, rst_fraction=0.38)
+    made = make_batches(labelled, extra, batch_size=10, synthetic_fraction=0.38)
     assert (made.size, made.extra_size, made.steps) == (7, 3, 8)
     taken = labels_of(made, 0)
     assert all(max(labels[:7]) < 60 and min(labels[7:]) >= 900 for labels in taken)
@@ -135,7 +137,7 @@ def test_extra_images_fill_their_share_and_are_repeated(make_batches):
 
 
 def test_extra_images_without_a_share_are_not_used(make_batches):
-    made = make_batches(numbered(60), numbered(7), batch_size=10, rst_fraction=0.01)
+    made = make_batches(numbered(60), numbered(7), batch_size=10, synthetic_fraction=0.01)
     assert (made.size, made.extra_size) == (10, 0)
     assert len(made.epoch(0).sources) == 1
 
@@ -143,7 +145,7 @@ def test_extra_images_without_a_share_are_not_used(make_batches):
 def test_augmentation_differs_between_epochs_and_kinds_of_images(make_batches):
     augmentation = {"kind": "shift", "shift": 0.25, "flip": True}
     made = make_batches(
-        numbered(40), numbered(40), batch_size=20, rst_fraction=0.5, augmentation=augmentation
+        numbered(40), numbered(40), batch_size=20, synthetic_fraction=0.5, augmentation=augmentation
     )
     own, extra = made.epoch(0).sources
     later, _ = made.epoch(1).sources

@@ -100,6 +100,17 @@ NONSENSE = {
         {"evaluation": {"attacks": {"pgd": {"restarts": 10**10}}}},
         "evaluation.attacks.pgd.restarts = 10000000000: expected a number of at most 2147483648",
     ),
+    "synthetic images that are not there": (
+        {"training": {"synthetic_file": "none.npz"}},
+        'training.synthetic_file = "none.npz": expected an npz file with the arrays',
+    ),
+    "synthetic images of rst": (
+        {
+            "grid": {"objectives": ["rst"]},
+            "training": {"synthetic_file": __file__, "rst_file": __file__},
+        },
+        f"training.synthetic_file = \"{__file__}\": expected none for the objective 'rst'",
+    ),
     "label smoothing of half": (
         {"training": {"label_smoothing": 0.5}},
         "training.label_smoothing = 0.5: expected to be less than 0.5",

@@ -599,6 +599,7 @@ CHANGES = {
     "training.ema": ({"decay": 0.9}, ALL, ALL),
     "training.rst_fraction": (0.25, set(), set()),
     "training.rst_file": ("extra.npz", set(), set()),
+    "training.synthetic_fraction": (0.25, set(), set()),
     "training.collapse_after": (3, ALL, ALL),
     "training.log_every": (10, ALL, ALL),
     "training.validation.steps": (3, ALL, ALL),

@@ -13,7 +13,7 @@ from robsparse import datasets
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
 from robsparse.datasets import _torchvision, fashion_mnist, imagefolder
-from robsparse.datasets._arrays import pseudo_labelled
+from robsparse.datasets._arrays import read_extra
 
 RNG = np.random.default_rng(0)
 
@@ -247,9 +247,24 @@ def test_missing_file_and_missing_array(tmp_path):
 def test_pseudo_labelled_images_have_the_classes_of_the_data_set(tmp_path):
     path = tmp_path / "extra.npz"
     np.savez(path, images=IMAGES, labels=np.arange(40) % 4)
-    assert len(pseudo_labelled(path, (3, 6, 5), 4)) == 40
+    assert len(read_extra(path, (3, 6, 5), 4)) == 40
     with pytest.raises(UsageError, match=r"expected labels 0\.\.2, found 0\.\.3"):
-        pseudo_labelled(path, (3, 6, 5), 3)
+        read_extra(path, (3, 6, 5), 3)
+
+
+@pytest.mark.parametrize("names", [("image", "label"), ("images", "labels")])
+def test_extra_images_have_either_pair_of_names(names, tmp_path):
+    path = tmp_path / "extra.npz"
+    np.savez(path, **dict(zip(names, (IMAGES, np.arange(40) % 4), strict=True)))
+    part = read_extra(path, (3, 6, 5), 4)
+    assert torch.equal(part.x_NCHW, torch.from_numpy(IMAGES).permute(0, 3, 1, 2) / 255)
+    assert part.y_N.tolist() == [i % 4 for i in range(40)]
+
+
+def test_extra_images_need_both_arrays_of_a_pair(tmp_path):
+    np.savez(tmp_path / "extra.npz", image=IMAGES, labels=np.arange(40) % 4)
+    with pytest.raises(UsageError, match=r"no array 'images', expected images, labels, found"):
+        read_extra(tmp_path / "extra.npz", (3, 6, 5), 4)
 
 
 # ---------------------------------------------------------------- torchvision's

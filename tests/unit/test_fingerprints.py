@@ -165,6 +165,7 @@ VALUES = {
     "rst_fraction": 0.25,
     "train_on_validation": True,
     "as_base": ["arch"],
+    "synthetic_fraction": 0.25,
     "n_examples": 10,
     "version": "rand",
     "components": ["apgd-ce"],
@@ -213,6 +214,8 @@ SETS = {
     "models.given.callable": {
         "models.given": {"callable": "nets:net", "dataset": "digits", "objective": "at"}
     },
+    "training.synthetic_file": {"training.synthetic_file": "{folder}/own.npz"},
+    "grid.1.training.synthetic_file": {"grid.1.training.synthetic_file": "{folder}/own.npz"},
     "grid.0.datasets": {"grid.0.datasets": ["digits", "own"], "tables": []},
     "grid.0.archs": {"archs.wide": {"base": "small_cnn", "width": 6}, "grid.0.archs": ["wide"]},
     "grid.1.archs": {"archs.wide": {"base": "small_cnn", "width": 6}, "grid.1.archs": ["wide"]},
@@ -253,6 +256,7 @@ KEYS = {
     "grid.0.where_exists": ("figures", "the file exists, and the setting is printed"),
     "grid.1.training.rst_file": ("figures", "only rst reads it; all settings are printed"),
     "grid.1.training.rst_fraction": ("figures", "only rst reads it"),
+    "grid.1.training.synthetic_fraction": ("figures", "no file of synthetic images is given"),
     "datasets": ("training", ""),
     "datasets.own.label": ("figures", "it is printed"),
     "datasets.own.file~moved": ("figures", "the content decides, and the name is printed"),
@@ -277,6 +281,7 @@ KEYS = {
     "training.beta": ("figures", "only trades, mart and rst read it, and their block sets it"),
     "training.rst_file": ("figures", "only rst reads it"),
     "training.rst_fraction": ("figures", "only rst reads it"),
+    "training.synthetic_fraction": ("figures", "no file of synthetic images is given"),
     "evaluation": ("evaluation", ""),
     "machine": ("nothing", "no number depends on it"),
     "machine.rerun_on_code_change": ("training", "from now on the code is compared"),

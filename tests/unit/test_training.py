@@ -24,6 +24,7 @@ from robsparse.schema.training import Fit
 from robsparse.sparsity.layers import nonzero_count, prunable, weight_count
 from robsparse.sparsity.masks import plain_state
 from robsparse.study.cells import Cell, Layout, derive_seed
+from robsparse.study.cost import PASSES, passes_per_epoch
 from robsparse.training import loop, objectives, recorder, validation
 from robsparse.training import session as training_session
 from robsparse.training.checkpoints import Interrupted, StopRequest
@@ -840,6 +841,28 @@ def test_self_training_mixes_pseudo_labelled_images_into_each_batch(study_data, 
     assert Counter(seen[:30]) == dict.fromkeys(range(10), 3)  # every image once before a repetition
     loop.train_cell(study, cell, layout, device="cpu")
     assert json.loads(layout.training(cell).read_text())["cost"]["epochs"] == 1
+
+
+@pytest.mark.parametrize("objective", ["at", "natural"])
+def test_synthetic_images_fill_their_share_of_each_batch(objective, study_data, one, tmp_path):
+    images = np.full((30, 8, 8), 255, dtype=np.uint8)  # white: told apart from the digits
+    np.savez(tmp_path / "made.npz", image=images, label=np.arange(30) % 10)
+    made = {"synthetic_file": str(tmp_path / "made.npz"), "synthetic_fraction": 0.25}
+    study_data["training"] |= made
+    study, cell, layout = one("dense", objectives=[objective])
+    session = prepare_session(study, cell, layout, CPU)
+    assert (session.batches.size, session.batches.extra_size) == (48, 16)
+    for step in range(session.batches.steps):
+        x_NCHW, _ = session.batches.epoch(0).batch(step)
+        white = (x_NCHW == 1).flatten(1).all(dim=1)
+        assert white.tolist() == [False] * 48 + [True] * 16
+    plain = study.training.model_copy(update={"synthetic_file": None})
+    ratio = passes_per_epoch(objective, study.training) / passes_per_epoch(objective, plain)
+    assert ratio == pytest.approx(64 / 48)  # so many more steps for the labelled images
+    loop.train_cell(study, cell, layout, device="cpu")
+    cost = json.loads(layout.training(cell).read_text())["cost"]
+    each = PASSES[objective](study.training.crafting.steps)[0]
+    assert cost["forward_passes"] == each * session.batches.steps
 
 
 def test_extra_images_of_another_shape_are_refused(study_data, one, tmp_path):
