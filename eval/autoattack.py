@@ -149,7 +149,7 @@ def _run_component(
         x, y = tally.x_NCHW[index].to(context.device), tally.y_N[index].to(context.device)
         with torch.no_grad():
             adversarial = search(x.clone(), y.clone())
-        tally.judge(model, index, adversarial)
+        tally.record(model, index, adversarial)
         context.cache.put(
             key,
             done=np.array(done + where.stop),

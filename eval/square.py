@@ -45,7 +45,7 @@ def run(
             restarts=params.restarts,
             seed=context.seed,
         )
-        tally.judge(model, where, found)
+        tally.record(model, where, found)
         progress.update(where.stop, int(tally.robust.sum()))
 
     in_batches(len(y_N), context.batch_size, work, context.report)

@@ -1,4 +1,4 @@
-"""One network under attack: the attack interface, the sanity checks and the record.
+"""The evaluation of a network: the attack interface, the sanity checks and the record.
 
-Imports fast and what is below it; never training.
+Imports fast and the packages below it, and never training.
 """

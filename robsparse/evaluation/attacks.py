@@ -1,4 +1,4 @@
-"""What an attack gets and what it returns.
+"""The interface of an attack: its inputs and its result.
 
 An attack is a file in eval/ with a class `Params` (a subclass of `AttackParams` if the attack
 perturbs images) and
@@ -7,8 +7,8 @@ perturbs images) and
     def passes(params) -> tuple[int, int]
 
 `run` gets the images that the model classifies correctly (`clean` gets all images). `passes`
-returns the forward-and-backward passes and the forward-only passes over an image that stays robust;
-`robsparse plan` estimates times from them.
+returns two numbers for an image that stays robust: the passes forward and backward, and the passes
+forward only. `robsparse plan` estimates times from them.
 """
 
 import json
@@ -24,20 +24,21 @@ from robsparse.evaluation.cache import Cache
 
 
 def no_surrogate(method: str) -> nn.Module:
-    """The `surrogate` of an attack that has no other networks to choose from."""
-    raise LookupError(f"no network '{method}' here")
+    """Raise LookupError. This is the default `surrogate`, without any other network."""
+    raise LookupError(f"there is no network '{method}'")
 
 
 @dataclass(frozen=True)
 class AttackContext:
     """The threat, the device and the services of one attack.
 
-    norm, eps: the threat. seed: decides all random draws of the attack.
+    norm, eps: the threat.
+    seed: the seed of all random numbers of the attack.
     report: report(text) prints a line of progress.
     cache: stores finished batches of a long attack.
     surrogate: surrogate(method) returns another network of the study, in eval mode, for black-box
         transfer attacks.
-    images: all test images of the evaluation x_NCHW, also those that the model misclassifies.
+    images: all test images x_NCHW of the evaluation, also the misclassified ones.
     """
 
     norm: str
@@ -46,7 +47,7 @@ class AttackContext:
     batch_size: int
     device: torch.device
     report: Callable[[str], None] = print
-    cache: Cache = Cache(None)  # noqa: RUF009 (it is never changed)
+    cache: Cache = Cache(None)  # noqa: RUF009 (it is immutable)
     surrogate: Callable[[str], nn.Module] = no_surrogate
     images: Tensor | None = None
 
@@ -62,16 +63,16 @@ class Picture(NamedTuple):
 class Outcome:
     """The result of an attack.
 
-    components: for each component, in the order in which they ran, the images that are robust to
-        it and to all components before it (bool N); the last is the result of the whole attack.
+    components: for each component, the images that are robust to it and to all components before
+        it (bool N), in the order of the run. The last entry is the result of the whole attack.
     settings: the columns steps, restarts and version of a result row, where they apply.
-    warnings: why the attack itself may be unreliable, in words.
+    warnings: sentences that say why the attack may be unreliable.
     max_perturbation: largest distance of an adversarial image in the norm of the threat, or None.
     nan_count: pixels of adversarial images that are not a number.
-    distances: of an attack that searches for the smallest perturbation: its length for each image
-        (float N, inf where none was found).
-    pictures: adversarial versions of some of the first images, by their index.
-    earlier_seconds: time that an earlier, interrupted run spent on results from the cache.
+    distances: for an attack that searches for the smallest perturbation: the length of this
+        perturbation for each image (float N, inf if none was found).
+    pictures: adversarial versions of some of the first images, by image index.
+    earlier_seconds: the time of an earlier, interrupted run for the results from the cache.
     """
 
     components: dict[str, Tensor]
@@ -84,7 +85,7 @@ class Outcome:
     earlier_seconds: float = 0.0
 
     def arrays(self, seconds: float) -> dict[str, np.ndarray]:
-        """The outcome as arrays for the cache. seconds: the time that the attack took."""
+        """Return the outcome as arrays for the cache. seconds: the duration of the attack."""
         words = {
             "settings": self.settings,
             "warnings": self.warnings,
@@ -100,7 +101,7 @@ class Outcome:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Outcome":
-        """The outcome that `arrays` was made from; its time becomes `earlier_seconds`."""
+        """Return the outcome from its arrays. The stored time becomes `earlier_seconds`."""
         words = json.loads(str(arrays["words"]))
         names, seconds = words.pop("components"), words.pop("seconds")
         lengths = arrays.get("distances")
@@ -114,7 +115,7 @@ class Outcome:
 
 
 def outcome_from_distances(distances: Tensor, eps: float, settings: dict[str, Any]) -> Outcome:
-    """The outcome of an attack that found the smallest perturbations (float N, inf: none)."""
+    """Return the outcome of an attack with the smallest perturbations (float N, inf: none)."""
     robust = distances > eps
     return Outcome(
         {"all": robust},
@@ -125,7 +126,7 @@ def outcome_from_distances(distances: Tensor, eps: float, settings: dict[str, An
 
 
 def arrays_of_pictures(pictures: dict[int, Picture]) -> dict[str, np.ndarray]:
-    """Pictures as arrays for the cache, pixels in half precision."""
+    """Return pictures as arrays for the cache, with pixels in half precision."""
     images = [picture.image for picture in pictures.values()]
     return {
         "pictured": np.array(list(pictures), dtype=np.int64),
@@ -135,7 +136,7 @@ def arrays_of_pictures(pictures: dict[int, Picture]) -> dict[str, np.ndarray]:
 
 
 def pictures_from_arrays(arrays: dict[str, np.ndarray]) -> dict[int, Picture]:
-    """The pictures that `arrays` was made from."""
+    """Return the pictures from their arrays."""
     images = torch.from_numpy(arrays["pictures"]).float()
     found = map(Picture, images, arrays["taken_for"].tolist())
     return dict(zip(arrays["pictured"].tolist(), found, strict=True))

@@ -1,5 +1,6 @@
-"""The cache of an evaluation: results of finished attacks and batches, so that an evaluation that
-was stopped continues where it was.
+"""The cache of an evaluation: results of finished attacks and batches.
+
+An interrupted evaluation continues from its cache.
 """
 
 import hashlib
@@ -19,22 +20,22 @@ from robsparse.datasets import Part
 from robsparse.networks import weights
 from robsparse.study import fingerprints, source_code
 
-PROBED = 4  # images whose outputs and gradients identify a network
+PROBED = 4  # number of images: their outputs and gradients identify a network
 
 
 class Cache:
-    """Arrays of finished results, one file each.
+    """Arrays of finished results, in one file for each result.
 
-    A file is written whole or not at all. Its name is a digest of the basis (what decides the
-    results of one attack, see `basis_of`) and of the name of the result.
+    A file is written completely or not at all. The name of a file is a digest. It depends on the
+    name of the result and on everything that decides the results of an attack (`cache_basis`).
     """
 
     def __init__(self, folder: Path | None, basis: str = "") -> None:
-        """Store results in `folder`; with None, store nothing."""
+        """Store results in `folder`, or store nothing if `folder` is None."""
         self.folder, self.basis = folder, basis
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
-        """The arrays of a result, or None where it is not finished or its file is damaged."""
+        """Return the arrays of a result, or None if it is not finished or its file is damaged."""
         if self.folder is None:
             return None
         path = self._path(self.folder, name)
@@ -59,14 +60,14 @@ class Cache:
         return folder / f"{digest}.npz"
 
 
-def basis_of(network: str, attack: str, device: torch.device, **decided: Any) -> str:
-    """Digest of everything that decides the results of one attack, besides its own parameters.
+def cache_basis(network: str, attack: str, device: torch.device, **decided: Any) -> str:
+    """Return a digest of everything that decides the results of one attack, but its parameters.
 
     Args:
-        network: `network_digest` of the attacked network with the images.
-        attack: the registered name of the attack, whose code counts.
-        device: where it runs; the name of a GPU counts too.
-        decided: all else, such as norm, eps, seed and batch size.
+        network: `network_digest` of the attacked network and the images.
+        attack: the registered name of the attack. The digest includes its code.
+        device: the device of the attack. The digest includes the name of a GPU.
+        decided: all other values, such as norm, eps, seed and batch size.
     """
     module = registry.entry("attack", attack).module
     name = "cpu" if device.type == "cpu" else device_name(device)
@@ -74,11 +75,11 @@ def basis_of(network: str, attack: str, device: torch.device, **decided: Any) ->
 
 
 def network_digest(model: nn.Module, part: Part, device: torch.device) -> str:
-    """Digest of a network in eval mode, and of the images and labels that it is attacked on.
+    """Return a digest of a network in eval mode and of the attacked images and labels.
 
-    A network is its weights, the code of its modules, and what it computes: its outputs and input
-    gradients for the first images. These change with an attribute that no setting and no file
-    shows.
+    The digest of a network includes its weights, the code of its modules, and its outputs and input
+    gradients for the first images. Outputs and gradients can also show a changed attribute that is
+    in no setting and in no file.
     """
     digest = hashlib.sha256(_code_digest(model).encode())
     for name, value in model.state_dict().items():
@@ -90,13 +91,13 @@ def network_digest(model: nn.Module, part: Part, device: torch.device) -> str:
 
 
 def _code_digest(model: nn.Module) -> str:
-    """Digest of the code of all layers that are not torch's own."""
+    """Return a digest of the code of all layers that are not part of torch."""
     found = {type(module).__module__ for module in model.modules()}
     return source_code.digest(*sorted(n for n in found if n.partition(".")[0] != "torch"))
 
 
 def _outputs_and_gradients(model: nn.Module, part: Part, device: torch.device) -> list[Tensor]:
-    """Logits and input gradients; random numbers come from a fixed seed and are restored."""
+    """Return logits and input gradients. The seed is fixed, and random states are restored."""
     if not len(part):
         return []
     x = part.x_NCHW[:PROBED].to(device, copy=True).requires_grad_(True)

@@ -1,6 +1,6 @@
 """The evaluation of one network, from its weights to its record.
 
-It sees a plain torch model and test images; it never sees a method.
+It uses only a plain torch model and test images, never a method.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from robsparse.compute.machine import pick_device, prepare
 from robsparse.evaluation import job as jobs
 from robsparse.evaluation import record, sanity_checks
 from robsparse.evaluation.measure import measure_network
-from robsparse.evaluation.runner import attack_model, failing_in
+from robsparse.evaluation.runner import attack_model, evaluation_errors
 from robsparse.schema.evaluation import Selection
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
@@ -28,26 +28,28 @@ def evaluate_cell(
     device: str | None = None,
     threads: int | None = None,
 ) -> Path:
-    """Attack one network and write its record and the outcome of each image.
+    """Attack one network, and write its record and the outcome of each image.
 
     Args:
-        target: other weights and result files; None for the cell's own in the study's folder.
-        fresh: delete the cache of an interrupted evaluation first.
-        device, threads: instead of those of the study.
+        study, cell, selection, layout: the network, and the paths of its files.
+        target: other weights and result files. None: those of the cell in the folder of the study.
+        fresh: first delete the cache of an interrupted evaluation.
+        device, threads: replace those of the study.
 
     Returns:
         The path of the record.
 
-    Raises UsageError, and writes nothing, when the weights are missing or damaged, the images are
-    not what an attack expects or the network does not map them to logits; EvaluationError when it
-    fails later. The cache then holds the finished parts.
+    Raises:
+        UsageError: if the weights are missing or damaged, the images are not what an attack
+            expects, or the network does not map them to logits. Nothing is written then.
+        EvaluationError: if the evaluation fails later. The cache then has the finished parts.
     """
     prepare(threads or study.machine.threads)
     where = pick_device(device or study.machine.device)
     job = jobs.resolve(study, cell, selection, layout, target=target, device=where)
     if fresh:
         shutil.rmtree(job.cache, ignore_errors=True)
-    with failing_in("counting weights"):
+    with evaluation_errors("counting weights"):
         size = measure_network(job.model, job.splits.image_shape)
     planned = study.planned[cell]
     results = attack_model(
@@ -61,7 +63,7 @@ def evaluate_cell(
         surrogate=job.surrogate,
         folded=not study.source(cell.method).foreign,
     )
-    with failing_in("sanity checks"):
+    with evaluation_errors("sanity checks"):
         findings = sanity_checks.examine(
             job.model, job.examples, study.evaluation, planned.sanity_check_threat, where
         )

@@ -1,4 +1,4 @@
-"""FMN: the smallest perturbation that breaks each image, by gradients.
+"""FMN: a gradient attack that searches for the smallest perturbation of each image.
 
 Source: Pintor et al., NeurIPS 2021, through the package foolbox (LInfFMNAttack, L2FMNAttack).
 """
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from robsparse.compute.perturb import length
 
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox wants a git, which is not used here
+os.environ.setdefault(
+    "GIT_PYTHON_REFRESH", "quiet"
+)  # foolbox looks for git, which is not needed here
 import foolbox
 
 
@@ -25,18 +27,20 @@ def perturbed(
     gamma: float = 0.05,
     start: Tensor | None = None,
 ) -> Tensor:
-    """What FMN makes of images x_NCHW in [0,1] with labels y_N.
+    """Return the adversarial images of FMN for images x_NCHW in [0,1] with labels y_N.
 
     Args:
         model: network in eval mode, on the device of x.
-        x: images; y: their classes.
+        x: images.
+        y: their classes.
         norm: "Linf" or "L2".
-        steps: gradient steps; max_stepsize: L2 length of the first; gamma: share by which the
-            allowed perturbation changes at first. The defaults are the package's.
-        start: versions of the images, each of which breaks the network; None: the images.
+        steps: number of gradient steps.
+        max_stepsize: L2 length of the first step (default of foolbox).
+        gamma: share by which the allowed perturbation changes at first (default of foolbox).
+        start: adversarial versions of all images, or None to start from the images.
 
     Returns:
-        Images in [0,1] of the shape of x; where none was found that breaks the network, x itself.
+        Images in [0,1] with the shape of x. An image without an adversarial version is unchanged.
     """
     kind: Any = foolbox.attacks.LInfFMNAttack if norm == "Linf" else _L2
     attack = kind(steps=steps, max_stepsize=max_stepsize, gamma=gamma)
@@ -46,8 +50,10 @@ def perturbed(
 
 
 class _L2(foolbox.attacks.L2FMNAttack):
-    """The package's attack with its projection mended: it divides lengths by themselves (3.3.4), so
-    that nothing is ever projected and perturbations stay as long as they first were.
+    """The L2 attack of foolbox with a corrected projection.
+
+    The projection of foolbox 3.3.4 divides each length by itself, so it never changes anything, and
+    perturbations never become shorter.
     """
 
     def project(self, x: Any, x0: Any, epsilon: Any) -> Any:

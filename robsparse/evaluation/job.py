@@ -1,4 +1,4 @@
-"""What one evaluation is about: which network, which images, and where the results go."""
+"""The inputs of one evaluation: the network, the images, and the paths of the results."""
 
 import functools
 from collections.abc import Callable
@@ -23,13 +23,16 @@ from robsparse.study.targets import Target
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation, everything resolved before the first attack.
+    """One evaluation. All its inputs are resolved before the first attack.
 
-    model: the attacked network, in eval mode, on `device`. origin: where it comes from, in words.
-    weights: the file of its weights; None where code builds it with weights of its own.
-    examples: the attacked test images. splits: the whole data set.
-    record, outcomes: the files of the results. cache: the folder of finished parts.
-    training: the training record of the study; None where other weights are attacked.
+    model: the attacked network, in eval mode, on `device`.
+    origin: a text that says where the network comes from.
+    weights: the file of its weights, or None if code builds the network with weights.
+    examples: the attacked test images.
+    splits: the whole data set.
+    record, outcomes: the files of the results.
+    cache: the folder of the cache.
+    training: the training record of the study, or None if other weights are attacked.
     surrogate: surrogate(method) returns the network of another cell, on `device`.
     """
 
@@ -62,10 +65,13 @@ def resolve(
     """Load and check everything that an evaluation needs.
 
     Args:
-        target: other weights than the cell's own, with their own result files, or None.
+        study, cell, selection, layout: the network, and the paths of its files.
+        target: other weights with other result files, or None.
+        device: the device of the evaluation.
 
-    Raises UsageError when weights are missing or damaged, the images are not what an attack
-    expects, the network does not map them to logits, or results cannot be written.
+    Raises:
+        UsageError: if weights are missing or damaged, the images are not what an attack expects,
+            the network does not map them to logits, or results cannot be written.
     """
     files = target or Target.of_study(layout, cell, selection)
     fingerprint = fingerprints.evaluation(study, cell, selection)
@@ -101,7 +107,7 @@ def resolve(
 def surrogates(
     study: Study, cell: Cell, selection: Selection, layout: Layout, device: torch.device
 ) -> Callable[[str], nn.Module]:
-    """surrogate(method): the network of that method's cell for black-box transfer to `cell`."""
+    """Return surrogate(method), which loads the network of another cell for transfer to `cell`."""
 
     @functools.cache
     def surrogate(method: str) -> nn.Module:
@@ -114,7 +120,11 @@ def surrogates(
 
 
 def first_examples(test: Part, n: int, classes: int) -> Part:
-    """The first n test images. Raises UsageError unless they are in [0,1] with valid labels."""
+    """Return the first n test images.
+
+    Raises:
+        UsageError: unless there are n images, in [0,1] and with valid labels.
+    """
     if n > len(test):
         raise UsageError(f"evaluation.n_examples = {n}: the test split has {len(test)} images")
     part = Part(test.x_NCHW[:n], test.y_N[:n])

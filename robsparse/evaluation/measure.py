@@ -14,8 +14,9 @@ from robsparse.sparsity.layers import prunable
 class NetworkSize:
     """The size of a network.
 
-    columns: of a result row. layers: of each prunable layer its size, nonzero weights and the
-    positions that it is applied at. histogram: counts of nonzero weights by magnitude.
+    columns: the columns of a result row.
+    layers: the size, the nonzero weights and the number of positions of each prunable layer.
+    histogram: counts of nonzero weights by magnitude.
     """
 
     columns: dict[str, Any]
@@ -26,8 +27,9 @@ class NetworkSize:
 def measure_network(model: nn.Module, image_shape: tuple[int, int, int]) -> NetworkSize:
     """Count nonzero weights and the multiply-accumulates of one image, dense and sparse.
 
-    The sparse count is that of an ideal sparse kernel; no such kernel is timed here. A layer
-    counts as often as it is used, also 0 times. Without prunable layers all counts are 0.
+    The sparse count is the number for an ideal sparse kernel. No sparse kernel is timed here. A
+    layer is counted for each use, and not at all if it is never used. Without prunable layers, all
+    counts are 0.
     """
     modules = prunable(model)
     positions = _positions(model, modules, image_shape)
@@ -59,16 +61,16 @@ def _positions(
     modules: Mapping[str, nn.Conv2d | nn.Linear],
     image_shape: tuple[int, int, int],
 ) -> dict[str, int]:
-    """How often each layer applies its weights to one image; 0 for a layer that is not used."""
+    """Return how often each layer applies its weights to one image (0 if it is never used)."""
     positions = dict.fromkeys(modules, 0)
 
-    def hook_of(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def make_hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
             positions[name] += output.numel() // modules[name].weight.shape[0]
 
         return count
 
-    hooks = [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
+    hooks = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
     device = next(iter([*model.parameters(), torch.zeros(0)])).device
     with torch.no_grad():
         model(torch.zeros(1, *image_shape, device=device))
@@ -78,9 +80,9 @@ def _positions(
 
 
 def magnitude_histogram(model: nn.Module) -> list[dict[str, float]]:
-    """Counts of nonzero prunable weights by magnitude: ten bins a decade, from 1e-12 to 100.
+    """Return counts of nonzero prunable weights by magnitude: ten bins per decade, 1e-12 to 100.
 
-    The smallest bin goes down to 0 and the largest up to infinity, so that every weight counts.
+    The smallest bin starts at 0 and the largest bin has no upper end, so every weight is counted.
     """
     exponents = torch.arange(-120, 21, dtype=torch.float64) / 10
     counts = torch.zeros(len(exponents) + 1, dtype=torch.int64)

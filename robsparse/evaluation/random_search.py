@@ -1,4 +1,4 @@
-"""Square, a random search that needs no gradient, with the settings that AutoAttack has for it.
+"""Square: a random search without gradients, with the settings of AutoAttack.
 
 Source: Andriushchenko et al., ECCV 2020, through the package pyautoattack.
 """
@@ -19,7 +19,7 @@ def random_search(
     restarts: int,
     seed: int,
 ) -> Tensor:
-    """Adversarial images x_NCHW within eps; an image for which none was found is unchanged."""
+    """Return adversarial images x_NCHW within eps. An image without any is unchanged."""
     cuda = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         search = SquareAttack(

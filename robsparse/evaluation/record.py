@@ -22,7 +22,7 @@ from robsparse.records.training_record import read_training
 
 
 def write(job: Job, size: NetworkSize, results: list[AttackResult], findings: Findings) -> None:
-    """Write the outcome of each image, and the record, which holds the checksum of that file."""
+    """Write the outcome of each image, and the record with the checksum of this file."""
     outcomes: dict[str, Any] = {}  # arrays
     for result in results:
         outcomes |= image_outcomes(result, job.examples)
@@ -37,7 +37,7 @@ def write(job: Job, size: NetworkSize, results: list[AttackResult], findings: Fi
 
 
 def network_columns(job: Job) -> dict[str, Any]:
-    """The columns that all rows of one network share, without those of its size."""
+    """Return the columns that all rows of a network share, without those of its size."""
     return {
         **{name: getattr(job.cell, name) for name in KEY if hasattr(job.cell, name)},
         "selection": job.selection,
@@ -55,21 +55,21 @@ def network_columns(job: Job) -> dict[str, Any]:
 
 
 def _checksum(model: nn.Module, file: Path | None) -> str:
-    """Checksum of the weights: of their file, or of all tensors where there is none."""
+    """Return the checksum of the file of the weights or, without a file, of all tensors."""
     return weights.checksum(model.state_dict()) if file is None else file_checksum(file)
 
 
 def chance_columns(test: Part, classes: int) -> dict[str, Any]:
-    """The columns `classes` and `chance`, the accuracy of always predicting the largest class.
+    """Return the columns `classes` and `chance` (the accuracy of always predicting one class).
 
-    test: all test images, not only the attacked ones, among which a class may be missing.
+    test: all test images. In the attacked images, a class may be missing.
     """
     largest = int(test.y_N.bincount().max())
     return {"classes": classes, "chance": max(1 / classes, largest / len(test))}
 
 
 def _training_columns(path: Path, selection: str) -> dict[str, Any]:
-    """Cost of training, if this suite trained the weights."""
+    """Return the columns of the training cost, if this suite trained the weights."""
     if not path.exists():
         return {}
     record = read_training(path)
@@ -90,7 +90,7 @@ def _training_columns(path: Path, selection: str) -> dict[str, Any]:
 
 
 def result_rows(result: AttackResult, common: dict[str, Any]) -> list[Row]:
-    """A row for each component of an attack, and one for the whole attack ("all").
+    """Return a row for each component of an attack, and one for the whole attack ("all").
 
     common: the columns that all rows of the network share.
     """
@@ -124,7 +124,7 @@ def _row(result: AttackResult, component: str, flags: Tensor, common: dict[str, 
 
 
 def image_outcomes(result: AttackResult, examples: Part) -> dict[str, np.ndarray]:
-    """Arrays named attack.component: which images are robust; also distances and pictures."""
+    """Return arrays `attack.component` of robust images, with distances and pictures."""
     attack, outcome = result.attack, result.outcome
     found = {f"{attack}.{name}": value.numpy() for name, value in result.robust.items()}
     if outcome.distances is not None:
@@ -142,7 +142,7 @@ def image_outcomes(result: AttackResult, examples: Part) -> dict[str, np.ndarray
 
 
 def summary(path: Path) -> str:
-    """The accuracies of a record, one a line, and where it is."""
+    """Return lines with the accuracies of a record, and its path."""
     rows = [row for row in read_record(path).rows if row.component == "all"]
     first = rows[0]
     reasons = first.potentially_unreliable
@@ -160,5 +160,5 @@ def summary(path: Path) -> str:
 
 
 def _version(row: Row) -> str:
-    """The version of an attack, unless it is the standard version."""
+    """Return the version of an attack, or "" for the standard version."""
     return "" if row.version in (None, "standard") else f" (version {row.version})"

@@ -15,7 +15,7 @@ from robsparse.base import registry
 from robsparse.base.errors import RunError, UsageError, one_line
 from robsparse.datasets import Part
 from robsparse.evaluation.attacks import AttackContext, Outcome, no_surrogate
-from robsparse.evaluation.cache import Cache, basis_of, network_digest
+from robsparse.evaluation.cache import Cache, cache_basis, network_digest
 from robsparse.fast import folding, proof
 from robsparse.schema.fields import Strict
 from robsparse.study.cells import derive_seed
@@ -23,12 +23,12 @@ from robsparse.study.planned import Attack
 
 
 class EvaluationError(RunError):
-    """An evaluation cannot go on, e.g. because the network fails on an image."""
+    """An evaluation cannot continue, for example because the network fails on an image."""
 
 
 @contextmanager
-def failing_in(step: str) -> Iterator[None]:
-    """Turn an error of an attack or of the attacked network into an EvaluationError of one line."""
+def evaluation_errors(step: str) -> Iterator[None]:
+    """Turn an error of an attack or of the network into an EvaluationError of one line."""
     try:
         yield
     except (UsageError, OSError):
@@ -37,7 +37,7 @@ def failing_in(step: str) -> Iterator[None]:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise EvaluationError(
             f"{step}: {one_line(error)} ({frame.filename}, line {frame.lineno}); finished parts "
-            "are cached for the next call"
+            "are in the cache for the next call"
         ) from error
 
 
@@ -45,9 +45,11 @@ def failing_in(step: str) -> Iterator[None]:
 class AttackResult:
     """The outcome of one attack, for all images of the evaluation.
 
-    robust: for each component, and for "all", the images that stay robust (bool N); an image that
-        was not attacked is not robust. indices: the attacked images (int), to which `outcome`
-        refers. attacked_on: "view" or "network", whose passes the attack used.
+    robust: for each component, and for "all", the images that stay robust (bool N). An image that
+        was not attacked is not robust.
+    outcome: the result for the attacked images.
+    indices: the indices of the attacked images (int).
+    attacked_on: "view" if the attack used the folded view, or "network".
     """
 
     attack: str
@@ -74,15 +76,20 @@ def attack_model(
     """Run attacks, `clean` first, on the images that are classified correctly.
 
     Args:
-        attacks: with their norm and eps, as the study resolves them.
-        seed: of all attacks; each attack has a seed of its own that is derived from it.
-        cache: folder of finished parts; a later call with the same network, images and settings
-            takes them from there. None: no cache.
+        model: the network. It is put into eval mode.
+        examples: the images of the evaluation.
+        attacks: the attacks with norm and eps, as the study resolves them.
+        seed: the seed of the evaluation. The seed of each attack is derived from it.
+        batch_size: the number of images in a batch.
+        device: the device of the model.
+        cache: folder of the cache, or None for no cache. A later call with the same network, images
+            and settings uses the results from it.
         surrogate: surrogate(method) returns another network, for black-box transfer attacks.
-        folded: attack the network's folded view (the same outputs to rounding, faster); where that
-            fails, the network itself. A network of foreign code is attacked as it is.
+        folded: attack the folded view of the network. It is faster, and its outputs are equal up to
+            rounding. Where it fails, the network is attacked. False for external code.
 
-    Raises AssertionError if any module of the model is in train mode.
+    Raises:
+        AssertionError: if a module of the model stays in train mode.
     """
     model.eval()
     assert not any(module.training for module in model.modules()), "expected eval mode"
@@ -109,9 +116,10 @@ def attack_model(
 
 @dataclass(frozen=True)
 class _Run:
-    """What all attacks on one network share.
+    """The values that all attacks on one network share.
 
-    attacked: the network or its view. digest: of the network with the images, "" without a cache.
+    attacked: the network or its folded view.
+    digest: the digest of network and images, or "" without a cache.
     """
 
     attacked: nn.Module
@@ -128,7 +136,7 @@ class _Run:
         context = self._with_cache(self._context(attack), attack)
         module = registry.load("attack", attack.base)
         images = self.examples.x_NCHW[correct], self.examples.y_N[correct]
-        with failing_in(attack.name):
+        with evaluation_errors(attack.name):
             outcome, seconds = _outcome(module, self.attacked, images, attack.params, context)
         robust = {part: _spread(flags, correct) for part, flags in outcome.components.items()}
         whole = list(robust.values())[-1]
@@ -152,13 +160,13 @@ class _Run:
         )
 
     def _with_cache(self, context: AttackContext, attack: Attack) -> AttackContext:
-        """The context with the cache of this attack on this network, and on its surrogate."""
+        """Return the context with a cache for this attack, network and surrogate."""
         if self.cache is None:
             return context
         other = None
         if attack.surrogate is not None:
             other = network_digest(self.surrogate(attack.surrogate), self.examples, self.device)
-        basis = basis_of(
+        basis = cache_basis(
             self.digest,
             attack.base,
             self.device,
@@ -179,7 +187,7 @@ def _outcome(
     params: Strict,
     context: AttackContext,
 ) -> tuple[Outcome, float]:
-    """The outcome of one attack, from the cache if it is there, and the seconds that it took."""
+    """Return the outcome of one attack and its seconds. A result in the cache is used."""
     name = params.model_dump_json()
     if arrays := context.cache.get(name):
         outcome = Outcome.from_arrays(arrays)
@@ -193,7 +201,7 @@ def _outcome(
 
 
 def _spread(flags: Tensor, attacked: Tensor) -> Tensor:
-    """Flags of the attacked images as flags of all images; the others are not robust (bool N)."""
+    """Return flags of all images (bool N). An image that was not attacked is not robust."""
     spread = torch.zeros_like(attacked)
     spread[attacked] = flags.cpu()
     return spread

@@ -1,6 +1,6 @@
-"""Sanity checks of an evaluation: does a network only withstand attacks because they fail on it?
+"""Sanity checks of an evaluation: signs that an attack fails although a network is not robust.
 
-They run on every network that is evaluated; a network that does not pass is *potentially
+They run on every evaluated network. A result of a network that fails one is *potentially
 unreliable*.
 
 Sources: Athalye et al., ICML 2018, section 3.1 (signs of obfuscated gradients); Carlini et al., "On
@@ -25,8 +25,8 @@ HUGE_STEPS = 20
 STEPS = (10, 50, 200)
 RANDOM = 1e-4  # the largest difference of logits between two passes that counts as rounding
 ZEROS = 0.05  # the largest allowed share of images without a gradient
-_FAR = 1e9  # in place of an infinite difference, as a record holds finite numbers only
-GAP = 0.02  # the largest allowed share of images that a stronger attack breaks in addition
+_FAR = 1e9  # replaces an infinite difference, because a record has only finite numbers
+GAP = 0.02  # the largest allowed share of additional images that a stronger attack breaks
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ class Findings:
     reasons: tuple[str, ...] = ()
 
     def potentially_unreliable(self, outcomes: list[Outcome]) -> str:
-        """All reasons: those of the sanity checks, and the warnings of the attacks themselves."""
+        """Return all reasons: those of the sanity checks, and the warnings of the attacks."""
         warnings = [text for outcome in outcomes for text in outcome.warnings]
         return "; ".join(dict.fromkeys([*self.reasons, *warnings]))
 
 
 def passes(settings: Evaluation) -> tuple[int, int]:
-    """Forward-and-backward passes and forward-only passes over an image that survives."""
+    """Return the passes forward and backward, and forward only, over an image that survives."""
     return HUGE_STEPS + sum(STEPS), settings.sanity_checks.queries
 
 
 def examine(
     model: nn.Module, examples: Part, settings: Evaluation, threat: Threat, device: torch.device
 ) -> Findings:
-    """Run the sanity checks on the first images. The network stays as it was, in eval mode."""
+    """Run the sanity checks on the first images. The network is not changed."""
     n = min(settings.sanity_checks.n_examples, len(examples))
     if not n:
         return Findings()
@@ -79,7 +79,7 @@ def examine(
 
 
 def _reasons(numbers: dict[str, float]) -> list[str]:
-    """The checks that failed, in words; one image above a limit is allowed."""
+    """Return a text for each failed check. One image above a limit is allowed."""
     n = numbers["examined"]
     one, found = 1.5 / n, []
     if numbers["nan_logits"]:
@@ -109,14 +109,14 @@ def _reasons(numbers: dict[str, float]) -> list[str]:
 
 
 class _Checks:
-    """The single checks of one network; `correct` (bool N) is set by `outputs`."""
+    """The checks of one network. `outputs` sets `correct` (bool N)."""
 
     def __init__(self, model: nn.Module, part: Part, size: int, device: torch.device) -> None:
         self.model, self.part, self.size, self.device = model, part, size, device
         self.correct = torch.zeros(len(part), dtype=torch.bool)
 
     def outputs(self) -> dict[str, float]:
-        """Randomness, probabilities and NaN in the logits of two passes over the images."""
+        """Check the logits of two passes over the images: randomness, probabilities, NaN."""
         found = {"randomness": 0.0, "probabilities": 1.0, "nan_logits": 0.0}
 
         def check(where: slice) -> None:
@@ -133,12 +133,12 @@ class _Checks:
 
         in_batches(len(self.part), self.size, check, print)
         found["correct"] = int(self.correct.sum()) / len(self.part)
-        # A network that predicts the largest class for every image is this accurate at any eps.
+        # A network that always predicts the largest class has this accuracy at any eps.
         found["chance"] = int(self.part.y_N.bincount().max()) / len(self.part)
         return found
 
     def zero_gradients(self) -> int:
-        """Correct images on which the loss has no gradient at all."""
+        """Return the number of correct images with a gradient of 0."""
         count = 0
 
         def check(where: slice) -> None:
@@ -153,7 +153,7 @@ class _Checks:
         return count
 
     def survive_pgd(self, eps: float, steps: int, norm: str = "Linf") -> Tensor:
-        """Which images stay correct under PGD from one random start (bool N)."""
+        """Return which images stay correct under PGD from one random start (bool N)."""
         generator = torch.Generator().manual_seed(0)
         start = perturb.uniform_start(self.part.x_NCHW, eps, generator, norm)
         survive = self.correct.clone()
@@ -177,7 +177,7 @@ class _Checks:
         return survive
 
     def broken_by_search(self, among: Tensor, threat: Threat, queries: int, seed: int) -> int:
-        """How many of the images `among` (bool N) random search breaks; it needs no gradient."""
+        """Return how many of the images `among` (bool N) random search breaks."""
         index = among.nonzero().squeeze(1)
         broken = 0
 

@@ -1,4 +1,4 @@
-"""What attacks share: batches that fit into memory, a tally of robust images, progress lines."""
+"""Helpers of attacks: batches that fit into memory, a tally of robust images, progress."""
 
 import time
 from collections.abc import Callable
@@ -21,14 +21,16 @@ from robsparse.evaluation.attacks import (
 )
 
 SECONDS_BETWEEN_LINES = 10.0
-PICTURES = 32  # of the first images, adversarial versions are stored for the figures
+PICTURES = 32  # adversarial versions of this many first images are stored for the figures
 
 
 class Tally:
-    """The images that are still robust while an attack runs, and the perturbations so far.
+    """The robust images of a running attack, and the perturbations so far.
 
-    robust (bool N); largest: length of the longest perturbation; nans: pixels that are not a
-    number; pictures: adversarial versions of some of the first images.
+    robust: which images are still robust (bool N).
+    largest: length of the longest perturbation.
+    nans: the number of pixels that are not a number.
+    pictures: adversarial versions of some of the first images.
     """
 
     def __init__(self, x_NCHW: Tensor, y_N: Tensor, context: AttackContext) -> None:
@@ -54,12 +56,12 @@ class Tally:
         def attack_batch(where: slice) -> None:
             index = among[where]
             x, y = self.x_NCHW[index].to(context.device), self.y_N[index].to(context.device)
-            self.judge(model, index, craft(x, y, index))
+            self.record(model, index, craft(x, y, index))
 
         in_batches(len(among), context.batch_size, attack_batch, context.report)
 
-    def judge(self, model: nn.Module, where: slice | Tensor, adversarial: Tensor) -> None:
-        """Mark the images at `where` whose adversarial versions the model misclassifies."""
+    def record(self, model: nn.Module, where: slice | Tensor, adversarial: Tensor) -> None:
+        """Record which images at `where` are broken by their adversarial versions."""
         index = torch.arange(len(self.y_N))[where]
         with torch.no_grad():
             predicted = model(adversarial).argmax(1).cpu()
@@ -74,7 +76,7 @@ class Tally:
         self.robust[index[broken]] = False
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The tally as arrays for the cache."""
+        """Return the tally as arrays for the cache."""
         return {
             "robust": self.robust.numpy(),
             "numbers": np.array([self.largest, self.nans, self.seconds()], dtype=np.float64),
@@ -82,7 +84,7 @@ class Tally:
         }
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """Continue from the tally that `arrays` was made from."""
+        """Continue from the arrays of an earlier tally."""
         self.robust = torch.from_numpy(arrays["robust"])
         largest, nans, self.earlier = arrays["numbers"].tolist()
         self.largest, self.nans = largest, int(nans)
@@ -90,7 +92,7 @@ class Tally:
         self.began = time.monotonic()
 
     def seconds(self) -> float:
-        """Time spent so far, by earlier runs too."""
+        """Return the time so far, including earlier runs."""
         return self.earlier + time.monotonic() - self.began
 
     def outcome(
@@ -99,7 +101,7 @@ class Tally:
         components: dict[str, Tensor] | None = None,
         warnings: list[str] | None = None,
     ) -> Outcome:
-        """The outcome of the attack."""
+        """Return the outcome of the attack."""
         return Outcome(
             components or {"all": self.robust},
             settings,
@@ -112,9 +114,9 @@ class Tally:
 
 
 class AttackProgress:
-    """Images done, still robust, seconds, and an estimate of the rest.
+    """Shows the finished images, the robust images, and the remaining time.
 
-    A bar on a terminal; in a log a plain line every few seconds and one at the end.
+    A terminal shows a progress bar. A log gets a line every few seconds and a line at the end.
     """
 
     def __init__(self, name: str, total: int, report: Callable[[str], None]) -> None:
@@ -123,7 +125,7 @@ class AttackProgress:
         self.bar = tqdm(total=total, desc=name, unit="image", disable=None, leave=False)
 
     def update(self, done: int, robust: int) -> None:
-        """Show that `done` images are finished, and `robust` of all images still robust."""
+        """Show that `done` images are finished and `robust` images are still robust."""
         self.bar.update(done - self.bar.n if not self.bar.disable else 0)
         self.bar.set_postfix_str(f"{robust} robust")
         now = time.monotonic()
@@ -136,7 +138,7 @@ class AttackProgress:
             )
 
     def close(self, robust: int, of: int) -> None:
-        """The last line."""
+        """Print the last line."""
         self.bar.close()
         seconds = time.monotonic() - self.began
         self.report(f"{self.name}: {robust} of {of} still robust, {seconds:.1f} s")
@@ -145,9 +147,9 @@ class AttackProgress:
 def in_batches(
     count: int, size: int, work: Callable[[slice], None], report: Callable[[str], None]
 ) -> None:
-    """Call work(range) for one range of at most `size` of `count` images after the other.
+    """Call work(range) for consecutive ranges of at most `size` of `count` images.
 
-    When memory runs out, `size` is halved from there on, and a line reports it.
+    If memory is not sufficient, the size of all further ranges is halved, and a line reports this.
     """
     start = 0
     while start < count:
@@ -176,7 +178,7 @@ def correct_flags(
     device: torch.device,
     report: Callable[[str], None] = print,
 ) -> Tensor:
-    """Which images the model classifies correctly (bool N, on the CPU)."""
+    """Return which images the model classifies correctly (bool N, on the CPU)."""
     flags = torch.zeros(len(part), dtype=torch.bool)
 
     def classify(where: slice) -> None:

@@ -182,7 +182,7 @@ def test_tally_keeps_pictures_of_broken_images_among_the_first(monkeypatch):
     monkeypatch.setattr(tally, "PICTURES", 2)
     found = Tally(X, Y, attack_context())
     moved = torch.tensor([[0.4, 0.6], [0.5, 0.4], [0.1, 0.9]]).view(3, 1, 1, 2)
-    found.judge(Slope(), slice(0, 3), moved)
+    found.record(Slope(), slice(0, 3), moved)
     assert found.robust.tolist() == [False, True, False]
     assert list(found.pictures) == [0]
     assert torch.equal(found.pictures[0].image, moved[0])
@@ -191,12 +191,12 @@ def test_tally_keeps_pictures_of_broken_images_among_the_first(monkeypatch):
 
 def test_tally_counts_by_index_and_remembers_the_largest_change():
     tally = Tally(X, Y, attack_context("L2"))
-    tally.judge(
+    tally.record(
         Slope(), torch.tensor([2, 0]), torch.tensor([[0.5, 0.4], [0.1, 0.8]]).view(2, 1, 1, 2)
     )
     assert tally.robust.tolist() == [False, True, True]
     assert tally.largest == pytest.approx(0.5)
-    tally.judge(Slope(), slice(1, 2), X[1:2])
+    tally.record(Slope(), slice(1, 2), X[1:2])
     assert tally.largest == pytest.approx(0.5)
     assert tally.robust.tolist() == [False, True, True]
 
@@ -205,7 +205,7 @@ def test_tally_counts_numbers_that_are_none():
     tally = Tally(X, Y, attack_context())
     bad = X.clone()
     bad[1, 0, 0, 0] = math.nan
-    tally.judge(Slope(), slice(0, 3), bad)
+    tally.record(Slope(), slice(0, 3), bad)
     assert tally.nans == 1
     assert tally.largest == 0.0
 
@@ -232,7 +232,7 @@ def test_tally_comes_back_from_its_arrays_with_its_seconds(monkeypatch):
     tally = Tally(X, Y, attack_context())
     moved = X.clone()
     moved[0] += torch.tensor([-0.125, 0.125])
-    tally.judge(Slope(), slice(0, 3), moved)
+    tally.record(Slope(), slice(0, 3), moved)
     now[0] = 107.0
     kept = tally.arrays()
     again = Tally(X, Y, attack_context())

@@ -152,13 +152,13 @@ def test_tally_of_three_images_by_hand(norm, expected):
     y = torch.tensor([0, 1, 0])
     tally = Tally(x, y, AttackContext(norm, 0.5, 0, 3, CPU))
     change = torch.tensor([[0.3, 0.4], [0.0, 0.0], [0.0, 0.1]]).view(3, 1, 1, 2)
-    tally.judge(Sum(), slice(0, 3), x + change)
+    tally.record(Sum(), slice(0, 3), x + change)
     assert tally.robust.tolist() == [False, True, True]
     assert tally.largest == pytest.approx(expected)
     assert tally.nans == 0
     assert list(tally.pictures) == [0]
     assert tally.pictures[0].taken_for == 1
-    tally.judge(Sum(), torch.tensor([2]), x[2:] + torch.nan)
+    tally.record(Sum(), torch.tensor([2]), x[2:] + torch.nan)
     assert tally.nans == 2
     other = Tally(x, y, tally.context)
     other.restore(tally.arrays())
