@@ -53,7 +53,7 @@ def main() -> None:
     print(f"{len(right)} images, {len(part)} classified correctly, eps {eps:.5g}, AutoAttack")
     threat = AttackContext("Linf", eps, seed, batch_size, device, report=lambda text: None)
     module = registry.load("attack", "autoattack")
-    view = folding.view_of(model, part.x_NCHW[:1].to(device))
+    view = folding.folded_view(model, part.x_NCHW[:1].to(device))
     ours, our_seconds = _timed(
         lambda: module.run(view, part.x_NCHW, part.y_N, module.Params(), threat).components
     )

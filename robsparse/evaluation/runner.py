@@ -95,7 +95,7 @@ def attack_model(
     assert not any(module.training for module in model.modules()), "expected eval mode"
     first = examples.x_NCHW[: proof.IMAGES].to(device)
     run = _Run(
-        folding.view_of(model, first) if folded else model,
+        folding.folded_view(model, first) if folded else model,
         examples,
         seed,
         batch_size,

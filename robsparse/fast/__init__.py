@@ -1,4 +1,4 @@
-"""Gives the outputs and input gradients of a network in less time.
+"""Computes the outputs and input gradients of a network faster.
 
-Imports networks and what is below it.
+Imports networks and the packages below it.
 """

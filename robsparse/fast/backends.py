@@ -1,7 +1,7 @@
-"""How a program runs: as it is, compiled by torch, or replayed as a CUDA graph.
+"""Backends that run a program: eager, compiled by torch, or as a CUDA graph.
 
-All give the same values to rounding: each is compared with `eager` on the first images. What fails
-to start, or differs, is replaced by `eager`, and one line says so.
+All backends give the same values up to rounding. Each one is compared with `eager` on the first
+images. A backend that fails or differs is replaced by `eager`, and a line reports it.
 """
 
 import functools
@@ -21,20 +21,23 @@ Run = Callable[[Snapshot, Tensor], Tensor]  # snapshot, x_NCHW -> logits_NK
 
 
 class Backend:
-    """One way to run a program: (snapshot, x_NCHW) -> logits_NK.
+    """Runs a program: (snapshot, x_NCHW) -> logits_NK.
 
-    name: eager; compiled (torch.compile: needs a C++ compiler and takes a minute to start, which
-    only long runs win back); graph (a CUDA graph for every shape of batch: saves the launches of
-    small kernels); auto (eager: the fastest where measured, see docs/speed.md).
+    name:
+        eager: plain PyTorch.
+        compiled: torch.compile. It needs a C++ compiler and a minute to start, so it is faster only
+            in long runs.
+        graph: a CUDA graph for every batch shape. It saves the launch times of small kernels.
+        auto: eager, which was the fastest in the measurements (docs/speed.md).
     """
 
     def __init__(self, name: str, eager: Run) -> None:
         self.name, self.eager = name, eager
-        # By the kind of images and precision, each started with the first images of its kind.
+        # By kind of images and precision. Each one starts with the first images of its kind.
         self.started: dict[tuple[object, ...], Run] = {}
 
     def __call__(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        """The logits."""
+        """Return the logits."""
         if self.name in ("auto", "eager"):
             return self.eager(snapshot, x)
         kind = (x.shape, x.dtype, x.stride(), x.requires_grad, snapshot.dtype)
@@ -49,7 +52,8 @@ class Backend:
                 raise
             reason = one_line(error)
             print(
-                f"crafting: backend '{self.name}' does not run here ({reason}); eager", flush=True
+                f"crafting: backend '{self.name}' cannot be used ({reason}); using eager",
+                flush=True,
             )
             self.name = "eager"
             return self.eager(snapshot, x)
@@ -57,13 +61,13 @@ class Backend:
         return out
 
     def _require_same(self, run: Run, snapshot: Snapshot, x: Tensor) -> None:
-        """Raise RuntimeError when `run` computes something else than `eager` does."""
+        """Raise RuntimeError if the results of `run` and `eager` differ."""
         plain, fast = (
             proof.passes(functools.partial(way, snapshot), x, gradient=x.requires_grad)
             for way in (self.eager, run)
         )
         if reason := proof.difference(plain, fast, snapshot.dtype):
-            raise RuntimeError(f"it computes something else: {reason}")
+            raise RuntimeError(f"its results differ: {reason}")
 
 
 def _compiled(eager: Run, snapshot: Snapshot, x: Tensor) -> Run:
@@ -73,27 +77,27 @@ def _compiled(eager: Run, snapshot: Snapshot, x: Tensor) -> Run:
 class _Graph:
     """Forward and backward pass as a CUDA graph.
 
-    The graph reads and writes fixed memory: images and results are copied on the way in and out,
-    weights when it first runs a snapshot. loaded: the snapshot whose weights it has now.
+    The graph reads and writes fixed memory. Images and results are copied at every call. Weights
+    are copied at the first call with a snapshot. `loaded` refers to the snapshot of these weights.
     """
 
     def __init__(self, eager: Run, snapshot: Snapshot, x: Tensor) -> None:
         if not x.is_cuda:
-            raise RuntimeError("there are CUDA graphs on CUDA devices alone")
+            raise RuntimeError("CUDA graphs need a CUDA device")
         self.memory = snapshot.clone()
         self.loaded = weakref.ref(snapshot)
         sample = x.detach().clone().requires_grad_(x.requires_grad)
-        # A module would have its own forward replaced; what wraps it has not.
+        # torch would replace the forward of a module, but not that of a function around it.
         run = functools.partial(eager, self.memory)
         graph = torch.cuda.make_graphed_callables(run, (sample,))
         self.graph = cast(Callable[[Tensor], Tensor], graph)
 
     def __call__(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         if self.loaded() is not snapshot:
-            for mine, new in zip(self.memory.tensors(), snapshot.tensors(), strict=True):
-                mine.copy_(new)
+            for own, new in zip(self.memory.tensors(), snapshot.tensors(), strict=True):
+                own.copy_(new)
             self.loaded = weakref.ref(snapshot)
-        # Multiplying by 1 makes the gradient that is handed out a copy, as clone does the logits.
+        # Multiplication by 1 makes a copy of the returned gradient, and clone one of the logits.
         return self.graph(x * 1.0).clone()
 
 

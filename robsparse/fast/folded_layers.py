@@ -1,13 +1,13 @@
-"""Folded layers: weights of one moment, batch norm folded in, laid out for the device.
+"""Folded layers: fixed weights with batch norm folded in, in a memory format for the device.
 
-A *source* is a layer of the network with the batch norm and the ReLU after it. A *folded layer* is
-what it computes with the weights of one moment, and a *snapshot* holds the folded layers of a
-network. A source stays the same as long as the structure of the network does; a folded layer never
-changes, and keeps nothing but values that it would compute again from its own weights.
+A *source* is a layer of the network with the batch norm and the ReLU after it. A *folded layer*
+computes the same function with the weights at one moment. A *snapshot* has the folded layers of a
+network. A source is valid until the structure of the network changes. A folded layer never changes.
+It stores only values that can be computed again from its weights.
 
-Which layout convolutions want, and where a CPU is faster with matrices (`small_maps`), was measured
-(docs/speed.md); it follows from shapes and weights alone, so that the same run gives the same bits
-again.
+The memory format of convolutions, and the layers for which a CPU is faster with matrices
+(`small_maps`), were chosen by measurement (docs/speed.md). They depend only on shapes and weights.
+So a repeated run gives the same bits.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robsparse.fast import proof
-from robsparse.fast.small_maps import NARROW, PIXELS, Matrix, SmallMap, form_of
+from robsparse.fast.small_maps import NARROW, PIXELS, Matrix, SmallMap, choose_form
 from robsparse.models._layers import TensorFlowConv2d
 
-# Weights of a convolution from which a CPU is faster at fp32 with channels first.
+# With more weights than this, a convolution in fp32 on a CPU is faster with channels first.
 MANY_WEIGHTS = 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """Weight and bias of a folded layer, both its own.
+    """Weight and bias of a folded layer. The network does not share their memory.
 
-    density: share of nonzero weights, counted for convolutions on a CPU alone; else 1.
+    density: share of nonzero weights. It is counted only for convolutions on a CPU; otherwise 1.
     """
 
     weight: Tensor
@@ -38,18 +38,18 @@ class Affine:
     density: float = 1.0
 
     def to(self, dtype: torch.dtype | None) -> "Affine":
-        """The same in another precision, if one is given and this is fp32."""
+        """Return a copy in another precision if one is given and this is fp32, otherwise itself."""
         if dtype is None or self.weight.dtype != torch.float32:
             return self
         bias = None if self.bias is None else self.bias.to(dtype)
         return Affine(self.weight.to(dtype), bias, self.density)
 
     def tensors(self) -> list[Tensor]:
-        """Weight and, if there is one, bias."""
+        """Return the weight and, if there is one, the bias."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def clone(self) -> "Affine":
-        """A copy in memory of its own."""
+        """Return a copy in separate memory."""
         bias = None if self.bias is None else self.bias.clone()
         return Affine(self.weight.clone(), bias, self.density)
 
@@ -59,7 +59,7 @@ class Affine:
 
 @dataclass(frozen=True, eq=False)
 class FoldedNorm:
-    """Batch norm that no layer takes up: x * weight + bias, one of each a channel."""
+    """Batch norm without a layer before it: x * weight + bias, with one value per channel."""
 
     affine: Affine
 
@@ -71,7 +71,7 @@ class FoldedNorm:
 
 @dataclass(frozen=True, eq=False)
 class FoldedLinear:
-    """A linear layer, then a ReLU if `rectified`."""
+    """A linear layer, followed by a ReLU if `rectified`."""
 
     affine: Affine
     rectified: bool
@@ -84,18 +84,19 @@ class FoldedLinear:
 
 @dataclass(frozen=True, eq=False)
 class FoldedConvolution:
-    """A convolution, then a ReLU if there was one; on a CPU by its matrix where that is faster.
+    """A convolution, with a ReLU if the network has one. A CPU uses a matrix if it is faster.
 
-    affine: in the precision that it computes in. full: in the network's own precision, which
-    matrices are formed from; None on a GPU. columns: whether small maps keep images innermost in
-    memory, as sparse matrices want it (`small_maps`).
+    affine: weight and bias in the precision of the computation.
+    full: weight and bias in the precision of the network, for matrices. None on a GPU.
+    columns: whether small maps have images innermost in memory, as sparse matrices need it
+        (`small_maps`).
     """
 
     source: "ConvolutionSource"
     affine: Affine
     full: Affine | None
     columns: bool
-    # Formed from the weights above when they are first needed.
+    # Computed from the weights above at the first use.
     _matrices: dict[tuple[torch.Size, str], Matrix] = field(default_factory=dict, init=False)
     _channels_first: list[Tensor] = field(default_factory=list, init=False)
 
@@ -103,7 +104,7 @@ class FoldedConvolution:
         source, rectified = self.source, self.source.rectified
         if self.full is not None:
             bf16 = self.affine.weight.dtype == torch.bfloat16
-            form = form_of(source.layer, x, self.full.density, bf16=bf16)
+            form = choose_form(source.layer, x, self.full.density, bf16=bf16)
             if form != "conv":
                 columns = self.columns or form == "sparse"
                 matrix = self._matrix(self.full, x, form, columns)
@@ -115,10 +116,13 @@ class FoldedConvolution:
 
     @torch.compiler.disable
     def _matrix(self, full: Affine, x: Tensor, form: str, columns: bool) -> Matrix:
-        """The matrix for maps of this size.
+        """Return the matrix for maps of this size.
 
-        Raises ValueError when it does not compute what the convolution does. The two are compared
-        at the first use of a form alone: later weights go the same way through it.
+        At the first use of a form, it is compared with the convolution. Later weights use the same
+        code, so they are not compared again.
+
+        Raises:
+            ValueError: if the results of matrix and convolution differ.
         """
         key = (x.shape[2:], form)
         if (key, columns) not in self.source.proven:
@@ -132,7 +136,7 @@ class FoldedConvolution:
         return self._matrices[key]
 
     def _require_same(self, full: Affine, x: Tensor, form: str, columns: bool) -> None:
-        """Raise ValueError unless a matrix computes what the convolution does."""
+        """Raise ValueError if the results of the matrix and the convolution differ."""
         weight, bias = full.weight, full.bias
         matrix = self.source.small_map(x.shape[2:]).form(form, weight, bias)
         images = x[: proof.IMAGES].to(weight.dtype)
@@ -145,10 +149,10 @@ class FoldedConvolution:
         )
         if reason := proof.difference(plain, fast):
             layer = self.source.layer
-            raise ValueError(f"the {form} matrix of {layer} is not its convolution: {reason}")
+            raise ValueError(f"the {form} matrix of {layer} differs from the convolution: {reason}")
 
     def _laid_out(self, x: Tensor) -> tuple[Tensor, torch.memory_format]:
-        """The weights in the layout that they and x are to have, and that layout."""
+        """Return the weights in the memory format for x, and this memory format."""
         weight = self.affine.weight
         forward_only = not x.requires_grad and not x.is_cuda and x.dtype == torch.float32
         if not forward_only or x.shape[2] * x.shape[3] > PIXELS:
@@ -163,28 +167,29 @@ Folded = FoldedConvolution | FoldedLinear | FoldedNorm
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The folded layers of a network with the weights of one moment, in the order of its program.
+    """The folded layers of a network with the weights at one moment, in the order of its program.
 
-    dtype: what convolutions of an fp32 network compute in and pass on, e.g. bfloat16; None for the
-    network's own. Linear layers are small and the logits need their digits: they stay as they are.
+    dtype: precision of the convolutions of an fp32 network, e.g. bfloat16. None: the precision of
+        the network. Linear layers always keep the precision of the network, because they are small
+        and the logits need it.
     """
 
     layers: tuple[Folded, ...]
     dtype: torch.dtype | None
 
     def clone(self) -> "Snapshot":
-        """A copy whose weights have memory of their own."""
+        """Return a copy with weights in separate memory."""
         layers = (replace(layer, affine=layer.affine.clone()) for layer in self.layers)
         return Snapshot(tuple(layers), self.dtype)
 
     def tensors(self) -> list[Tensor]:
-        """All that it computes with on a GPU, always in the same order."""
+        """Return all tensors that it uses on a GPU, always in the same order."""
         return [tensor for layer in self.layers for tensor in layer.affine.tensors()]
 
 
 @torch.no_grad()
 def fold(sources: "Sequence[Source]", dtype: torch.dtype | None = None) -> Snapshot:
-    """The snapshot of layers with the weights that they have now; dtype: see `Snapshot`."""
+    """Return a snapshot with the current weights of the sources. dtype: see `Snapshot`."""
     found = [source.affine() for source in sources]
     columns = any(affine.density <= NARROW for affine in found)
     layers = (
@@ -198,18 +203,18 @@ def fold(sources: "Sequence[Source]", dtype: torch.dtype | None = None) -> Snaps
 
 
 class Source(Protocol):
-    """A layer of the network, which folded layers are made from."""
+    """A layer of the network. Folded layers are made from it."""
 
     def affine(self) -> Affine:
-        """Its weight and bias of now, in the network's own precision, batch norm folded in."""
+        """Return the current weight and bias in the precision of the network, with batch norm."""
 
     def folded(self, affine: Affine, dtype: torch.dtype | None, *, columns: bool) -> Folded:
-        """The folded layer that computes with them; `columns`: see `FoldedConvolution`."""
+        """Return the folded layer with this affine. columns: see `FoldedConvolution`."""
 
 
 @dataclass(frozen=True, eq=False)
 class NormSource:
-    """Batch norm that no layer takes up."""
+    """Batch norm without a layer before it."""
 
     norm: nn.BatchNorm2d
 
@@ -223,7 +228,7 @@ class NormSource:
 
 @dataclass(frozen=True, eq=False)
 class LinearSource:
-    """A linear layer, with the batch norm and the ReLU after it if there are any."""
+    """A linear layer, with batch norm and ReLU after it if there are any."""
 
     layer: nn.Linear
     norm: nn.BatchNorm2d | None
@@ -238,10 +243,10 @@ class LinearSource:
 
 @dataclass(frozen=True, eq=False)
 class ConvolutionSource:
-    """A convolution, with the batch norm and the ReLU after it if there are any.
+    """A convolution, with batch norm and ReLU after it if there are any.
 
-    It also keeps what does not depend on weights: where the taps of small maps meet their pixels,
-    and which kinds of matrices were compared with the convolution (`FoldedConvolution`).
+    It also stores values that do not depend on weights: the pixels of the kernel taps of small
+    maps, and the kinds of matrices that were compared with the convolution (`FoldedConvolution`).
     """
 
     layer: nn.Conv2d
@@ -264,13 +269,13 @@ class ConvolutionSource:
         return FoldedConvolution(self, replace(used, weight=weight), full, columns)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution with other weights than its own."""
+        """Return the result of the convolution with the given weight and bias."""
         if isinstance(self.layer, TensorFlowConv2d):
             x = self.layer.padded(x)
         return self.layer._conv_forward(x, weight, bias)
 
     def small_map(self, size: torch.Size) -> SmallMap:
-        """The convolution of maps of this height and width."""
+        """Return the convolution for maps of this height and width."""
         if size not in self._small_maps:
             self._small_maps[size] = SmallMap(self.layer, *size)
         return self._small_maps[size]
@@ -279,11 +284,11 @@ class ConvolutionSource:
 def folded_parameters(
     layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A copy of weight and bias, with batch norm in eval mode folded in.
+    """Return a copy of weight and bias, with batch norm in eval mode folded in.
 
-    weight * g and (bias - mean) * g + beta, with g = gamma / sqrt(variance + eps).
-    `torch.nn.utils.fusion` has the same formula and gives the same weights, but a bias whose last
-    digit differs, because it multiplies in another order: the crafted images would change.
+    They are weight * g and (bias - mean) * g + beta, with g = gamma / sqrt(variance + eps).
+    `torch.nn.utils.fusion` uses the same formula and gives the same weights. Its bias differs in
+    the last digit, because it multiplies in another order. This would change the crafted images.
     """
     weight, bias = layer.weight.detach(), layer.bias
     if norm is None:
@@ -294,7 +299,7 @@ def folded_parameters(
 
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Batch norm in eval mode as x * scale + shift, one of each a channel."""
+    """Return scale and shift for each channel: batch norm in eval mode is x * scale + shift."""
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
@@ -306,7 +311,7 @@ def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def require_plain(module: nn.Module) -> None:
-    """Raise ValueError for a layer that does something else than its kind."""
+    """Raise ValueError if the class of a layer has another forward than its kind."""
     code = type(module).forward, getattr(type(module), "_conv_forward", None)
     convolution = nn.Conv2d._conv_forward
     if code not in (
@@ -315,10 +320,10 @@ def require_plain(module: nn.Module) -> None:
         (nn.Linear.forward, None),
         (nn.BatchNorm2d.forward, None),
     ):
-        raise ValueError(f"{type(module).__name__} has a forward of its own")
+        raise ValueError(f"{type(module).__name__} has a custom forward")
 
 
 def _layout(weight: Tensor) -> torch.memory_format:
-    """What a convolution with these weights wants."""
+    """Return the fast memory format for a convolution with these weights."""
     wide = weight.numel() > MANY_WEIGHTS and not weight.is_cuda and weight.dtype != torch.bfloat16
     return torch.contiguous_format if wide else torch.channels_last

@@ -1,15 +1,15 @@
-"""The folded view of a network: what it computes in eval mode with the weights of one moment.
+"""The folded view of a network: a fast copy for eval mode with the weights at one moment.
 
-Ten of eleven passes of adversarial training, and all passes of an attack, need nothing but outputs
-and the gradient of the input. The view forms each weight once, folds batch norm into the
-convolution before it, lays tensors out as the device's convolutions want them, and rectifies in
-place. Its outputs are those of the network to rounding.
+Ten of eleven passes of adversarial training, and all passes of an attack, need only outputs and the
+gradient of the input. The view computes each weight once, folds batch norm into the convolution
+before it, uses the fast memory format of the device, and applies ReLU in place. Its outputs are
+those of the network up to rounding.
 
-A view is compared with its network before it is used (`robsparse.fast.proof`): on the first images,
-again when the structure of the network has changed, and for images of another shape, type or
-device. The network itself is used where they differ, and where the network does what a view cannot
-follow: hooks, random numbers, state that a pass changes, a tensor rewritten in place that is used
-again, a module in train mode. One line gives the reason.
+A view is compared with its network (`robsparse.fast.proof`) before it is used. This is repeated
+when the structure of the network changes, and for images of another shape, type or device. If they
+differ, the network is used. The network is also used if a view cannot represent it. The reasons
+are: hooks, random numbers, a pass that changes the state, a tensor that is changed in place and
+used again, or a module in train mode. One line gives the reason.
 """
 
 import weakref
@@ -29,10 +29,10 @@ from robsparse.fast.tracing import Program, trace
 
 
 class View(nn.Module):
-    """What one network computes in eval mode with the weights of one moment: x_NCHW -> logits_NK.
+    """A fast copy of a network for eval mode with the weights at one moment: x_NCHW -> logits_NK.
 
-    It never changes. Where it fails on images that the network takes, the network is used from
-    there on, in place of this view and of all later ones, and one line says so.
+    It never changes. If it fails on images that the network accepts, the network replaces this view
+    and all later ones, and one line reports it.
     """
 
     def __init__(
@@ -51,31 +51,31 @@ class View(nn.Module):
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            logits_NK = self._network()(x_NCHW)  # raises what the network itself has against them
+            logits_NK = self._network()(x_NCHW)  # raises an error if the network fails on them too
             self.status.reason = f"it fails ({one_line(error)})"
             _print(self.status.reason)
             return logits_NK
 
     def _network(self) -> nn.Module:
         network = self.network()
-        assert network is not None  # who uses a view holds its network
+        assert network is not None  # the user of a view has a reference to its network
         return network
 
 
-def view_of(
+def folded_view(
     network: nn.Module,
     x_NCHW: Tensor,
     dtype: torch.dtype | None = None,
     backend: str = "eager",
 ) -> nn.Module:
-    """The folded view of a network with its weights of now, or the network itself if it has none.
+    """Return the folded view of a network with its current weights, or the network without a view.
 
     Args:
-        network: In eval mode.
-        x_NCHW: Real images on the network's device. The view is compared with the network on the
-            first of them, where that has not been done for such images.
-        dtype: What convolutions of an fp32 network compute in, e.g. bfloat16.
-        backend: How the view runs: see `Backend`.
+        network: A network in eval mode.
+        x_NCHW: Real images on the device of the network. The view and the network are compared on
+            the first of them, unless this was already done for images of this kind.
+        dtype: Precision of the convolutions of an fp32 network, e.g. bfloat16.
+        backend: The name of a `Backend`.
     """
     if not len(x_NCHW):
         return network
@@ -87,12 +87,12 @@ def view_of(
 
 
 def runs_on(view: nn.Module) -> Literal["view", "network"]:
-    """What computes the outputs of something that `view_of` returned."""
+    """Return "view" or "network": what computes the outputs of a result of `folded_view`."""
     return "view" if isinstance(view, View) and not view.status.reason else "network"
 
 
 def _print(reason: str) -> None:
-    print(f"folded view: not used for this network, {reason}; the network itself runs", flush=True)
+    print(f"folded view: not used for this network, {reason}; using the network", flush=True)
 
 
 # ---------------------------------------------------------------- making and comparing
@@ -100,11 +100,12 @@ def _print(reason: str) -> None:
 
 @dataclass
 class Status:
-    """Whether the folded view of a network may be used, and what all its views share.
+    """Whether the folded view of a network may be used, and the values that all its views share.
 
-    structure: of the network when this was found out, with or without `attributes`. program: None
-    where there is none. reason: why there is no view, or why it is not used; "" where it is.
-    proven: the kinds of images that view and network were compared on.
+    structure: the structure of the network at the comparison, with or without `attributes`.
+    program: the traced program, or None if there is none.
+    reason: why the view is not used, or "" if it is used.
+    proven: the kinds of images on which view and network were compared.
     """
 
     structure: list[tuple[object, ...]]
@@ -115,31 +116,31 @@ class Status:
     backends: dict[str, Backend] = field(default_factory=dict)
 
     def backend(self, name: str) -> Backend:
-        """The named backend, which starts once for all views."""
+        """Return the named backend. All views share it, so it starts once."""
         if name not in self.backends:
             assert self.program is not None
             self.backends[name] = Backend(name, self.program.run)
         return self.backends[name]
 
     def prove(self, network: nn.Module, program: Program, x_NCHW: Tensor) -> None:
-        """Compare view and network on some images; use the network where they differ."""
+        """Compare view and network on some images. If they differ, use the network."""
         with observed(network, x_NCHW.device) as seen, computing("fp32", x_NCHW.device):
             try:
                 reason = _difference(network, program, x_NCHW)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                reason = f"the two cannot be compared ({one_line(error)})"
+                reason = f"view and network cannot be compared ({one_line(error)})"
             reason = seen.changed() or reason
         self.proven.add(_kind(x_NCHW))
         if reason:
             self.give_up(network, reason)
 
     def give_up(self, network: nn.Module, reason: str) -> None:
-        """Use the network from here on, as long as its structure stays the same.
+        """Use the network until its structure changes.
 
-        Attributes are left out of the structure: those that every pass changes must not be a
-        reason to try again before every pass.
+        The structure is stored without attributes. Otherwise, an attribute that every pass changes
+        would cause a new attempt before every pass.
         """
         self.program, self.reason = None, reason
         self.attributes, self.structure = False, structure(network, attributes=False)
@@ -149,9 +150,9 @@ _STATUS: "weakref.WeakKeyDictionary[nn.Module, Status]" = weakref.WeakKeyDiction
 
 
 def _status_of(network: nn.Module, x_NCHW: Tensor) -> Status:
-    """What is known about the view of a network, found out anew where its structure has changed.
+    """Return the status of the view of a network. If its structure has changed, make a new one.
 
-    The images are compared on where that has not been done for such images.
+    View and network are compared on the images, unless this was done for images of this kind.
     """
     status = _STATUS.get(network)
     before = status.reason if status is not None else ""
@@ -169,7 +170,7 @@ def _kind(x_NCHW: Tensor) -> tuple[object, ...]:
 
 
 def _try(network: nn.Module, x_NCHW: Tensor) -> Status:
-    """Try to trace a network; it, its state and global random numbers stay as they are."""
+    """Try to trace a network. Its state and the global random states are not changed."""
     status = Status(structure(network))
     if reason := forbidden(network):
         status.give_up(network, reason)
@@ -188,10 +189,10 @@ def _try(network: nn.Module, x_NCHW: Tensor) -> Status:
 
 
 def _difference(network: nn.Module, program: Program, x_NCHW: Tensor) -> str:
-    """Why a view must not be used, or ""; its weights have the network's own precision.
+    """Return why a view must not be used, or "". It is compared in the precision of the network.
 
-    The passes with and without a gradient are two passes of the network too, which show whether
-    its outputs depend on anything but the images.
+    Two passes of the network, with and without a gradient, are compared too. They show whether its
+    outputs depend on anything but the images.
     """
     snapshot = program.snapshot()
     modes = (True, False)
@@ -201,5 +202,5 @@ def _difference(network: nn.Module, program: Program, x_NCHW: Tensor) -> str:
     for mode, plain in zip(modes, own, strict=True):
         fast = proof.passes(lambda x: program.run(snapshot, x), x_NCHW, gradient=mode)
         if reason := proof.difference(plain, fast):
-            return f"a view computes something else ({reason})"
+            return f"the results of the view differ ({reason})"
     return ""

@@ -1,7 +1,7 @@
-"""Whether two ways to compute the same agree: outputs and the gradient of the input.
+"""Comparison of a fast path with the plain path: outputs and gradients of the input.
 
-A fast path is compared with the plain one on real images before it is used: the folded view with
-its network, a matrix of `small_maps` with its convolution, a backend with eager execution.
+Every fast path is compared on real images before it is used: the folded view with its network, a
+matrix of `small_maps` with its convolution, and a backend with eager execution.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,13 @@ from torch import Tensor
 
 Run = Callable[[Tensor], Tensor]
 
-IMAGES = 8  # compared; what they cost is nothing beside a step of training
+IMAGES = 8  # number of compared images; this costs little compared with a training step
 
-# Largest difference that rounding explains: of outputs in units of the largest output, of gradients
-# as lengths. Measured over all architectures, with random and with trained weights, outputs differ
-# by at most 1e-5 in single and 1e-13 in double precision. Gradients differ by more, because a ReLU
-# whose input rounds to the other side of 0 opens on one path alone.
+# The largest differences that rounding can explain, of outputs and of gradients. Outputs are
+# relative to the largest output, gradients to their L2 length. For all architectures, with random
+# and with trained weights, outputs differed by at most 1e-5 in single precision and by 1e-13 in
+# double precision. Gradients differ more: if the input of a ReLU is rounded to the other side of 0,
+# the gradient passes only on one path.
 LIMITS = {
     torch.float64: (1e-9, 1e-6),
     torch.float32: (1e-4, 5e-2),
@@ -26,16 +27,17 @@ LIMITS = {
 
 
 class Passes(NamedTuple):
-    """What passes over some images give; the gradient is None where none was asked for."""
+    """The results of a pass over some images. The gradient is None if it was not requested."""
 
     outputs: Tensor
     gradient: Tensor | None
 
 
 def passes(run: Run, x: Tensor, *, gradient: bool) -> Passes:
-    """One pass over x (images first), with the gradient of a fixed sum of outputs or without one.
+    """Return the results of one pass over x (first axis: images).
 
-    No gradient of a weight is computed, and x stays as it is.
+    The gradient is that of a fixed weighted sum of the outputs. No gradient of a weight is
+    computed, and x is not changed.
     """
     images = x.detach().clone().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
@@ -49,9 +51,9 @@ def passes(run: Run, x: Tensor, *, gradient: bool) -> Passes:
 
 
 def difference(plain: Passes, fast: Passes, dtype: torch.dtype | None = None) -> str:
-    """What differs by more than rounding, in words; "" if nothing does. Not a number differs.
+    """Return a text about a difference larger than rounding, or "". NaN always differs.
 
-    dtype: what the passes computed in, if that is not the type of the outputs.
+    dtype: the precision of the passes, if it is not the type of the outputs.
     """
     outputs, gradients = LIMITS.get(dtype or plain.outputs.dtype, (0.0, 0.0))
     if plain.outputs.shape != fast.outputs.shape:
@@ -61,10 +63,10 @@ def difference(plain: Passes, fast: Passes, dtype: torch.dtype | None = None) ->
     apart = float((plain.outputs - fast.outputs).abs().max())
     scale = float(plain.outputs.abs().max())
     if not apart <= outputs * scale:
-        return f"outputs differ by {apart:.2g}, where the largest is {scale:.2g}"
+        return f"outputs differ by {apart:.2g}; the largest is {scale:.2g}"
     if plain.gradient is None or fast.gradient is None:
         return ""
     apart, scale = (float(g.norm()) for g in (plain.gradient - fast.gradient, plain.gradient))
     if not apart <= gradients * scale:
-        return f"gradients differ by {apart:.2g}, where their length is {scale:.2g}"
+        return f"gradients differ by {apart:.2g}; their length is {scale:.2g}"
     return ""

@@ -1,10 +1,10 @@
-"""Convolutions of small maps as the matrices that they are, dense or sparse: for CPUs.
+"""Convolutions of small maps as dense or sparse matrices, for CPUs.
 
-Libraries are slow at small maps, most of all at their gradient, and have no sparse convolution. As
-a matrix, a convolution is one product in each direction, and the cost of a sparse product grows
-with the number of nonzero weights. A map is a row or a column of features in the order (pixel,
-channel), one for each image. A sparse product is fast with columns only; other convolutions read
-and write rows without a copy.
+Libraries are slow for small maps, especially for the gradient, and have no sparse convolution. With
+a matrix, a convolution is one product forward and one product backward. The cost of a sparse
+product is proportional to the number of nonzero weights. The map of an image is a row or a column
+of features in the order (pixel, channel). A sparse product is only fast with columns. Other
+convolutions read and write rows without a copy.
 """
 
 import warnings
@@ -19,22 +19,22 @@ from torch import Tensor, nn
 
 from robsparse.models._layers import TensorFlowConv2d
 
-# Only the product with a dense matrix is used here.
+# This module only uses the product of a sparse and a dense matrix.
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
-# Pixels of the largest map that is small.
+# The largest number of pixels of a small map.
 PIXELS = 64
-# Entries of the largest dense matrix: in fp32 it fits a core's cache.
+# The largest number of entries of a dense matrix. In fp32, it fits into the cache of a core.
 LARGEST_DENSE = 300_000
-# Density of a layer up to which a sparse matrix, made anew for ten passes, is faster than the
-# convolution: of narrow layers (and their largest number of weights), of others in fp32 and bf16.
+# The largest density for which a sparse matrix is faster than the convolution, if it is built for
+# ten passes: for narrow layers (and their largest number of weights), and for others in fp32, bf16.
 NARROW, NARROW_WEIGHTS, WIDE, WIDE_BF16 = 0.3, 100_000, 0.05, 0.01
 
 
-def form_of(layer: nn.Conv2d, x: Tensor, density: float, *, bf16: bool) -> str:
-    """How to compute a convolution of x_NCHW on a CPU: "conv", "dense" or "sparse" matrix.
+def choose_form(layer: nn.Conv2d, x: Tensor, density: float, *, bf16: bool) -> str:
+    """Return how a CPU computes a convolution of x_NCHW: "conv", or a "dense" or "sparse" matrix.
 
-    density: share of its nonzero weights. Which form is faster was measured (docs/speed.md).
+    density: share of nonzero weights. The limits were measured (docs/speed.md).
     """
     pixels = x.shape[2] * x.shape[3]
     if (
@@ -55,27 +55,27 @@ def form_of(layer: nn.Conv2d, x: Tensor, density: float, *, bf16: bool) -> str:
 
 
 class SmallMap:
-    """One convolution of maps of one size: where its taps meet the pixels, whatever its weights."""
+    """A convolution of maps of one size: the pixels of each kernel tap, without the weights."""
 
     def __init__(self, layer: nn.Conv2d, height: int, width: int) -> None:
         pixels = height * width
-        # Number the pixels from 1 on, and see which of them each tap of each out pixel meets.
+        # Number the pixels from 1, and find the pixel of each tap of each out pixel.
         image = torch.arange(1.0, pixels + 1, dtype=torch.float64).view(1, 1, height, width)
         padding: Any = layer.padding
         if isinstance(layer, TensorFlowConv2d):
             image, padding = layer.padded(image), 0
         options = {"dilation": layer.dilation, "padding": padding, "stride": layer.stride}
         met = F.unfold(image, layer.kernel_size, **options)[0].T.long() - 1  # out pixels x taps
-        # Of each out pixel and tap the pixel, or -1; and the pairs that have one.
+        # For each out pixel and tap: the pixel, or -1. And the pairs that have a pixel.
         self.pixel_of, self.pixels = met, pixels
         self.where = (met >= 0).nonzero(as_tuple=True)
         self.pattern = _Pattern(met.numpy(), pixels)
         self.size = _out_size(layer, height, width)
 
     def form(self, kind: str, weight: Tensor, bias: Tensor | None) -> "Matrix":
-        """The "dense" or "sparse" matrix of the convolution with these weights and bias.
+        """Return the "dense" or "sparse" matrix of the convolution with these folded parameters.
 
-        weight: (outputs, inputs, height, width) and bias: (outputs), as folded.
+        weight: (outputs, inputs, height, width). bias: (outputs), or None.
         """
         taps = weight.flatten(2)  # outputs x inputs x taps
         if kind == "dense":
@@ -87,7 +87,7 @@ class SmallMap:
         return Matrix(matrix, transpose, repeated, self.size)
 
     def _dense(self, taps: Tensor) -> Tensor:
-        """(out pixels * outputs) x (pixels * inputs)."""
+        """Return the dense matrix: (out pixels * outputs) x (pixels * inputs)."""
         out, tap = self.where
         shape = (len(self.pixel_of), len(taps), self.pixels, taps.shape[1])
         matrix = taps.new_zeros(shape)
@@ -97,9 +97,9 @@ class SmallMap:
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A convolution of small maps as a matrix, and its transpose: x_NCHW -> the next map.
+    """A convolution of small maps as a matrix, with its transpose: x_NCHW -> the next map.
 
-    bias: of each row of the matrix, if there is one. size: height and width of the next map.
+    bias: one value for each row of the matrix, or None. size: height and width of the next map.
     """
 
     matrix: Tensor
@@ -108,8 +108,9 @@ class Matrix:
     size: tuple[int, int]
 
     def __call__(self, x: Tensor, *, rectified: bool, columns: bool = True) -> Tensor:
-        """The next map, after a ReLU if `rectified`; with `columns`, images are innermost in
-        memory. x may have another precision.
+        """Return the next map. x may have another precision.
+
+        rectified: apply a ReLU. columns: images are innermost in memory.
         """
         x = x.to(self.matrix.dtype)
         if not columns:
@@ -127,7 +128,7 @@ class Matrix:
 
 
 class _Product(torch.autograd.Function):
-    """matrix @ columns; torch would transpose a sparse matrix anew for every gradient."""
+    """matrix @ columns. torch would transpose a sparse matrix again for every gradient."""
 
     @staticmethod
     def forward(ctx: Any, columns: Tensor, matrix: Tensor, transpose: Tensor) -> Tensor:
@@ -140,20 +141,20 @@ class _Product(torch.autograd.Function):
 
 
 class _Pattern:
-    """Where the nonzero weights of a convolution are in its matrix.
+    """The positions of the nonzero weights of a convolution in its matrix.
 
-    In NumPy and SciPy, several times faster at it than torch: the nonzero weights of a network that
-    rewires change at every step. Those of the last call are kept: where the same weights are
-    nonzero again, nothing is looked for.
+    In a network that rewires, the nonzero weights change at every step. NumPy and SciPy find their
+    positions several times faster than torch. The positions of the last call are stored. They are
+    used again if the same weights are nonzero.
     """
 
     def __init__(self, pixel_of: np.ndarray, pixels: int) -> None:
-        """pixel_of: of each out pixel and tap the pixel, or -1; pixels: the number of pixels."""
+        """pixel_of: the pixel of each out pixel and tap, or -1. pixels: the number of pixels."""
         self.pixel_of, self.pixels = pixel_of.astype(np.int32), pixels
         self.nonzero: np.ndarray | None = None
 
     def matrices(self, taps: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix of weights `taps` (outputs x inputs x taps) and its transpose, both CSR."""
+        """Return the matrix of weights (outputs x inputs x taps) and its transpose, both CSR."""
         weights = np.ascontiguousarray(taps.numpy())
         nonzero = np.flatnonzero(weights)
         if self.nonzero is None or not np.array_equal(nonzero, self.nonzero):
@@ -164,14 +165,14 @@ class _Pattern:
         return _csr(self.numbers, values, shape), _csr(self.transpose, values, shape[::-1])
 
     def _numbers(self, nonzero: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_array:
-        """The matrix with the number of its weight, among the nonzero ones, at each entry."""
+        """Return a matrix with the index of its nonzero weight at each entry."""
         output, channel, tap = (part.astype(np.int32) for part in np.unravel_index(nonzero, shape))
-        met = self.pixel_of[:, tap]  # out pixels x nonzero weights, which are in order of outputs
+        met = self.pixel_of[:, tap]  # out pixels x nonzero weights, in the order of outputs
         there = met >= 0
         where = np.flatnonzero(there)
         columns = (met * np.int32(shape[1]) + channel).ravel()[where]
         number = np.broadcast_to(np.arange(len(nonzero), dtype=np.int32), met.shape)
-        # A row is (out pixel, output): before it stand the entries of the weights before its first.
+        # A row is (out pixel, output). It starts after all entries of earlier weights.
         before = np.zeros((len(met), len(nonzero) + 1), dtype=np.int32)
         np.cumsum(there, axis=1, out=before[:, 1:])
         starts = before[:, np.searchsorted(output, np.arange(shape[0]))]
@@ -192,7 +193,7 @@ def _csr(pattern: sparse.csr_array, values: np.ndarray, shape: tuple[int, int]) 
 
 
 def _out_size(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the next map."""
+    """Return height and width of the next map."""
     image = torch.empty(1, layer.in_channels, height, width, device="meta")
     weight = torch.empty(layer.weight.shape, device="meta")
     if isinstance(layer, TensorFlowConv2d):

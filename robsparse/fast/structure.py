@@ -1,7 +1,7 @@
-"""What a network is besides its weights, and what a pass of it changes.
+"""The structure of a network: everything but its weights. And the changes that a pass makes to it.
 
-Whatever has followed a network's code once (a trace) is out of date when its structure changes, and
-never valid for a network whose passes change its state or draw random numbers.
+A trace of a network is valid until its structure changes. It is never valid for a network that
+changes its state or draws random numbers in a pass.
 """
 
 import copy
@@ -25,10 +25,10 @@ _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, t
 
 
 def structure(model: nn.Module, *, attributes: bool = True) -> list[tuple[object, ...]]:
-    """Modules, their types and code, modes and hooks and, if asked for, their other attributes.
+    """Return the modules with their types, code, modes and hooks, and optionally other attributes.
 
-    Two structures compare as equal if a trace of the one network is a trace of the other. Weights,
-    buffers and parametrisations are not part of it.
+    If two structures are equal, a trace of one network is valid for the other. Weights, buffers and
+    parametrisations are not included.
     """
     return [
         (bool(_has_any_global_hook()),),
@@ -50,7 +50,7 @@ def _traits(module: nn.Module, model: nn.Module, attributes: bool) -> tuple[obje
 
 
 def forbidden(model: nn.Module) -> str:
-    """Why no trace of a network can stand for it, as far as its structure says; "" if it can."""
+    """Return why the structure of a network does not allow a trace, or "" if it does."""
     if _has_any_global_hook():
         return "there are hooks on all modules"
     names = {id(module): name for name, module in model.named_modules()}
@@ -62,7 +62,7 @@ def forbidden(model: nn.Module) -> str:
         if _hooked(module):
             return f"{where} has hooks"
         if "forward" in vars(module):
-            return f"{where} has a forward of its own"
+            return f"{where} has a custom forward"
     return ""
 
 
@@ -87,7 +87,7 @@ class Observed:
         ]
 
     def changed(self) -> str:
-        """What has changed since then, in words, or ""."""
+        """Return a text about a change since then, or ""."""
         if _drawn(self.random, randomness.state(self.device)):
             return "it draws random numbers"
         if structure(self.model) != self.structure:
@@ -97,7 +97,7 @@ class Observed:
         return ""
 
     def restore(self) -> None:
-        """Make all of it what it was."""
+        """Restore the state of the network and the random numbers."""
         for container, before in self.attributes:
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(before)
@@ -108,7 +108,7 @@ class Observed:
 
     @staticmethod
     def _kept(entry: tuple[nn.Module, str, Tensor, Tensor]) -> bool:
-        """Whether a buffer is the tensor that it was, with the values that it had."""
+        """Return whether a buffer is still the same tensor with the same values."""
         module, name, buffer, before = entry
         same = module._buffers.get(name) is buffer
         return same and torch.equal(buffer.nan_to_num(), before.nan_to_num())
@@ -116,7 +116,7 @@ class Observed:
 
 @contextmanager
 def observed(model: nn.Module, device: torch.device) -> Iterator[Observed]:
-    """See what passes inside the block change, and undo it."""
+    """Observe what passes inside the block change, and undo all changes after it."""
     seen = Observed(model, device)
     try:
         yield seen
@@ -125,21 +125,21 @@ def observed(model: nn.Module, device: torch.device) -> Iterator[Observed]:
 
 
 def runs(model: nn.Module, x_NCHW: Tensor) -> bool:
-    """Whether a network takes images that lie in memory so; nothing of it is changed."""
+    """Return whether a network accepts images in this memory format. It is not changed."""
     with observed(model, x_NCHW.device), batch_norm_mode(model, "eval"), torch.no_grad():
         try:
             model(x_NCHW[:IMAGES])
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            said = " ".join(str(error).split())[:200]
-            print(f"layout: channels first, this network takes no other ({said})", flush=True)
+            reason = " ".join(str(error).split())[:200]
+            print(f"layout: channels first, because this network needs it ({reason})", flush=True)
             return False
     return True
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    """All modules but parametrisations: what these compute is read with the weights."""
+    """Return all modules but parametrisations. These are evaluated with the weights."""
     found = [m.parametrizations for m in model.modules() if parametrize.is_parametrized(m)]
     left_out = {id(part) for one in found if isinstance(one, nn.Module) for part in one.modules()}
     return [module for module in model.modules() if id(module) not in left_out]
@@ -150,7 +150,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class _Is:
-    """Equal to what holds the same object."""
+    """Compares by identity: equal to another `_Is` with the same object."""
 
     __slots__ = ("value",)
 
@@ -164,7 +164,7 @@ class _Is:
 
 
 def _comparable(value: Any) -> Any:
-    """Plain values and those in plain containers as they are now, everything else by identity."""
+    """Return a copy that compares plain values by value and everything else by identity."""
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, dict):
@@ -175,6 +175,6 @@ def _comparable(value: Any) -> Any:
 
 
 def _drawn(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether the global random numbers are somewhere else."""
+    """Return whether the global random states differ."""
     pairs = zip(before.values(), now.values(), strict=True)
     return any(not torch.equal(a, b) if isinstance(a, Tensor) else a != b for a, b in pairs)

@@ -1,8 +1,8 @@
-"""A network's forward pass as a program that gets its weights from outside.
+"""The forward pass of a network as a program. Its weights are an argument.
 
-A program is a trace in which every convolution and linear layer, with the batch norm and the ReLU
-after it, and every other batch norm are taken from a `Snapshot` of folded layers. It stays valid
-while the weights change, as long as the structure of the network does not.
+A program is a trace. Every convolution and linear layer, with the batch norm and the ReLU after it,
+and every other batch norm is replaced by a layer from a `Snapshot`. A program is valid until the
+structure of the network changes. Changes of the weights do not matter.
 """
 
 import operator
@@ -29,9 +29,9 @@ _SUMS = (operator.add, torch.add)
 
 
 class Program:
-    """What a network computes, without its weights: (snapshot, x_NCHW) -> logits_NK.
+    """The forward pass of a network without its weights: (snapshot, x_NCHW) -> logits_NK.
 
-    sources: of each folded layer, what it is made from.
+    sources: the source of each folded layer.
     """
 
     def __init__(self, sources: Sequence[Source], run: fx.GraphModule) -> None:
@@ -39,19 +39,21 @@ class Program:
         self.run = run
 
     def snapshot(self, dtype: torch.dtype | None = None) -> Snapshot:
-        """The folded layers with the weights that the network has now; dtype: see `Snapshot`."""
+        """Return the folded layers with the current weights. dtype: see `Snapshot`."""
         return fold(self.sources, dtype)
 
 
 def trace(model: nn.Module, x_NCHW: Tensor) -> Program:
-    """The program of a network in eval mode.
+    """Return the program of a network in eval mode.
 
-    x_NCHW: images to run the trace on. Raises ValueError when the network's code cannot be traced,
-    or does what a program cannot follow.
+    x_NCHW: images to run the trace on.
+
+    Raises:
+        ValueError: if the code of the network cannot be traced, or a program cannot represent it.
     """
     try:
         graph = _Tracer().trace(model)
-    except Exception as error:  # the code of a network can raise anything when it is traced
+    except Exception as error:  # code can raise any error when it is traced
         raise ValueError(f"it cannot be traced ({one_line(error)})") from error
     _require_nothing_rewritten(model, graph, x_NCHW)
     for node in reversed(graph.nodes):
@@ -62,20 +64,20 @@ def trace(model: nn.Module, x_NCHW: Tensor) -> Program:
 
 
 class _Tracer(fx.Tracer):
-    """Records a layer with weights as one call, parametrised or not."""
+    """Traces each layer with weights as one call, also if it is parametrised."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         weighted = isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
         return weighted or super().is_leaf_module(m, module_qualified_name)
 
 
-# ---------------------------------------------------------------- tensors rewritten in place
+# ---------------------------------------------------------------- tensors changed in place
 
 
 def _require_nothing_rewritten(model: nn.Module, graph: fx.Graph, x_NCHW: Tensor) -> None:
-    """Raise ValueError when a traced network rewrites a tensor in place that is used again."""
+    """Raise ValueError if a traced network changes a tensor in place that is used again."""
     watching = _Watching(model, graph=graph)
-    watching.extra_traceback = False  # of errors: the message alone
+    watching.extra_traceback = False  # only the message of an error
     with torch.no_grad():
         try:
             watching.run(x_NCHW.clone())
@@ -92,10 +94,10 @@ class _RewrittenError(ValueError):
 
 
 class _Watching(fx.Interpreter):
-    """Runs a traced network. Raises _RewrittenError when it rewrites a tensor that is used again.
+    """Runs a traced network, and raises _RewrittenError if it changes a tensor that is used again.
 
-    PyTorch counts the changes of a tensor together with those of all that share its memory. The
-    images belong to the caller, who uses them again.
+    PyTorch counts the changes of all tensors that share memory together. The caller uses the images
+    again.
     """
 
     def run_node(self, n: fx.Node) -> Any:
@@ -106,7 +108,7 @@ class _Watching(fx.Interpreter):
         before = [tensor._version for tensor in tensors]
         result = super().run_node(n)
         if [tensor._version for tensor in tensors] != before:
-            raise _RewrittenError(f"'{n.name}' rewrites a tensor in place that is used again")
+            raise _RewrittenError(f"'{n.name}' changes a tensor in place that is used again")
         return result
 
 
@@ -114,14 +116,14 @@ class _Watching(fx.Interpreter):
 
 
 def apply_layer(snapshot: Snapshot, number: int, *given: Any, **named: Any) -> Tensor:
-    """One step of a program: what a folded layer gives for x."""
+    """Return the result of a folded layer. This is one step of a program."""
     return snapshot.layers[number](*given, **named)
 
 
 class _Folder:
-    """Rewrites a traced graph in place, so that it takes its layers from a snapshot.
+    """Changes a traced graph in place: its layers come from a snapshot.
 
-    sources: of the layers that it takes from there. root: all other modules, which the graph calls.
+    sources: the sources of these layers. root: all other modules that the graph calls.
     """
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -132,7 +134,7 @@ class _Folder:
             self.snapshot = graph.placeholder("snapshot_of_weights")
         for node in list(graph.nodes):
             if node.users or node.op not in ("call_module", "call_function"):
-                self._fold(node)  # all others are part of a layer by now
+                self._fold(node)  # all others are already part of a layer
         _rectify_in_place(graph)
         graph.lint()
 
@@ -140,7 +142,7 @@ class _Folder:
         if node.op == "get_attr":
             raise ValueError(f"it uses the tensor '{node.target}' outside a layer")
         if node.op == "call_method" and node.target == "view":
-            node.target = "reshape"  # folded layers may give their results another layout
+            node.target = "reshape"  # folded layers may use another memory format
         module = self._module(node)
         if isinstance(module, nn.Conv2d | nn.Linear):
             require_plain(module)
@@ -169,11 +171,11 @@ class _Folder:
         self.sources.append(source)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls, if it calls one."""
+        """Return the module that a node calls, or None."""
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
     def _norm(self, node: fx.Node) -> nn.BatchNorm2d | None:
-        """The batch norm that a node calls, if it has running statistics and ignores the batch."""
+        """Return the batch norm that a node calls, or None. It must use running statistics."""
         module = self._module(node)
         if not isinstance(module, nn.BatchNorm2d):
             return None
@@ -186,13 +188,13 @@ class _Folder:
 
 
 def _only_user(node: fx.Node, fits: Callable[[fx.Node], bool]) -> fx.Node | None:
-    """The only node that uses the result of a node, if it fits."""
+    """Return the only node that uses the result of a node, if `fits` accepts it."""
     users = list(node.users)
     return users[0] if len(users) == 1 and fits(users[0]) else None
 
 
 def _merge(user: fx.Node | None, node: fx.Node) -> None:
-    """Let a layer's node compute what the node after it did."""
+    """Merge the next node, `user`, into the node of a layer."""
     if user is not None:
         user.replace_all_uses_with(node)
         user.graph.erase_node(user)
@@ -203,7 +205,7 @@ def _calls_relu(node: fx.Node) -> bool:
 
 
 def _rectify_in_place(graph: fx.Graph) -> None:
-    """ReLU in place where nothing else uses its input, and no backward pass needs it."""
+    """Apply ReLU in place if nothing else uses its input and no backward pass needs it."""
     for node in graph.nodes:
         if _calls_relu(node):
             [source] = node.all_input_nodes

@@ -99,7 +99,7 @@ def evaluate(settings: Settings) -> Iterator[Comparison]:
         def ours(
             model: nn.Module = model, given: tuple[Tensor, Tensor] = (x, y), threat: Any = threat
         ) -> None:
-            view = folding.view_of(model, given[0].to(settings.device))
+            view = folding.folded_view(model, given[0].to(settings.device))
             module.run(view, *given, module.Params(), threat)
 
         yield dataclasses.replace(settings.watch, repeats=1).compare(

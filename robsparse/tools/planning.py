@@ -70,7 +70,7 @@ class Clock:
         dtype = torch.bfloat16 if precision == "bf16" else None
 
         def work(model: nn.Module, x: Tensor, _: Tensor) -> None:
-            view = folding.view_of(model.eval(), x, dtype)
+            view = folding.folded_view(model.eval(), x, dtype)
             torch.autograd.grad(view(x.requires_grad_(True)).sum(), x)
 
         return self._time(("gradient", cell.dataset, cell.arch, precision), cell, work)

@@ -80,7 +80,7 @@ class Attacker:
             view, precision = model, self.precision
             if self.crafting.bn_mode == "eval":
                 dtype = torch.bfloat16 if precision == "bf16" else None
-                view = folding.view_of(model, x, dtype, self.crafting.backend)
+                view = folding.folded_view(model, x, dtype, self.crafting.backend)
             if view is not model and precision == "bf16":
                 precision = (
                     "fp32"  # the weights of the view are bf16; autocast would also round its logits

@@ -21,7 +21,7 @@ def validate(model: nn.Module, part: Part, attacker: Attacker, steps: int) -> di
     generator = torch.Generator(part.x_NCHW.device).manual_seed(derive_seed("validate", len(part)))
     correct = {"val_clean": 0, "val_robust": 0}
     with perturb.batch_norm_mode(model, "eval"), effective_weights(model):
-        view = folding.view_of(model, part.x_NCHW)
+        view = folding.folded_view(model, part.x_NCHW)
         batches = zip(part.x_NCHW.split(BATCH), part.y_N.split(BATCH), strict=True)
         for x_NCHW, y_N in batches:
             start = perturb.uniform_start(x_NCHW, attacker.eps, generator, attacker.norm)

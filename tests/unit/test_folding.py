@@ -60,7 +60,7 @@ def outputs_and_gradient(model, x):
 def differences(model, x, dtype=None):
     """Of outputs, and of gradients: length of the difference over length of the network's own."""
     own = outputs_and_gradient(model, x)
-    view = outputs_and_gradient(folding.view_of(model, x, dtype), x)
+    view = outputs_and_gradient(folding.folded_view(model, x, dtype), x)
     return [float((a - b).norm() / a.norm()) for a, b in zip(own, view, strict=True)]
 
 
@@ -76,7 +76,7 @@ def largest_difference(model, x):
 def test_values_are_those_of_the_network(name, padding, dtype, limits):
     model = build(name, padding).to(dtype)
     x = torch.rand(3, *SHAPES.get(name, (3, 32, 32)), dtype=dtype)
-    assert folding.runs_on(folding.view_of(model, x)) == "view"
+    assert folding.runs_on(folding.folded_view(model, x)) == "view"
     found = differences(model, x)
     assert all(value < limit for value, limit in zip(found, limits, strict=True)), found
 
@@ -85,7 +85,7 @@ def test_values_are_those_of_the_network(name, padding, dtype, limits):
 def test_silu_is_followed_by_the_view(name):
     model = build(name, activation="silu").double()
     x = torch.rand(3, *SHAPES.get(name, (3, 32, 32)), dtype=torch.float64)
-    assert folding.runs_on(folding.view_of(model, x)) == "view"
+    assert folding.runs_on(folding.folded_view(model, x)) == "view"
     assert largest_difference(model, x) < 1e-10
 
 
@@ -105,7 +105,7 @@ def test_crafted_images_move_the_same_way(name, dtype, steps):
     # An odd number of steps, none of them cut off: no pixel ends where it began.
     made = [
         perturb.ascend(m, x, x, perturb.cross_entropy_of(y), eps=0.03, step_size=0.003, steps=steps)
-        for m in (model, folding.view_of(model, x))
+        for m in (model, folding.folded_view(model, x))
     ]
     same = ((made[0] - x).sign() == (made[1] - x).sign()).float().mean()
     assert same > 0.999
@@ -119,14 +119,14 @@ def test_normalised_images():
 def test_view_follows_weights_statistics_and_masks():
     model = build("small_resnet").double()
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
-    first = folding.view_of(model, x)
+    first = folding.folded_view(model, x)
     with torch.no_grad():
         for value in model.parameters():
             value.mul_(1.1)
         model[1].running_mean.add_(0.1)
     assert largest_difference(model, x) < 1e-10
-    assert folding.view_of(model, x).snapshot is not first.snapshot
-    assert folding.view_of(model, x).status.program is first.status.program  # traced once
+    assert folding.folded_view(model, x).snapshot is not first.snapshot
+    assert folding.folded_view(model, x).status.program is first.status.program  # traced once
     apply_masks(model, magnitude_masks(model, 0.5))
     assert largest_difference(model, x) < 1e-10
     bake(model)
@@ -136,7 +136,7 @@ def test_view_follows_weights_statistics_and_masks():
 def test_sparse_weights_stay_exactly_zero_in_the_view():
     model = build("small_cnn")
     apply_masks(model, magnitude_masks(model, 0.9))
-    view = folding.view_of(model, torch.rand(2, 1, 8, 8))
+    view = folding.folded_view(model, torch.rand(2, 1, 8, 8))
     nonzero = sum(int(m.weight.count_nonzero()) for m in prunable(model).values())
     weights = [layer.affine.weight for layer in view.snapshot.layers]
     assert sum(int(weight.count_nonzero()) for weight in weights) == nonzero
@@ -147,7 +147,7 @@ def test_view_has_no_trace_in_the_network():
     before = copy.deepcopy(model.state_dict())
     names = [name for name, _ in model.named_modules()]
     x = torch.rand(2, 1, 8, 8).requires_grad_(True)
-    view = folding.view_of(model, x)
+    view = folding.folded_view(model, x)
     view(x).sum().backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
@@ -185,7 +185,7 @@ class Loose(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(Odd(1, 2, 3), nn.Flatten()), "Odd has a forward of its own"),
+        (nn.Sequential(Odd(1, 2, 3), nn.Flatten()), "Odd has a custom forward"),
         (Turning(), "it cannot be traced"),
         (Loose(), "it uses the tensor 'scale' outside a layer"),
     ],
@@ -193,8 +193,8 @@ class Loose(nn.Module):
 def test_network_without_a_view_runs_as_it_is_and_one_line_says_so(model, message, capsys):
     model.eval()
     x = torch.rand(2, 1, 8, 8)
-    assert folding.view_of(model, x) is model
-    assert folding.view_of(model, x) is model
+    assert folding.folded_view(model, x) is model
+    assert folding.folded_view(model, x) is model
     [line] = capsys.readouterr().out.splitlines()
     assert message in line
 
@@ -219,7 +219,7 @@ def test_what_is_used_twice_is_neither_folded_nor_overwritten():
         model.norm.running_mean.normal_()
         model.norm.bias.normal_()
     x = torch.rand(3, 1, 8, 8, dtype=torch.float64)
-    assert isinstance(folding.view_of(model, x), folding.View)
+    assert isinstance(folding.folded_view(model, x), folding.View)
     assert largest_difference(model, x) < 1e-12
 
 
@@ -241,10 +241,10 @@ def test_compiled_view_computes_the_same():
     expected = outputs_and_gradient(model, x)
     with torch.no_grad():
         next(model.parameters()).mul_(1.1)
-    folding.view_of(model, x, backend="compiled")  # compiled before the weights change again
+    folding.folded_view(model, x, backend="compiled")  # compiled before the weights change again
     with torch.no_grad():
         next(model.parameters()).div_(1.1)
-    found = outputs_and_gradient(folding.view_of(model, x, backend="compiled"), x)
+    found = outputs_and_gradient(folding.folded_view(model, x, backend="compiled"), x)
     for a, b in zip(expected, found, strict=True):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
 
@@ -256,13 +256,13 @@ def test_backend_that_does_not_start_is_one_line_and_eager(backend, monkeypatch,
 
     monkeypatch.setattr(torch, "compile", refuse)
     model, x = build("small_cnn"), torch.rand(3, 1, 8, 8)
-    expected = outputs_and_gradient(folding.view_of(model, x), x)
+    expected = outputs_and_gradient(folding.folded_view(model, x), x)
     for _ in range(2):
-        found = outputs_and_gradient(folding.view_of(model, x, backend=backend), x)
+        found = outputs_and_gradient(folding.folded_view(model, x, backend=backend), x)
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     out = capsys.readouterr().out
     assert out.count("\n") == 1
-    assert f"backend '{backend}' does not run here (RuntimeError: " in out
+    assert f"backend '{backend}' cannot be used (RuntimeError: " in out
 
 
 def test_out_of_memory_is_not_taken_for_a_backend_that_does_not_start(monkeypatch):
@@ -271,7 +271,7 @@ def test_out_of_memory_is_not_taken_for_a_backend_that_does_not_start(monkeypatc
 
     monkeypatch.setattr(torch, "compile", full)
     x = torch.rand(1, 1, 8, 8)
-    view = folding.view_of(build("small_cnn"), x, backend="compiled")
+    view = folding.folded_view(build("small_cnn"), x, backend="compiled")
     with pytest.raises(torch.OutOfMemoryError):
         view(x)
 
@@ -281,13 +281,13 @@ def test_graph_takes_over_the_weights_of_the_snapshot_that_it_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda run, sample: run)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     model, x = build("small_resnet"), torch.rand(2, 1, 8, 8)
-    one = folding.view_of(model, x)
+    one = folding.folded_view(model, x)
     graph = backends._Graph(one.status.program.run, one.snapshot, x)
     memory = [tensor.data_ptr() for tensor in graph.memory.tensors()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    two = folding.view_of(model, x)
+    two = folding.folded_view(model, x)
     for view in (one, two, two, one):
         assert torch.equal(graph(view.snapshot, x), view(x))
     assert [tensor.data_ptr() for tensor in graph.memory.tensors()] == memory
@@ -300,8 +300,8 @@ def test_graph_computes_the_same_after_weights_have_changed():
     for factor in (1.0, 1.1, 0.9):
         with torch.no_grad():
             next(model.parameters()).mul_(factor)
-        expected = outputs_and_gradient(folding.view_of(model, x), x)
-        found = outputs_and_gradient(folding.view_of(model, x, backend="graph"), x)
+        expected = outputs_and_gradient(folding.folded_view(model, x), x)
+        found = outputs_and_gradient(folding.folded_view(model, x, backend="graph"), x)
         for a, b in zip(expected, found, strict=True):
             assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
 
@@ -328,15 +328,15 @@ def test_a_view_never_changes(make, density, dtype, used_before):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(torch.rand_like(parameter) < density)
-    expected = outputs_and_gradient(folding.view_of(model, x, dtype), x)
-    view = folding.view_of(model, x, dtype)
+    expected = outputs_and_gradient(folding.folded_view(model, x, dtype), x)
+    view = folding.folded_view(model, x, dtype)
     if used_before:
         outputs_and_gradient(view, x)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
     kept = copy.deepcopy(model.state_dict())
-    later = outputs_and_gradient(folding.view_of(model, x, dtype), x)
+    later = outputs_and_gradient(folding.folded_view(model, x, dtype), x)
     found = outputs_and_gradient(view, x)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not torch.equal(later[0], found[0])

@@ -217,13 +217,13 @@ VIEWED = [
     normalised(nn.utils.parametrizations.spectral_norm),
 ]
 AS_IT_IS = {
-    "rewrites a tensor in place": [Rewritten, RewrittenThroughView],
+    "changes a tensor in place": [Rewritten, RewrittenThroughView],
     "draws random numbers": [PythonRandom, TorchRandom, Dropping, NoisyImages],
     "changes its attributes": [Counting, Listing],
     "its passes over the same images differ": [OwnGenerator, GradMode],
     "outside a layer": [Loose],
     "changes its buffers": [Remembering],
-    "has a forward of its own": [OwnNorm, OwnConvolution, overridden],
+    "has a custom forward": [OwnNorm, OwnConvolution, overridden],
     "has hooks": [
         hooked(lambda net: net.norm.register_forward_hook(lambda module, x, y: y + 1)),
         hooked(lambda net: net.register_forward_pre_hook(lambda module, x: (x[0] / 2,))),
@@ -261,7 +261,7 @@ def crafted(model, monkeypatch, x=X, *, viewed=True):
     """Adversarial images of a training step, on the view if there is one or on the network."""
     with monkeypatch.context() as patch:
         if not viewed:
-            patch.setattr(folding, "view_of", lambda model, *_: model)
+            patch.setattr(folding, "folded_view", lambda model, *_: model)
         attacker = objectives.Attacker(
             0.1, Crafting(steps=3, step_size=0.03), torch.Generator().manual_seed(0)
         )
@@ -272,7 +272,7 @@ def crafted(model, monkeypatch, x=X, *, viewed=True):
 @pytest.mark.parametrize("make", VIEWED)
 def test_view_of_such_a_network_computes_what_it_does(make, monkeypatch, capsys):
     model, x = build(make).double(), X.double()
-    view = folding.view_of(model, x)
+    view = folding.folded_view(model, x)
     assert folding.runs_on(view) == "view"
     for images in (x, x[:1], x.contiguous(memory_format=torch.channels_last)):
         assert agree(model, view, images)
@@ -294,7 +294,7 @@ def test_network_that_a_view_cannot_follow_is_crafted_on_as_it_is(
     line = capsys.readouterr().out
     assert line.count("\n") == 1  # once, not at every step
     assert reason in line
-    assert folding.runs_on(folding.view_of(model.eval(), X)) == "network"
+    assert folding.runs_on(folding.folded_view(model.eval(), X)) == "network"
     if reason not in ("changes its attributes", "its passes over the same images differ"):
         assert torch.equal(found, own)
 
@@ -335,7 +335,7 @@ def test_looking_leaves_the_network_and_all_random_numbers_as_they_were(make):
     model = build(make)
     names = set(vars(model))
     seed()
-    folding.view_of(model, X)
+    folding.folded_view(model, X)
     assert set(vars(model)) == names
     found = model(X), random.random(), torch.rand(1)
     assert torch.equal(found[0], expected[0])
@@ -375,30 +375,30 @@ def other_mode(model):
 )
 def test_view_follows_a_change_of_structure(change):
     model = build(Net)
-    assert agree(model, folding.view_of(model, X), X)
+    assert agree(model, folding.folded_view(model, X), X)
     before = model(X)
     change(model)
     assert not torch.allclose(model(X), before)
-    assert agree(model, folding.view_of(model, X), X)
+    assert agree(model, folding.folded_view(model, X), X)
 
 
 def test_hook_on_all_modules_is_seen():
     model = build(Net)
-    assert folding.runs_on(folding.view_of(model, X)) == "view"
+    assert folding.runs_on(folding.folded_view(model, X)) == "view"
     handle = nn.modules.module.register_module_forward_hook(lambda module, x, y: y + 1)
     try:
-        assert folding.view_of(model, X) is model
+        assert folding.folded_view(model, X) is model
     finally:
         handle.remove()
-    assert folding.runs_on(folding.view_of(model, X)) == "view"
+    assert folding.runs_on(folding.folded_view(model, X)) == "view"
 
 
 def test_network_in_train_mode_has_no_view(capsys):
     model = build(Net)
     model.norm.train()
-    assert folding.view_of(model, X) is model
+    assert folding.folded_view(model, X) is model
     assert "'norm' is in train mode" in capsys.readouterr().out
-    assert folding.runs_on(folding.view_of(model.eval(), X)) == "view"
+    assert folding.runs_on(folding.folded_view(model.eval(), X)) == "view"
 
 
 # ---------------------------------------------------------------- the comparison itself
@@ -424,7 +424,7 @@ def test_view_that_computes_something_else_is_not_used(wrong, message, dtype, mo
     linear = folded_layers.FoldedLinear
     monkeypatch.setattr(linear, "__call__", wrong(linear.__call__))
     model, x = build(Net).to(dtype), X.to(dtype)
-    assert folding.view_of(model, x) is model
+    assert folding.folded_view(model, x) is model
     assert message in capsys.readouterr().out
 
 
@@ -439,7 +439,7 @@ def test_images_of_another_shape_and_type_are_compared_too(monkeypatch):
     sizes = []
     for side in (8, 8, 12, 8, 12):
         compared.clear()
-        folding.view_of(model, torch.rand(20, 1, side, side))
+        folding.folded_view(model, torch.rand(20, 1, side, side))
         sizes.append({tuple(x.shape) for x in compared})
     assert sizes[0] >= {(8, 1, 8, 8)}
     assert sizes[2] >= {(8, 1, 12, 12)}
@@ -456,19 +456,19 @@ def test_matrix_that_is_not_its_convolution_is_not_used(monkeypatch, capsys):
 
     monkeypatch.setattr(small_maps.Matrix, "__call__", wrong)
     model = build(Net)
-    assert folding.runs_on(folding.view_of(model, X)) == "view"
+    assert folding.runs_on(folding.folded_view(model, X)) == "view"
     with torch.no_grad():
         model.conv.weight.view(-1)[3:] = 0
-    view = folding.view_of(model, X)
+    view = folding.folded_view(model, X)
     assert torch.equal(view(X), model(X))
     assert folding.runs_on(view) == "network"
     assert "the sparse matrix of Conv2d" in capsys.readouterr().out
-    assert folding.view_of(model, X) is model
+    assert folding.folded_view(model, X) is model
 
 
 def test_view_that_fails_where_the_network_does_not_is_one_line(capsys):
     model = build(Net)
-    view = folding.view_of(model, X)
+    view = folding.folded_view(model, X)
 
     def fail(snapshot, x):
         raise IndexError("no\nsuch batch")
@@ -480,12 +480,12 @@ def test_view_that_fails_where_the_network_does_not_is_one_line(capsys):
     assert line.count("\n") == 1
     assert "it fails (IndexError: no such batch)" in line
     assert folding.runs_on(view) == "network"
-    assert folding.view_of(model, X) is model
+    assert folding.folded_view(model, X) is model
 
 
 def test_what_the_network_itself_refuses_is_raised_and_the_view_stays(capsys):
     model = build(Net)
-    view = folding.view_of(model, X)
+    view = folding.folded_view(model, X)
     with pytest.raises(RuntimeError, match="channels"):
         view(torch.rand(2, 5, 8, 8))
     assert folding.runs_on(view) == "view"
@@ -494,7 +494,7 @@ def test_what_the_network_itself_refuses_is_raised_and_the_view_stays(capsys):
 
 def test_memory_that_runs_out_is_no_reason_to_fall_back():
     model = build(Net)
-    view = folding.view_of(model, X)
+    view = folding.folded_view(model, X)
 
     def full(snapshot, x):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -508,9 +508,9 @@ def test_memory_that_runs_out_is_no_reason_to_fall_back():
 def test_backend_that_computes_something_else_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda eager, **_: lambda *given: eager(*given) * 1.01)
     model = build(Net)
-    expected = folding.view_of(model, X)(X)
-    assert torch.equal(folding.view_of(model, X, backend="compiled")(X), expected)
-    assert "it computes something else: outputs differ" in capsys.readouterr().out
+    expected = folding.folded_view(model, X)(X)
+    assert torch.equal(folding.folded_view(model, X, backend="compiled")(X), expected)
+    assert "its results differ: outputs differ" in capsys.readouterr().out
 
 
 def test_backend_starts_once_for_each_precision_and_follows_the_weights(monkeypatch):
@@ -521,9 +521,9 @@ def test_backend_starts_once_for_each_precision_and_follows_the_weights(monkeypa
     for dtype, times in ((None, 1), (None, 1), (torch.bfloat16, 2), (None, 2), (torch.bfloat16, 2)):
         with torch.no_grad():
             model.conv.weight.mul_(1.1)
-        found = folding.view_of(model, X, dtype, backend="compiled")(X)
+        found = folding.folded_view(model, X, dtype, backend="compiled")(X)
         assert len(started) == times
-        assert torch.equal(found, folding.view_of(model, X, dtype)(X))
+        assert torch.equal(found, folding.folded_view(model, X, dtype)(X))
 
 
 # ---------------------------------------------------------------- random architectures
@@ -615,7 +615,7 @@ def test_random_networks(model, count, last):
         proof.passes(model, x, gradient=True)
     except RuntimeError:  # what it rewrites, its own gradient needs
         assume(False)
-    view = folding.view_of(model, x)
+    view = folding.folded_view(model, x)
     assert agree(model, view, x)
     kept = x.clone()
     with torch.no_grad():

@@ -102,14 +102,14 @@ def test_crafting_in_bf16_moves_nearly_all_pixels_the_same_way(bn_mode):
 
 def test_bf16_view_keeps_the_digits_of_its_logits_and_leaves_double_precision_alone():
     model, x = network(), torch.rand(4, 3, 6, 6)
-    rough = folding.view_of(model, x, torch.bfloat16)(x)
+    rough = folding.folded_view(model, x, torch.bfloat16)(x)
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, rough.bfloat16().float())
     exact = model(x)
     assert 0 < ((rough - exact).norm() / exact.norm()).item() < 0.02
     model.double()
     x = x.double()
-    view = folding.view_of(model, x, torch.bfloat16)
+    view = folding.folded_view(model, x, torch.bfloat16)
     assert ((view(x) - model(x)).norm() / model(x).norm()).item() < 1e-12
 
 

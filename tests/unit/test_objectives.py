@@ -291,7 +291,7 @@ def test_crafting_uses_running_statistics_in_eval_and_those_of_the_batch_in_trai
     model = with_batch_norm()
     with torch.no_grad():
         model[1].running_mean.fill_(5.0)
-    view = folding.view_of(model.eval(), BATCH)
+    view = folding.folded_view(model.eval(), BATCH)
     seen = calls_of(view, monkeypatch), calls_of(model, monkeypatch)
     craft(name, model.train(), attacker(steps=2))
     assert seen[0]  # a view has only running statistics
@@ -341,7 +341,7 @@ def test_global_random_numbers_are_not_drawn(name):
 def test_passes_are_those_of_a_step(name, steps, monkeypatch):
     model, backward = with_batch_norm(), []
     for x in (BATCH, BATCH[:3]):
-        view = folding.view_of(model.eval(), x)
+        view = folding.folded_view(model.eval(), x)
     forward = calls_of(view, monkeypatch), calls_of(model.train(), monkeypatch)
     monkeypatch.setattr(
         torch.autograd,

@@ -9,7 +9,7 @@ from torch import nn
 from robsparse import models
 from robsparse.base import registry
 from robsparse.fast import folding, small_maps
-from robsparse.fast.small_maps import SmallMap, form_of
+from robsparse.fast.small_maps import SmallMap, choose_form
 from robsparse.models._layers import TensorFlowConv2d
 from robsparse.sparsity.layers import prunable
 
@@ -82,7 +82,7 @@ def test_form_follows_from_shapes_and_density(size, channels, given, form):
     density, gradient, bf16 = given
     layer = nn.Conv2d(*channels, 3, padding=1, stride=2 if channels == (48, 48) else 1)
     x = torch.rand(2, channels[0], size, size, requires_grad=gradient)
-    assert form_of(layer, x, density, bf16=bf16) == form
+    assert choose_form(layer, x, density, bf16=bf16) == form
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_form_follows_from_shapes_and_density(size, channels, given, form):
 )
 def test_other_convolutions_stay_convolutions(options):
     layer = nn.Conv2d(2, 2, 3, **options)
-    assert form_of(layer, torch.rand(1, 2, 4, 4), 0.01, bf16=False) == "conv"
+    assert choose_form(layer, torch.rand(1, 2, 4, 4), 0.01, bf16=False) == "conv"
 
 
 def test_view_of_a_sparse_network_follows_its_nonzero_weights():
@@ -104,7 +104,7 @@ def test_view_of_a_sparse_network_follows_its_nonzero_weights():
     for density in (1.0, 0.2, 0.05, 0.0):
         for layer, weight in zip(layers, full, strict=True):
             layer.weight.copy_(weight * (torch.rand_like(weight) < density))
-        view = folding.view_of(model, x)
+        view = folding.folded_view(model, x)
         for gradient in (True, False):
             with torch.set_grad_enabled(gradient):
                 found, expected = view(x), model(x)
@@ -125,10 +125,10 @@ def test_matrices_are_formed_once_a_refresh(monkeypatch):
     params = registry.entry("arch", "small_cnn").params()
     model = models.build("small_cnn", params, (1, 8, 8), 10).eval()
     x = torch.rand(2, 1, 8, 8, requires_grad=True)
-    folding.view_of(model, x)  # compares the two
+    folding.folded_view(model, x)  # compares the two
     formed.clear()
     for refreshed in (1, 2):
-        view = folding.view_of(model, x)
+        view = folding.folded_view(model, x)
         for _ in range(3):
             view(x)
         assert len(formed) == 2 * refreshed  # the first and the last convolution

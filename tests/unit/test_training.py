@@ -927,7 +927,7 @@ def test_network_that_refuses_channels_last_gets_images_with_channels_first(
 def test_crafted_on_of_an_interrupted_run_is_restored(study_data, one, monkeypatch):
     study, cell, layout = one("dense")
     with monkeypatch.context() as patch, contextlib.suppress(Interrupted):
-        patch.setattr(objectives.folding, "view_of", lambda model, *_: model)
+        patch.setattr(objectives.folding, "folded_view", lambda model, *_: model)
         loop.train_cell(study, cell, layout, device="cpu", max_steps=3)
     loop.train_cell(study, cell, layout, device="cpu")
     assert json.loads((layout.training(cell)).read_text())["crafted_on"] == "network and view"
