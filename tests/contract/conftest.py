@@ -1,4 +1,4 @@
-"""A small study for any registered method. It takes seconds and is trained once in a test run."""
+"""A small study for any registered method. It is trained once in a test run, in seconds."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ def _one_thread() -> None:
 
 
 def shrink(params: type[BaseModel]) -> dict[str, Any]:
-    """Any method's Params in miniature: EPOCHS epochs a stage, periods of one epoch."""
+    """Return small Params of a method: EPOCHS epochs for each stage, periods of one epoch."""
     values: dict[str, Any] = {}
     for name, default in params():
         if isinstance(default, Fit):
@@ -45,26 +45,26 @@ def shrink(params: type[BaseModel]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of a miniature study, and how to train it and look at what it left."""
+    """A cell of a small study, with functions to train it and to read its results."""
 
     study: Study
     cell: Cell
 
     @property
     def batches(self) -> int:
-        """Training steps an epoch."""
+        """Training steps of an epoch."""
         examples = len(datasets.load(self.cell.dataset, self.study.datasets["digits"]).train)
         return examples // self.study.training.batch_size
 
     @property
     def steps(self) -> int:
-        """Training steps in all, without those of the starting cell."""
+        """All training steps, without those of the starting cell."""
         method = registry.load("method", self.cell.method)
         stages = method.stages(self.study.methods[self.cell.method])
         return self.batches * sum(stage.fit.epochs for stage in stages)
 
     def starts(self) -> list[Cell]:
-        """The cells to train before this one, first one first."""
+        """The cells that must be trained before this cell, in order."""
         found: list[Cell] = []
         cell = self.study.starting_cell(self.cell)
         while cell is not None:
@@ -85,7 +85,7 @@ class Case:
         return model.eval()
 
     def results(self, layout: Layout) -> dict[str, Any]:
-        """All that a run leaves except how long it took and how much memory it used."""
+        """All results of a run, without its time and memory."""
         record = json.loads(layout.training(self.cell).read_text())
         for name in ("seconds", "peak_memory_mb"):
             del record["cost"][name]
@@ -123,7 +123,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
             "training": {
                 "batch_size": 128,
                 "crafting": {"steps": 2, "step_size": 0.05, "precision": "fp32"},
-                "precision": "fp32",  # the same on every machine
+                "precision": "fp32",  # the same results on every machine
                 "validation": {"steps": 2},
             },
             "methods": {name: shrink(registry.entry("method", name).params) for name in names},
@@ -147,7 +147,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
 def trained(
     tmp_path_factory: pytest.TempPathFactory, case: Callable[..., Case]
 ) -> Callable[..., tuple[Case, Layout]]:
-    """trained(method, ...) -> the case and the folder it was trained in without interruption."""
+    """trained(method, ...) -> the case and the folder of its uninterrupted training."""
 
     @functools.cache
     def train(method: str, **options: Any) -> tuple[Case, Layout]:
@@ -164,7 +164,7 @@ def trained(
 def prepared(
     tmp_path: Path, trained: Callable[..., tuple[Case, Layout]]
 ) -> Callable[..., tuple[Case, Layout]]:
-    """prepared(method, ...) -> the case and a new folder that holds its starting weights alone."""
+    """prepared(method, ...) -> the case and a new folder with only its starting weights."""
 
     def prepare(method: str, **options: Any) -> tuple[Case, Layout]:
         made, source = trained(method, **options)

@@ -21,13 +21,13 @@ SHAPE, CLASSES = (3, 16, 16), 5
 
 @functools.cache
 def network(arch: str) -> nn.Module:
-    """Built once: a step changes it, but not what is asked of the next step."""
+    """Build once. A step changes the network, but this does not matter for the next step."""
     torch.manual_seed(0)
     return models.build(arch, registry.entry("arch", arch).params(), SHAPE, CLASSES)
 
 
 def step(model: nn.Module, objective: str) -> float:
-    """Loss and gradients of one batch of random images."""
+    """Return loss and gradients of one batch of random images."""
     generator = torch.Generator().manual_seed(0)
     attacker = objectives.Attacker(8 / 255, Crafting(steps=1, step_size=2 / 255), generator)
     x_NCHW = torch.rand(4, *SHAPE, generator=generator)
@@ -54,7 +54,9 @@ def test_a_step_gives_every_parameter_a_gradient(arch, objective):
         assert module.weight.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("arch", [a for a in ARCHS if not a.endswith("_10")])  # as the smaller ones
+@pytest.mark.parametrize(
+    "arch", [a for a in ARCHS if not a.endswith("_10")]
+)  # like the smaller ones
 def test_a_sampled_step_keeps_the_budget(arch):
     model = models.build(arch, registry.entry("arch", arch).params(), SHAPE, CLASSES)
     stage = bcs.SamplingStage(bcs.Params())

@@ -1,4 +1,4 @@
-"""Every registered architecture builds for any data set or says why it does not.
+"""Every registered architecture can be built for any data set, or an error gives the reason.
 
 Shapes are tried on torch's meta device, where networks have no numbers and cost nothing.
 """
@@ -27,7 +27,7 @@ def arch(request) -> str:
 
 @pytest.fixture(scope="module")
 def network(arch) -> nn.Module:
-    """Built once an architecture, in eval mode: tests leave it as it is."""
+    """Build each architecture once, in eval mode. Tests do not change it."""
     return build(arch).eval()
 
 
@@ -47,7 +47,7 @@ def logits_shape(model, shape) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(("shape", "classes"), CASES)
-def test_logits_have_one_column_a_class(arch, shape, classes):
+def test_logits_have_one_column_for_each_class(arch, shape, classes):
     try:
         model = build(arch, shape, classes, device="meta")
     except UsageError as error:
@@ -110,13 +110,13 @@ def test_no_layer_starts_at_zero_and_each_gets_a_gradient(network):
     model = copy.deepcopy(network).train()
     nn.functional.cross_entropy(model(images(2)), torch.arange(2)).backward()
     for module in prunable(model).values():
-        # The draws are float32: about one in 2**24 is exactly 0.
+        # Random float32 numbers: about one in 2**24 is exactly 0.
         zeros = int((module.weight == 0).sum())
         assert zeros <= 1 + module.weight.numel() // 2**18
         assert module.weight.grad.abs().sum() > 0
 
 
-def test_normalisation_is_the_first_layer_and_takes_the_images_channels(arch):
+def test_normalisation_is_the_first_layer_and_has_the_channels_of_the_images(arch):
     params = registry.entry("arch", arch).params
     if "mean" not in params.model_fields:
         pytest.skip("does not normalise")

@@ -1,4 +1,4 @@
-"""Every registered attack reports honestly and leaves the model and the program as they were."""
+"""Every registered attack reports correct results and does not change model and program."""
 
 import copy
 
@@ -38,13 +38,13 @@ def _fewer_queries(monkeypatch):
 
 @pytest.fixture
 def known(_trained):
-    """A copy, so that no attack can touch what the next one sees."""
+    """Return a copy, so that no attack can change the inputs of the next one."""
     return copy.deepcopy(_trained)
 
 
 @pytest.fixture(scope="module")
 def _trained():
-    """A small network, trained a little, and images that it classifies correctly.
+    """A small trained network, and images that it classifies correctly.
 
     At EPS some of the images withstand every attack and some do not.
     """
@@ -106,7 +106,7 @@ def test_file_has_a_label_and_counts_its_passes(name):
 
 @pytest.mark.parametrize("n", [0, 1, IMAGES])
 @pytest.mark.parametrize("name", ATTACKS)
-def test_flags_are_one_bool_an_image_and_never_grow(name, n, known):
+def test_flags_are_one_bool_for_each_image_and_robust_images_never_increase(name, n, known):
     outcome = attack(name, *few(known, n))
     assert outcome.components
     before = torch.ones(n, dtype=torch.bool)
@@ -128,7 +128,7 @@ def test_perturbation_stays_within_eps(name, known):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_model_is_shown_images_in_the_unit_box_alone(name, known):
+def test_model_gets_only_images_in_the_unit_box(name, known):
     model, x, y = few(known)
     seen = []
     hook = model.register_forward_pre_hook(
@@ -144,7 +144,7 @@ def test_model_is_shown_images_in_the_unit_box_alone(name, known):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_same_seed_gives_the_same_outcome_whatever_was_drawn_before(name, known):
+def test_same_seed_gives_the_same_outcome_in_any_random_state(name, known):
     torch.manual_seed(1)
     one = attack(name, *few(known))
     torch.manual_seed(2)
@@ -155,14 +155,14 @@ def test_same_seed_gives_the_same_outcome_whatever_was_drawn_before(name, known)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_global_random_numbers_are_left_alone(name, known):
+def test_global_random_state_is_not_changed(name, known):
     before = torch.get_rng_state()
     attack(name, *few(known))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_model_and_images_are_left_as_they_were(name, known):
+def test_model_and_images_are_not_changed(name, known):
     model, x, y = few(known)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     images, labels = x.clone(), y.clone()
@@ -195,7 +195,7 @@ def test_pgd_does_not_depend_on_the_batch_size(known):
     )
 
 
-# ---------------------------------------------------------------- through the evaluator
+# ---------------------------------------------------------------- through the evaluation
 
 
 def evaluate(known, labels, name):
@@ -236,5 +236,5 @@ def test_model_that_is_always_wrong_can_be_attacked(name, known):
 
 
 def test_known_network_is_partly_robust(known):
-    """Else the tests above would prove little."""
+    """Otherwise, the tests above would show little."""
     assert 0 < int(attack("pgd", *few(known)).components["all"].sum()) < IMAGES

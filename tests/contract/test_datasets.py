@@ -1,4 +1,4 @@
-"""Every registered data set gives the same clean, disjoint splits each time."""
+"""Every registered data set always gives the same valid, disjoint splits."""
 
 import atexit
 import functools
@@ -23,7 +23,7 @@ PARTS = ("train", "validation", "test")
 
 @functools.cache
 def on_disk():
-    """Where the data sets that need files find some: 3 classes of 200 and 20 images."""
+    """A folder for the data sets that need files: 3 classes with 200 and 20 images."""
     root, rng = Path(tempfile.mkdtemp(prefix="robsparse-contract-")), np.random.default_rng(0)
     arrays = {}
     for part, count in (("train", 600), ("test", 60)):
@@ -42,7 +42,7 @@ def on_disk():
 
 
 def load(name, **values):
-    """Splits with the default parameters, or with `values` where the data set has them."""
+    """Return splits with the default parameters, or with those `values` that it has."""
     params = registry.entry("dataset", name).params
     known = {key: value for key, value in values.items() if key in params.model_fields}
     if name in on_disk():
@@ -55,7 +55,7 @@ def load(name, **values):
 
 
 def images(part):
-    """Each image with its label, as bytes."""
+    """Return each image with its label, as bytes."""
     return [
         x.numpy().tobytes() + bytes([y])
         for x, y in zip(part.x_NCHW, part.y_N.tolist(), strict=True)
@@ -82,7 +82,7 @@ def test_labels_are_int64_and_every_class_is_in_each_part(name):
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_parts_have_the_sizes_asked_for(name):
+def test_parts_have_the_requested_sizes(name):
     splits = load(name, validation_examples=123, test_examples=321)
     fields = registry.entry("dataset", name).params.model_fields
     for key in ("validation", "test"):
@@ -95,7 +95,7 @@ def test_parts_have_the_sizes_asked_for(name):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_no_image_is_in_two_parts(name):
-    """True duplicates in the source count: each copy stands once in the splits of any seed."""
+    """A duplicate in the source counts as another image. Each copy is in one part only."""
     one, other = load(name), load(name, split_seed=1)
     counted = [Counter(i for key in PARTS for i in images(getattr(s, key))) for s in (one, other)]
     assert counted[0] == counted[1]
@@ -111,7 +111,7 @@ def test_test_images_do_not_depend_on_the_size_of_the_validation_part(name):
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_splits_and_checksum_are_the_same_twice_whatever_was_drawn_before(name):
+def test_splits_and_checksum_do_not_depend_on_the_random_state(name):
     torch.manual_seed(1)
     one = load(name)
     torch.manual_seed(2)

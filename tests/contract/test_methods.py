@@ -1,4 +1,4 @@
-"""Every registered method keeps the promises that comparisons rest on."""
+"""Every registered method has the properties that comparisons need."""
 
 import ast
 import contextlib
@@ -75,13 +75,13 @@ def test_params_survive_yaml(method, case):
         assert type(params).model_validate(yaml.safe_load(text)) == params
 
 
-# ---------------------------------------------------------------- what it leaves
+# ---------------------------------------------------------------- results
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("method", METHODS)
-def test_export_has_the_asked_number_of_live_weights(method, sparsity, selection, trained):
+def test_export_has_the_requested_number_of_nonzero_weights(method, sparsity, selection, trained):
     case, layout = trained(method, sparsity=sparsity)
     model = case.network(layout, selection)
     asked = keep_count(weight_count(model), case.cell.sparsity)
@@ -107,7 +107,7 @@ def test_every_objective_trains_every_layer_by_more_than_weight_decay(method, ob
     exchanged = 0
     for name, module in prunable(case.network(layout, "last")).items():
         kept = (before[name] != 0) & (module.weight != 0)
-        if not weights_move:  # which of them are used changes instead
+        if not weights_move:  # only the mask changes
             assert torch.equal(module.weight[kept], before[name][kept]), name
             exchanged += int((kept != (before[name] != 0)).sum())
             continue
@@ -118,11 +118,11 @@ def test_every_objective_trains_every_layer_by_more_than_weight_decay(method, ob
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("method", METHODS)
-def test_export_has_the_accuracy_its_record_tells(method, selection, trained):
+def test_export_has_the_accuracy_of_its_record(method, selection, trained):
     case, layout = trained(method)
     record = record_of(case, layout)
-    told = record["selected"][selection]
-    point = next(p for p in record["curve"] if p["epoch"] == told["epoch"])
+    selected = record["selected"][selection]
+    point = next(p for p in record["curve"] if p["epoch"] == selected["epoch"])
     session = prepare_session(case.study, case.cell, layout, CPU)
     found = validate(
         case.network(layout, selection),
@@ -130,7 +130,7 @@ def test_export_has_the_accuracy_its_record_tells(method, selection, trained):
         session.attacker,
         case.study.training.validation.steps,
     )
-    assert found["val_robust"] == told["val_robust"] == point["val_robust"]
+    assert found["val_robust"] == selected["val_robust"] == point["val_robust"]
     assert found["val_clean"] == point["val_clean"]
 
 
@@ -143,13 +143,13 @@ def test_best_val_is_the_first_of_the_best_epochs_at_the_target_sparsity(method,
     own = record["curve"][-case.steps // case.batches :]
     candidates = [point for point in own if point["active_weights"] == live]
     if not registry.entry("method", method).literals.get("TRAINS_WEIGHTS", True):
-        candidates = own  # it holds all weights throughout, and uses as many as asked
-    first = max(candidates, key=lambda point: point["val_robust"])  # of equals the earliest
+        candidates = own  # it always stores all weights, and uses the requested number
+    first = max(candidates, key=lambda point: point["val_robust"])  # the first of equal ones
     assert (best["epoch"], best["val_robust"]) == (first["epoch"], first["val_robust"])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_curve_has_one_point_an_epoch_and_the_cost_counts_them(method, trained):
+def test_curve_has_one_point_for_each_epoch_and_the_cost_counts_them(method, trained):
     case, layout = trained(method)
     record = record_of(case, layout)
     epochs = case.steps // case.batches
@@ -164,7 +164,7 @@ def test_curve_has_one_point_an_epoch_and_the_cost_counts_them(method, trained):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_peak_active_weights_tell_what_training_held(method, trained):
+def test_peak_active_weights_are_those_of_the_training(method, trained):
     case, layout = trained(method)
     model = case.network(layout, "last")
     peak, total = record_of(case, layout)["cost"]["peak_active_weights"], weight_count(model)
@@ -202,7 +202,7 @@ def test_another_seed_gives_other_weights(method, trained):
 
 
 def seen(stage, run):
-    """All that a hook may look at, as numbers and digests."""
+    """Return all values that a hook may read, as numbers and digests."""
 
     def digest(value):
         if isinstance(value, dict):
@@ -221,7 +221,7 @@ def seen(stage, run):
 
 @pytest.fixture
 def hooks_seen(monkeypatch):
-    """hooks_seen() -> what each hook call from now on sees, by stage, hook and order.
+    """hooks_seen() -> the values that each further hook call sees, by stage, hook and order.
 
     A call that a resumed run repeats must see what it saw before.
     """
@@ -254,8 +254,11 @@ def hooks_seen(monkeypatch):
 def test_a_run_stopped_and_killed_at_every_step_equals_an_uninterrupted_one(
     method, trained, prepared, hooks_seen, monkeypatch
 ):
-    """In turn: stopped after a step; killed before the next one, where the checkpoint of an epoch's
-    end may have been saved. All hooks see the same, and the results are the same."""
+    """The run is stopped after a step, then killed before the next step, and so on.
+
+    Before a kill, the checkpoint at the end of an epoch may be saved. All hooks see the same values
+    as in an uninterrupted run, and the results are the same.
+    """
     case, layout = prepared(method)
     calls = hooks_seen()
     case.train(layout)
@@ -274,7 +277,7 @@ def test_a_run_stopped_and_killed_at_every_step_equals_an_uninterrupted_one(
         monkeypatch.setattr(loop, "compute_gradients", ordinary)
         with contextlib.suppress(Interrupted):
             case.train(layout, max_steps=1)
-            stops -= 1  # not reached by a run that is stopped
+            stops -= 1  # a stopped run does not reach this line
         stops += 1
         monkeypatch.setattr(loop, "compute_gradients", die)
         with contextlib.suppress(MemoryError):
@@ -284,8 +287,8 @@ def test_a_run_stopped_and_killed_at_every_step_equals_an_uninterrupted_one(
     assert case.results(layout) == case.results(trained(method)[1])
 
 
-def test_every_hook_is_watched(hooks_seen, prepared):
-    """Else the comparison above would compare nothing."""
+def test_every_hook_is_recorded(hooks_seen, prepared):
+    """Otherwise, the comparison above would compare nothing."""
     case, layout = prepared("bcs")
     calls = hooks_seen()
     case.train(layout)
@@ -327,12 +330,12 @@ def test_damaged_checkpoint_never_changes_the_result(damage, keep_previous, trai
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_to_resume_is_left_when_done(method, trained):
+def test_finished_run_has_no_resume_state(method, trained):
     case, layout = trained(method)
     assert {path.name for path in layout.resume(case.cell).iterdir()} <= {"lock"}
 
 
-# ---------------------------------------------------------------- what methods share
+# ---------------------------------------------------------------- shared weights and batches
 
 
 def weights_before_training(case, layout, masked=True):
@@ -346,7 +349,7 @@ def weights_before_training(case, layout, masked=True):
 def test_methods_from_scratch_start_from_the_weights_of_dense(method, trained):
     dense = weights_before_training(*trained("dense"))
     own = registry.entry("method", method).literals.get("OWN_START", False)
-    if own:  # what its stage makes of them is its own
+    if own:  # its stage may change them
         assert weights_before_training(*trained(method)).keys() == dense.keys()
     for name, weight in weights_before_training(*trained(method), masked=not own).items():
         live = weight != 0
@@ -374,7 +377,7 @@ def test_methods_see_the_batches_of_dense(method, trained):
         assert batches(*trained(method), epoch) == batches(*trained("dense"), epoch)
 
 
-def test_each_epoch_sees_every_image_at_most_once_in_an_order_of_its_own(trained):
+def test_each_epoch_uses_every_image_at_most_once_in_another_order(trained):
     case, layout = trained("dense")
     first, second = (
         [index for batch in batches(case, layout, epoch) for index in batch] for epoch in (0, 1)

@@ -1,4 +1,4 @@
-"""Our attacks beside the packages that everybody trusts, image for image."""
+"""Our attacks against the published packages, image by image."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def quick(monkeypatch):
 
 
 def stock(kind, model, images, context, names):
-    """Survivors of one call of the package."""
+    """Return the survivors of one call of the package."""
     attack = kind(
         model, norm=context.norm, eps=context.eps, version="standard", seed=3, device="cpu"
     )
@@ -73,12 +73,14 @@ def test_cascade_equals_one_stock_call(norm, eps, batch_size, quick, known_netwo
     expected = stock(Quick, model, (part.x_NCHW, part.y_N), context, found.components)
     flags = list(found.components.values())
     assert torch.equal(flags[-1], expected)
-    assert len(part) > int(flags[0].sum()) > int(flags[-1].sum()) > 0  # else little is shown
+    assert (
+        len(part) > int(flags[0].sum()) > int(flags[-1].sum()) > 0
+    )  # otherwise the test shows little
     assert found.max_perturbation == pytest.approx(eps, abs=1e-5)
 
 
 def test_whole_standard_version_on_some_images(known_network):
-    """No step or query less than the package's own."""
+    """With all steps and queries of the package."""
     model, part = known_network
     x, y = part.x_NCHW[:12], part.y_N[:12]
     found = autoattack.run(model, x, y, autoattack.Params(), attack_context())
@@ -123,7 +125,7 @@ def test_shipped_resnet_survivors_equal_the_stock_packages(quick):
     assert 0 < int(ours["square"].sum()) < len(y)
 
 
-def test_subset_of_components_gives_what_the_whole_had_then(quick, known_network):
+def test_subset_of_components_gives_the_intermediate_result_of_all(quick, known_network):
     model, part = known_network
     whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context())
     params = autoattack.Params(components=("apgd-ce", "apgd-t"))
@@ -158,7 +160,7 @@ def test_rand_version_equals_the_package(monkeypatch, known_network):
         ({"version": "rand", "components": ["square"]}, "of: apgd-ce, apgd-dlr"),
     ],
 )
-def test_components_that_a_version_has_not_are_refused(values, message):
+def test_components_that_are_not_in_a_version_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         autoattack.Params(**values)
 
@@ -167,7 +169,7 @@ def test_components_that_a_version_has_not_are_refused(values, message):
 
 
 class Killed(Exception):
-    """Stands for a kill."""
+    """Simulates a killed process."""
 
 
 def outcome_of(found):
@@ -207,10 +209,10 @@ def test_killed_and_resumed_evaluation_equals_an_uninterrupted_one(
     calls_of_both = len(calls)
     calls.clear()
     autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context())
-    assert calls_of_both == len(calls) + 1  # only the batch that was killed is done twice
+    assert calls_of_both == len(calls) + 1  # only the interrupted batch runs twice
 
 
-def test_longer_evaluation_takes_over_what_a_shorter_one_found(
+def test_longer_evaluation_uses_the_cache_of_a_shorter_one(
     quick, known_network, tmp_path, monkeypatch
 ):
     model, part = known_network
@@ -228,17 +230,17 @@ def test_longer_evaluation_takes_over_what_a_shorter_one_found(
         return search
 
     monkeypatch.setattr(autoattack, "_searcher", counted)
-    told = []
-    context = attack_context(cache=saved, report=told.append)
+    reports = []
+    context = attack_context(cache=saved, report=reports.append)
     found = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), context)
-    assert any("taken from an earlier run" in text for text in told)
+    assert any("taken from an earlier run" in text for text in reports)
     monkeypatch.undo()
     monkeypatch.setattr(autoattack, "AutoAttack", Quick)
     whole = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context())
     assert outcome_of(found) == outcome_of(whole)
 
 
-def test_outcome_of_other_components_before_is_not_taken(quick, known_network, tmp_path):
+def test_outcome_after_other_components_is_not_used(quick, known_network, tmp_path):
     model, part = known_network
     saved = Cache(tmp_path, "network")
     alone = autoattack.Params(components=("square",))
@@ -250,7 +252,7 @@ def test_outcome_of_other_components_before_is_not_taken(quick, known_network, t
     assert len({json.dumps(f.tolist()) for f in whole.components.values()}) > 1
 
 
-def test_memory_that_runs_out_halves_the_batches_of_a_component(quick, known_network, monkeypatch):
+def test_out_of_memory_halves_the_batches_of_a_component(quick, known_network, monkeypatch):
     model, part = known_network
     searcher = autoattack._searcher
 
@@ -265,23 +267,23 @@ def test_memory_that_runs_out_halves_the_batches_of_a_component(quick, known_net
         return once
 
     monkeypatch.setattr(autoattack, "_searcher", tight)
-    told = []
+    reports = []
     found = autoattack.run(
-        model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context(report=told.append)
+        model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context(report=reports.append)
     )
     monkeypatch.setattr(autoattack, "_searcher", searcher)
     small = autoattack.run(
         model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context(batch_size=20)
     )
     assert outcome_of(found)[0] == outcome_of(small)[0]
-    assert "out of memory: batches of 20 images from here on" in told
+    assert "out of memory: batches of 20 images from here on" in reports
 
 
 # ---------------------------------------------------------------- PGD, FGSM, FMN
 
 
 class Given(foolbox.attacks.LinfPGD):
-    """foolbox's PGD from a start that is given."""
+    """PGD of foolbox with a given start."""
 
     start: torch.Tensor
 
@@ -322,7 +324,7 @@ def test_fgsm_is_foolboxs(known_network):
     assert torch.equal(ours, ~broken)
 
 
-def test_steps_that_shrink_along_a_cosine(known_network):
+def test_cosine_step_sizes(known_network):
     model, part = known_network
     steps = {"steps": 10, "restarts": 1}
     each = (pgd.Params(**steps), pgd.Params(rule="cosine", relative_step=5, **steps))
@@ -335,7 +337,7 @@ def test_steps_that_shrink_along_a_cosine(known_network):
     )
 
 
-def test_start_at_the_image_itself_is_the_same_for_every_seed(known_network):
+def test_start_at_the_image_is_the_same_for_every_seed(known_network):
     model, part = known_network
     params = pgd.Params(steps=3, restarts=1, start="image")
     one = pgd.run(model, part.x_NCHW, part.y_N, params, attack_context())
@@ -379,7 +381,7 @@ def test_minimum_norm_attack_agrees_with_autoattack_about_most_images(quick, kno
     ).distances
     robust = autoattack.run(model, part.x_NCHW, part.y_N, autoattack.Params(), attack_context())
     flags = list(robust.components.values())[-1]
-    assert int((flags != (distances > EPS)).sum()) <= 20  # neither searches for long here
+    assert int((flags != (distances > EPS)).sum()) <= 20  # both searches are short here
 
 
 # ---------------------------------------------------------------- black box
@@ -393,7 +395,7 @@ def test_square_alone_finds_what_autoattacks_square_finds(quick, known_network):
     assert torch.equal(ours.components["all"], theirs.components["square"])
 
 
-def test_transfer_sees_the_attacked_network_once_an_image(known_network):
+def test_transfer_uses_the_attacked_network_once_for_each_image(known_network):
     model, part = known_network
     surrogate = nn.Sequential(model, nn.Identity())
     seen, asked = [], []
@@ -408,7 +410,7 @@ def test_transfer_sees_the_attacked_network_once_an_image(known_network):
     outcome = transfer.run(other, part.x_NCHW, part.y_N, params, attack_context(surrogate=network))
     hook.remove()
     assert asked == ["mine"]
-    assert sum(seen) == 5 * len(part)  # crafted on the surrogate alone
+    assert sum(seen) == 5 * len(part)  # crafted only on the surrogate
     assert outcome.max_perturbation <= EPS + 1e-6
     same = transfer.run(model, part.x_NCHW, part.y_N, params, attack_context(surrogate=network))
     white = pgd.run(model, part.x_NCHW, part.y_N, pgd.Params(steps=5, restarts=1), attack_context())

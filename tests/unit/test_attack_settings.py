@@ -1,4 +1,4 @@
-"""What each attack does with its settings, on networks whose answers are known by hand."""
+"""The settings of each attack, on networks with outputs that are known by hand."""
 
 import math
 import time
@@ -20,7 +20,7 @@ Y = torch.tensor([1, 1, 1])
 
 
 class Slope(nn.Module):
-    """Logits (0, a - b + 0.05) of images (a, b): all of X are of class 1.
+    """Logits (0, a - b + 0.05) of images (a, b): all images of X have class 1.
 
     The L-inf distances to class 0 are 0.025, 0.075 and 0.225.
     """
@@ -37,7 +37,7 @@ def attack_context(norm="Linf", eps=0.1, batch_size=2, seed=3, **changes):
 
 @pytest.fixture
 def ascents(monkeypatch):
-    """Arguments of every call of the ascent: (x, start, options)."""
+    """The arguments of every call of the ascent: (x, start, options)."""
     found, plain = [], perturb.ascend
 
     def ascend(model, x, start, loss, **options):
@@ -55,7 +55,7 @@ def ascents(monkeypatch):
     ("eps", "robust"), [(0.02, [1, 1, 1]), (0.05, [0, 1, 1]), (0.1, [0, 0, 1]), (0.3, [0, 0, 0])]
 )
 @pytest.mark.parametrize("attack", [fgsm, pgd])
-def test_gradient_attacks_break_what_is_within_reach(attack, eps, robust):
+def test_gradient_attacks_break_the_images_within_eps(attack, eps, robust):
     outcome = attack.run(Slope(), X, Y, attack.Params(), attack_context(eps=eps))
     assert outcome.components["all"].tolist() == [bool(r) for r in robust]
     assert outcome.max_perturbation == pytest.approx(eps, rel=1e-5)
@@ -91,7 +91,7 @@ def test_pgd_defaults_are_those_of_the_authors(ascents):
     assert ascents[0][2]["step_size"] == pytest.approx([2.5 * 0.01 / 50] * 50)
 
 
-def test_pgd_restart_sees_the_survivors_alone_from_a_start_of_its_own(ascents):
+def test_pgd_restart_attacks_only_survivors_from_a_new_start(ascents):
     pgd.run(Slope(), X, Y, pgd.Params(steps=5, restarts=2), attack_context(eps=0.1, batch_size=3))
     assert torch.equal(ascents[0][0], X)
     assert torch.equal(ascents[1][0], X[2:])
@@ -108,7 +108,7 @@ def test_pgd_starts_in_the_norm_of_the_threat(ascents):
     assert torch.equal(ascents[0][1], expected)
 
 
-def test_pgd_from_the_image_itself(ascents):
+def test_pgd_that_starts_at_the_image(ascents):
     params = pgd.Params(steps=1, restarts=2, start="image")
     pgd.run(Slope(), X, Y, params, attack_context(eps=0.01, batch_size=3))
     assert all(torch.equal(x, start) for x, start, _ in ascents)
@@ -178,7 +178,7 @@ def test_progress_and_result_are_reported(attack):
 # ---------------------------------------------------------------- the tally
 
 
-def test_tally_keeps_pictures_of_broken_images_among_the_first(monkeypatch):
+def test_tally_stores_pictures_of_the_first_broken_images(monkeypatch):
     monkeypatch.setattr(tally, "PICTURES", 2)
     found = Tally(X, Y, attack_context())
     moved = torch.tensor([[0.4, 0.6], [0.5, 0.4], [0.1, 0.9]]).view(3, 1, 1, 2)
@@ -189,7 +189,7 @@ def test_tally_keeps_pictures_of_broken_images_among_the_first(monkeypatch):
     assert found.pictures[0].taken_for == 0
 
 
-def test_tally_counts_by_index_and_remembers_the_largest_change():
+def test_tally_counts_by_index_and_has_the_largest_change():
     tally = Tally(X, Y, attack_context("L2"))
     tally.record(
         Slope(), torch.tensor([2, 0]), torch.tensor([[0.5, 0.4], [0.1, 0.8]]).view(2, 1, 1, 2)
@@ -201,7 +201,7 @@ def test_tally_counts_by_index_and_remembers_the_largest_change():
     assert tally.robust.tolist() == [False, True, True]
 
 
-def test_tally_counts_numbers_that_are_none():
+def test_tally_counts_pixels_that_are_not_a_number():
     tally = Tally(X, Y, attack_context())
     bad = X.clone()
     bad[1, 0, 0, 0] = math.nan
@@ -210,7 +210,7 @@ def test_tally_counts_numbers_that_are_none():
     assert tally.largest == 0.0
 
 
-def test_tally_attacks_those_that_are_named_in_batches():
+def test_tally_attacks_the_given_images_in_batches():
     seen = []
 
     def craft(x, y, index):
@@ -226,7 +226,7 @@ def test_tally_attacks_those_that_are_named_in_batches():
     assert [index for _, _, index in seen[2:]] == [[0], [1], [2]]
 
 
-def test_tally_comes_back_from_its_arrays_with_its_seconds(monkeypatch):
+def test_tally_is_restored_from_its_arrays_with_its_seconds(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     tally = Tally(X, Y, attack_context())
@@ -248,11 +248,11 @@ def test_tally_comes_back_from_its_arrays_with_its_seconds(monkeypatch):
     assert outcome.components["all"].tolist() == [False, True, True]
     assert outcome.pictures[0].taken_for == 0
     parts = {"one": torch.ones(3, dtype=torch.bool)}
-    told = again.outcome({}, parts, ["a warning"])
-    assert (told.components, told.warnings) == (parts, ["a warning"])
+    found_again = again.outcome({}, parts, ["a warning"])
+    assert (found_again.components, found_again.warnings) == (parts, ["a warning"])
 
 
-def test_smallest_perturbations_decide_by_eps():
+def test_smallest_perturbations_are_compared_with_eps():
     lengths = torch.tensor([0.05, 0.1, 0.2, math.inf])
     outcome = outcome_from_distances(lengths, 0.1, {"steps": 4})
     assert outcome.components["all"].tolist() == [False, False, True, True]

@@ -1,4 +1,4 @@
-"""What attacks share: the cache, batches that shrink, tallies, progress."""
+"""Helpers of attacks: the cache, batches that become smaller, tallies, progress."""
 
 import time
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 # ---------------------------------------------------------------- cache
 
 
-def test_results_come_back_under_the_settings_they_were_made_with(tmp_path):
+def test_results_are_found_only_with_the_same_settings(tmp_path):
     cache = Cache(tmp_path / "cache", "network pgd 0.1")
     assert cache.get("one") is None
     cache.put("one", flags=np.array([True, False]), done=np.array(3))
@@ -40,7 +40,7 @@ def test_damaged_result_is_not_used(tmp_path):
     assert cache.get("one") is None
 
 
-def test_file_that_wants_to_run_code_is_not_opened(tmp_path):
+def test_file_with_a_pickle_is_not_read(tmp_path):
     cache = Cache(tmp_path, "network")
     cache.put("one", flags=np.ones(1))
     [path] = tmp_path.iterdir()
@@ -49,7 +49,7 @@ def test_file_that_wants_to_run_code_is_not_opened(tmp_path):
     assert cache.get("one") is None
 
 
-def test_full_disk_leaves_the_earlier_result_whole(tmp_path, monkeypatch):
+def test_full_disk_does_not_damage_the_earlier_result(tmp_path, monkeypatch):
     cache = Cache(tmp_path, "network")
     cache.put("one", flags=np.ones(3))
 
@@ -70,7 +70,7 @@ def test_cache_without_a_folder_stores_nothing():
     assert cache.get("one") is None
 
 
-def test_digest_tells_weights_images_and_labels_apart():
+def test_digest_depends_on_weights_images_and_labels():
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
     part = Part(torch.rand(3, 1, 1, 2), torch.tensor([0, 1, 1]))
     first = network_digest(model, part, CPU)
@@ -93,18 +93,18 @@ def test_batches_visit_every_image_once_in_order(count, size):
 
 
 @pytest.mark.parametrize("fits", [1, 2, 3, 5])
-def test_out_of_memory_halves_the_batch_goes_on_and_is_told(fits):
-    seen, told = [], []
+def test_out_of_memory_halves_the_batch_and_prints_a_line(fits):
+    seen, reports = [], []
 
     def work(where: slice) -> None:
         if where.stop - where.start > fits:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         seen.append(where)
 
-    in_batches(11, 8, work, told.append)
+    in_batches(11, 8, work, reports.append)
     assert [i for where in seen for i in range(11)[where]] == list(range(11))
     assert max(where.stop - where.start for where in seen) <= fits
-    assert told[0] == "out of memory: batches of 4 images from here on"
+    assert reports[0] == "out of memory: batches of 4 images from here on"
 
 
 def test_other_errors_and_a_batch_of_one_that_does_not_fit_are_raised():
@@ -117,13 +117,13 @@ def test_other_errors_and_a_batch_of_one_that_does_not_fit_are_raised():
     def full(_: slice) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    told = []
+    reports = []
     with pytest.raises(RuntimeError, match="allocate memory"):
-        in_batches(4, 4, full, told.append)
-    assert len(told) == 2  # 4 -> 2 -> 1
+        in_batches(4, 4, full, reports.append)
+    assert len(reports) == 2  # 4 -> 2 -> 1
 
 
-def test_clean_flags_survive_an_image_size_that_does_not_fit(capsys):
+def test_clean_flags_are_correct_after_out_of_memory(capsys):
     class Small(nn.Module):
         def forward(self, x):
             if len(x) > 2:
@@ -135,11 +135,11 @@ def test_clean_flags_survive_an_image_size_that_does_not_fit(capsys):
     assert "out of memory" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- what was found
+# ---------------------------------------------------------------- the tally
 
 
 class Sum(nn.Module):
-    """Class 1 where the pixels sum to more than 1."""
+    """Class 1 if the sum of the pixels is above 1."""
 
     def forward(self, x):
         total = x.flatten(1).sum(1) - 1
@@ -168,7 +168,7 @@ def test_tally_of_three_images_by_hand(norm, expected):
     assert torch.allclose(other.pictures[0].image, tally.pictures[0].image, atol=1e-3)
 
 
-def test_outcome_comes_back_from_its_arrays(tmp_path):
+def test_outcome_is_restored_from_its_arrays(tmp_path):
     outcome = Outcome(
         {"one": torch.tensor([True, True]), "two": torch.tensor([True, False])},
         {"steps": 3},
@@ -195,23 +195,23 @@ def test_outcome_comes_back_from_its_arrays(tmp_path):
 # ---------------------------------------------------------------- progress
 
 
-def test_plain_log_tells_images_robust_ones_seconds_and_the_rest(monkeypatch):
-    now, told = [100.0], []
+def test_plain_log_has_images_robust_images_seconds_and_remaining_time(monkeypatch):
+    now, reports = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = AttackProgress("apgd-ce", 40, told.append)
+    progress = AttackProgress("apgd-ce", 40, reports.append)
     progress.bar.disable = True
     progress.update(10, 9)
-    assert told == []  # a line for every batch would be too many
+    assert reports == []  # not a line for every batch
     now[0] = 120.0
     progress.update(20, 15)
-    assert told == ["apgd-ce: 20 of 40 images, 15 still robust, 20 s, about 20 s left"]
+    assert reports == ["apgd-ce: 20 of 40 images, 15 still robust, 20 s, about 20 s left"]
     now[0] = 140.0
     progress.update(40, 30)
     progress.close(30, 40)
-    assert told[1:] == ["apgd-ce: 30 of 40 still robust, 40.0 s"]
+    assert reports[1:] == ["apgd-ce: 30 of 40 still robust, 40.0 s"]
 
 
-def test_no_surrogate_to_transfer_from_is_told():
+def test_missing_surrogate_is_an_error():
     with pytest.raises(LookupError, match="dense"):
         attacks.no_surrogate("dense")
     assert not issubclass(LookupError, UsageError)

@@ -1,4 +1,4 @@
-"""Cached results of an evaluation are used for exactly the same attack alone."""
+"""Cached results of an evaluation are used only for exactly the same attack."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
-    """Two classes; `sign` is a setting that no weight tells."""
+    """Two classes. `sign` is an attribute that is not a weight."""
 
     def __init__(self, sign=1.0):
         super().__init__()
@@ -75,7 +75,7 @@ class Asked:
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Names of the attacks that have run, in a list."""
+    """A list of the names of the attacks that have run."""
     found = []
     load = registry.load
 
@@ -113,7 +113,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_cache_is_used_for_the_same_question_alone(change, tmp_path, runs):
+def test_cache_is_used_only_for_the_same_attack(change, tmp_path, runs):
     Asked(tmp_path).run()
     assert runs == ["clean", "pgd"]
     Asked(tmp_path).run()
@@ -123,7 +123,7 @@ def test_cache_is_used_for_the_same_question_alone(change, tmp_path, runs):
 
 
 @pytest.mark.parametrize("library", ["torch", "pyautoattack", "foolbox", "numpy", "python"])
-def test_another_version_of_a_library_answers_anew(library, tmp_path, runs, monkeypatch):
+def test_another_version_of_a_library_runs_the_attack_again(library, tmp_path, runs, monkeypatch):
     Asked(tmp_path).run()
     now = provenance.libraries()
     assert f"{library}=" in now
@@ -142,7 +142,7 @@ def test_another_version_of_a_library_answers_anew(library, tmp_path, runs, monk
         ("robsparse.figures.tables.study_tables", 0),
     ],
 )
-def test_edited_code_answers_anew_where_it_is_used(module, again, tmp_path, runs, edited):
+def test_edited_code_runs_the_attack_again_if_it_is_used(module, again, tmp_path, runs, edited):
     Asked(tmp_path).run()
     edited(module)
     Asked(tmp_path).run()
@@ -151,7 +151,7 @@ def test_edited_code_answers_anew_where_it_is_used(module, again, tmp_path, runs
 
 @pytest.fixture
 def edited(monkeypatch):
-    """edited(module): its source is another one from here on."""
+    """edited(module): change the source of the module."""
     read, paths = source_code.read, set()
 
     def reading(path):
@@ -172,7 +172,7 @@ def edited(monkeypatch):
     forget()
 
 
-def test_attack_from_another_network_is_kept_with_that_network(tmp_path, runs):
+def test_cache_of_a_transfer_attack_depends_on_the_surrogate(tmp_path, runs):
     asked = Asked(tmp_path, attack="transfer", params={"steps": 2})
     asked.run()
     asked.run()
@@ -182,7 +182,7 @@ def test_attack_from_another_network_is_kept_with_that_network(tmp_path, runs):
     assert runs.count("transfer") == 2
 
 
-def test_network_with_noise_is_the_same_network_the_second_time(tmp_path, runs):
+def test_network_with_noise_has_the_same_digest_twice(tmp_path, runs):
     asked = Asked(tmp_path, model=Noisy())
     before = torch.get_rng_state()
     for _ in range(2):
@@ -192,7 +192,7 @@ def test_network_with_noise_is_the_same_network_the_second_time(tmp_path, runs):
     torch.set_rng_state(before)
 
 
-def test_looking_at_a_network_changes_nothing(tmp_path):
+def test_digest_does_not_change_a_network(tmp_path):
     asked = Asked(tmp_path)
     torch.manual_seed(5)
     state, weights = torch.get_rng_state(), asked.model.layer.weight.clone()

@@ -1,4 +1,4 @@
-"""The evaluator and the attacks: sizes, known answers, and the same outcome as the packages."""
+"""The evaluation and the attacks: sizes, known results, and agreement with the packages."""
 
 import json
 import logging
@@ -67,11 +67,11 @@ def test_sizes_of_small_cnn_by_hand():
     assert dense == 12_160
 
 
-def test_zeros_count_by_the_positions_they_are_used_at():
+def test_zeros_count_for_each_position_of_their_use():
     model = small_cnn()
     with torch.no_grad():
         model[0].weight[0] = 0  # 9 of the weights used at 64 positions
-        model[3].weight.flatten()[:100] = 0  # used at 16
+        model[3].weight.flatten()[:100] = 0  # used at 16 positions
     columns = measure_network(model, (1, 8, 8)).columns
     assert columns["nonzero"] == 2116 - 109
     assert columns["sparsity_reached"] == pytest.approx(109 / 2116)
@@ -79,12 +79,12 @@ def test_zeros_count_by_the_positions_they_are_used_at():
     assert columns["sparse_macs"] == 12_160 - 9 * 64 - 100 * 16
 
 
-def test_grouped_convolution_counts_the_weights_it_has():
+def test_grouped_convolution_counts_only_existing_weights():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(8, 2)).eval()
     assert measure_network(model, (4, 3, 3)).columns["dense_macs"] == 8 * 2 * 9 + 16
 
 
-def test_measuring_leaves_the_network_as_it_was():
+def test_measuring_does_not_change_the_network():
     model = small_cnn()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     measure_network(model, (1, 8, 8))
@@ -93,7 +93,7 @@ def test_measuring_leaves_the_network_as_it_was():
 
 
 class Uneven(nn.Module):
-    """A layer that is never used, one that is used twice, and one that sees every pixel alone."""
+    """A layer that is never used, one that is used twice, and one that is applied to each pixel."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ class Uneven(nn.Module):
         return self.pixel(x.flatten(2).transpose(1, 2)).mean(1)
 
 
-def test_a_layer_counts_as_often_as_it_is_used_which_may_be_never():
+def test_a_layer_is_counted_for_each_use():
     found = measure_network(Uneven().eval(), (2, 4, 5))
     positions = {layer["layer"]: layer["positions"] for layer in found.layers}
     assert positions == {"unused": 0, "twice": 2 * 20, "pixel": 20}
@@ -134,8 +134,8 @@ def test_first_examples_are_the_first_ones():
     assert torch.equal(found.x_NCHW, part().x_NCHW[:3])
 
 
-def test_guessing_is_of_the_whole_test_set_and_its_classes():
-    # Class 3 is not among the test images at all, class 1 is half of them.
+def test_chance_is_that_of_the_whole_test_set():
+    # No test image has class 3, and half of them have class 1.
     found = chance_columns(part(torch.zeros(8, 1, 1, 1), torch.tensor([0, 0, 2, 2, 1, 1, 1, 1])), 4)
     assert found == {"classes": 4, "chance": 0.5}
     assert chance_columns(part(torch.zeros(2, 1, 1, 1), torch.tensor([0, 1])), 2)["chance"] == 0.5
@@ -154,11 +154,13 @@ def test_images_outside_the_unit_interval_are_refused(value):
     with pytest.raises(UsageError, match=r"expected values in \[0,1\]"):
         first_examples(part(x), 5, 5)
     if not np.isnan(value):
-        assert len(first_examples(part(x), 2, 5)) == 2  # it is not among the first two
+        assert (
+            len(first_examples(part(x), 2, 5)) == 2
+        )  # the wrong value is not in the first two images
 
 
 @pytest.mark.parametrize("label", [-1, 5])
-def test_labels_that_are_no_class_are_refused(label):
+def test_labels_outside_the_classes_are_refused(label):
     y = torch.tensor([0, 1, label, 3, 4])
     with pytest.raises(UsageError, match=r"expected 0\.\.4"):
         first_examples(part(y=y), 5, 5)
@@ -186,7 +188,7 @@ class Line(nn.Module):
 
 
 def line_images():
-    """One image for each margin w.(x - 1/2), and labels that are right; 6 is wrong."""
+    """One image for each margin w.(x - 1/2), with correct labels; image 6 has a wrong label."""
     direction = WEIGHT / WEIGHT.square().sum()
     x = 0.5 + MARGINS[:, None] * direction
     labels = (MARGINS > 0).long()
@@ -216,8 +218,8 @@ def test_pgd_finds_exactly_the_images_that_can_be_broken(batch_size):
     assert outcome.nan_count == 0
 
 
-def test_pgd_takes_steps_of_the_relative_length():
-    """One step of 2.5 eps reaches the surface of the ball, one of 0.01 eps does not."""
+def test_pgd_steps_have_the_relative_length():
+    """A step of 2.5 eps reaches the surface of the ball. A step of 0.01 eps does not."""
     x, y = line_images()
     for relative, expected in ((2.5, ROBUST[:2]), (1e-3, torch.tensor([True, True]))):
         torch.manual_seed(0)
@@ -227,7 +229,7 @@ def test_pgd_takes_steps_of_the_relative_length():
 
 
 def test_largest_perturbation_is_that_of_all_batches():
-    # The second image is already where the attack wants it, in a corner of the box.
+    # The second image is in a corner of the box, so the attack cannot move it further.
     x = torch.tensor([[0.5, 0.5, 0.5, 0.5], [1.0, 0.0, 1.0, 0.5]]).view(2, 1, 2, 2)
     params = pgd.Params(steps=10, restarts=1)
     for order in ([0, 1], [1, 0]):
@@ -238,7 +240,7 @@ def test_largest_perturbation_is_that_of_all_batches():
     assert alone.max_perturbation < 0.99 * EPS
 
 
-def test_restart_attacks_only_what_survived():
+def test_restart_attacks_only_the_survivors():
     x, y = line_images()
     model = Line()
     right = torch.arange(len(y)) != 6
@@ -268,7 +270,7 @@ def clean_and_pgd(steps: int) -> list[Attack]:
     ]
 
 
-def test_attacks_see_only_what_is_classified_correctly_and_flags_are_spread_over_all():
+def test_attacks_get_only_correct_images_and_flags_cover_all_images():
     x, y = line_images()
     model = Line().train()
     first, second = attack_model(
@@ -283,7 +285,7 @@ def test_attacks_see_only_what_is_classified_correctly_and_flags_are_spread_over
     assert second.context.seed == derive_seed("attack", "pgd", 0) % 2**31
     arrays = image_outcomes(second, Part(x, y))
     assert arrays["pgd.all"].tolist() == ROBUST.tolist()
-    # The images that broke, as they were and as they broke, by their place among all of them.
+    # The broken images, each with its adversarial version, by index among all images.
     assert set(arrays["pgd.pictured"]) == {1, 5, 7, 8}
     pairs = torch.from_numpy(arrays["pgd.pictures"]).float()
     assert torch.allclose(pairs[:, 0], x[torch.from_numpy(arrays["pgd.pictured"])], atol=1e-3)
@@ -388,7 +390,7 @@ def test_flags_of_pgd_do_not_depend_on_the_batch_size(batch_size):
         pgd.run(model, x, y, params, attack_context(0.08, batch_size=size)).components["all"]
         for size in (batch_size, 100)
     ]
-    assert 0 < int(flags[0].sum()) < 16  # else they would be equal anyway
+    assert 0 < int(flags[0].sum()) < 16  # otherwise they would be equal in any case
     assert torch.equal(*flags)
 
 
@@ -452,7 +454,7 @@ def test_components_run_alone_give_the_outcome_of_one_stock_run(eps, batch_size,
             assert torch.equal(model(x_adv).argmax(1) == y, y_adv == y)
     assert found.max_perturbation == pytest.approx(float((x_adv - x).abs().max()))
     counts = [int(flags.sum()) for flags in found.components.values()]
-    assert 16 > counts[0] > counts[2] >= counts[3] > 0  # else little would be shown
+    assert 16 > counts[0] > counts[2] >= counts[3] > 0  # otherwise the test shows little
     model.zero_grad(set_to_none=True)
 
 
@@ -507,7 +509,7 @@ def test_network_without_faults_gets_no_warning(quick):
     )
 
 
-def test_warnings_are_not_printed_as_well(quick, caplog):
+def test_warnings_are_not_printed_too(quick, caplog):
     model, x, y = softmax_net()
     with caplog.at_level(logging.DEBUG):
         autoattack.run(model, x, y, autoattack.Params(), attack_context(1e-3))
@@ -515,7 +517,7 @@ def test_warnings_are_not_printed_as_well(quick, caplog):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_logger_of_the_package_is_left_as_it_was(fails, quick):
+def test_logger_of_the_package_is_not_changed(fails, quick):
     model, x, y = softmax_net()
     before = logger_state()
     if fails:
@@ -527,7 +529,7 @@ def test_logger_of_the_package_is_left_as_it_was(fails, quick):
 
 
 class SquareBreaksTwo(AutoAttack):
-    """Square breaks two of the images, the other components none."""
+    """Square breaks two images. The other components break none."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -537,15 +539,15 @@ class SquareBreaksTwo(AutoAttack):
         self.square.perturb = self.search
 
     def search(self, x, y):
-        """Only the first batch holds images that look otherwise."""
+        """Change two images of the first batch."""
         found = x.clone()
         if not self.broken:
-            found[:2] = x[:2].flip(0)  # of another class
+            found[:2] = x[:2].flip(0)  # images of another class
             self.broken = 2
         return found
 
 
-def test_square_that_beats_the_white_box_attacks_is_told(monkeypatch):
+def test_square_that_is_stronger_than_white_box_attacks_gives_a_warning(monkeypatch):
     monkeypatch.setattr(autoattack, "AutoAttack", SquareBreaksTwo)
     model, x, y = trained()
     outcome = autoattack.run(model, x, y, autoattack.Params(), attack_context())
@@ -554,7 +556,7 @@ def test_square_that_beats_the_white_box_attacks_is_told(monkeypatch):
     assert warning.startswith("Square broke 2 of the 16 images")
 
 
-# ---------------------------------------------------------------- one evaluation as a whole
+# ---------------------------------------------------------------- a whole evaluation
 
 
 def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_path):
@@ -584,7 +586,7 @@ def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_pat
         assert row.nonzero == sum(layer["nonzero"] for layer in layers)
         assert row.model_checksum == file_checksum(layout.model(cell, "last"))
         assert (row.method, row.seed, row.selection) == (cell.method, cell.seed, "last")
-        assert row.epochs is None  # nobody says how these weights were trained
+        assert row.epochs is None  # the training of these weights is not known
     assert sum(part["count"] for part in record.histogram) == rows[0].nonzero
     assert path == layout.evaluation(cell, "last")
     before = json.loads(path.read_text())
@@ -597,7 +599,7 @@ def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_pat
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_kept_parts_go_when_the_record_is_there_and_before_if_asked(
+def test_cache_is_deleted_after_the_record_is_written_or_before_with_fresh(
     fresh, study_data, load_study, tmp_path, monkeypatch
 ):
     study_data["evaluation"] |= {"n_examples": 12, "batch_size": 5}
@@ -621,7 +623,7 @@ def test_kept_parts_go_when_the_record_is_there_and_before_if_asked(
     assert not parts.exists()
 
 
-def test_evaluation_of_other_weights_leaves_the_cache_of_the_cell_alone(
+def test_evaluation_of_other_weights_does_not_touch_the_cache_of_the_cell(
     study_data, load_study, tmp_path
 ):
     study_data["evaluation"] |= {"n_examples": 4, "batch_size": 4}

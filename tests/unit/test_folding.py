@@ -1,4 +1,4 @@
-"""The folded view computes what the network computes, with the weights of one moment."""
+"""The folded view gives the results of the network with the weights at one moment."""
 
 import copy
 
@@ -58,7 +58,7 @@ def outputs_and_gradient(model, x):
 
 
 def differences(model, x, dtype=None):
-    """Of outputs, and of gradients: length of the difference over length of the network's own."""
+    """Return the relative L2 differences of outputs and of gradients."""
     own = outputs_and_gradient(model, x)
     view = outputs_and_gradient(folding.folded_view(model, x, dtype), x)
     return [float((a - b).norm() / a.norm()) for a, b in zip(own, view, strict=True)]
@@ -68,7 +68,7 @@ def largest_difference(model, x):
     return max(differences(model, x))
 
 
-# In fp32 a ReLU of an untrained net now and then opens on one side and not on the other.
+# In fp32, an input of a ReLU may be rounded to the other side of 0.
 @pytest.mark.parametrize(
     ("dtype", "limits"), [(torch.float64, (1e-10, 1e-10)), (torch.float32, (1e-5, 2e-2))]
 )
@@ -82,7 +82,7 @@ def test_values_are_those_of_the_network(name, padding, dtype, limits):
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "small_resnet", "resnet18", "preactresnet18"])
-def test_silu_is_followed_by_the_view(name):
+def test_view_supports_silu(name):
     model = build(name, activation="silu").double()
     x = torch.rand(3, *SHAPES.get(name, (3, 32, 32)), dtype=torch.float64)
     assert folding.runs_on(folding.folded_view(model, x)) == "view"
@@ -95,14 +95,18 @@ def test_silu_is_followed_by_the_view(name):
         ("small_cnn", torch.float32, 9),
         ("small_resnet", torch.float32, 9),
         ("wrn28_2", torch.float64, 9),
-        ("wrn28_2", torch.float32, 1),  # so deep a net, untrained, parts within steps by rounding
+        (
+            "wrn28_2",
+            torch.float32,
+            1,
+        ),  # rounding differences of a deep untrained network grow with each step
     ],
 )
-def test_crafted_images_move_the_same_way(name, dtype, steps):
+def test_crafted_images_change_in_the_same_direction(name, dtype, steps):
     model = build(name).to(dtype)
     x = torch.rand(8, *SHAPES.get(name, (3, 32, 32)), dtype=dtype)
     y = torch.arange(8)
-    # An odd number of steps, none of them cut off: no pixel ends where it began.
+    # The number of steps is odd and eps does not limit them, so every pixel changes.
     made = [
         perturb.ascend(m, x, x, perturb.cross_entropy_of(y), eps=0.03, step_size=0.003, steps=steps)
         for m in (model, folding.folded_view(model, x))
@@ -142,7 +146,7 @@ def test_sparse_weights_stay_exactly_zero_in_the_view():
     assert sum(int(weight.count_nonzero()) for weight in weights) == nonzero
 
 
-def test_view_has_no_trace_in_the_network():
+def test_view_does_not_change_the_network():
     model = build("small_cnn")
     before = copy.deepcopy(model.state_dict())
     names = [name for name, _ in model.named_modules()]
@@ -158,14 +162,14 @@ def test_view_has_no_trace_in_the_network():
 
 
 class Odd(nn.Conv2d):
-    """A layer that does more than its kind."""
+    """A layer with a custom forward."""
 
     def forward(self, x):
         return super().forward(x) + 1
 
 
 class Turning(nn.Module):
-    """Python decides by the values of the images."""
+    """Python code that depends on the values of the images."""
 
     def forward(self, x):
         return x.flatten(1)[:, :10] if x.sum() > 0 else -x.flatten(1)[:, :10]
@@ -190,7 +194,7 @@ class Loose(nn.Module):
         (Loose(), "it uses the tensor 'scale' outside a layer"),
     ],
 )
-def test_network_without_a_view_runs_as_it_is_and_one_line_says_so(model, message, capsys):
+def test_network_without_a_view_is_used_and_one_line_gives_the_reason(model, message, capsys):
     model.eval()
     x = torch.rand(2, 1, 8, 8)
     assert folding.folded_view(model, x) is model
@@ -200,7 +204,7 @@ def test_network_without_a_view_runs_as_it_is_and_one_line_says_so(model, messag
 
 
 class Shared(nn.Module):
-    """Batch norm of something that is used elsewhere too, and ReLU of something still needed."""
+    """Batch norm and ReLU of tensors that are also used by other layers."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +217,7 @@ class Shared(nn.Module):
         return self.end((functional.relu(both) - both).flatten(1))
 
 
-def test_what_is_used_twice_is_neither_folded_nor_overwritten():
+def test_tensors_with_two_uses_are_not_folded_or_overwritten():
     model = Shared().double().eval()
     with torch.no_grad():
         model.norm.running_mean.normal_()
@@ -223,7 +227,7 @@ def test_what_is_used_twice_is_neither_folded_nor_overwritten():
     assert largest_difference(model, x) < 1e-12
 
 
-def test_batch_norm_that_follows_the_batch_is_crafted_on_as_it_is():
+def test_network_is_used_for_crafting_with_batch_norm_in_train_mode():
     model = build("small_cnn")
     x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
     crafting = Crafting(steps=2, step_size=0.05, bn_mode="train")
@@ -241,7 +245,7 @@ def test_compiled_view_computes_the_same():
     expected = outputs_and_gradient(model, x)
     with torch.no_grad():
         next(model.parameters()).mul_(1.1)
-    folding.folded_view(model, x, backend="compiled")  # compiled before the weights change again
+    folding.folded_view(model, x, backend="compiled")  # compile before the weights change again
     with torch.no_grad():
         next(model.parameters()).div_(1.1)
     found = outputs_and_gradient(folding.folded_view(model, x, backend="compiled"), x)
@@ -250,7 +254,9 @@ def test_compiled_view_computes_the_same():
 
 
 @pytest.mark.parametrize("backend", ["compiled", "graph"])
-def test_backend_that_does_not_start_is_one_line_and_eager(backend, monkeypatch, capsys):
+def test_backend_that_does_not_start_prints_one_line_and_is_replaced_by_eager(
+    backend, monkeypatch, capsys
+):
     def refuse(*_, **__):
         raise RuntimeError("no compiler\nhere")
 
@@ -265,7 +271,7 @@ def test_backend_that_does_not_start_is_one_line_and_eager(backend, monkeypatch,
     assert f"backend '{backend}' cannot be used (RuntimeError: " in out
 
 
-def test_out_of_memory_is_not_taken_for_a_backend_that_does_not_start(monkeypatch):
+def test_out_of_memory_does_not_replace_a_backend(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("full")
 
@@ -276,8 +282,8 @@ def test_out_of_memory_is_not_taken_for_a_backend_that_does_not_start(monkeypatc
         view(x)
 
 
-def test_graph_takes_over_the_weights_of_the_snapshot_that_it_runs(monkeypatch):
-    """What a graph has captured reads memory of its own, whose tensors stay the same."""
+def test_graph_copies_the_weights_of_its_snapshot(monkeypatch):
+    """A captured graph always reads the same memory."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda run, sample: run)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     model, x = build("small_resnet"), torch.rand(2, 1, 8, 8)
@@ -307,7 +313,7 @@ def test_graph_computes_the_same_after_weights_have_changed():
 
 
 class Plain(nn.Module):
-    """Layers without batch norm, whose weights are the network's own parameters."""
+    """Layers without batch norm. Their weights are parameters of the network."""
 
     def __init__(self):
         super().__init__()
@@ -322,7 +328,7 @@ class Plain(nn.Module):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("used_before", [True, False])
 def test_a_view_never_changes(make, density, dtype, used_before):
-    """Neither new weights of the network nor a later view, with other weights, reach it."""
+    """New weights of the network and later views do not change it."""
     torch.manual_seed(0)
     model, x = make().eval(), torch.rand(2, 1, 8, 8)
     with torch.no_grad():
@@ -345,8 +351,8 @@ def test_a_view_never_changes(make, density, dtype, used_before):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_folding_is_that_of_torch(bias, affine):
-    """The same weights, and a bias that is the same to rounding: see `folded_parameters`."""
+def test_folding_agrees_with_torch(bias, affine):
+    """The weights are equal. The biases are equal up to rounding (see `folded_parameters`)."""
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 50, 3, bias=bias)
     norm = nn.BatchNorm2d(50, affine=affine).eval()

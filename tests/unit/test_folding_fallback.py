@@ -1,4 +1,4 @@
-"""Networks that a folded view could get wrong: it computes what they do, or is not used."""
+"""Difficult networks: the folded view gives the same results, or it is not used."""
 
 import random
 
@@ -23,7 +23,7 @@ X, Y = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.
 
 
 class Net(nn.Module):
-    """Two layers; what is done between them is up to the subclass."""
+    """Two layers. A subclass defines the function between them."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Tutorial(Net):
 
 class Rewritten(Net):
     def between(self, x):
-        return self.relu(x) + x  # x is rectified too
+        return self.relu(x) + x  # the ReLU also changes x
 
 
 class RewrittenThroughView(Net):
@@ -169,7 +169,7 @@ class OwnConvolution(Net):
 
 
 class Several(Net):
-    """Layers that are used twice, and others than the view knows."""
+    """Layers that are used twice, and layers of other kinds."""
 
     def __init__(self):
         super().__init__()
@@ -249,7 +249,7 @@ def seed():
 
 
 def agree(one, other, x):
-    """Whether outputs and input gradients of both are the same, drawn random numbers alike."""
+    """Return whether both give the same outputs and input gradients with the same seed."""
     found = []
     for run in (one, other):
         seed()
@@ -258,7 +258,7 @@ def agree(one, other, x):
 
 
 def crafted(model, monkeypatch, x=X, *, viewed=True):
-    """Adversarial images of a training step, on the view if there is one or on the network."""
+    """Return adversarial images of a training step, from the view or from the network."""
     with monkeypatch.context() as patch:
         if not viewed:
             patch.setattr(folding, "folded_view", lambda model, *_: model)
@@ -270,7 +270,7 @@ def crafted(model, monkeypatch, x=X, *, viewed=True):
 
 
 @pytest.mark.parametrize("make", VIEWED)
-def test_view_of_such_a_network_computes_what_it_does(make, monkeypatch, capsys):
+def test_view_gives_the_results_of_the_network(make, monkeypatch, capsys):
     model, x = build(make).double(), X.double()
     view = folding.folded_view(model, x)
     assert folding.runs_on(view) == "view"
@@ -284,9 +284,7 @@ def test_view_of_such_a_network_computes_what_it_does(make, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("make", "reason"), [(make, message) for message, made in AS_IT_IS.items() for make in made]
 )
-def test_network_that_a_view_cannot_follow_is_crafted_on_as_it_is(
-    make, reason, monkeypatch, capsys
-):
+def test_network_without_a_view_is_used_for_crafting(make, reason, monkeypatch, capsys):
     own = crafted(build(make), monkeypatch, viewed=False)
     model = build(make)
     for _ in range(2):
@@ -302,7 +300,7 @@ def test_network_that_a_view_cannot_follow_is_crafted_on_as_it_is(
 @pytest.mark.parametrize(
     ("make", "used"), [(Tutorial, "view"), (Rewritten, "network"), (Dropping, "network")]
 )
-def test_attack_on_it_is_recorded_and_finds_the_same(make, used):
+def test_attack_has_the_same_result_and_records_what_it_used(make, used):
     model = build(make)
     attacks = [
         Attack("clean", "clean", clean.Params(), "Linf", 0.0),
@@ -328,7 +326,7 @@ def test_attack_on_it_is_recorded_and_finds_the_same(make, used):
 
 
 @pytest.mark.parametrize("make", [Counting, Listing, Remembering, Dropping, PythonRandom, Net])
-def test_looking_leaves_the_network_and_all_random_numbers_as_they_were(make):
+def test_comparison_does_not_change_the_network_and_random_numbers(make):
     model = build(make)
     seed()
     expected = model(X), random.random(), torch.rand(1)
@@ -343,7 +341,7 @@ def test_looking_leaves_the_network_and_all_random_numbers_as_they_were(make):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# ---------------------------------------------------------------- what changes later
+# ---------------------------------------------------------------- later changes of the network
 
 
 def swap_layer(model):
@@ -382,7 +380,7 @@ def test_view_follows_a_change_of_structure(change):
     assert agree(model, folding.folded_view(model, X), X)
 
 
-def test_hook_on_all_modules_is_seen():
+def test_hook_on_all_modules_is_noticed():
     model = build(Net)
     assert folding.runs_on(folding.folded_view(model, X)) == "view"
     handle = nn.modules.module.register_module_forward_hook(lambda module, x, y: y + 1)
@@ -401,7 +399,7 @@ def test_network_in_train_mode_has_no_view(capsys):
     assert folding.runs_on(folding.folded_view(model.eval(), X)) == "view"
 
 
-# ---------------------------------------------------------------- the comparison itself
+# ---------------------------------------------------------------- the comparison
 
 
 def shifted(forward):
@@ -420,7 +418,7 @@ def steeper(forward):
     ("wrong", "message"), [(shifted, "outputs differ by"), (steeper, "gradients differ by")]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_view_that_computes_something_else_is_not_used(wrong, message, dtype, monkeypatch, capsys):
+def test_view_with_other_results_is_not_used(wrong, message, dtype, monkeypatch, capsys):
     linear = folded_layers.FoldedLinear
     monkeypatch.setattr(linear, "__call__", wrong(linear.__call__))
     model, x = build(Net).to(dtype), X.to(dtype)
@@ -446,8 +444,8 @@ def test_images_of_another_shape_and_type_are_compared_too(monkeypatch):
     assert sizes[1] == sizes[3] == sizes[4] == set()
 
 
-def test_matrix_that_is_not_its_convolution_is_not_used(monkeypatch, capsys):
-    """Later weights are so sparse that another form is chosen, which the first had not shown."""
+def test_matrix_that_differs_from_its_convolution_is_not_used(monkeypatch, capsys):
+    """Later weights are sparser, so another form is chosen. It was not compared before."""
     call = small_maps.Matrix.__call__
 
     def wrong(self, x, **given):
@@ -466,7 +464,7 @@ def test_matrix_that_is_not_its_convolution_is_not_used(monkeypatch, capsys):
     assert folding.folded_view(model, X) is model
 
 
-def test_view_that_fails_where_the_network_does_not_is_one_line(capsys):
+def test_view_that_fails_on_valid_images_is_replaced_and_prints_one_line(capsys):
     model = build(Net)
     view = folding.folded_view(model, X)
 
@@ -483,7 +481,7 @@ def test_view_that_fails_where_the_network_does_not_is_one_line(capsys):
     assert folding.folded_view(model, X) is model
 
 
-def test_what_the_network_itself_refuses_is_raised_and_the_view_stays(capsys):
+def test_an_error_of_the_network_is_raised_and_the_view_is_kept(capsys):
     model = build(Net)
     view = folding.folded_view(model, X)
     with pytest.raises(RuntimeError, match="channels"):
@@ -492,7 +490,7 @@ def test_what_the_network_itself_refuses_is_raised_and_the_view_stays(capsys):
     assert not capsys.readouterr().out
 
 
-def test_memory_that_runs_out_is_no_reason_to_fall_back():
+def test_out_of_memory_does_not_replace_the_view():
     model = build(Net)
     view = folding.folded_view(model, X)
 
@@ -505,7 +503,7 @@ def test_memory_that_runs_out_is_no_reason_to_fall_back():
     assert folding.runs_on(view) == "view"
 
 
-def test_backend_that_computes_something_else_is_not_used(monkeypatch, capsys):
+def test_backend_with_other_results_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda eager, **_: lambda *given: eager(*given) * 1.01)
     model = build(Net)
     expected = folding.folded_view(model, X)(X)
@@ -514,7 +512,7 @@ def test_backend_that_computes_something_else_is_not_used(monkeypatch, capsys):
 
 
 def test_backend_starts_once_for_each_precision_and_follows_the_weights(monkeypatch):
-    """bf16 while crafting, fp32 in between."""
+    """bf16 in crafting, fp32 between."""
     started = []
     monkeypatch.setattr(torch, "compile", lambda eager, **_: started.append(1) or eager)
     model = build(Net)
@@ -530,7 +528,7 @@ def test_backend_starts_once_for_each_precision_and_follows_the_weights(monkeypa
 
 
 class Block(nn.Module):
-    """A convolution and what comes after it; added to the input, in place or not, if asked for."""
+    """A convolution and following layers, and optionally a residual connection."""
 
     def __init__(self, channels, options, norm, act, residual):
         super().__init__()
@@ -613,7 +611,7 @@ def test_random_networks(model, count, last):
     x = torch.rand(count, *SHAPE, dtype=torch.float64).contiguous(memory_format=layout)
     try:
         proof.passes(model, x, gradient=True)
-    except RuntimeError:  # what it rewrites, its own gradient needs
+    except RuntimeError:  # its gradient needs a tensor that it changes in place
         assume(False)
     view = folding.folded_view(model, x)
     assert agree(model, view, x)

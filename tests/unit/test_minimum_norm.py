@@ -1,4 +1,4 @@
-"""The smallest perturbations that several searches find together, on networks that are known."""
+"""The minimum-norm attack on networks with known distances."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def distances(model, x, y, params=None, **options) -> torch.Tensor:
 
 
 class Linear(nn.Module):
-    """Logits (-m, m) with m = w.x + b, of 1x6x6 images; the plane goes through their middle."""
+    """Logits (-m, m) with m = w.x + b, of 1x6x6 images; the plane contains their middle."""
 
     def __init__(self):
         super().__init__()
@@ -51,13 +51,13 @@ def images_of(model, low, high, n=24):
 
 
 @pytest.mark.parametrize(("norm", "dual"), [("Linf", 1), ("L2", 2)])
-def test_distances_to_a_plane_are_those_of_geometry(norm, dual):
+def test_distances_to_a_plane_are_the_geometric_distances(norm, dual):
     model = Linear().eval()
     x, y = images_of(model, 0.35, 0.65)
     weight = model.weight.detach()
     wanted = (x.flatten(1) @ weight + model.bias.detach()).abs() / weight.norm(dual)
     found = distances(model, x, y, minimum_norm.Params(), norm=norm)
-    # Never below the truth but for rounding, and hardly above it.
+    # Except for rounding, never below the true distance, and only a little above it.
     assert (found >= wanted - 1e-6).all()
     assert torch.allclose(found, wanted, rtol=0.01, atol=1e-4)
 
@@ -74,7 +74,7 @@ def clipped_distance(x, weight, margin) -> float:
     return high
 
 
-def test_distances_that_the_pixel_range_lengthens_are_those_of_geometry():
+def test_distances_inside_the_pixel_range_are_the_geometric_distances():
     model = Linear().eval()
     generator = torch.Generator().manual_seed(6)
     x = (torch.rand(24, 1, 6, 6, generator=generator) > 0.5).float() * 0.96 + 0.02
@@ -123,8 +123,8 @@ def test_without_gradients_fmn_fails_and_the_other_searches_do_not(
     assert (together <= alone).all()
 
 
-def test_every_search_alone_shortens_what_is_known(known_network):
-    """Each method of a search, by itself, breaks images that are far from unbreakable."""
+def test_every_search_makes_known_perturbations_shorter(known_network):
+    """Each search method breaks images that are not very robust."""
     model, part = known_network
     params = minimum_norm.Params(**QUICK)
 
@@ -143,9 +143,9 @@ def test_every_search_alone_shortens_what_is_known(known_network):
         found = one.best[one.best.isfinite()]
         assert len(found) > 100
         assert (found <= 0.3).all()
-        assert (found < 0.29).float().mean() > 0.7  # made shorter
+        assert (found < 0.29).float().mean() > 0.7  # shorter than before
     before = towards.best.clone()
-    towards.adapt(torch.arange(len(part)), towards.nearest.clone())  # from what is known
+    towards.adapt(torch.arange(len(part)), towards.nearest.clone())  # from the known versions
     assert (towards.best < 0.9 * before).float().mean() > 0.8
     assert (towards.best < adaptive.best).any()
     for one in (towards, ascent, query, adaptive):
@@ -173,11 +173,11 @@ def test_a_constant_network_cannot_be_broken():
     assert found.max_perturbation == 0.0
 
 
-def test_images_that_the_network_gets_wrong_are_moved_towards_too():
-    """All images seen have one class; what stands for the other is among the rest."""
+def test_searches_also_move_towards_misclassified_images():
+    """All attacked images have one class. An image of the other class is misclassified."""
 
     class Marked(nn.Module):
-        """Class 1 where a certain pattern is there almost exactly; nothing finds it by chance."""
+        """Class 1 only for images close to one pattern, which a search cannot find by chance."""
 
         def forward(self, x):
             away = (x - pattern).abs().amax((1, 2, 3))
@@ -193,7 +193,7 @@ def test_images_that_the_network_gets_wrong_are_moved_towards_too():
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.6)])
-def test_it_is_no_weaker_than_its_parts(norm, eps, known_network):
+def test_attack_is_at_least_as_strong_as_its_searches(norm, eps, known_network):
     model, part = known_network
     x, y = part.x_NCHW[:80], part.y_N[:80]
     together = distances(model, x, y, norm=norm, eps=eps)
@@ -223,7 +223,7 @@ def test_points_within_a_radius_are_the_nearest_to_the_target():
 
 
 def test_distances_are_those_of_images_that_break_the_network(known_network, monkeypatch):
-    """Every length that is taken belongs to an image in [0,1] on which the network is wrong."""
+    """Every length belongs to an image in [0,1] that the network misclassifies."""
     model, part = known_network
     x, y = part.x_NCHW[:30], part.y_N[:30]
     shown = []
@@ -236,7 +236,7 @@ def test_distances_are_those_of_images_that_break_the_network(known_network, mon
         hook.remove()
     shortest = torch.full((30,), torch.inf)
     for images, logits in shown:
-        # Which image a version stems from is not known: the nearest one can only be nearer.
+        # The original image of a version is not known. The nearest image gives a lower bound.
         apart = (images[:, None] - x).flatten(2).abs().amax(2)
         apart[logits.argmax(1)[:, None] == y] = torch.inf
         shortest = torch.minimum(shortest, apart.amin(0))
@@ -247,7 +247,7 @@ class Killed(RuntimeError):
     pass
 
 
-def test_a_killed_run_goes_on_to_the_same_distances(known_network, tmp_path, monkeypatch):
+def test_a_resumed_run_gives_the_same_distances(known_network, tmp_path, monkeypatch):
     model, part = known_network
     params = minimum_norm.Params(**QUICK)
     x, y = part.x_NCHW[:45], part.y_N[:45]
@@ -264,17 +264,17 @@ def test_a_killed_run_goes_on_to_the_same_distances(known_network, tmp_path, mon
     kept = {"cache": Cache(tmp_path, "one network"), "batch_size": 20}
     with pytest.raises(Killed):
         minimum_norm.run(model, x, y, params, attack_context(**kept))
-    told = []
-    resumed = minimum_norm.run(model, x, y, params, attack_context(**kept, report=told.append))
-    assert "40 of 45 images taken from an earlier run" in told
-    assert next(calls) == 4  # one batch alone was searched again
+    reports = []
+    resumed = minimum_norm.run(model, x, y, params, attack_context(**kept, report=reports.append))
+    assert "40 of 45 images taken from an earlier run" in reports
+    assert next(calls) == 4  # only one batch was searched again
     assert torch.equal(resumed.distances, whole.distances)
     other = minimum_norm.Params(**QUICK | {"steps": 11})
     minimum_norm.run(model, x[:1], y[:1], other, attack_context(**kept))
-    assert next(calls) == 6  # other settings take nothing over
+    assert next(calls) == 6  # other settings do not use the cache
 
 
-def test_memory_that_runs_out_halves_the_batches(known_network):
+def test_out_of_memory_halves_the_batches(known_network):
     network, part = known_network
 
     class Small(nn.Module):
@@ -283,15 +283,15 @@ def test_memory_that_runs_out_halves_the_batches(known_network):
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
             return network(x)
 
-    told = []
+    reports = []
     found = distances(
-        Small().eval(), part.x_NCHW[:50], part.y_N[:50], report=told.append, batch_size=50
+        Small().eval(), part.x_NCHW[:50], part.y_N[:50], report=reports.append, batch_size=50
     )
     assert found.isfinite().all()
-    assert any("out of memory: batches of" in text for text in told)
+    assert any("out of memory: batches of" in text for text in reports)
 
 
-def test_passes_are_what_an_image_that_survives_costs():
+def test_passes_are_those_of_an_image_that_survives():
     seen = []
 
     class Constant(nn.Module):
@@ -304,15 +304,15 @@ def test_passes_are_what_an_image_that_survives_costs():
     minimum_norm.run(Constant().eval(), x, y, params, attack_context())
     backward, forward = minimum_norm.passes(params)
     assert backward == 2 * 7 + 4 * 5 * 2
-    # Nothing is found, so nothing is made shorter. Random search asks a few times more.
+    # Nothing is found, so no perturbation is shortened. Random search makes a few more queries.
     assert 7 + 4 * (5 * 2 + 30) < sum(seen) / 8 <= backward + forward
 
 
-def test_part_is_given_by_the_evaluator(known_network, monkeypatch):
-    """The images that an attack may move towards are all of the evaluation's."""
+def test_attack_gets_all_images_of_the_evaluation(known_network, monkeypatch):
+    """An attack may move towards all images of the evaluation."""
     model, part = known_network
     labels = part.y_N[:20].clone()
-    labels[1:] = (labels[1:] + 1) % 10  # one image alone is right: no other is seen by the attack
+    labels[1:] = (labels[1:] + 1) % 10  # only one label is correct, so only this image is attacked
     attacks = [
         Attack("clean", "clean", minimum_norm.AttackParams(), "Linf", EPS),
         Attack("minimum_norm", "minimum_norm", minimum_norm.Params(**QUICK), "Linf", 0.01),

@@ -1,4 +1,4 @@
-"""When two ways to compute outputs and gradients count as the same."""
+"""Comparison of the outputs and gradients of two computations."""
 
 import pytest
 import torch
@@ -31,36 +31,36 @@ APART = {
 
 
 @pytest.mark.parametrize("case", ALIKE)
-def test_rounding_is_no_difference(case):
+def test_rounding_is_not_a_difference(case):
     assert proof.difference(PLAIN, ALIKE[case]) == ""
 
 
 @pytest.mark.parametrize("case", APART)
-def test_difference_is_told_in_words(case):
+def test_difference_is_described_in_words(case):
     fast, words = APART[case]
     assert proof.difference(PLAIN, fast).startswith(words)
 
 
 @pytest.mark.parametrize("side", ["plain", "fast"])
-def test_gradients_are_compared_where_both_sides_have_one(side):
+def test_gradients_are_compared_if_both_sides_have_one(side):
     sides = {"plain": PLAIN, "fast": with_gradient(0.0, 0.0)}
     sides[side] = sides[side]._replace(gradient=None)
     assert proof.difference(**sides) == ""
 
 
-def test_limit_follows_what_the_passes_computed_in():
+def test_limit_depends_on_the_precision_of_the_passes():
     fast = with_outputs(1.2, -4.0)
     assert proof.difference(PLAIN, fast) != ""
     assert proof.difference(PLAIN, fast, torch.bfloat16) == ""
 
 
-def test_type_without_a_limit_has_to_agree_exactly():
+def test_type_without_a_limit_must_agree_exactly():
     plain = Passes(PLAIN.outputs.half(), None)
     assert proof.difference(plain, plain) == ""
     assert proof.difference(plain, plain._replace(outputs=plain.outputs + 0.01)) != ""
 
 
-def test_no_outputs_agree():
+def test_empty_outputs_agree():
     nothing = Passes(torch.zeros(0, 2), torch.zeros(0, 2))
     assert proof.difference(nothing, nothing) == ""
 

@@ -1,4 +1,4 @@
-"""The sanity checks flag networks that only look robust, and no honest one."""
+"""The sanity checks flag networks that only seem robust, and no other networks."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ def examine(model: nn.Module, part: Part, **changes) -> sanity_checks.Findings:
 
 
 class Wrapped(nn.Module):
-    """Something done to the images before a network sees them, or to its outputs after."""
+    """A network with a function before it (of the images) or after it (of the outputs)."""
 
     def __init__(self, network, before=lambda x: x, after=lambda logits: logits):
         super().__init__()
@@ -41,7 +41,7 @@ class Wrapped(nn.Module):
 
 
 class Shattered(torch.autograd.Function):
-    """The image as it is, with a gradient that has nothing to do with it."""
+    """Return the image unchanged, with a wrong gradient."""
 
     @staticmethod
     def forward(_, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ UNRELIABLE = {
 
 
 @pytest.mark.parametrize("name", UNRELIABLE)
-def test_network_made_to_look_robust_is_told(name, known_network):
+def test_network_that_only_seems_robust_is_flagged(name, known_network):
     model, part = known_network
     how, reasons = UNRELIABLE[name]
     found = examine(Wrapped(model, **how), part)
@@ -93,10 +93,10 @@ def test_network_made_to_look_robust_is_told(name, known_network):
     assert found.potentially_unreliable([])
     assert all(math.isfinite(value) for value in found.numbers.values())
     if name == "NaN":
-        assert found.numbers["randomness"] == 0  # the same images, twice
+        assert found.numbers["randomness"] == 0  # two passes over the same images
 
 
-def test_honest_network_is_not_flagged(known_network):
+def test_network_without_faults_is_not_flagged(known_network):
     model, part = known_network
     found = examine(model, part)
     assert found.reasons == ()
@@ -106,19 +106,19 @@ def test_honest_network_is_not_flagged(known_network):
     assert numbers["randomness"] == numbers["nan_logits"] == numbers["zero_gradient"] == 0
     assert numbers["huge_eps"] <= numbers["chance"]
     assert 0.1 <= numbers["chance"] <= 0.13
-    assert 1 > numbers["pgd_10"] >= numbers["pgd_200"] > 0.2  # else little would be shown
+    assert 1 > numbers["pgd_10"] >= numbers["pgd_200"] > 0.2  # otherwise the test shows little
 
 
 class Says(nn.Module):
-    """Takes every image for class 0, with gradients that change nothing."""
+    """Predicts class 0 for every image. Its gradients are useless."""
 
     def forward(self, x):
         return x.flatten(1)[:, :3] * 1e-3 + torch.tensor([1.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("share", [0.34, 0.6, 0.95])
-def test_network_that_names_the_largest_class_leaves_what_guessing_leaves(share):
-    """However unbalanced the classes are, that is no sign of robustness that is not real."""
+def test_network_that_always_predicts_the_largest_class_is_not_flagged(share):
+    """This holds for any share of the largest class."""
     part = unbalanced(share)
     found = examine(Says(), part)
     for name in ("correct", "huge_eps", "chance"):
@@ -127,14 +127,14 @@ def test_network_that_names_the_largest_class_leaves_what_guessing_leaves(share)
 
 
 def unbalanced(share: float) -> Part:
-    """Images of three classes, of which class 0 has a share."""
+    """Images of three classes. Class 0 has the given share."""
     y = 1 + torch.arange(IMAGES) % 2
     y[: round(share * IMAGES)] = 0
     return Part(torch.rand(IMAGES, 1, 8, 8), y)
 
 
 def test_more_than_the_largest_class_correct_at_eps_1_is_flagged():
-    """Of an unbalanced set too: guessing leaves 60 %, and two images more are beyond it."""
+    """In an unbalanced set, guessing has 60 %. Two more images are above the limit."""
 
     numbers = examine(Says(), unbalanced(0.6)).numbers
     for excess, flagged in ((1, False), (2, True)):
@@ -143,27 +143,27 @@ def test_more_than_the_largest_class_correct_at_eps_1_is_flagged():
 
 
 @pytest.mark.parametrize(("flat", "flagged"), [(1, False), (2, True)])
-def test_one_image_without_a_gradient_is_no_reason_yet_where_few_are_correct(flat, flagged):
-    """Of 10 correct images one is 10 %, which is more than the limit of 5 %."""
+def test_one_image_without_a_gradient_is_allowed_if_few_are_correct(flat, flagged):
+    """One of 10 correct images is 10 %. The limit is 5 %."""
     numbers = examine(Says(), unbalanced(0.34)).numbers | {"correct": 0.1}
     reasons = sanity_checks._reasons(numbers | {"zero_gradient": flat / 10, "huge_eps": 0.0})
     assert any("no gradient" in reason for reason in reasons) == flagged
 
 
-def test_warnings_of_attacks_join_the_reasons_once():
+def test_warnings_of_attacks_are_added_to_the_reasons_once():
     findings = sanity_checks.Findings({}, ("one",))
     outcomes = [Outcome({}, warnings=["two", "one"]), Outcome({}, warnings=["two"])]
     assert findings.potentially_unreliable(outcomes) == "one; two"
 
 
-def test_looking_can_be_turned_off_and_is_bounded(known_network):
+def test_checks_can_be_disabled_and_use_a_limited_number_of_images(known_network):
     model, part = known_network
     assert examine(model, part, n_examples=0) == sanity_checks.Findings()
     few = Part(part.x_NCHW[:7], part.y_N[:7])
     assert examine(model, few).numbers["examined"] == 7
 
 
-def test_looking_leaves_network_and_random_numbers_as_they_were(known_network):
+def test_checks_do_not_change_the_network_and_random_numbers(known_network):
     model, part = known_network
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
@@ -221,7 +221,7 @@ def test_limit_of_each_number(name):
 
 
 @pytest.mark.parametrize("name", ["pgd_50", "black_box_only"])
-def test_one_image_of_few_is_no_reason(name):
+def test_one_image_above_a_limit_is_allowed(name):
     few = HONEST | {"examined": 10.0}
     shift = 0.5 if name == "pgd_50" else 0.0
     assert sanity_checks._reasons(few | {name: shift + 0.1}) == []
@@ -236,7 +236,7 @@ class Slope(nn.Module):
         return torch.stack([torch.zeros_like(a), a - b], dim=1)
 
 
-# L-inf distances to class 0: none (wrong already), 0.05, 0.15 and 0.25.
+# L-inf distances to class 0: none (misclassified), 0.05, 0.15 and 0.25.
 SLOPED = Part(
     torch.tensor([[0.4, 0.5], [0.5, 0.4], [0.5, 0.2], [0.6, 0.1]]).view(4, 1, 1, 2),
     torch.tensor([1, 1, 1, 1]),
@@ -259,8 +259,8 @@ def test_numbers_of_a_known_network():
     assert numbers["pgd_10"] == numbers["pgd_50"] == numbers["pgd_200"] == 0.25
 
 
-def test_norm_of_the_threat_is_that_of_the_long_attacks_alone(monkeypatch):
-    """In L2 the distances are longer; at eps 1 every image may become every other one."""
+def test_only_the_long_attacks_use_the_norm_of_the_threat(monkeypatch):
+    """L2 distances are longer. At an L-inf eps of 1, an image can become any other image."""
     monkeypatch.setattr(sanity_checks, "random_search", lambda model, x, y, **options: x)
     settings = Evaluation(
         n_examples=4, selections={"last": ["clean"]}, sanity_checks=SanityChecks(queries=9)
@@ -280,13 +280,13 @@ def test_images_without_a_gradient_are_counted_among_the_correct_ones():
     checks.outputs()
     assert checks.correct.tolist() == [False, True, True, True]
     assert checks.zero_gradients() == 0
-    flat = Part(SLOPED.x_NCHW * 0.8, SLOPED.y_N)  # of the first three nothing exceeds 0.45
+    flat = Part(SLOPED.x_NCHW * 0.8, SLOPED.y_N)  # no pixel of the first three images is above 0.45
     checks = sanity_checks._Checks(Steps(), flat, 3, CPU)
     checks.outputs()
     assert checks.zero_gradients() == 2
 
 
-def test_pgd_steps_are_two_and_a_half_times_eps_together(monkeypatch):
+def test_sum_of_pgd_steps_is_two_and_a_half_times_eps(monkeypatch):
     seen, plain = [], perturb.ascend
 
     def ascend(model, x, start, loss, **options):
@@ -300,7 +300,7 @@ def test_pgd_steps_are_two_and_a_half_times_eps_together(monkeypatch):
     assert seen == [{"eps": 0.2, "step_size": 2.5 * 0.2 / 10, "steps": 10, "norm": "L2"}]
 
 
-def test_random_search_is_counted_among_the_survivors_alone(monkeypatch):
+def test_random_search_attacks_only_the_survivors(monkeypatch):
     seen = []
 
     def search(model, x, y, **options):
@@ -315,14 +315,14 @@ def test_random_search_is_counted_among_the_survivors_alone(monkeypatch):
     assert seen == [(2, [1, 1], options), (1, [1], options)]
 
 
-def test_passes_of_the_examination():
+def test_passes_of_the_checks():
     settings = Evaluation(
         n_examples=4, selections={"last": ["clean"]}, sanity_checks=SanityChecks(queries=9)
     )
     assert sanity_checks.passes(settings) == (20 + 10 + 50 + 200, 9)
 
 
-def test_probabilities_are_told_by_range_and_sum():
+def test_probabilities_are_found_by_range_and_sum():
     def of(model):
         checks = sanity_checks._Checks(model, SLOPED, 3, CPU)
         return checks.outputs()["probabilities"]

@@ -1,4 +1,4 @@
-"""Convolutions of small maps as matrices: the convolution to the last digits, in every form."""
+"""Convolutions of small maps as matrices: same results in every form."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def convolutions(draw):
     form=st.sampled_from([("dense", True), ("dense", False), ("sparse", True)]),
     density=st.floats(0, 1),
 )
-def test_both_matrices_are_the_convolution(made, form, density):
+def test_both_matrices_agree_with_the_convolution(made, form, density):
     (layer, shape), (kind, columns) = made, form
     layer = layer.double().requires_grad_(False)
     layer.weight.mul_(torch.rand_like(layer.weight) < density)
@@ -49,10 +49,10 @@ def test_both_matrices_are_the_convolution(made, form, density):
     assert torch.allclose(rectified, expected.relu(), atol=1e-12)
 
 
-def test_sparse_matrix_holds_nonzero_weights_alone():
+def test_sparse_matrix_has_only_nonzero_weights():
     layer = nn.Conv2d(2, 3, 3, padding=1, bias=False).requires_grad_(False)
     layer.weight.zero_()
-    layer.weight[1, 0, 1, 1] = 2.0  # the middle tap meets all 16 pixels
+    layer.weight[1, 0, 1, 1] = 2.0  # the middle tap covers all 16 pixels
     layer.weight[2, 1, 0, 0] = 3.0  # a corner tap misses a row and a column
     matrix = SmallMap(layer, 4, 4).form("sparse", layer.weight, None)
     assert matrix.matrix.values().tolist().count(2.0) == 16
@@ -65,7 +65,7 @@ def test_sparse_matrix_holds_nonzero_weights_alone():
     [
         (8, (24, 48), (1.0, True, False), "conv"),  # its matrix has 600,000 entries
         (8, (1, 24), (1.0, True, False), "dense"),
-        (8, (1, 24), (1.0, False, False), "dense"),  # so few inputs
+        (8, (1, 24), (1.0, False, False), "dense"),  # few inputs
         (4, (48, 48), (1.0, True, False), "dense"),
         (4, (48, 48), (1.0, False, False), "conv"),
         (8, (24, 48), (0.3, False, False), "sparse"),
@@ -78,7 +78,7 @@ def test_sparse_matrix_holds_nonzero_weights_alone():
         (9, (24, 48), (0.01, True, False), "conv"),
     ],
 )
-def test_form_follows_from_shapes_and_density(size, channels, given, form):
+def test_form_depends_on_shapes_and_density(size, channels, given, form):
     density, gradient, bf16 = given
     layer = nn.Conv2d(*channels, 3, padding=1, stride=2 if channels == (48, 48) else 1)
     x = torch.rand(2, channels[0], size, size, requires_grad=gradient)
@@ -93,7 +93,7 @@ def test_other_convolutions_stay_convolutions(options):
     assert choose_form(layer, torch.rand(1, 2, 4, 4), 0.01, bf16=False) == "conv"
 
 
-def test_view_of_a_sparse_network_follows_its_nonzero_weights():
+def test_new_view_of_a_sparse_network_has_its_current_nonzero_weights():
     torch.manual_seed(0)
     params = registry.entry("arch", "small_cnn").params(width=8)
     model = models.build("small_cnn", params, (1, 8, 8), 10).double().eval().requires_grad_(False)
@@ -116,7 +116,7 @@ def test_view_of_a_sparse_network_follows_its_nonzero_weights():
     assert forms == {"dense", "sparse"}
 
 
-def test_matrices_are_formed_once_a_refresh(monkeypatch):
+def test_matrices_are_computed_once_for_each_snapshot(monkeypatch):
     formed = []
     form = SmallMap.form
     monkeypatch.setattr(
@@ -125,7 +125,7 @@ def test_matrices_are_formed_once_a_refresh(monkeypatch):
     params = registry.entry("arch", "small_cnn").params()
     model = models.build("small_cnn", params, (1, 8, 8), 10).eval()
     x = torch.rand(2, 1, 8, 8, requires_grad=True)
-    folding.folded_view(model, x)  # compares the two
+    folding.folded_view(model, x)  # compares view and network
     formed.clear()
     for refreshed in (1, 2):
         view = folding.folded_view(model, x)

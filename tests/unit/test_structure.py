@@ -1,4 +1,4 @@
-"""Whether a network takes images in another layout of memory."""
+"""Memory formats that a network accepts."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from robsparse.fast import structure
 
 
 class Flat(nn.Module):
-    """Flattens as many tutorials do; `view` refuses channels-last images."""
+    """Flattens with `view`, which refuses channels-last images."""
 
     def __init__(self):
         super().__init__()
@@ -24,7 +24,7 @@ def images():
     return torch.rand(20, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-def test_layout_that_a_network_refuses_is_told_in_one_line(images, capsys):
+def test_refused_memory_format_prints_one_line(images, capsys):
     model = Flat()
     assert structure.runs(model, images)
     assert not structure.runs(model, images.to(memory_format=torch.channels_last))
@@ -32,7 +32,7 @@ def test_layout_that_a_network_refuses_is_told_in_one_line(images, capsys):
     assert "channels first" in line
 
 
-def test_network_is_as_it_was_after_it(images):
+def test_network_is_not_changed(images):
     model = Flat().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert structure.runs(model, images)
@@ -41,7 +41,7 @@ def test_network_is_as_it_was_after_it(images):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_want_of_memory_is_no_matter_of_layout(images):
+def test_out_of_memory_is_raised(images):
     def fail(*_):
         raise RuntimeError("not enough memory: you tried to allocate memory")
 

@@ -1,4 +1,4 @@
-"""One resolution of norm and eps: what is trained, validated, attacked and planned with."""
+"""Norm and eps in training, validation, attacks and planning."""
 
 import dataclasses
 import importlib.util
@@ -29,7 +29,7 @@ TRAINED, TESTED = 0.05, 0.3
 
 @pytest.fixture
 def crafted(monkeypatch):
-    """Norm, eps asked for and the largest perturbation of every call that perturbs images."""
+    """Record norm, eps and the largest perturbation of every call that perturbs images."""
     calls, ascend = [], perturb.ascend
 
     def watched(model, x, start, loss, **options):
@@ -47,7 +47,7 @@ def of(study, method):
 
 
 def trained(study, folder):
-    """All weights of the study's BCS network, trained for an epoch."""
+    """Return all weights of the BCS network of the study after an epoch of training."""
     cell, layout = of(study, "bcs"), Layout(folder)
     train_cell(study, cell, layout, device="cpu")
     return load_file(layout.model(cell, "last"))
@@ -60,7 +60,7 @@ def trained(study, folder):
 def test_training_eps_is_what_training_and_validation_use(
     place, study_data, load_study, tmp_path, crafted
 ):
-    """The same bits as under a threat of that eps, others than under the threat that attacks."""
+    """Same bits as with a threat of this eps. Other bits than with the threat of the attacks."""
     study_data["training"]["crafting"]["step_size"] = TRAINED
     study_data["threat"]["eps"] = TRAINED
     plain = trained(load_study(study_data), tmp_path / "plain")
@@ -79,7 +79,7 @@ def test_training_eps_is_what_training_and_validation_use(
     assert any(not torch.equal(found[name], other[name]) for name in plain)
 
 
-def test_training_eps_changes_nothing_of_the_attacks(study_data, load_study, tmp_path, crafted):
+def test_training_eps_does_not_change_the_attacks(study_data, load_study, tmp_path, crafted):
     study_data["training"]["eps"] = 0.1
     study_data["evaluation"]["sanity_checks"] = {"n_examples": 5, "queries": 2}
     study = load_study(study_data)
@@ -90,7 +90,7 @@ def test_training_eps_changes_nothing_of_the_attacks(study_data, load_study, tmp
     assert {eps for _, eps, _ in crafted} == {0.15, 1.0}  # 1.0: a sanity check's
 
 
-def test_l2_is_the_norm_of_training_and_validation_too(study_data, load_study, tmp_path, crafted):
+def test_training_and_validation_use_the_l2_norm(study_data, load_study, tmp_path, crafted):
     study_data["threat"] = {"norm": "L2", "eps": 1.5}
     study_data["training"]["crafting"]["step_size"] = 1.2
     trained(load_study(study_data), tmp_path)
@@ -101,7 +101,7 @@ def test_l2_is_the_norm_of_training_and_validation_too(study_data, load_study, t
 # ---------------------------------------------------------------- attacks
 
 
-def test_each_attack_goes_as_far_as_it_says_else_as_the_threat(study_data, load_study):
+def test_each_attack_uses_its_eps_or_that_of_the_threat(study_data, load_study):
     study_data["evaluation"]["attacks"] = {
         "pgd": {"steps": 2, "restarts": 1},
         "near": {"base": "pgd", "eps": "0.5/255", "steps": 2, "restarts": 1},
@@ -127,7 +127,7 @@ def test_each_attack_goes_as_far_as_it_says_else_as_the_threat(study_data, load_
     assert [(attack.norm, attack.eps) for attack in resolved] == expected
 
 
-def test_a_planned_cell_has_all_that_an_adversary_may_do(study_data, load_study):
+def test_a_planned_cell_has_all_threats(study_data, load_study):
     """Training, crafting, attacks and sanity checks, each resolved, in one object."""
     study_data["threat"]["eps"] = TESTED
     study_data["training"] |= {"eps": 0.2, "crafting": {"steps": 3, "step_size": 0.1}}
@@ -166,10 +166,8 @@ def test_a_variant_of_clean_perturbs_nothing(study_data, load_study):
 # ---------------------------------------------------------------- plan
 
 
-def test_plan_times_the_network_against_what_it_is_trained_against(
-    study_data, load_study, monkeypatch
-):
-    """A block with settings of its own is timed with them, whatever was timed before."""
+def test_plan_times_the_network_with_the_training_threat(study_data, load_study, monkeypatch):
+    """A block with other settings is timed with these settings."""
     block = study_data["grid"] | {"sparsities": [0.9]}
     own = {"eps": 0.1, "crafting": {"bn_mode": "train", "step_size": 0.05}}
     study_data["grid"] = [block, block | {"sparsities": [0.99], "training": own}]
@@ -190,7 +188,7 @@ def test_plan_times_the_network_against_what_it_is_trained_against(
     assert asked == [(0.15, 0.1, 1), (0.1, 0.05, 1)]
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- refused settings
 
 L2 = {"norm": "L2", "eps": 2}
 ERRORS = {
@@ -246,7 +244,7 @@ def merge(data, change):
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_radii_and_steps_that_are_none_are_one_line(error, study_data, load_study, tmp_path):
+def test_invalid_radii_and_steps_give_one_line(error, study_data, load_study, tmp_path):
     change, reported = ERRORS[error]
     merge(study_data, change)
     with pytest.raises(UsageError) as caught:
@@ -292,11 +290,11 @@ def test_ratios_of_decimals_are_read_exactly(written, meant):
         radius(written)
 
 
-# ---------------------------------------------------------------- the comparison's own default
+# ---------------------------------------------------------------- the default of the comparison
 
 
 def test_agreement_with_the_stock_package_runs_on_its_default_eps(repository, monkeypatch, capsys):
-    """`python benchmarks/agreement.py shipped`, the two attacks and the network replaced."""
+    """`python benchmarks/agreement.py shipped`, with replaced attacks and network."""
     where = repository / "benchmarks" / "agreement.py"
     spec = importlib.util.spec_from_file_location("agreement", where)
     agreement = importlib.util.module_from_spec(spec)
