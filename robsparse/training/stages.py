@@ -60,7 +60,7 @@ class Run:
 
     @property
     def exported(self) -> nn.Module:
-        """The network that is validated, selected and exported: the average, or the model."""
+        """The network for validation, selection and export: the average or the model."""
         return self.model if self.average is None else self.average.network
 
 
@@ -145,7 +145,7 @@ def begin_stage(run: Run, stage: Stage, steps: int) -> None:
 
 
 def end_stage(run: Run, stage: Stage) -> None:
-    """Let the stage finish the network, whose zeros the average takes over."""
+    """Let the stage finish the network, and set the same weights to 0 in the average."""
     stage.finalize(run)
     if run.average is not None:
         run.average.follow(run.model)
