@@ -220,7 +220,7 @@ class Outcomes:
     def pictures(self, cell: Cell, selection: str, attack: str) -> dict[int, "Broken"]:
         """Some of the images that the attack broke, by their index."""
         found = self._read(cell, selection)
-        names = (f"{attack}.{name}" for name in ("pictured", "taken_for", "pictures"))
+        names = (f"{attack}.{name}" for name in ("pictured", "predicted", "pictures"))
         stored = [found.get(name, np.zeros(0)) for name in names]
         return {
             int(index): Broken(pair[0], pair[1], int(label))
@@ -233,7 +233,7 @@ class Broken(NamedTuple):
 
     clean: np.ndarray
     perturbed: np.ndarray
-    taken_for: int
+    predicted: int
 
 
 def _flags(layout: Layout, cell: Cell, selection: str) -> dict[str, np.ndarray]:

@@ -162,7 +162,7 @@ def _draw(
         style.bare(panel)
     labels = _labels_of(material, place)
     row[0].set_title(f"image {place.image}: class {place.label}", fontsize=7)
-    row[1].set_title(f"{labels[method]}: class {broken.taken_for}", fontsize=7)
+    row[1].set_title(f"{labels[method]}: class {broken.predicted}", fontsize=7)
     row[2].set_title("change", fontsize=7)
     names = {
         kind: join(labels[n] for n in place[kind].split())

@@ -56,7 +56,7 @@ class Picture(NamedTuple):
     """An adversarial image x_CHW and the class that the network predicts for it."""
 
     image: Tensor
-    taken_for: int
+    predicted: int
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def arrays_of_pictures(pictures: dict[int, Picture]) -> dict[str, np.ndarray]:
     images = [picture.image for picture in pictures.values()]
     return {
         "pictured": np.array(list(pictures), dtype=np.int64),
-        "taken_for": np.array([p.taken_for for p in pictures.values()], dtype=np.int64),
+        "predicted": np.array([p.predicted for p in pictures.values()], dtype=np.int64),
         "pictures": torch.stack(images).half().numpy() if images else np.zeros(0, np.float16),
     }
 
@@ -138,5 +138,5 @@ def arrays_of_pictures(pictures: dict[int, Picture]) -> dict[str, np.ndarray]:
 def pictures_from_arrays(arrays: dict[str, np.ndarray]) -> dict[int, Picture]:
     """Return the pictures from their arrays."""
     images = torch.from_numpy(arrays["pictures"]).float()
-    found = map(Picture, images, arrays["taken_for"].tolist())
+    found = map(Picture, images, arrays["predicted"].tolist())
     return dict(zip(arrays["pictured"].tolist(), found, strict=True))

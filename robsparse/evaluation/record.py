@@ -136,7 +136,7 @@ def image_outcomes(result: AttackResult, examples: Part) -> dict[str, np.ndarray
     if pictures:
         pairs = [torch.stack([examples.x_NCHW[i], p.image]) for i, p in pictures.items()]
         found[f"{attack}.pictured"] = np.array(list(pictures))
-        found[f"{attack}.taken_for"] = np.array([p.taken_for for p in pictures.values()])
+        found[f"{attack}.predicted"] = np.array([p.predicted for p in pictures.values()])
         found[f"{attack}.pictures"] = torch.stack(pairs).half().numpy()
     return found
 

@@ -174,7 +174,7 @@ class Killed(Exception):
 
 def outcome_of(found):
     flags = {name: value.tolist() for name, value in found.components.items()}
-    pictures = {i: (p.taken_for, p.image.half().tolist()) for i, p in found.pictures.items()}
+    pictures = {i: (p.predicted, p.image.half().tolist()) for i, p in found.pictures.items()}
     return flags, pictures, found.warnings, found.max_perturbation, found.nan_count
 
 

@@ -186,7 +186,7 @@ def test_tally_stores_pictures_of_the_first_broken_images(monkeypatch):
     assert found.robust.tolist() == [False, True, False]
     assert list(found.pictures) == [0]
     assert torch.equal(found.pictures[0].image, moved[0])
-    assert found.pictures[0].taken_for == 0
+    assert found.pictures[0].predicted == 0
 
 
 def test_tally_counts_by_index_and_has_the_largest_change():
@@ -246,7 +246,7 @@ def test_tally_is_restored_from_its_arrays_with_its_seconds(monkeypatch):
     assert (outcome.settings, outcome.warnings) == ({"steps": 2}, [])
     assert outcome.earlier_seconds == 7.0
     assert outcome.components["all"].tolist() == [False, True, True]
-    assert outcome.pictures[0].taken_for == 0
+    assert outcome.pictures[0].predicted == 0
     parts = {"one": torch.ones(3, dtype=torch.bool)}
     found_again = again.outcome({}, parts, ["a warning"])
     assert (found_again.components, found_again.warnings) == (parts, ["a warning"])

@@ -157,7 +157,7 @@ def test_tally_of_three_images_by_hand(norm, expected):
     assert tally.largest == pytest.approx(expected)
     assert tally.nans == 0
     assert list(tally.pictures) == [0]
-    assert tally.pictures[0].taken_for == 1
+    assert tally.pictures[0].predicted == 1
     tally.record(Sum(), torch.tensor([2]), x[2:] + torch.nan)
     assert tally.nans == 2
     other = Tally(x, y, tally.context)
@@ -186,7 +186,7 @@ def test_outcome_is_restored_from_its_arrays(tmp_path):
     assert (found.settings, found.warnings) == ({"steps": 3}, ["a warning"])
     assert (found.max_perturbation, found.nan_count) == (0.25, 1)
     assert found.distances.tolist() == [float("inf"), 0.5]
-    assert found.pictures[1].taken_for == 7
+    assert found.pictures[1].predicted == 7
     assert torch.equal(found.pictures[1].image, outcome.pictures[1].image)
     assert found.earlier_seconds == 12.5
     assert Outcome.from_arrays(Outcome({}).arrays(0.0)) == Outcome({})

@@ -575,7 +575,7 @@ def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_pat
     with np.load(layout.flags(cell, "last")) as stored:
         flags = dict(stored)
     assert [row.attack for row in rows] == ["clean", "pgd"]
-    assert flags.keys() - {"pgd.pictured", "pgd.taken_for", "pgd.pictures"} == {
+    assert flags.keys() - {"pgd.pictured", "pgd.predicted", "pgd.pictures"} == {
         "labels",
         "clean.all",
         "pgd.all",

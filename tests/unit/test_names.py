@@ -165,7 +165,7 @@ NAMED = [
 
 
 @pytest.mark.parametrize("place", NAMED, ids=str)
-def test_nothing_nasty_is_taken_for_a_name(place, loaded):
+def test_harmful_text_is_refused_as_a_name(place, loaded):
     for text in NASTY:
         assert loaded(with_text(*place, text))[1], text
 
