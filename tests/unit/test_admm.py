@@ -1,4 +1,4 @@
-"""ADMM's projection, penalty and updates, worked out by hand."""
+"""The projection, the penalty and the updates of ADMM, by hand."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_nothing_is_updated_at_epoch_0_and_between_periods():
     assert stage.rho == 1.0
 
 
-def test_penalty_is_half_rho_times_the_squared_gap_and_pulls_to_z_minus_u():
+def test_penalty_is_half_rho_times_the_squared_gap_and_its_gradient_points_to_z_minus_u():
     stage, run, weight = start([4.0, 1.0])
     stage.U["0"] = torch.tensor([[0.5, 0.5]])
     weight.data.copy_(torch.tensor([[3.0, 1.0]]))
@@ -65,15 +65,15 @@ def test_penalty_is_half_rho_times_the_squared_gap_and_pulls_to_z_minus_u():
 
 
 @pytest.mark.parametrize("dual_gradient", ["textbook", "authors"])
-def test_pull_on_the_weights_after_updates(dual_gradient):
-    """The slow side keeps the graph of U, as the authors' code does, or takes U as a constant."""
+def test_gradient_of_the_penalty_after_updates(dual_gradient):
+    """The slow side stores the graph of U, as in the authors' code, or U is a constant."""
     stage, run, weight = start([4.0, 1.0, -2.0, 0.5], dual_gradient=dual_gradient)
     built = torch.zeros(1, 4)
     for epoch, values in enumerate([[3.0, 2.0, -1.0, 0.25], [2.0, 1.0, -3.0, 1.0]], start=1):
         weight.data.copy_(torch.tensor([values]))
         run.epoch = epoch
         stage.before_epoch(run)
-        # The graph holds W; its value is that of the update.
+        # The graph contains W with its value at the update.
         built = built + weight - weight.detach() + torch.tensor([values]) - stage.Z["0"]
         assert torch.equal(built.detach(), stage.U["0"])
     weight.data.copy_(torch.tensor([[1.0, -1.0, 0.5, 2.0]]))
@@ -82,7 +82,7 @@ def test_pull_on_the_weights_after_updates(dual_gradient):
     gap = weight.detach() - stage.Z["0"] + stage.U["0"]
     assert value.item() == pytest.approx(0.5 * stage.rho * gap.square().sum().item())
     [gradient] = torch.autograd.grad(value, weight)
-    times = torch.autograd.grad((weight + dual).sum(), weight)[0]  # how often W stands in the gap
+    times = torch.autograd.grad((weight + dual).sum(), weight)[0]  # how often the gap contains W
     expected = stage.rho * gap * times
     assert torch.allclose(gradient, expected)
     assert times.tolist() == [[3.0 if dual_gradient == "authors" else 1.0] * 4]
@@ -95,7 +95,7 @@ def test_learning_rate_restarts_each_period_and_drops_each_third():
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 1, 1])
 
 
-def test_state_survives_a_round_trip():
+def test_state_is_restored():
     stage, run, weight = start([4.0, 1.0])
     weight.data.copy_(torch.tensor([[1.0, 3.0]]))
     run.epoch = 1

@@ -1,4 +1,4 @@
-"""HYDRA on nets small enough to work out by hand."""
+"""HYDRA on small networks, by hand."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_pruning_trains_scores_and_batch_norm_and_freezes_weights_and_biases():
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
-def test_every_layer_keeps_its_exact_share_whatever_the_scores(sparsity):
+def test_every_layer_keeps_its_exact_share_for_any_scores(sparsity):
     model = nn.Sequential(nn.Linear(30, 17), nn.ReLU(), nn.Linear(17, 10))
     stage, run = pruning(model, sparsity)
     for module in prunable(model).values():
@@ -107,7 +107,7 @@ def test_finetuning_keeps_the_mask_that_the_scores_chose():
     assert all(torch.equal(state[f"{name}.weight"] != 0, mask) for name, mask in masks.items())
 
 
-def test_live_weights_while_pruning_are_all_weights():
+def test_active_weights_in_pruning_are_all_weights():
     model = two_layers()
     stage, run = pruning(model)
     assert stage.active_weights(run) == 6

@@ -1,4 +1,4 @@
-"""BCS, HYDRA and ADMM against NumPy that is written out from the description of a step.
+"""BCS, HYDRA and ADMM against NumPy code, which follows the description of a step.
 
 The slow side has its own network, gradients, optimiser and rewiring. From the fast side it takes
 the initial weights, signs and images, and the state of the random generator before the first step;
@@ -57,10 +57,10 @@ def conv_gradients(x, w, stride, upstream):
 
 
 class SlowNet:
-    """Three convolutions with batch norm and ReLU, one linear layer; everything in a dict."""
+    """Three convolutions with batch norm and ReLU, and a linear layer. All values are in a dict."""
 
     def __init__(self, model, own):
-        """`own`: what stands for the weights of the four layers, by name, to be trained."""
+        """`own`: the trained values of the four layers, by name, for example scores."""
         self.p = {name: value.detach().numpy().copy() for name, value in own.items()}
         norms = [m for m in model if isinstance(m, torch.nn.BatchNorm2d)]
         for i, norm in enumerate(norms):
@@ -73,18 +73,18 @@ class SlowNet:
         self.velocity = {name: np.zeros_like(value) for name, value in self.p.items()}
 
     def weight(self, layer):
-        """The weights that the forward pass uses."""
+        """Return the weights of the forward pass."""
         return self.p[f"w{layer}"]
 
     def gradients(self, x, y):
-        """Gradient of the mean cross entropy; running statistics move on."""
+        """Return the gradient of the mean cross entropy, and update running statistics."""
         kept = []
         for layer, stride in enumerate(STRIDES):
             z = conv(x, self.weight(layer), stride)
             mean, var = z.mean(axis=(0, 2, 3)), z.var(axis=(0, 2, 3))
             count = z.size // z.shape[1]
             old_mean, old_var = self.running[layer]
-            # PyTorch keeps the unbiased variance.
+            # PyTorch stores the unbiased variance.
             self.running[layer] = [
                 (1 - BN_MOMENTUM) * old_mean + BN_MOMENTUM * mean,
                 (1 - BN_MOMENTUM) * old_var + BN_MOMENTUM * var * count / (count - 1),
@@ -138,7 +138,7 @@ class SlowNet:
         return upstream
 
     def step_gradients(self, x, y, attack, clean_passes):
-        """Gradients of one step; `clean_passes` as the field of a stage's Fit has it.
+        """Gradients of one step; `clean_passes`: as in the Fit of a stage.
 
         attack: None for the loss of clean images, or eps, step size, steps and generator of PGD.
         """
@@ -158,7 +158,7 @@ class SlowNet:
         return found
 
     def sgd(self, names, gradients, lr, decay):
-        """SGD with momentum 0.9; weight decay is added to the gradient."""
+        """SGD with momentum 0.9. Weight decay is added to the gradient."""
         for name in names:
             gradient = gradients[name] + decay * self.p[name]
             self.velocity[name] = 0.9 * self.velocity[name] + gradient
@@ -170,7 +170,7 @@ def norms_and_bias(net):
 
 
 def same_norms(model, net):
-    """Pairs of what both sides hold of batch norm."""
+    """Return pairs of the batch norm values of both sides."""
     norms = [m for m in model if isinstance(m, torch.nn.BatchNorm2d)]
     pairs = [(model[-1].bias, net.p["bias"])]
     for i, norm in enumerate(norms):
@@ -180,7 +180,7 @@ def same_norms(model, net):
 
 
 class Comparison:
-    """Slow sides, one a stage by name, which take the same steps as the real loop."""
+    """A slow side for each stage, by name. It makes the same steps as the real loop."""
 
     def __init__(self, sides):
         self.sides, self.seen = sides, {}
@@ -195,7 +195,7 @@ class Comparison:
         return compute_gradients(run, stage, objective, attacker, batch)
 
     def update(self, run, stage):
-        """The real update; keeps the largest difference of both sides."""
+        """The real update. Stores the largest difference of both sides."""
         update(run, stage)
         seen = self.seen[stage.name]
         seen.steps += 1
@@ -205,7 +205,7 @@ class Comparison:
 
 
 def compared(study, cell, layout, sides):
-    """Train a cell in double precision beside the slow sides of its stages.
+    """Train a cell in double precision, with the slow sides of its stages.
 
     Returns the slow sides by stage, and the record of the training.
     """
@@ -237,7 +237,7 @@ def compared(study, cell, layout, sides):
 
 
 class SignedNet(SlowNet):
-    """Weights are sign * theta where theta is positive."""
+    """Weights are sign * theta if theta is positive, and 0 otherwise."""
 
     def __init__(self, model):
         layers = bcs.signed_layers(model)
@@ -257,7 +257,7 @@ class SignedNet(SlowNet):
 
 
 class Places:
-    """All theta of the slow side by the position that counts through the layers."""
+    """All theta of the slow side. Positions count through all layers."""
 
     def __init__(self, net):
         self.net = net
@@ -287,7 +287,7 @@ class Places:
 
 
 def slow_layer(share, chances):
-    """The layer in whose part of the chances a share of their sum falls."""
+    """Return the layer for a share of the sum of all chances."""
     at, passed = share * sum(chances), 0
     for layer, chance in enumerate(chances):
         passed += chance
@@ -297,7 +297,7 @@ def slow_layer(share, chances):
 
 
 def slow_draw(places, count, chances, generator):
-    """So many dormant positions: eight tries in each of three rounds, then one of those left."""
+    """Draw dormant positions: eight tries in each of three rounds, then from a list."""
     shares = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
     layers, found = [slow_layer(share, chances) for share in shares], [None] * count
     for _ in range(3):
@@ -334,7 +334,7 @@ def slow_draw(places, count, chances, generator):
 
 
 def slow_step(net, places, x, y, generator, *, lr, decay, params):
-    """One step of BCS in the order of the authors' code; returns the number of regrowths."""
+    """One step of BCS in the order of the authors' code. Return the number of regrowths."""
     gradients = net.gradients(x, y)
     if params.waking == "drift":
         places.live = places.positive()
@@ -360,7 +360,7 @@ def slow_step(net, places, x, y, generator, *, lr, decay, params):
     for place in drawn if params.momentum == "reset" else []:
         velocity, index = places.find(place, net.velocity)
         velocity[index] = 0.0
-    if len(drawn) == lives.count(False):  # each takes the place of one that died
+    if len(drawn) == lives.count(False):  # each one replaces a pruned connection
         new = iter(drawn)
         places.live = [
             p if alive else next(new) for p, alive in zip(places.live, lives, strict=True)
@@ -371,7 +371,7 @@ def slow_step(net, places, x, y, generator, *, lr, decay, params):
 
 
 class SlowSampling:
-    """The sampler, with its own copy of the random numbers."""
+    """The sampler, with a copy of the generator."""
 
     def __init__(self, run, stage):
         self.run, self.stage, self.net, self.regrown = run, stage, SignedNet(run.model), 0
@@ -440,7 +440,7 @@ def largest(values, share):
 
 
 class SlowScores:
-    """HYDRA's pruning: weights and biases are fixed; scores and batch norm are trained."""
+    """The pruning of HYDRA: only scores and batch norm are trained."""
 
     def __init__(self, run, stage):
         self.decay, net = stage.fit.weight_decay, None
@@ -471,7 +471,7 @@ class SlowScores:
 
 
 class SlowMasked:
-    """Training under the mask of the largest weights of each layer at the start."""
+    """Training with a fixed mask of the initially largest weights of each layer."""
 
     def __init__(self, run, stage):
         self.decay = stage.fit.weight_decay
@@ -493,7 +493,7 @@ class SlowMasked:
 
 
 class SlowAdmm:
-    """All weights, pulled towards their projection; Z, U and rho move every other epoch."""
+    """All weights move towards their projection. Z, U and rho change every second epoch."""
 
     def __init__(self, run, stage):
         self.decay, self.rho, self.updates, self.done = stage.fit.weight_decay, 0.02, 0, 0
@@ -513,7 +513,7 @@ class SlowAdmm:
             self.rho *= 1.3
             self.updates += 1
         found = net.gradients(x, y)
-        # The authors' U holds the live weights once for every update that it was built at.
+        # The U of the authors contains the current weights once for each of its updates.
         times = 1 + self.live_dual * self.updates
         for i in range(4):
             gap = net.p[f"w{i}"] - self.Z[i] + self.U[i]
@@ -592,4 +592,4 @@ def test_baselines_equal_their_slow_side(name, study_data, load_study, tmp_path)
             )
             for i in range(4)
         ]
-        assert sum(m.sum() for m in moved) > 0  # the scores chose otherwise than LWM
+        assert sum(m.sum() for m in moved) > 0  # the scores chose other weights than LWM

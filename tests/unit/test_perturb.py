@@ -1,4 +1,4 @@
-"""Projected gradient ascent: its ball, its box and its known answers."""
+"""Projected gradient ascent: the ball, the box and known results."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def ascend(model, x, start, y, *, eps=0.25, step_size=0.1, steps=1):
     return perturb.ascend(model, x, start, loss, eps=eps, step_size=step_size, steps=steps)
 
 
-# ---------------------------------------------------------------- known answers
+# ---------------------------------------------------------------- known results
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -65,7 +65,7 @@ def test_images_do_not_influence_each_other():
         assert torch.equal(together[i : i + 1], alone)
 
 
-def test_result_and_inputs_carry_no_gradient_and_parameters_none_either():
+def test_result_inputs_and_parameters_have_no_gradient():
     model = linear([1.0, -1.0])
     x, start = images([0.5, 0.5]), images([0.6, 0.4])
     kept = x.clone(), start.clone()
@@ -78,7 +78,7 @@ def test_result_and_inputs_carry_no_gradient_and_parameters_none_either():
     assert model[1].weight.grad is None
 
 
-def test_no_images_are_attacked_without_asking_the_network():
+def test_an_empty_batch_does_not_call_the_network():
     def refuse(x):
         raise AssertionError
 
@@ -89,7 +89,7 @@ def test_no_images_are_attacked_without_asking_the_network():
         assert found.shape == x.shape
 
 
-def test_existing_gradients_of_parameters_are_not_touched():
+def test_existing_gradients_of_parameters_are_not_changed():
     model = linear([1.0, -1.0])
     model[1].weight.grad = torch.full((2, 2), 7.0)
     x = images([0.5, 0.5])
@@ -138,7 +138,7 @@ def test_uniform_start_fills_the_ball_evenly():
     assert float(offset.std()) == pytest.approx(0.4 / 12**0.5, rel=0.02)
 
 
-def test_gaussian_start_is_a_thousandth_of_a_normal_draw_whatever_eps_is():
+def test_gaussian_start_is_a_thousandth_of_a_normal_draw_for_any_eps():
     x = torch.zeros(20_000)
     one, two = (
         perturb.gaussian_start(x, eps, torch.Generator().manual_seed(0)) for eps in (0.1, 0.9)
@@ -148,7 +148,7 @@ def test_gaussian_start_is_a_thousandth_of_a_normal_draw_whatever_eps_is():
     assert abs(one.mean()) < 3e-5
 
 
-def test_starts_are_drawn_from_the_given_generator_alone():
+def test_starts_use_only_the_given_generator():
     x = torch.full((1, 1, 2, 2), 0.5)
     for start in (perturb.uniform_start, perturb.gaussian_start):
         before = torch.get_rng_state()
@@ -181,10 +181,10 @@ def test_divergence_has_no_gradient_to_the_clean_output():
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_modes_of_all_modules_come_back(mode, fails):
+def test_modes_of_all_modules_are_restored(mode, fails):
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Sequential(nn.Dropout()))
     model.train()
-    model[1].eval()  # frozen by its owner
+    model[1].eval()  # was already in eval mode
     before = [module.training for module in model.modules()]
     try:
         with perturb.batch_norm_mode(model, mode):
@@ -196,7 +196,7 @@ def test_modes_of_all_modules_come_back(mode, fails):
     assert [module.training for module in model.modules()] == before
 
 
-def test_parameters_are_trainable_again_and_the_others_are_not():
+def test_only_trainable_parameters_are_trainable_again():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].bias.requires_grad_(False)
     before = [parameter.requires_grad for parameter in model.parameters()]
@@ -214,7 +214,7 @@ def ascend_l2(model, x, start, y, *, eps, step_size, steps=1):
     return perturb.ascend(model, x, start, loss, **options)
 
 
-def test_l2_step_by_hand_follows_the_gradient_itself():
+def test_l2_step_by_hand_has_the_direction_of_the_gradient():
     x = images([0.5, 0.5, 0.5])
     found = ascend_l2(linear([3.0, -4.0, 0.0]), x, x, [0], eps=1.0, step_size=0.1)
     assert torch.allclose(found, images([0.56, 0.42, 0.5]))
@@ -240,7 +240,7 @@ def test_l2_images_stay_in_the_box():
     assert torch.allclose(found, images([1.0, 0.0]))
 
 
-def test_l2_lengths_are_those_of_each_image_alone_in_any_shape():
+def test_l2_lengths_are_computed_for_each_image_in_any_shape():
     x = torch.full((2, 3, 2, 2), 0.5)
     change = torch.zeros_like(x)
     change[0, :, 0, 0] = torch.tensor([0.1, 0.2, 0.2])  # length 0.3
@@ -255,7 +255,7 @@ def test_l2_lengths_are_those_of_each_image_alone_in_any_shape():
 
 
 def test_l2_start_is_uniform_in_the_ball_of_each_image():
-    # Of a ball in 4 dimensions the share 0.5^4 lies within half of the radius.
+    # In 4 dimensions, the share 0.5^4 of the ball is inside half of the radius.
     x = torch.full((20_000, 1, 2, 2), 0.5)
     start = perturb.uniform_start(x, 0.4, torch.Generator().manual_seed(0), "L2")
     offset = (start - x).flatten(1)
@@ -268,7 +268,7 @@ def test_l2_start_is_uniform_in_the_ball_of_each_image():
     assert float(offset.std()) > 0.1
 
 
-def test_l2_start_is_in_the_box_and_by_the_generator_alone():
+def test_l2_start_is_in_the_box_and_uses_only_the_generator():
     x = torch.rand(50, 1, 2, 2).round()
     starts = [
         perturb.uniform_start(x, 3.0, torch.Generator().manual_seed(seed), "L2")
@@ -281,8 +281,8 @@ def test_l2_start_is_in_the_box_and_by_the_generator_alone():
     assert perturb.uniform_start(x[:0], 1.0, torch.Generator(), "L2").shape == (0, 1, 2, 2)
 
 
-def test_l2_start_and_radius_directions_come_in_this_order():
-    """The bits of trained networks depend on it: directions first, then radii."""
+def test_l2_start_draws_directions_before_radii():
+    """The bits of trained networks depend on this order."""
     x = torch.full((3, 1, 1, 2), 0.5)
     generator = torch.Generator().manual_seed(5)
     normal = torch.randn(x.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""TwinRep, Robust Bird and the robust scratch ticket: what defines each, on nets of two layers."""
+"""TwinRep, Robust Bird and the robust scratch ticket on networks of two layers."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_twinrep_keeps_the_largest_products_of_the_whole_network_from_its_epoch_
     assert not hasattr(run.model[0], "parametrizations")
 
 
-def test_twinrep_prunes_a_run_of_one_epoch_too():
+def test_twinrep_also_prunes_a_run_of_one_epoch():
     stage = twinrep.TwinStage(twinrep.Params(train={"epochs": 1}))
     stage, run, _ = started(stage)
     stage.before_epoch(run)
@@ -104,7 +104,7 @@ def bird(**params):
     return robust_bird.BirdStage(robust_bird.Params(train=train, **params))
 
 
-def test_robust_bird_draws_the_ticket_once_five_masks_in_a_row_are_alike():
+def test_robust_bird_draws_the_ticket_after_five_similar_masks_in_a_row():
     stage, run, _ = started(bird(distance=0.1))
     total = weight_count(run.model)
     weights = {name: m.parametrizations.weight.original for name, m in prunable(run.model).items()}
@@ -119,7 +119,7 @@ def test_robust_bird_draws_the_ticket_once_five_masks_in_a_row_are_alike():
         if stage.selectable:
             break
         assert nonzero_count(run.model) == stage.active_weights(run) == total
-    # Before epoch 5 came the first of the masks that stay; the fifth of them is before epoch 9.
+    # The first of the equal masks is before epoch 5, the fifth is before epoch 9.
     assert 8 <= run.epoch <= 10
     assert stage.drawn_at == run.epoch
     assert live_positions(run) == largest_of_all(before, keep_count(total, 0.5))
@@ -134,13 +134,13 @@ def test_robust_bird_measures_the_share_of_entries_that_differ():
     for masks, expected in (
         ([other] * 4 + [last], True),
         ([far] + [last] * 4, False),
-        ([last] * 4, False),  # four masks are too few
+        ([last] * 4, False),  # four masks are not enough
     ):
         stage.masks = masks
         assert (len(masks) == robust_bird.COMPARED and stage.settled()) is expected
 
 
-def test_robust_bird_draws_at_the_latest_at_its_share_and_starts_the_schedule_again():
+def test_robust_bird_draws_at_its_share_at_the_latest_and_restarts_the_schedule():
     stage, run, _ = started(bird(distance=0.0, latest=0.1))
     assert [stage.lr_factor(s, 2) for s in (0, 7)] == [1.0, 1.0]
     for run.epoch in range(5):
@@ -168,7 +168,7 @@ def popup(**params):
     return scratch_ticket.PopupStage(scratch_ticket.Params(train={"epochs": 4}, **params))
 
 
-def test_scratch_ticket_learns_which_random_weights_are_used_and_changes_none():
+def test_scratch_ticket_learns_a_mask_and_changes_no_weights():
     stage, run, initial = started(popup())
     raw = {
         n: m.parametrizations.weight.original.detach().clone()
@@ -196,7 +196,7 @@ def test_scratch_ticket_learns_which_random_weights_are_used_and_changes_none():
     assert stage.active_weights(run) == weight_count(run.model)
 
 
-def test_scratch_ticket_gradient_goes_straight_through_to_every_score():
+def test_scratch_ticket_has_a_straight_through_gradient_for_every_score():
     _, run, _ = started(popup(weights="initial"))
     layer = run.model[0].parametrizations.weight
     upstream = torch.randn(5, 6)
