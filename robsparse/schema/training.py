@@ -104,6 +104,15 @@ class WeightAveraging(Strict):
     )
 
 
+class WeightPerturbation(Strict):
+    """Adversarial weight perturbation (AWP)."""
+
+    gamma: float = Field(
+        0.005, gt=0, le=1, description="length of the perturbation, as a share of a layer's norm"
+    )
+    warmup: NonNegativeInt = Field(0, description="first epochs of each stage without it")
+
+
 class Validation(Strict):
     """Accuracy on held-out training images; it selects the weights.
 
@@ -139,6 +148,9 @@ class Training(Strict):
     )
     ema: WeightAveraging | None = Field(
         None, description="average the weights of each stage; none: the trained weights themselves"
+    )
+    awp: WeightPerturbation | None = Field(
+        None, description="compute the gradients at adversarially perturbed weights; none: at w"
     )
     rst_file: Annotated[str | None, CONTENT] = Field(
         None, description="rst: npz of pseudo-labelled extra images, arrays `images` and `labels`"

@@ -15,10 +15,17 @@ PASSES: dict[str, Callable[[int], tuple[float, float]]] = {
 }
 
 
+def perturbation_passes(objective: str) -> float:
+    """Forward passes, and as many backward passes, that a weight perturbation adds to a step."""
+    return PASSES[objective](0)[1]
+
+
 def passes_per_epoch(objective: str, training: Training) -> float:
     """Forward and backward passes over each labelled training image in one epoch.
 
     The passes over pseudo-labelled or synthetic images that batches mix in are counted as well.
     """
     extra = training.extra_images(objective)
-    return sum(PASSES[objective](training.crafting.steps)) / (1 - (extra[1] if extra else 0))
+    step = sum(PASSES[objective](training.crafting.steps))
+    step += 2 * perturbation_passes(objective) if training.awp else 0
+    return step / (1 - (extra[1] if extra else 0))

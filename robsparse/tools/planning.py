@@ -19,7 +19,7 @@ from robsparse.networks import construct
 from robsparse.schema.evaluation import Selection
 from robsparse.schema.imagesets import Description
 from robsparse.study.cells import Cell, Layout
-from robsparse.study.cost import PASSES
+from robsparse.study.cost import PASSES, perturbation_passes
 from robsparse.study.study import Study
 from robsparse.training import objectives
 
@@ -63,7 +63,9 @@ class Clock:
         once = self._time(key, cell, work)
         passes = PASSES[cell.objective]
         steps = training.crafting.steps
-        return once + (passes(steps)[1] - passes(1)[1]) * self.gradient(cell, attacker.precision)
+        further = passes(steps)[1] - passes(1)[1]
+        further += perturbation_passes(cell.objective) if training.awp else 0
+        return once + further * self.gradient(cell, attacker.precision)
 
     def gradient(self, cell: Cell, precision: str = "fp32") -> float:
         """Return seconds for each image to compute its gradient on the folded view."""

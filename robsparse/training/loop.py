@@ -6,7 +6,7 @@
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from robsparse.training.recorder import Recorder, write_results
 from robsparse.training.resuming import Position, RunState
 from robsparse.training.session import Session, prepare_session, stage_errors
 from robsparse.training.stages import Run, Stage, end_stage
+from robsparse.training.weight_perturbation import perturbed_weights
 
 
 def train_cell(
@@ -148,9 +149,12 @@ def compute_gradients(
     """
     x_NCHW, y_N = batch
     run.model.train()
-    with effective_weights(run.model):
+    with effective_weights(run.model), ExitStack() as step:
         with computing(run.precision, x_NCHW.device):
             _pass_clean(run.model, x_NCHW, stage.fit.clean_passes > 0)
+            attacker = step.enter_context(
+                perturbed_weights(run.model, objective, attacker, batch, run.gamma)
+            )
             loss = objective(run.model, x_NCHW, y_N, attacker)
             _pass_clean(run.model, x_NCHW, stage.fit.clean_passes > 1)
         penalty = stage.penalty(run)

@@ -13,7 +13,7 @@ from robsparse.networks import weights
 from robsparse.records import provenance
 from robsparse.sparsity.history import ConnectionLog, empty_lifetimes, empty_steps
 from robsparse.sparsity.masks import plain_state
-from robsparse.study.cost import PASSES
+from robsparse.study.cost import PASSES, perturbation_passes
 from robsparse.training.session import Session
 from robsparse.training.stages import Stage
 from robsparse.training.validation import guessing_accuracy, validate
@@ -70,6 +70,9 @@ class Recorder:
         """Count the passes of a step, and record what its images were crafted on."""
         session, record = self.session, self.record
         forward, backward = PASSES[session.cell.objective](session.attacker.crafting.steps)
+        if session.run.gamma:
+            extra = perturbation_passes(session.cell.objective)
+            forward, backward = forward + extra, backward + extra
         record.forward_passes += forward + stage.fit.clean_passes
         record.backward_passes += backward
         record.crafted_on = sorted({*record.crafted_on, *session.attacker.crafted_on})

@@ -149,6 +149,7 @@ def _prepare_run(
         arch=study.base("arch", cell.arch),
         precision=pick_precision(settings.precision, device),
         log_every=settings.log_every,
+        awp=settings.awp,
         average=WeightAverage(model, settings.ema.decay) if settings.ema else None,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robsparse.schema.training import Fit
+from robsparse.schema.training import Fit, WeightPerturbation
 from robsparse.sparsity.averaging import WeightAverage
 from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.layers import nonzero_count, prunable, trained_weight, weight_count
@@ -35,6 +35,7 @@ class Run:
     optimizer: is created after before_fit. In before_fit there is none.
     connections: a stage that rewires sets this log in before_fit and records each step in it.
     log_every: the number of steps for one row of the log.
+    awp: settings of the adversarial weight perturbation, or None.
     average: the moving average of the weights, or None. Hooks do not change it, and the next stage
         continues from the trained weights.
 
@@ -50,6 +51,7 @@ class Run:
     precision: str = "fp32"
     log_every: int = 1
     connections: ConnectionLog | None = None
+    awp: WeightPerturbation | None = None
     average: WeightAverage | None = None
     optimizer: torch.optim.Optimizer = field(init=False, repr=False, compare=False)
     lr: float = 0.0
@@ -57,6 +59,11 @@ class Run:
     epoch: int = 0
     step: int = 0
     steps: int = 0
+
+    @property
+    def gamma(self) -> float:
+        """Length of the weight perturbation of this step, as a share of a layer's norm; 0: none."""
+        return self.awp.gamma if self.awp and self.epoch >= self.awp.warmup else 0.0
 
     @property
     def exported(self) -> nn.Module:

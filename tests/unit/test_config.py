@@ -596,6 +596,7 @@ CHANGES = {
     "training.precision": ("bf16", ALL, ALL),
     "training.beta": (3, set(), set()),
     "training.label_smoothing": (0.2, ALL, ALL),
+    "training.awp": ({"gamma": 0.01}, ALL, ALL),
     "training.ema": ({"decay": 0.9}, ALL, ALL),
     "training.rst_fraction": (0.25, set(), set()),
     "training.rst_file": ("extra.npz", set(), set()),

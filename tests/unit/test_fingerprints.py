@@ -161,6 +161,7 @@ VALUES = {
     "augmentation": {"kind": "crop"},
     "label_smoothing": 0.2,
     "ema": {"decay": 0.9},
+    "awp": {"gamma": 0.01},
     "rst_file": "weights.pt",
     "rst_fraction": 0.25,
     "train_on_validation": True,
