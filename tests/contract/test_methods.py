@@ -138,10 +138,10 @@ def test_export_has_the_accuracy_of_its_record(method, selection, trained):
 def test_best_val_is_the_first_of_the_best_epochs_at_the_target_sparsity(method, trained):
     case, layout = trained(method)
     record = record_of(case, layout)
-    live = nonzero_count(case.network(layout, "best_val"))
+    nonzero = nonzero_count(case.network(layout, "best_val"))
     best = record["selected"]["best_val"]
     own = record["curve"][-case.steps // case.batches :]
-    candidates = [point for point in own if point["active_weights"] == live]
+    candidates = [point for point in own if point["active_weights"] == nonzero]
     if not registry.entry("method", method).literals.get("TRAINS_WEIGHTS", True):
         candidates = own  # it always stores all weights, and uses the requested number
     first = max(candidates, key=lambda point: point["val_robust"])  # the first of equal ones
@@ -352,9 +352,9 @@ def test_methods_from_scratch_start_from_the_weights_of_dense(method, trained):
     if own:  # its stage may change them
         assert weights_before_training(*trained(method)).keys() == dense.keys()
     for name, weight in weights_before_training(*trained(method), masked=not own).items():
-        live = weight != 0
-        assert torch.equal(weight[live].abs(), dense[name][live].abs())
-        assert torch.equal(weight[live].sign(), dense[name][live].sign())
+        kept = weight != 0
+        assert torch.equal(weight[kept].abs(), dense[name][kept].abs())
+        assert torch.equal(weight[kept].sign(), dense[name][kept].sign())
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(SCRATCH)))

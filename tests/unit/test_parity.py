@@ -251,8 +251,8 @@ class SignedNet(SlowNet):
     def gradients(self, x, y):
         found = super().gradients(x, y)
         for layer in range(4):
-            live = self.p[f"theta{layer}"] > 0
-            found[f"theta{layer}"] = np.where(live, self.sign[layer] * found[f"w{layer}"], 0.0)
+            active = self.p[f"theta{layer}"] > 0
+            found[f"theta{layer}"] = np.where(active, self.sign[layer] * found[f"w{layer}"], 0.0)
         return found
 
 
@@ -263,7 +263,7 @@ class Places:
         self.net = net
         self.sizes = [net.p[f"theta{i}"].size for i in range(4)]
         self.starts = [sum(self.sizes[:i]) for i in range(4)]
-        self.live = self.positive()
+        self.active = self.positive()
 
     def find(self, place, of):
         """Flat view of one layer's array and the index in it."""
@@ -337,22 +337,22 @@ def slow_step(net, places, x, y, generator, *, lr, decay, params):
     """One step of BCS in the order of the authors' code. Return the number of regrowths."""
     gradients = net.gradients(x, y)
     if params.waking == "drift":
-        places.live = places.positive()
-    active = [net.p[f"theta{i}"] > 0 for i in range(4)]
+        places.active = places.positive()
+    masks = [net.p[f"theta{i}"] > 0 for i in range(4)]
     for name in net.p:
         net.velocity[name] = 0.9 * net.velocity[name] - lr * gradients[name]
         net.p[name] = (1 - decay) * net.p[name] + net.velocity[name]
     scale = lr * params.noise_scale
     if params.temperature is not None:
         scale = np.sqrt(2 * lr * params.temperature)
-    noise = torch.randn(len(places.live), generator=generator).double().numpy()
-    for place, own in zip(places.live, noise, strict=True):
+    noise = torch.randn(len(places.active), generator=generator).double().numpy()
+    for place, own in zip(places.active, noise, strict=True):
         places[place] += scale * own
     thetas = [net.p[f"theta{i}"] for i in range(4)]
     if params.waking == "drawn":
-        for theta, live in zip(thetas, active, strict=True):
-            theta[~live & (theta > 0)] = 0.0
-    lives = [places[place] > 0 for place in places.live]
+        for theta, mask in zip(thetas, masks, strict=True):
+            theta[~mask & (theta > 0)] = 0.0
+    survives = [places[place] > 0 for place in places.active]
     room = [len(places.dormant(layer)) for layer in range(4)]
     missing = keep_count(sum(places.sizes), SPARSITY) - (sum(places.sizes) - sum(room))
     chances = places.sizes if params.regrowth == "size" else room
@@ -360,13 +360,16 @@ def slow_step(net, places, x, y, generator, *, lr, decay, params):
     for place in drawn if params.momentum == "reset" else []:
         velocity, index = places.find(place, net.velocity)
         velocity[index] = 0.0
-    if len(drawn) == lives.count(False):  # each one replaces a pruned connection
+    if len(drawn) == survives.count(False):  # each one replaces a pruned connection
         new = iter(drawn)
-        places.live = [
-            p if alive else next(new) for p, alive in zip(places.live, lives, strict=True)
+        places.active = [
+            p if survived else next(new)
+            for p, survived in zip(places.active, survives, strict=True)
         ]
     else:
-        places.live = [p for p, alive in zip(places.live, lives, strict=True) if alive] + drawn
+        places.active = [
+            p for p, survived in zip(places.active, survives, strict=True) if survived
+        ] + drawn
     return len(drawn)
 
 
@@ -388,7 +391,7 @@ class SlowSampling:
         pairs = same_norms(model, self.net)
         for i, theta in enumerate(bcs.thetas(model)):
             slow = self.net.p[f"theta{i}"]
-            assert np.array_equal(theta.detach().numpy() > 0, slow > 0), f"live sets of layer {i}"
+            assert np.array_equal(theta.detach().numpy() > 0, slow > 0), f"active sets of layer {i}"
             pairs.append((theta, slow))
         return pairs
 

@@ -845,7 +845,7 @@ def test_self_training_mixes_pseudo_labelled_images_into_each_batch(study_data, 
 
 @pytest.mark.parametrize("objective", ["at", "natural"])
 def test_synthetic_images_fill_their_share_of_each_batch(objective, study_data, one, tmp_path):
-    images = np.full((30, 8, 8), 255, dtype=np.uint8)  # white: told apart from the digits
+    images = np.full((30, 8, 8), 255, dtype=np.uint8)  # white, so they differ from the digits
     np.savez(tmp_path / "made.npz", image=images, label=np.arange(30) % 10)
     made = {"synthetic_file": str(tmp_path / "made.npz"), "synthetic_fraction": 0.25}
     study_data["training"] |= made
