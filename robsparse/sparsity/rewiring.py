@@ -135,7 +135,7 @@ class Rewiring(ABC):
     def _replace(
         self, survives: Tensor, drifted: Tensor, value: float, by_room: bool
     ) -> tuple[Tensor, Tensor]:
-        """Update `active`. Returns the pruned positions and the drawn positions."""
+        """Update `active`. Return the pruned positions and the drawn positions."""
 
     def _unlisted(self) -> Tensor:
         """Return, for each position, whether it is above 0 and not in `active` (bool)."""
@@ -194,7 +194,7 @@ class HostRewiring(Rewiring):
         return self._choose_from_lists(places, layer, value, chances)
 
     def _try(self, layer: np.ndarray, value: float) -> np.ndarray:
-        """Make one dormant position of each given layer active. Returns these positions.
+        """Make one dormant position of each given layer active. Return these positions.
 
         The result is `padding` where all candidates are active, or where an earlier draw chose the
         same position. If several draws choose a position, the first draw gets it. Therefore, all
@@ -317,7 +317,7 @@ class DeviceRewiring(Rewiring):
         return offset.add_(self.starts.take(layer_N)[:, None])
 
     def _activate(self, candidates: Tensor, value: float) -> Tensor:
-        """Make the first dormant candidate of each row active. Returns these positions.
+        """Make the first dormant candidate of each row active. Return these positions.
 
         The result is `padding` where all candidates are active, or where an earlier row chose the
         same position (as in `HostRewiring._try`).

@@ -18,7 +18,7 @@ from robsparse.training.session import Session
 from robsparse.training.stages import Stage
 from robsparse.training.validation import guessing_accuracy, validate
 
-# The accuracy on held-out images by which a selection takes its epoch, the first of the best ones.
+# The held-out accuracy that a selection compares. The first of the best epochs is selected.
 CRITERIA = {"best_val": "val_robust", "best_clean": "val_clean"}
 
 
@@ -32,8 +32,8 @@ class TrainingRecord:
     failure: the reason why training stopped early, or "".
     crafted_on: what images were crafted on: "network", "view" or both.
     curve: one point for each epoch.
-    best, best_states: epoch and accuracy, and the weights, of the best validation for each
-        selection in CRITERIA.
+    best, best_states: for each selection in CRITERIA, the epoch and accuracy of the best
+        validation, and the weights of this epoch.
     """
 
     seconds: float = 0.0
@@ -167,7 +167,7 @@ def write_results(session: Session, record: TrainingRecord) -> None:
 
 
 def _selected(point: dict[str, Any], selection: str) -> dict[str, Any]:
-    """What the record says of the epoch that a selection takes."""
+    """Return the entry of the record for the epoch of a selection."""
     return {key: point[key] for key in ("epoch", CRITERIA.get(selection, "val_robust"))}
 
 
