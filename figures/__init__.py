@@ -1,4 +1,4 @@
-"""Tables, plots and report of a study, made from the collected tables, without torch."""
+"""Makes tables, plots and the report of a study from its collected tables, without torch."""
 
 from robsparse.study.study import Study
 
@@ -28,7 +28,7 @@ REPORT = "report.md"
 
 
 def tables_of(study: Study) -> tuple[str, ...]:
-    """Return the names of all tables of a study, with the tables of papers."""
+    """Return the file names of all tables of a study, including the tables of papers."""
     papers = (f"tables/{t.name}.{suffix}" for t in study.tables for suffix in ("md", "tex", "csv"))
     return (*TABLES, *papers)
 

@@ -47,20 +47,21 @@ _DRAW: dict[str, tuple[Callable[[Material], Figure], str]] = {
     "weight_magnitudes": (connections.weight_magnitudes, "Magnitudes of the nonzero weights"),
     "overlap": (connections.mask_overlap, "Mask overlap of the methods"),
     "per_class": (details.per_class, "Robust accuracy of each class"),
-    "pictures": (images.pictures, "Images that break for one method and not for another"),
+    "pictures": (images.pictures, "Images that are broken for one method and not for another"),
     "accuracy_against_eps": (details.accuracy_against_eps, "Robust accuracy at every eps"),
-    "published": (leaderboard.published, "Beside published numbers"),
+    "published": (leaderboard.published, "Our and published accuracies"),
 }
 
 _FILES = """\
-| file | one row is | columns |
+| file | one row | columns |
 |---|---|---|
 | `results.csv`, `results.parquet` | one network under one attack component | the cell (dataset, \
 arch, method, objective, sparsity, seed), selection, attack, component (`all`: the whole attack); \
 `accuracy` as a fraction with its Wilson interval `ci_low`, `ci_high`; threat; sizes; cost; \
 provenance; `origin`: where the network comes from; `attacked_on`: the network or its folded view; \
-`code_digest`: digest of the code that made the row; `other_code`: filled if that is not the \
-present code; `potentially_unreliable`: reasons why the network is potentially unreliable |
+`code_digest`: digest of the code that made the row; `other_code`: not empty if older or \
+changed code made the row; `potentially_unreliable`: reasons why the network \
+is potentially unreliable |
 | `collected.json` | one collected file | its checksum; `robsparse figures` refuses edited files |
 | `layers.csv` | one layer of one saved network | `size` and `nonzero` weights, output `positions` |
 | `curves.csv` | one epoch of one training run, including pretraining | `stage`, `lr`, `loss`, \
@@ -90,7 +91,7 @@ not for another | methods by outcome, first seed |
 
 
 def write(study: Study, layout: Layout, folder: Path) -> str:
-    """Write every file named in robsparse.figures; return a text with paths of report and table.
+    """Write all tables, plots and the report; return a text with the paths of report and table.
 
     Args:
         study: the resolved study.
@@ -143,7 +144,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def report(material: Material) -> str:
-    """Return the report as Markdown; links to plots are relative to results/<study>."""
+    """Return the report as Markdown. Links to plots are relative to results/<study>."""
     study = material.study
     parts = [
         f"# {study.title}",
@@ -198,32 +199,33 @@ def _group_sections(material: Material, group: Group) -> list[str]:
         ),
         *_section(
             f"### Sanity checks: {group}",
-            f"Selection {material.primary}, on the first images of the evaluation; the worst of "
-            "the seeds. PGD runs with the given number of steps and one restart. A network that "
-            "is robust has gradients, falls to chance at eps 1, and is broken by gradients rather "
-            "than by random search. The reasons for a mark are below the main table.",
+            f"Selection {material.primary}, on the first images of the evaluation; the worst "
+            "result of all seeds. PGD runs with the given number of steps and one restart. A "
+            "robust network has gradients, and its accuracy at eps 1 is at most chance. Random "
+            "search does not break images that attacks with gradients leave correct. The "
+            "reasons for a mark are below the main table.",
             study_tables.sanity_checks_table(material, group),
         ),
         *_section(
             f"### Cost of training: {group}",
             "Mean over seeds, including everything that a method starts from. A pass is a forward "
             "or backward pass over one batch, including those of crafting. Seconds and memory "
-            "were measured on this device, which may have run other work.",
+            "were measured on this device, which may have run other jobs at the same time.",
             study_tables.cost_table(material, group),
         ),
         *_section(
             f"### Comparison under {label}: {group}",
             f"Selection {material.primary}. In brackets: {interval_note(material)}. Differences "
-            "are paired by seed and image. p belongs to the interval of the difference: it is "
-            "below 0.05 exactly if the interval does not contain zero. p (Holm) is corrected for "
+            "are paired by seed and image. p is below 0.05 if and only if the interval of the "
+            "difference does not contain zero. p (Holm) is corrected for "
             "the number of rows, and the verdict follows from it. Detectable: a true difference "
-            'of this size gets p < 0.05 with probability 0.8; "not separated" says nothing about '
+            'of this size has p < 0.05 with probability 0.8; "not separated" does not exclude '
             "smaller differences. The dense network is the same in every row.",
             study_tables.comparison_table(material, group),
         ),
         *_section(
             f"### Ablations under {label}: {group}",
-            "Each variant against the method without changes; brackets as above.",
+            "Each variant is compared with the method without changes. Brackets: as above.",
             study_tables.ablation_table(material, group),
         ),
     ]
@@ -238,7 +240,7 @@ def _reproduce(material: Material) -> str:
 
 `snakemake --cores 2 --configfile config/{study.study}.yaml` trains and attacks every network \
 (sparsities {printed}; seeds {join(seeds(study))}) and writes this report. \
-`robsparse figures config/{study.study}.yaml` draws it again from the collected tables.
+`robsparse figures config/{study.study}.yaml` writes it again from the collected tables.
 
 - Code: {code(results)}
 - Libraries: {join(results.libraries)}

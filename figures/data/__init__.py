@@ -1,4 +1,4 @@
-"""Numbers behind tables and plots: tidy tables, summaries, comparisons, statistics.
+"""Numbers for tables and plots: tidy tables, summaries, comparisons, statistics.
 
-Imports the study and the collected tables, and nothing else of robsparse.figures.
+Imports no other package of robsparse.figures.
 """

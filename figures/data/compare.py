@@ -32,14 +32,14 @@ def compare(material: Material, group: Group) -> pd.DataFrame:
         One row for each (sparsity, our method, baseline); a dense baseline has a row at every
         sparsity. Accuracies and differences are fractions; they are nan if one side has no result.
         Columns:
-        ours_accuracy, ours_low, ours_high: mean accuracy and its interval; theirs_* likewise.
-        ours_potentially_unreliable: the reasons as text; theirs_* likewise.
-        seeds: number of seeds that both have.
+        ours_accuracy, ours_low, ours_high, theirs_*: mean accuracy and its interval.
+        ours_potentially_unreliable, theirs_*: the reasons as text.
+        seeds: number of seeds that both methods have.
         difference, low, high: difference of the means and its interval, paired by seed and image;
             nan unless both have the same seeds.
-        detectable: true difference that this number of seeds and images shows with probability 0.8.
-        p, p_holm: p-value of "no difference", and the same corrected for the number of rows; nan
-            with one seed.
+        detectable: true difference that has p < 0.05 with probability 0.8.
+        p, p_holm: p-value of "no difference", and its correction for the number of rows; nan with
+            one seed.
         verdict: AHEAD, BEHIND, OPEN or ONE_SEED; "" if the difference is unknown.
     """
     study, found = material.study, []
@@ -95,8 +95,8 @@ def winner(material: Material, group: Group, sparsity: float) -> str | None:
     best = str(rows.loc[rows[column].idxmax(), "method"])
     others = [name for name in rows.method if name != best]
     found = [_paired(material, group, (best, sparsity), (o, sparsity)) for o in others]
-    p_values = statistics.holm([np.nan if apart is None else apart.p for apart in found])
-    # A comparison with nan is false: an unknown difference does not count.
+    p_values = statistics.holm([np.nan if pair is None else pair.p for pair in found])
+    # A comparison with nan is false, so there is no winner if a difference is unknown.
     return best if all(p < ALPHA for p in p_values) else None
 
 
@@ -137,11 +137,11 @@ def _leads(material: Material, group: Group, sparsity: float, names: list[str]) 
     """Return whether the method of each row is ahead of the method of each column (bool M×M)."""
     pairs = list(itertools.combinations(range(len(names)), 2))
     found = [_paired(material, group, (names[i], sparsity), (names[j], sparsity)) for i, j in pairs]
-    p_values = statistics.holm([np.nan if apart is None else apart.p for apart in found])
+    p_values = statistics.holm([np.nan if pair is None else pair.p for pair in found])
     leads = np.zeros((len(names), len(names)), dtype=bool)
-    for (i, j), apart, p in zip(pairs, found, p_values, strict=True):
-        if apart is not None and p < ALPHA:
-            leads[(i, j) if apart.mean > 0 else (j, i)] = True
+    for (i, j), pair, p in zip(pairs, found, p_values, strict=True):
+        if pair is not None and p < ALPHA:
+            leads[(i, j) if pair.mean > 0 else (j, i)] = True
     return leads
 
 
@@ -159,12 +159,12 @@ def _pair(
             pair[f"{side}_{name}"] = line.get(f"{STRONGEST}_{name}", np.nan)
         pair[f"{side}_potentially_unreliable"] = line.potentially_unreliable
     pair["difference"] = pair["ours_accuracy"] - pair["theirs_accuracy"]
-    apart = _paired(material, group, *sides.values())
-    if apart is None:
+    paired = _paired(material, group, *sides.values())
+    if paired is None:
         return pair | {"seeds": 0} | dict.fromkeys(("low", "high", "detectable", "p"), np.nan)
-    low, high = apart.interval()
-    found = {"low": low, "high": high, "detectable": apart.detectable, "p": apart.p}
-    return pair | {"seeds": apart.seeds} | found
+    low, high = paired.interval()
+    found = {"low": low, "high": high, "detectable": paired.detectable, "p": paired.p}
+    return pair | {"seeds": paired.seeds} | found
 
 
 def _paired(

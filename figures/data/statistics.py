@@ -89,7 +89,7 @@ class Difference:
     of_images: float
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Low and high end, in [-1, 1]; with one seed over images only."""
+        """Low and high end, in [-1, 1]. With one seed, the interval is over images only."""
         half = self._reach(1 - level)
         return max(-1.0, self.mean - half), min(1.0, self.mean + half)
 
@@ -97,7 +97,8 @@ class Difference:
     def p(self) -> float:
         """Two-sided p-value of "no difference"; nan with one seed.
 
-        It is below 0.05 exactly if the 95 % interval leaves out zero. Never below 1e-15.
+        It is below 0.05 if and only if the 95 % interval does not contain zero. It is at least
+        1e-15.
         """
         if self.seeds == 1:
             return math.nan
@@ -109,13 +110,11 @@ class Difference:
 
     @property
     def detectable(self) -> float:
-        """The true difference that would be found (p < 0.05) with probability 0.8; nan with one
-        seed.
-        """
+        """The true difference that has p < 0.05 with probability 0.8; nan with one seed."""
         return math.nan if self.seeds == 1 else self._reach(1 - LEVEL, POWER)
 
     def _reach(self, p: float, power: float | None = None) -> float:
-        """Distance from zero of a mean with this p-value; of a true mean that has this power."""
+        """The mean that has this p-value; with `power`, the true mean that is found with it."""
         parts = [(self.of_images, max(self.images - 1, 1))]
         parts += [(self.of_seeds, self.seeds - 1)] if self.seeds > 1 else []
         found = 0.0
@@ -128,12 +127,12 @@ class Difference:
 def difference(ours_SN: np.ndarray, theirs_SN: np.ndarray) -> Difference:
     """Our accuracy minus theirs, paired by seed and image.
 
-    V_images is at least its value for S·N independent outcomes, and at least 1/N², which is one
-    more image on which the two disagree. So a few images cannot look like certainty.
+    V_images is at least its value for S·N independent outcomes. It is also at least 1/N², the value
+    for one more image with different outcomes. So an interval over few images is never too narrow.
 
     Args:
         ours_SN: bool, outcome of each image for each seed.
-        theirs_SN: the same of the other method, same seeds and images.
+        theirs_SN: the same for the other method, with the same seeds and images.
 
     Raises:
         ValueError: if the shapes differ, or there is no seed or no image.
@@ -148,16 +147,16 @@ def difference(ours_SN: np.ndarray, theirs_SN: np.ndarray) -> Difference:
 
 
 def accuracy_interval(outcomes_SN: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Interval of an accuracy: low and high end in [0, 1]; with one seed over images only.
+    """Interval of an accuracy: low and high end in [0, 1]. With one seed, over images only.
 
-    The part of the images is Wilson's interval for an effective number of images: N if all seeds
-    agree on every image, S·N if outcomes of different seeds are independent. Its width is never
-    zero. The part of the seeds is added by Zou and Donner's rule, which is Howe's rule for limits
-    that are not symmetric.
+    For images it uses Wilson's interval with an effective number of images: N if all seeds agree on
+    every image, and S·N if outcomes of different seeds are independent. The width of this interval
+    is never zero. The variance of seeds is added by Zou and Donner's rule, which is Howe's rule for
+    limits that are not symmetric.
 
     Args:
         outcomes_SN: bool, outcome of each image for each seed.
-        level: share of such intervals that contain the true accuracy.
+        level: probability that the interval contains the true accuracy.
 
     Raises:
         ValueError: if there is no seed or no image.
@@ -177,7 +176,7 @@ def accuracy_interval(outcomes_SN: np.ndarray, level: float = LEVEL) -> tuple[fl
 
 @functools.lru_cache(maxsize=1024)
 def _quantile(tail: float, freedom: int) -> float:
-    """The value that Student's t exceeds with this probability."""
+    """The value that Student's t exceeds with probability `tail`."""
     return float(student.isf(tail, freedom))
 
 

@@ -37,7 +37,7 @@ class Material:
         return next(iter(self.study.evaluation.selections))
 
     def line(self, group: Group, method: str, sparsity: float) -> pd.Series | None:
-        """The summary of a method in the primary selection; a dense one's at every sparsity."""
+        """The summary of a method in the primary selection; dense methods ignore `sparsity`."""
         place = (method, 0.0 if self.study.is_dense(method) else sparsity, self.primary)
         rows = group.select(self.summary)
         for name, value in zip(("method", "sparsity", "selection"), place, strict=True):

@@ -1,4 +1,4 @@
-"""Reads the collected tables, and lists the lines that a table of the study must have.
+"""Reads the collected tables, and lists the lines of the tables of a study.
 
 Import path: robsparse.figures.data.tidy
 """
@@ -53,7 +53,7 @@ _WORDS = [
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """Networks that one table compares: same data set, architecture and objective."""
+    """Networks in one table. They have the same data set, architecture and objective."""
 
     dataset: str
     arch: str
@@ -154,7 +154,7 @@ def cells(study: Study, group: Group | None = None) -> list[Cell]:
 
 
 def cells_at(study: Study, group: Group, method: str, sparsity: float) -> list[Cell]:
-    """Cells of a method at a sparsity, all seeds; those of a dense network at every sparsity."""
+    """Cells of a method at a sparsity, for all seeds; dense methods ignore `sparsity`."""
     place = (method, 0.0 if study.is_dense(method) else sparsity)
     return [cell for cell in cells(study, group) if (cell.method, cell.sparsity) == place]
 
@@ -184,7 +184,7 @@ def seeds(study: Study, group: Group | None = None) -> list[int]:
 
 
 def lines(study: Study, group: Group) -> list[tuple[str, float]]:
-    """(method, sparsity) of every line of the group's table, finished or not."""
+    """(method, sparsity) of every line in the table of a group, also without results."""
     found = {(cell.method, cell.sparsity) for cell in cells(study, group)}
     order = methods(study, group)
     return sorted(found, key=lambda line: (order.index(line[0]), line[1]))
@@ -211,14 +211,14 @@ class Outcomes:
         return self._read(cell, selection).get(f"{attack}.all")
 
     def distances(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
-        """Smallest perturbation that breaks each image (float N), if the attack measures it.
+        """Smallest perturbation that breaks each image (float N); None if it is not measured.
 
         It is 0 if the clean image is misclassified, and inf if no perturbation was found.
         """
         return self._read(cell, selection).get(f"{attack}.distance")
 
     def pictures(self, cell: Cell, selection: str, attack: str) -> dict[int, "Broken"]:
-        """Some of the images that the attack broke, by their index."""
+        """Some of the images that the attack broke, by image index."""
         found = self._read(cell, selection)
         names = (f"{attack}.{name}" for name in ("pictured", "predicted", "pictures"))
         stored = [found.get(name, np.zeros(0)) for name in names]
@@ -229,7 +229,7 @@ class Outcomes:
 
 
 class Broken(NamedTuple):
-    """A clean image (C×H×W, in [0,1]), its adversarial image, and the class predicted for that."""
+    """A clean image (C×H×W, in [0,1]), its adversarial image, and the class predicted for it."""
 
     clean: np.ndarray
     perturbed: np.ndarray

@@ -1,4 +1,4 @@
-"""One function a plot, and the style that all plots share.
+"""Plots: one function for each plot, and the style that all plots share.
 
 Imports robsparse.figures.data and .text, never tables.
 """

@@ -37,7 +37,7 @@ def density_over_training(material: Material) -> Figure:
         for group in groups(material.study)
         for method in methods(material.study, group)
         for sparsity in sparsities(material.study, group)
-        if len(rows := _of(group.select(steps), method, sparsity))
+        if len(rows := _select(group.select(steps), method, sparsity))
     ]
     columns = min(4, len(shown))
     figure, axes = style.panels(-(-len(shown) // columns), columns, sharey=True)
@@ -57,7 +57,7 @@ def density_over_training(material: Material) -> Figure:
     return style.finish(figure, [], caption)
 
 
-def _of(table: pd.DataFrame, method: str, sparsity: float) -> pd.DataFrame:
+def _select(table: pd.DataFrame, method: str, sparsity: float) -> pd.DataFrame:
     return table[(table.method == method) & (table.sparsity == sparsity)]
 
 
@@ -67,12 +67,12 @@ def _layer_sizes(material: Material, group: Group) -> pd.Series:
 
 
 def _selected_at(material: Material, rows: pd.DataFrame) -> float:
-    """Mean share of training after which the selected weights were taken."""
+    """Epoch of the selected weights divided by all epochs, mean over seeds."""
     keys = ["dataset", "arch", "objective", "method", "sparsity"]
     results = material.tidy.results
     same = np.logical_and.reduce([results[key] == rows.iloc[0][key] for key in keys])
-    taken = results[same & (results.selection == material.primary)]
-    return float((taken.selected_epoch / taken.epochs).mean())
+    selected = results[same & (results.selection == material.primary)]
+    return float((selected.selected_epoch / selected.epochs).mean())
 
 
 def _density_lines(panel: Axes, rows: pd.DataFrame, sizes: pd.Series, selected: float) -> None:
@@ -100,7 +100,7 @@ def survival(material: Material) -> Figure:
     handles: dict[str, Line2D] = {}
     for group, sparsity, panel in panels:
         for name, look in style.looks(material.study).items():
-            own = _of(group.select(table), name, sparsity)
+            own = _select(group.select(table), name, sparsity)
             if own.empty:
                 continue
             ages, active = survival_curve(own.age, own.pruned, own.active)
@@ -133,10 +133,10 @@ def weight_magnitudes(material: Material) -> Figure:
     for group, sparsity, panel in panels:
         for name, look in style.looks(material.study).items():
             at = 0.0 if material.study.is_dense(name) else sparsity
-            own = _of(group.select(table), name, at)
+            own = _select(group.select(table), name, at)
             if own.empty:
                 continue
-            # Bins of a tenth of a decade, three together.
+            # The collected bins are 0.1 decades wide; three bins are added up.
             decade = np.floor(10 * np.log10(own.high) / 3 - 0.5) * 0.3
             share = own["count"].groupby(decade).sum() / own["count"].sum()
             places = np.arange(decade.min() - 0.3, decade.max() + 0.6, 0.3)
@@ -152,7 +152,7 @@ def weight_magnitudes(material: Material) -> Figure:
             panel.set_ylabel("share of nonzero weights (%)")
     caption = [
         "Shares in bins of 0.3 decades, all layers and seeds together. Weights near 1e-12 are "
-        "regrown connections that training has not changed since.",
+        "regrown connections that training has not changed.",
         general,
     ]
     return style.finish(figure, handles.values(), caption)

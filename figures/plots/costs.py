@@ -23,13 +23,13 @@ _AXES = {
 
 
 def cost(material: Material) -> Figure:
-    """Accuracy under the strongest attack against passes and against peak active weights."""
+    """Plot accuracy under the strongest attack against passes and against peak active weights."""
     study = material.study
     label = study.label("attack", STRONGEST)
     caption = [
         f"{label} accuracy, mean over seeds; {interval_note(material)}. Passes: forward and "
         "backward passes over batches, including crafting and pretraining. Peak active weights: "
-        "the largest number of prunable weights that training held. Markers of equal cost are "
+        "the largest number of active weights during training. Markers of equal cost are "
         "drawn side by side; the cost table has the numbers. The dense network is the same in "
         "every column.",
         *unreliable_note(material),
@@ -82,7 +82,7 @@ def _panel(
 
 
 def _limits(panel: Axes, rows: pd.DataFrame, x: str) -> None:
-    """By hand: axes do not scale themselves to markers that are shifted by points."""
+    """Set the limits: automatic limits ignore markers that are shifted by points."""
     known, heights = rows[x].dropna(), 100 * rows[f"{STRONGEST}_high"].dropna()
     if x == "passes":
         panel.set_xlim(0, 1.3 * known.max())

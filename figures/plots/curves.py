@@ -17,19 +17,19 @@ from robsparse.figures.data.tidy import SEEDED
 from robsparse.figures.plots import style
 from robsparse.figures.text.captions import plot_caption
 
-_APART = 1.5  # points between lines that would coincide
+_APART = 1.5  # points between lines with equal values
 _WINDOWS = 60  # a curve of steps is smoothed to about this many independent points
 _REWIRED = ["regrown", "pruned"]
-_FEW = 3  # with so many methods, legend and titles are kept short
+_FEW = 3  # with at least so many methods, the legend is shortened
 
 
 def active_weights(material: Material) -> Figure:
     """Active weights of each epoch, for each method and sparsity."""
     caption = [
-        "Active weights: the prunable weights that training holds, which are those that are not "
-        "zero and those that a method still scores or regularises; mean over seeds, including "
-        "pretraining. A marker shows the start of a stage. Lines are shifted by up to 3 points so "
-        "that equal lines are visible; the main table has the numbers.",
+        "Active weights: prunable weights that are not zero, and those that a method still scores "
+        "or regularises; mean over seeds, including pretraining. A marker shows the start of a "
+        "stage. Lines are shifted by up to 3 points so that equal lines are visible; the main "
+        "table has the numbers.",
         plot_caption(material, attacked=False, selected=False),
     ]
     curves = material.tidy.curves
@@ -42,7 +42,7 @@ def active_weights(material: Material) -> Figure:
         if style.is_leftmost(panel):
             panel.set_ylabel("active weights")
         panel.set_xlabel("epoch")
-        # By hand: axes do not scale themselves to lines that are shifted by points.
+        # Automatic limits ignore lines that are shifted by points.
         last, active = curves.epoch.max(), curves.active_weights
         panel.set_xlim(-0.03 * last, 1.03 * last)
         style.log_axis(panel, active.min() / 1.7, active.max() * 1.7, "{x:,.0f}")
@@ -87,7 +87,7 @@ def active_by_epoch(curves: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[
 
 
 def rewiring(material: Material) -> Figure:
-    """Connections regrown and lost at each step, mean over seeds, lightly smoothed."""
+    """Connections regrown and pruned at each step, mean over seeds, smoothed."""
     steps = material.tidy.steps
     general = plot_caption(material, attacked=False, selected=False)
     if steps.empty:
@@ -118,7 +118,7 @@ def rewiring(material: Material) -> Figure:
         if style.is_leftmost(panel):
             panel.set_ylabel(f"connections per step\n(moving average of {window * every} steps)")
     caption = [
-        "Mean over seeds. Thin line: regrown; wide line behind it: pruned. Renewed: regrown "
+        "Mean over seeds. Thin line: regrown; wide line: pruned. Renewed: number of regrown "
         "connections of the whole training divided by the nonzero weights of the network. "
         f"{' '.join(totals)}",
         general,
@@ -140,7 +140,7 @@ def _rewiring_panel(
     window: int,
     every: int,
 ) -> tuple[dict[str, Line2D], list[str]]:
-    """Draw one panel; returns its lines, and for each method the text "NAME renewed SHARE"."""
+    """Draw one panel. Return its lines, and for each method the text "NAME renewed SHARE"."""
     handles: dict[str, Line2D] = {}
     totals = []
     for name, look in style.looks(material.study).items():
@@ -150,7 +150,7 @@ def _rewiring_panel(
         mean = own.groupby("step")[_REWIRED].mean()
         smooth = mean.rolling(window, center=True, min_periods=1).mean()
         shown = ["regrown"] if steps.method.nunique() >= _FEW else _REWIRED
-        # The lines lie on each other where the number of active connections is constant.
+        # The two lines are equal if the number of active connections is constant.
         wide: dict[str, Any] = {"color": look.color, "linewidth": 4.0, "alpha": 0.35}
         thin: dict[str, Any] = {"color": look.color, "linewidth": 1.1, "linestyle": look.linestyle}
         lines = {

@@ -21,7 +21,7 @@ from robsparse.figures.text.formats import UNRELIABLE, percent, radius
 from robsparse.study.cells import Cell
 
 _FEW_CLASSES = 10
-_BEYOND = 1e3  # an eps beyond every panel
+_BEYOND = 1e3  # an eps that is larger than the limit of every panel
 
 
 def accuracy_against_eps(material: Material) -> Figure:
@@ -63,8 +63,7 @@ def _eps_panel(
     """Draw one panel.
 
     Returns:
-        Its legend entries, and an eps at which every network has lost 98 % of the images that it
-        loses at any eps.
+        Its legend entries, and an eps that contains 98 % of the perturbations of every network.
     """
     handles, largest = {}, 0.0
     grey: dict[str, Any] = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
@@ -78,7 +77,7 @@ def _eps_panel(
             continue
         eps, share = curve(np.stack(found))
         shown = vars(look) | {"marker": ""}
-        # The accuracy beyond the largest known perturbation is drawn up to the edge of the panel.
+        # The last accuracy is drawn up to the edge of the panel.
         eps, share = np.r_[eps, _BEYOND], np.r_[share, share[-1]]
         handles[name] = panel.plot(eps, 100 * share, **shown, drawstyle="steps-post")[0]
         largest = max(largest, float(np.quantile(eps[:-1], 0.98, method="lower")))
@@ -155,17 +154,17 @@ def curve(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def per_class(material: Material) -> Figure:
-    """Robust accuracy of each class under the strongest attack, a row a method."""
+    """Plot robust accuracy of each class under the strongest attack, one row for each method."""
     study, label = material.study, material.study.label("attack", STRONGEST)
     table, general = (
         class_accuracies(material),
         plot_caption(material, attacked=True, selected=True),
     )
     if table.empty:
-        return style.empty(f"No {label} outcome of single images has been kept.", [general])
+        return style.empty(f"No {label} outcome of single images is available.", [general])
     caption = [
         f"{label} accuracy in % of the attacked test images of each class, mean over seeds. A "
-        f"class has {table.images.min()} to {table.images.max()} of them.",
+        f"class has {table.images.min()} to {table.images.max()} attacked images.",
         *unreliable_note(material),
         general,
     ]
@@ -190,9 +189,11 @@ def per_class(material: Material) -> Figure:
 
 
 def class_accuracies(material: Material) -> pd.DataFrame:
-    """One row a (group, method, sparsity, class): accuracy under the strongest attack (fraction,
-    mean over seeds), how many images of the class were attacked, and why the network is
-    `potentially_unreliable`, in the primary selection.
+    """Return the accuracy of each class under the strongest attack, in the primary selection.
+
+    Returns:
+        One row for each (group, method, sparsity, class `label`). Columns: `accuracy` (fraction,
+        mean over seeds), `images` (attacked images of the class), `potentially_unreliable`.
     """
     rows: dict[tuple[str | float, ...], list[np.ndarray]] = {}
     for cell in material.study.cells():

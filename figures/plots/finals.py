@@ -17,7 +17,7 @@ from robsparse.figures.plots import style
 from robsparse.figures.text.captions import interval_note, plot_caption, unreliable_note
 from robsparse.figures.text.formats import percent
 
-_BAND = 0.36  # share of a category's width over which its methods are spread
+_BAND = 0.36  # methods of a category are spread over this share of its width
 
 
 def robust_accuracy(material: Material) -> Figure:
@@ -107,8 +107,8 @@ def layer_density(material: Material) -> Figure:
     """Share of nonzero weights of each layer of the selected networks, mean over seeds."""
     caption = [
         "Layers in forward order, each with its number of prunable weights. Dotted line: target "
-        "density of the whole network. Open marker at the bottom: a layer whose weights are all "
-        "zero.",
+        "density of the whole network. Open marker at the bottom: all weights of the layer "
+        "are zero.",
         plot_caption(material, attacked=False, selected=True),
     ]
     layers = material.tidy.layers

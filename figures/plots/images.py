@@ -26,7 +26,7 @@ from robsparse.study.cells import Cell
 
 _KEYS = ["dataset", "arch", "objective", "sparsity", "seed", "image", "label"]
 _COLUMNS = [*_KEYS, "robust", "broken", "misclassified"]
-_ROWS = {1: 6, 2: 3}  # images shown of a group, by the number of groups; 2 of more groups
+_ROWS = {1: 6, 2: 3}  # number of groups -> images shown for each group; 2 if there are more groups
 _MOST_GROUPS = 6
 
 
@@ -88,19 +88,20 @@ def _labels(material: Material, group: Group) -> np.ndarray:
 
 
 def pictures(material: Material) -> Figure:
-    """Draw some of these images at the highest sparsity: clean, adversarial, and the difference."""
+    """Draw some of the images of `disagreements`: clean, adversarial, and the difference."""
     study, label = material.study, material.study.label("attack", STRONGEST)
     caption = [
         f"Test images that {label} breaks for one method and not for another, at the highest "
-        "sparsity: those on which the methods are most divided. Left: as it is; middle: perturbed "
-        f"for the method named above it; right: the change, grey for none, black and white for "
-        f"-/+ {radius(study.threat.eps)}. All outcomes: tables/disagreements.csv.",
+        "sparsity. The images with the most equal numbers of robust and broken methods are shown. "
+        "Left: clean image; middle: adversarial image for the method above it; right: difference, "
+        f"from black (-{radius(study.threat.eps)}) over grey (0) to white "
+        f"(+{radius(study.threat.eps)}). All such images: tables/disagreements.csv.",
         *unreliable_note(material),
         plot_caption(material, attacked=True, selected=True),
     ]
     shown = _chosen(material)
     if not shown:
-        return style.empty(f"No image divides the methods under {label}.", caption[-1:])
+        return style.empty(f"All methods agree on every image under {label}.", caption[-1:])
     figure, axes = style.panels(len(shown), 4, width=1.6, height=1.8)
     for row, (place, method, broken) in zip(axes, shown, strict=True):
         _draw(row, material, place, method, broken)
@@ -108,7 +109,7 @@ def pictures(material: Material) -> Figure:
 
 
 def _chosen(material: Material) -> list[tuple[pd.Series, str, Broken]]:
-    """Image, a method that it was broken for, and its pictures."""
+    """The images to draw: row of `disagreements`, a method that it is broken for, its pictures."""
     study, table = material.study, disagreements(material)
     found = []
     for group in groups(study)[:_MOST_GROUPS]:
@@ -135,7 +136,7 @@ def _picture(material: Material, group: Group, place: pd.Series) -> tuple[str, B
 
 
 def _labels_of(material: Material, place: pd.Series) -> dict[str, str]:
-    """Printed names of the methods at a place, with a dagger if potentially unreliable."""
+    """Printed names of the methods by method, with a dagger if potentially unreliable."""
     lines = material.summary[material.summary.selection == material.primary]
     keys = ["dataset", "arch", "objective"]
     lines = lines[np.logical_and.reduce([lines[k] == place[k] for k in keys])]
@@ -163,7 +164,7 @@ def _draw(
     labels = _labels_of(material, place)
     row[0].set_title(f"image {place.image}: class {place.label}", fontsize=7)
     row[1].set_title(f"{labels[method]}: class {broken.predicted}", fontsize=7)
-    row[2].set_title("change", fontsize=7)
+    row[2].set_title("difference", fontsize=7)
     names = {
         kind: join(labels[n] for n in place[kind].split())
         for kind in ("robust", "broken", "misclassified")

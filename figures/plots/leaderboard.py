@@ -1,4 +1,4 @@
-"""Plot of our networks beside published ones, with different markers.
+"""Plot of the accuracies of our networks and of published networks.
 
 Import path: robsparse.figures.plots.leaderboard
 """
@@ -24,7 +24,7 @@ _OURS, _THEIRS = "#D55E00", "0.35"
 
 
 def published(material: Material) -> Figure:
-    """Accuracy of our and of published networks under the strongest attack.
+    """Plot the accuracy of our and of published networks under the strongest attack.
 
     There is one panel for each data set, architecture and sparsity.
     """
@@ -36,8 +36,8 @@ def published(material: Material) -> Figure:
     rows = entries(material)
     caption = [
         f"Filled: measured here, with {interval_note(material)}; networks without a marker were "
-        "not measured. Hollow: published numbers as printed, from the files that the tables of "
-        "papers name; each file gives the eps of its numbers, ours is "
+        "not measured. Hollow: published numbers, from the files in `published` of the tables of "
+        "papers; each file has the eps of its numbers. The eps of our numbers is "
         f"{radius(study.threat.eps)}. "
         "Dotted: published networks of other architectures, for comparison.",
         *unreliable_note(material),

@@ -1,4 +1,4 @@
-"""Style of all plots: colour, marker and line of each method, panels, captions, files.
+"""Style of all plots: colours, markers and lines of methods, panels, captions, files.
 
 Import path: robsparse.figures.plots.style
 """
@@ -24,13 +24,13 @@ from robsparse.figures.data.tidy import Group, groups, methods, sparsities
 from robsparse.figures.text.formats import UNRELIABLE, percent
 from robsparse.study.study import Study
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish; pale yellow is the last.
+# Colours of Okabe and Ito, which colour-blind readers can distinguish. Pale yellow is the last.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
 # Eight colours, seven markers and five lines: the first 40 methods all look different.
 MARKERS = ("s", "o", "^", "D", "v", "P", "X")
 LINES: tuple[Any, ...] = ((0, (6, 2)), "-", (0, (4, 1.2)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
-# Methods that look the same in every study, whatever else is in its grid.
+# These methods look the same in every study.
 _FIRST = ("dense", "bcs", "lwm", "admm", "hydra")
 
 _CAPTION_POINTS = 7.0
@@ -48,7 +48,7 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Keyword arguments of `Axes.plot`; markers have a white rim to separate them."""
+        """Keyword arguments of `Axes.plot`; markers have a white edge."""
         return vars(self) | {"markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
@@ -66,7 +66,7 @@ def _look(label: str, index: int) -> Look:
 
 @contextmanager
 def applied() -> Iterator[None]:
-    """Use robsparse.mplstyle inside the block; the caller's settings come back after it."""
+    """Use robsparse.mplstyle in a with block; restore the settings of the caller after it."""
     with matplotlib.style.context(["default", Path(__file__).with_name("robsparse.mplstyle")]):
         yield
 
@@ -74,13 +74,13 @@ def applied() -> Iterator[None]:
 def panels(
     rows: int, columns: int, *, width: float = 3.1, height: float = 2.9, **shared: Any
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with its own canvas, which does not use the global state of pyplot.
+    """Make a figure with panels, without the global state of pyplot.
 
     Args:
         rows: rows of panels.
         columns: columns of panels.
-        width: inches a panel.
-        height: inches a panel.
+        width: width of a panel in inches.
+        height: height of a panel in inches.
         shared: keyword arguments of `Figure.subplots`.
     """
     figure = Figure(figsize=(max(6.2, width * columns), height * rows + 1.1))
@@ -90,7 +90,7 @@ def panels(
 
 
 def grid(material: Material, **options: Any) -> tuple[Figure, Iterator[tuple[Group, float, Axes]]]:
-    """A row of panels for each group, a column for each sparsity; see `panels` for `options`."""
+    """Make a row of panels for each group and a column for each sparsity; options: see `panels`."""
     study = material.study
     found, columns = groups(study), sparsities(study)
     figure, axes = panels(len(found), len(columns), **options)
@@ -121,7 +121,7 @@ def is_lowest(panel: Axes) -> bool:
 
 
 def log_axis(panel: Axes, low: float, high: float, form: str) -> None:
-    """Make y logarithmic from low to high; a range of few decades is labelled at 2 and 5 too."""
+    """Make y logarithmic from low to high. If the range is small, 2 and 5 have labels too."""
     panel.set_yscale("log")
     panel.set_ylim(low, high)
     few = math.log10(high / low) < 2
@@ -131,7 +131,7 @@ def log_axis(panel: Axes, low: float, high: float, form: str) -> None:
 
 
 def mark_unreliable(panel: Axes, x: float, y: float, reasons: str, **where: Any) -> None:
-    """A dagger beside a number of a potentially unreliable network; `reasons` is "" for others."""
+    """Draw a dagger at a number if `reasons` (why it is potentially unreliable) is not empty."""
     if reasons and not math.isnan(y):
         offset = {"xytext": (4, 3), "textcoords": "offset points"}
         panel.annotate(UNRELIABLE, (x, y), **offset | where, fontsize=8, zorder=6)
@@ -146,7 +146,7 @@ def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) ->
         caption: paragraphs; each is wrapped to the width of the figure.
     """
     width, height = figure.get_size_inches()
-    # A letter of this font is about 0.57 of its size wide.
+    # The mean width of a letter is about 0.57 times the font size.
     letters = int((width - 0.3) * _POINTS_PER_INCH / (0.57 * _CAPTION_POINTS))
     lines = [line for part in caption for line in textwrap.wrap(part, letters)]
     inches = (len(lines) * 1.35 * _CAPTION_POINTS + 8) / _POINTS_PER_INCH
@@ -164,7 +164,7 @@ def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) ->
     )
     entries = list(handles)
     if entries:
-        # An entry is its line and its letters wide.
+        # Width of an entry in inches: its line and its letters.
         longest = 0.55 + 0.075 * max(len(str(entry.get_label())) for entry in entries)
         rows = math.ceil(len(entries) / max(1, int(width / max(1.4, longest))))
         columns = math.ceil(len(entries) / rows)
@@ -181,12 +181,12 @@ def bare(panel: Axes) -> None:
 
 
 def wrap(text: str, letters: int) -> list[str]:
-    """Text in lines of at most so many letters."""
+    """Split a text into lines with at most so many letters."""
     return textwrap.wrap(text, letters)
 
 
 def empty(message: str, caption: Sequence[str]) -> Figure:
-    """A figure with a message in place of a plot that has no data."""
+    """Make a figure with a message, for a plot without data."""
     figure, [[panel]] = panels(1, 1, height=1.4)
     panel.set_axis_off()
     panel.text(0.5, 0.5, textwrap.fill(message, 70), ha="center", va="center", fontsize=11)
@@ -194,8 +194,8 @@ def empty(message: str, caption: Sequence[str]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG or PDF, whole or not at all, with the same bytes each time."""
+    """Write a figure as PNG or PDF. The bytes are always the same; no partial file is left."""
     suffix = path.suffix.removeprefix(".")
-    nameless = {"pdf": {"CreationDate": None}, "png": {"Software": None}}[suffix]
+    metadata = {"pdf": {"CreationDate": None}, "png": {"Software": None}}[suffix]
     with atomic(path) as temporary:
-        figure.savefig(temporary, format=suffix, metadata=nameless)
+        figure.savefig(temporary, format=suffix, metadata=metadata)

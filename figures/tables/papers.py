@@ -1,4 +1,4 @@
-"""Tables of papers: our accuracies beside the published ones.
+"""Tables of papers: our accuracies and the published ones.
 
 Import path: robsparse.figures.tables.papers
 """
@@ -51,7 +51,7 @@ def contents(material: Material, spec: Table) -> dict[str, str]:
 
 
 def values(material: Material, spec: Table) -> pd.DataFrame:
-    """Return our accuracies beside the published ones.
+    """Return our accuracies and the published ones.
 
     Returns:
         One row for each network, attack and source of a published number. Columns: the keys of a
@@ -142,8 +142,8 @@ def _cell_text(rows: pd.DataFrame, letters: dict[str, str]) -> str:
     theirs = ", ".join(
         f"{accuracy_percent(r.published)}({letters[r.source]})" for r in known.itertuples()
     )
-    apart = ", ".join(accuracy_percent(r.difference, "+") for r in known.itertuples())
-    return f"{ours} / {theirs} / {apart}"
+    differences = ", ".join(accuracy_percent(r.difference, "+") for r in known.itertuples())
+    return f"{ours} / {theirs} / {differences}"
 
 
 def _label(study: Study, axis: Axis, value: object) -> str:
@@ -168,9 +168,9 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
     ]
     if (table.potentially_unreliable != "").any():
         notes.append(f"{UNRELIABLE} potentially unreliable; the reasons are below the main table.")
-    apart = [study.label("attack", name) for name in spec.attacks if study.qualifier(name)]
-    if apart:
-        notes.append(f"Not compared with published numbers: {', '.join(apart)}.")
+    excluded = [study.label("attack", name) for name in spec.attacks if study.qualifier(name)]
+    if excluded:
+        notes.append(f"Not compared with published numbers: {', '.join(excluded)}.")
     sources = _sources(table)
     if not sources:
         read = ", ".join(spec.published) or "no file"

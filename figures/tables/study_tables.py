@@ -35,7 +35,7 @@ _COSTS = {
 
 
 def main(material: Material, group: Group) -> pd.DataFrame:
-    """The main table of a group as text: a row a method, sparsity and selection."""
+    """The main table of a group as text: one row for each method, sparsity and selection."""
     rows = []
     winners = {s: compare.winner(material, group, s) for s in sparsities(material.study, group)}
     for _, line in group.select(material.summary).iterrows():
@@ -77,7 +77,7 @@ def _count(value: float) -> str:
 
 
 def component_table(material: Material, group: Group) -> pd.DataFrame | None:
-    """Accuracy in % after each component of the strongest attack, or None if it was not run."""
+    """Accuracy in % after each component of the strongest attack; None if it did not run."""
     table = components(material, group)
     names = [
         n for n in table if n not in ("method", "sparsity", "selection", "potentially_unreliable")
@@ -100,12 +100,12 @@ def component_table(material: Material, group: Group) -> pd.DataFrame | None:
 
 
 def comparison_table(material: Material, group: Group) -> pd.DataFrame | None:
-    """Our methods against each baseline as text, or None if there is no such pair."""
+    """Comparison of our methods with each baseline as text; None if there is no pair."""
     return _pairs_as_text(material.study, compare.compare(material, group), "Method", "Baseline")
 
 
 def ablation_table(material: Material, group: Group) -> pd.DataFrame | None:
-    """Variants against the plain method as text, or None if there are none."""
+    """Comparison of variants with the plain method as text; None if there is no variant."""
     return _pairs_as_text(material.study, compare.ablations(material, group), "Variant", "Plain")
 
 
@@ -160,9 +160,9 @@ def cost_table(material: Material, group: Group) -> pd.DataFrame:
 
 
 def sanity_checks_table(material: Material, group: Group) -> pd.DataFrame | None:
-    """Results of the sanity checks as text, the worst of the seeds; None if none were made.
+    """Results of the sanity checks as text, the worst result of all seeds; None without checks.
 
-    See robsparse.evaluation.sanity_checks for what each number is.
+    robsparse.evaluation.sanity_checks describes each number.
     """
     study, checks = material.study, group.select(material.tidy.sanity_checks)
     if "examined" not in checks or checks.examined.isna().all():
@@ -186,7 +186,7 @@ def sanity_checks_table(material: Material, group: Group) -> pd.DataFrame | None
 
 
 def rank_table(material: Material) -> pd.DataFrame | None:
-    """Ranks over all cells as text, or None if there is no cell to rank in."""
+    """Ranks over all cells as text; None if no cell has ranks."""
     table = compare.ranks(material)
     if table.empty:
         return None
@@ -228,7 +228,7 @@ _SANITY_CHECKS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def main_markdown(material: Material) -> str:
-    """The main table of every group with its notes."""
+    """The main tables of all groups with their notes, as Markdown."""
     parts = []
     for group in groups(material.study):
         parts += [f"## {title(material, group)}", markdown(main(material, group))]
@@ -237,7 +237,7 @@ def main_markdown(material: Material) -> str:
 
 
 def main_latex(material: Material) -> str:
-    """The same tables for LaTeX with the package booktabs; the notes are the caption."""
+    """The main tables of all groups for LaTeX with the package booktabs. Notes are captions."""
     return "\n".join(
         latex(
             main(material, group),

@@ -19,17 +19,18 @@ from robsparse.figures.text.formats import (
 
 
 def interval_note(material: Material) -> str:
-    """What the intervals in a caption are over."""
+    """A note about the intervals in a plot: level, and what they are over."""
     level = f"{100 * statistics.LEVEL:g} % intervals"
     counts = sorted(set(material.summary.seeds) - {0})
     if not counts or counts[-1] > 1:
-        alone = "; with one seed, over test images only" if 1 in counts else ""
-        return f"{level} over seeds and test images{alone}"
-    return f"{level} over test images only, because there is one seed: other seeds may lie outside"
+        one_seed = "; with one seed, over test images only" if 1 in counts else ""
+        return f"{level} over seeds and test images{one_seed}"
+    reason = "because there is one seed: the accuracy of other seeds may be outside"
+    return f"{level} over test images only, {reason}"
 
 
 def unreliable_note(material: Material) -> list[str]:
-    """What the dagger in a plot means, if there is one."""
+    """A note about the meaning of the dagger, if a network has one."""
     if not (material.summary.potentially_unreliable != "").any():
         return []
     return [
@@ -39,12 +40,12 @@ def unreliable_note(material: Material) -> list[str]:
 
 
 def plot_caption(material: Material, *, attacked: bool, selected: bool) -> str:
-    """The last paragraph of a plot's caption: what was trained, selected and attacked, and how.
+    """The last paragraph of a caption: how networks were trained, selected and attacked.
 
     Args:
-        material: what was drawn.
-        attacked: the plot shows accuracies on test images.
-        selected: the plot shows selected networks, not training curves.
+        material: the data of the plot.
+        attacked: whether the plot shows accuracies on test images.
+        selected: whether the plot shows selected networks, and not training curves.
     """
     study, results = material.study, material.tidy.results
     sample = f"seeds {join(seeds(study))} (n = {len(seeds(study))})"

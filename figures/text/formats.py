@@ -1,4 +1,4 @@
-"""Values as text: percentages, radii, lists, and what several notes and captions have in common.
+"""Values as text: percentages, radii, lists, and texts that several notes and captions use.
 
 Import path: robsparse.figures.text.formats
 """
@@ -32,7 +32,7 @@ OBJECTIVES = {
 
 
 def objective(name: str) -> str:
-    """Name of an objective in the config, with its full name: "at (adversarial training)"."""
+    """Short and full name of an objective: "at (adversarial training)"."""
     return f"{name} ({OBJECTIVES[name]})" if name in OBJECTIVES else name
 
 
@@ -42,9 +42,9 @@ def percent(share: float) -> str:
 
 
 def accuracy_percent(share: float, sign: str = "") -> str:
-    """An accuracy or a difference of two in %, with one decimal and a real minus sign.
+    """An accuracy or a difference in %, with one decimal and the character "−" for minus.
 
-    sign: "+" to print the sign of positive values too.
+    sign: "+" prints the sign of positive values too.
     """
     return NONE if np.isnan(share) else f"{100 * share:{sign}.1f}".replace("-", "−")
 
@@ -56,7 +56,7 @@ def radius(eps: float) -> str:
 
 
 def join(values: Iterable[object]) -> str:
-    """Distinct values in their order, with commas: "1, 2"; "n/a" if there is none.
+    """Distinct values in order of appearance, with commas: "1, 2"; "n/a" if there is none.
 
     Missing values and empty texts are left out. A whole number is printed without ".0".
     """
@@ -75,13 +75,13 @@ def epochs(study: Study, results: pd.DataFrame) -> str:
 
 
 def device(results: pd.DataFrame) -> str:
-    """Device that networks were trained on, and that on which they were attacked if it differs."""
+    """Device of training; and the device of attacks, if it is another one."""
     trained, attacked = join(results.train_device), join(results.eval_device)
     return trained if trained == attacked else f"trained on {trained}, attacked on {attacked}"
 
 
 def code(results: pd.DataFrame) -> str:
-    """Versions of the code, and whether it had uncommitted changes."""
+    """Versions of the code; versions with uncommitted changes are marked."""
     versions = results[["code_version", "code_dirty"]].drop_duplicates()
     return join(
         f"{row.code_version}{' (with uncommitted changes)' * bool(row.code_dirty)}"

@@ -10,7 +10,7 @@ import pandas as pd
 
 from robsparse.figures.text.formats import FAILED, MISSED, UNRELIABLE
 
-# Columns that hold words; all other columns of a table hold numbers.
+# Columns with text. All other columns of a table have numbers.
 _TEXT_COLUMNS = (
     "Method",
     "Baseline",
@@ -20,7 +20,7 @@ _TEXT_COLUMNS = (
     "Verdict",
     "Potentially unreliable",
 )
-# Characters that LaTeX reads as commands, and those that are not in every encoding of its fonts.
+# Characters that LaTeX reads as commands, and characters that some of its fonts do not have.
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -71,5 +71,5 @@ def latex(
 
 
 def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it, special characters, marks and bold included."""
+    """Text for LaTeX: special characters and marks are escaped, ** becomes bold."""
     return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text.translate(_LATEX))

@@ -27,11 +27,11 @@ from robsparse.figures.text.formats import (
 )
 from robsparse.study.study import Study
 
-FEW_SEEDS = 5  # fewer than this detect large differences only; see docs/statistics.md
+FEW_SEEDS = 5  # fewer seeds detect only large differences; see docs/statistics.md
 
 
 def started_from(study: Study) -> str:
-    """Names the methods that start from the network of another one; "" if there is none."""
+    """A sentence with the methods that start from the network of another method, or ""."""
     starts: dict[str, dict[str, None]] = {}
     for cell in study.cells():
         start = study.starting_cell(cell)
@@ -47,7 +47,7 @@ def started_from(study: Study) -> str:
 
 
 def threat_in_words(study: Study, results: pd.DataFrame) -> str:
-    """Norm, radius and the budget of each attack."""
+    """Norm, radius, and the steps, restarts and version of each attack, as text."""
     parts = [f"{study.threat.norm}, eps {radius(study.threat.eps)} in [0,1] pixel units"]
     for attack, rows in results[results.attack != "clean"].groupby("attack", sort=False):
         words = [study.label("attack", str(attack))]
@@ -65,7 +65,7 @@ def threat_in_words(study: Study, results: pd.DataFrame) -> str:
 
 
 def other_code(results: pd.DataFrame) -> str:
-    """How many rows come from other code than the code that collected them; "" if none do."""
+    """A sentence with the number of rows that other code than the collecting code made, or ""."""
     others = int((results.other_code != "").sum())
     if not others:
         return ""
@@ -94,7 +94,7 @@ def table_notes(material: Material, group: Group) -> list[str]:
         f"Threat: {threat_in_words(study, results)}.",
         f"Nonzero weights: prunable weights that are not zero, of {join(results.prunable)} "
         "(biases and batch norm are not prunable), mean over seeds. Peak active weights: the "
-        "largest number of prunable weights that training held in any epoch.",
+        "largest number of active weights in any epoch of training.",
         f"Device: {device(results)}. Code: {code(results)}. {other_code(results)}".strip(),
         *_bold(material, group),
         *marks(material, group),
@@ -131,7 +131,7 @@ def _trained_on_validation(study: Study, group: Group) -> list[str]:
 
 
 def _bold(material: Material, group: Group) -> list[str]:
-    """What bold numbers mean, if there is one."""
+    """A sentence about bold numbers, if there is one."""
     if not any(compare.winner(material, group, s) for s in sparsities(material.study, group)):
         return []
     return [
@@ -164,7 +164,7 @@ def _other_settings(study: Study, group: Group) -> list[str]:
         if other:
             found.setdefault(other, {})[study.label("method", cell.method)] = None
     return [
-        f"Training settings of their own: {', '.join(labels)} ({settings})."
+        f"Other training settings: {', '.join(labels)} ({settings})."
         for settings, labels in found.items()
     ]
 
@@ -194,24 +194,22 @@ def _external_models(study: Study, group: Group, results: pd.DataFrame) -> list[
     ]
     foreign = [study.label("method", name) for name in names if study.source(name).foreign]
     if foreign:
-        notes.append(
-            f"External models with an architecture of their own code: {', '.join(foreign)}."
-        )
+        notes.append(f"Architecture from code outside this suite: {', '.join(foreign)}.")
     return notes
 
 
 def _attacked_without_view(study: Study, results: pd.DataFrame) -> list[str]:
-    """Names the networks of this suite that were attacked without their view, if there are any."""
+    """A sentence with the networks of this suite that were attacked without their folded view."""
     names = results[results.attacked_on == "network"].method
     labels = [study.label("method", n) for n in names.unique() if not study.source(n).foreign]
     if not labels:
         return []
-    reason = "because its folded view could not be used"
-    return [f"Attacked on the network itself, {reason}: {join(labels)}."]
+    reason = "because the folded view could not be used"
+    return [f"Attacked without the folded view, {reason}: {join(labels)}."]
 
 
 def _strongest_attack(study: Study, results: pd.DataFrame) -> list[str]:
-    """How the accuracy under the strongest attack is defined, if that attack was run."""
+    """A sentence with the definition of the accuracy under the strongest attack, if it ran."""
     parts = results[(results.attack == STRONGEST) & (results.component != "all")].component
     if parts.empty:
         return []
@@ -223,7 +221,7 @@ def _strongest_attack(study: Study, results: pd.DataFrame) -> list[str]:
 
 
 def _incomplete(material: Material, group: Group) -> list[str]:
-    """How many networks of the grid have no results yet, if there are any."""
+    """A sentence with the number of networks without results, if there are any."""
     lines = group.select(material.summary)
     lacking = int((lines.seeds_planned - lines.seeds).sum())
     if not lacking:
@@ -235,13 +233,13 @@ def _incomplete(material: Material, group: Group) -> list[str]:
 
 
 def marks(material: Material, group: Group) -> list[str]:
-    """The meaning of each mark in a group's table, and the reasons for it."""
+    """The meaning of each mark in the table of a group, and the reasons for it."""
     lines = group.select(material.summary)
     meanings = {
         "potentially_unreliable": f"{UNRELIABLE} potentially unreliable: its accuracy under "
         "attack may be too high",
-        "failure": f"{FAILED} training failed: the number says nothing about the method",
-        "budget": f"{MISSED} the network does not have the sparsity that was asked for",
+        "failure": f"{FAILED} training failed: the number is no result of the method",
+        "budget": f"{MISSED} the network does not have the requested sparsity",
     }
     notes = []
     for column, meaning in meanings.items():
@@ -255,21 +253,24 @@ def marks(material: Material, group: Group) -> list[str]:
 
 
 def line_name(study: Study, method: str, sparsity: float) -> str:
-    """A method at a sparsity, as in "LWM 90 %"; dense has none."""
+    """A method with its sparsity, for example "LWM 90 %"; a dense method without sparsity."""
     suffix = "" if study.is_dense(method) else f" {percent(sparsity)}"
     return study.label("method", method) + suffix
 
 
 def seeds_note(material: Material, group: Group) -> str:
-    """What can be concluded about methods from this number of seeds."""
+    """A note about what this number of seeds allows to conclude about methods."""
     count = int(group.select(material.summary).seeds.max())
     if count < 2:
         return (
-            "One seed: the numbers describe these networks only. With other seeds, the methods may "
-            "have another order. So there is no p-value, no rank is ruled out and nothing is bold."
+            "One seed: the numbers are only valid for these networks. With other seeds, the "
+            "methods may have another order. So there is no p-value, no rank is ruled out and "
+            "nothing is bold."
         )
-    few = (
+    few_seeds = (
         f"{count} seeds: only differences that are large compared with the differences between "
         "seeds can be detected. "
     )
-    return f"{few if count < FEW_SEEDS else ''}Methods that are not separated may still differ."
+    return (
+        f"{few_seeds if count < FEW_SEEDS else ''}Methods that are not separated may still differ."
+    )

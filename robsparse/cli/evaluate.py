@@ -106,7 +106,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     source, target = study.source(cell.method), None
     if arguments.model is not None:
-        target = Target.of_file(arguments.model, source.match)
+        target = Target.beside_file(arguments.model, source.match)
     evaluation = importlib.import_module("robsparse.evaluation.evaluate")
     record = evaluation.evaluate_cell(
         study,
@@ -143,7 +143,7 @@ def _evaluate_single(arguments: argparse.Namespace) -> None:
     if source.file is None:
         target = Target.as_built(arguments.results, source)
     else:
-        target = Target.of_file(source.file, source.match)
+        target = Target.beside_file(source.file, source.match)
     evaluation = importlib.import_module("robsparse.evaluation.evaluate")
     path = evaluation.evaluate_cell(
         study,

@@ -1,4 +1,4 @@
 """Collects the records of a study into tables and checks that they belong together.
 
-Imports study and what is below it and no torch.
+Imports study and the packages below it, and no torch.
 """

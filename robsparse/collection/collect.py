@@ -27,12 +27,16 @@ from robsparse.study.study import Study
 
 
 def collect(study: Study, layout: Layout, folder: Path) -> str:
-    """Write the collected tables and their manifest; returns the lines to print.
+    """Write the collected tables and their manifest; return the lines to print.
 
-    Records are read from the layout's folder, tables are written to `folder`.
+    Args:
+        study: the resolved study.
+        layout: paths of the records.
+        folder: folder that the tables are written to.
 
-    Raises UsageError, one line for each contradiction, when a record is damaged, was made with
-    other settings or fails a check. Nothing is written then.
+    Raises:
+        UsageError: if a record is damaged, was made with other settings or fails a check; one line
+            for each contradiction. Nothing is written then.
     """
     gathered = gather(study, layout)
     if not gathered.rows:
@@ -53,7 +57,7 @@ def collect(study: Study, layout: Layout, folder: Path) -> str:
 
 
 def _tables(gathered: Gathered, results: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The tables by the names of their files."""
+    """The tables by file name."""
     return {
         "results.csv": results,
         "results.parquet": results,
@@ -68,7 +72,7 @@ def _tables(gathered: Gathered, results: pd.DataFrame) -> dict[str, pd.DataFrame
 
 
 def _joined(tables: list[pd.DataFrame], columns: tuple[str, ...]) -> pd.DataFrame:
-    """All tables in one; an empty one with these columns if no method of the study rewires."""
+    """All tables in one table; an empty table with these columns if no method rewires."""
     return pd.concat(tables or [pd.DataFrame(columns=[*CELL_KEY, *columns])])
 
 
@@ -76,7 +80,7 @@ def _notes(gathered: Gathered) -> list[str]:
     """Lines about rows of other code, failed trainings and missing evaluations."""
     notes = []
     if others := sum(map(bool, gathered.other_code)):
-        notes.append(f"{others} rows were made by other code than the present: column other_code")
+        notes.append(f"{others} rows were made by older or changed code: see the column other_code")
     notes += [f"failed: {failure['reason']}" for failure in gathered.failures]
     return notes + [f"missing, printed as n/a: {name}" for name in gathered.missing]
 

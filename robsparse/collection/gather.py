@@ -1,4 +1,4 @@
-"""Reads all records of a study and refuses those that do not belong together."""
+"""Reads all records of a study, and refuses records that contradict each other."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +16,18 @@ from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
 
-NETWORK_KEY = KEY[:7]  # all but attack and component
-CELL_KEY = KEY[:6]  # all but selection, attack and component
+NETWORK_KEY = KEY[:7]  # without attack and component
+CELL_KEY = KEY[:6]  # without selection, attack and component
 
 
 @dataclass
 class Gathered:
-    """What the records of a study hold, one entry a row of the collected tables.
+    """The content of all records of a study; each entry is a row of a collected table.
 
-    other_code: for each of `rows`, which of training and evaluation other code did.
-    failures: networks that could not be trained. missing: names of networks without a record.
+    other_code: for each of `rows`: "training", "evaluation" or both, if other code than the
+        present code did it; else "".
+    failures: networks with a failed training.
+    missing: names of networks without a record of evaluation.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -43,8 +45,9 @@ class Gathered:
 def gather(study: Study, layout: Layout) -> Gathered:
     """Read every record of the study that exists.
 
-    Raises UsageError when a record is damaged, was made with other settings, or does not fit the
-    weights, the outcomes of the images or the training beside it.
+    Raises:
+        UsageError: if a record is damaged, if it was made with other settings, or if it does not
+            match the weights, the outcomes of single images or the record of training.
     """
     found = Gathered()
     for cell in study.cells():
@@ -84,12 +87,12 @@ def _gather_evaluation(
 
 
 def _check_weights(cell: Cell, selection: Selection, record: Record, layout: Layout) -> None:
-    """Raise UsageError unless the attacked weights are those on disk and those of the training."""
+    """Raise UsageError unless the attacked weights are those on disk and those of training."""
     path, training = layout.model(cell, selection), layout.training(cell)
     [attacked, *other] = {row.model_checksum for row in record.rows}
     if other or (path.exists() and file_checksum(path) != attacked):
         raise UsageError(
-            f"{path}: not the weights that were attacked, but others or damaged ones; "
+            f"{path}: these are not the weights that were attacked, or the file is damaged; "
             "delete the file and run snakemake again"
         )
     if not training.exists():
@@ -97,19 +100,19 @@ def _check_weights(cell: Cell, selection: Selection, record: Record, layout: Lay
     trained = read_training(training)
     if trained.get("weights", {}).get(selection) != attacked:
         raise UsageError(
-            f"{training}: training saved other weights ({selection}) than were attacked; "
-            "run snakemake again"
+            f"{training}: the weights that training saved ({selection}) are not the weights that "
+            "were attacked; run snakemake again"
         )
     if trained.get("data_checksum") != record.rows[0].data_checksum:
-        raise UsageError(f"{training}: trained on another data set than was attacked")
+        raise UsageError(f"{training}: training and attack used different data sets")
 
 
 def _check_outcomes(path: Path, flags: Path, record: Record) -> None:
     """Raise UsageError unless the rows agree with the outcomes of the single images."""
     if not flags.exists() or file_checksum(flags) != record.outcomes:
         raise UsageError(
-            f"{flags}: missing, or not the outcomes that the record was made from; "
-            f"delete {path.name} beside it and run snakemake again"
+            f"{flags}: missing, or not the outcomes that belong to the record; "
+            f"delete {path.name} in the same folder and run snakemake again"
         )
     outcomes = read_flags(flags)
     for row in record.rows:
@@ -120,7 +123,7 @@ def _check_outcomes(path: Path, flags: Path, record: Record) -> None:
 def _other_code(
     study: Study, cell: Cell, record: Record, present: fingerprints.Fingerprint, layout: Layout
 ) -> str:
-    """Which of training and evaluation were done by other code than the present, in words."""
+    """The entry of `Gathered.other_code` for one network."""
     same = {"evaluation": record.rows[0].code_digest == present.code}
     if layout.training(cell).exists():
         trained = read_training(layout.training(cell)).get("code_digest")
@@ -131,7 +134,7 @@ def _other_code(
 def _sanity_checks(record: Record) -> dict[str, Any]:
     """The sanity checks of one network, with two columns about its attacks.
 
-    `largest_perturbation` is a multiple of the eps of the attack that made it.
+    `largest_perturbation` is divided by the eps of its attack.
     """
     reached = [r.max_perturbation / r.eps for r in record.rows if r.max_perturbation and r.eps]
     return record.sanity_checks | {

@@ -1,6 +1,6 @@
-"""Mask overlap: which share of their nonzero weights two networks have in common. No torch in here.
+"""Mask overlap: how many nonzero weights two networks have in common. Imports no torch.
 
-The mask of a network says which of its prunable weights are not zero.
+The mask of a network marks the prunable weights that are not zero.
 """
 
 import itertools
@@ -18,11 +18,11 @@ Saved = tuple[Cell, str]  # a cell and a selection
 
 
 def mask_overlaps(study: Study, layout: Layout) -> list[dict[str, Any]]:
-    """A row with OVERLAP_COLUMNS for every pair of comparable sparse networks that were trained.
+    """A row with OVERLAP_COLUMNS for every pair of comparable sparse networks with saved weights.
 
     Two networks are comparable if they have the same data set, arch, objective, sparsity and
-    selection, or if they are two selections of one training run. Networks of foreign code have
-    other layers and are left out.
+    selection, or if they are two selections of one training run. Networks of foreign code are left
+    out, because they have other layers.
     """
     groups: dict[tuple[str | float, ...], list[Saved]] = {}
     for cell in study.cells():
@@ -58,16 +58,17 @@ def read_masks(path: Path) -> list[np.ndarray]:
     """Masks of the prunable layers (matrices and kernels) of a saved network.
 
     Returns:
-        One array a layer, in the order of their names: uint8, eight weights a byte (packbits).
+        One uint8 array for each layer, in the order of layer names; eight weights in one byte
+        (numpy.packbits).
     """
     state = read_tensors(path)
     return [np.packbits(state[name] != 0) for name in sorted(state) if state[name].ndim > 1]
 
 
 def jaccard(a: list[np.ndarray], b: list[np.ndarray]) -> float:
-    """Jaccard index of two networks' masks: nonzero in both over nonzero in at least one of them.
+    """Jaccard index of two masks: weights nonzero in both / weights nonzero in at least one.
 
-    All layers count together; 1 if all weights of both networks are zero.
+    Weights of all layers are counted together. The index is 1 if all weights of both are zero.
     """
     both = sum(_count(x & y) for x, y in zip(a, b, strict=True))
     either = sum(_count(x | y) for x, y in zip(a, b, strict=True))
@@ -77,8 +78,8 @@ def jaccard(a: list[np.ndarray], b: list[np.ndarray]) -> float:
 def expected_jaccard(a: list[np.ndarray], b: list[np.ndarray]) -> float:
     """Jaccard index to expect of random masks with as many nonzero weights in each layer.
 
-    It is an approximation: the expected intersection over the union that belongs to it, with the
-    size of each layer rounded up to a multiple of eight weights.
+    It is an approximation: the expected intersection divided by the union of that intersection.
+    The size of each layer is rounded up to a multiple of eight weights.
     """
     sizes = [8 * len(x) for x in a]
     counts = [(_count(x), _count(y)) for x, y in zip(a, b, strict=True)]

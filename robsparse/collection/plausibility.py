@@ -1,4 +1,4 @@
-"""Checks all result rows of a study together: marks weak attacks, finds contradictions."""
+"""Checks of all result rows of a study: weak attacks, missed budgets, contradictions."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ _TOLERANCE = 1e-6
 def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
     """Flag AutoAttack where another attack breaks more images, in `potentially_unreliable`.
 
-    AutoAttack should be the strongest attack of its norm and eps. Where it is not, its accuracy is
-    too high, and every row of that network is flagged.
+    AutoAttack should be the strongest attack of its norm and eps. If another attack is stronger,
+    the accuracy under AutoAttack is too high. Then every row of that network is flagged.
     """
     whole = results[results.component == "all"]
     reasons: dict[tuple[Any, ...], str] = {}
@@ -35,9 +35,10 @@ def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def mark_missed_budgets(results: pd.DataFrame) -> pd.DataFrame:
-    """Add the column `budget`: filled where a network has another number of weights than asked.
+    """Add the column `budget`: a text if the number of nonzero weights is not the requested one.
 
-    Uniform layers may miss the budget by one weight each; a larger difference is marked.
+    With uniform layers, each layer may differ by one weight from rounding. A larger difference is
+    marked.
     """
     asked = [keep_count(n, s) for n, s in zip(results.prunable, results.sparsity, strict=True)]
     missed = (results.nonzero - asked).abs() > results.layers
@@ -48,7 +49,7 @@ def mark_missed_budgets(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def find_contradictions(results: pd.DataFrame) -> list[str]:
-    """Everything in the rows that cannot be true, one line each; starts with the row's key."""
+    """All contradictions in the rows, one line for each; a line starts with the key of the row."""
     found = []
     for _, row in results[results.duplicated(KEY)].iterrows():
         found.append(f"{_name(row)}: two rows have this key")
@@ -64,9 +65,9 @@ def find_contradictions(results: pd.DataFrame) -> list[str]:
 
 
 def _contradictions_of_row(row: pd.Series, clean: dict[tuple[Any, ...], int]) -> list[str]:
-    """What cannot be true in one row.
+    """All contradictions in one row.
 
-    clean: number of images that each network classifies correctly without an attack.
+    clean: for each network, the number of images that it classifies correctly without an attack.
     """
     found = []
     if abs(row.accuracy - row.n_correct / row.n_examples) > _TOLERANCE:
@@ -75,9 +76,9 @@ def _contradictions_of_row(row: pd.Series, clean: dict[tuple[Any, ...], int]) ->
         found.append(f"accuracy {row.accuracy} is outside its interval")
     most = clean.get(tuple(row[NETWORK_KEY]))
     if most is None:
-        found.append("no clean accuracy of this model")
+        found.append("no clean accuracy of this network")
     elif row.n_correct > most:
-        found.append(f"{row.n_correct} correct under attack, but {most} without")
+        found.append(f"{row.n_correct} correct under attack, but {most} without attack")
     if pd.notna(row.max_perturbation) and row.max_perturbation > row.eps + _TOLERANCE:
         found.append(f"perturbation {row.max_perturbation} is larger than eps {row.eps}")
     if row.nan_count:

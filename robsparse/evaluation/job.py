@@ -73,7 +73,7 @@ def resolve(
         UsageError: if weights are missing or damaged, the images are not what an attack expects,
             the network does not map them to logits, or results cannot be written.
     """
-    files = target or Target.of_study(layout, cell, selection)
+    files = target or Target.in_study(layout, cell, selection)
     fingerprint = fingerprints.evaluation(study, cell, selection)
     check_writable(files.record.parent)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])

@@ -56,7 +56,7 @@ def import_network(study: Study, cell: Cell, layout: Layout) -> None:
         "imported": _identity(network, splits) if source.foreign else None,
         "data_checksum": splits.checksum(),
         **provenance.current(),
-        **fingerprint.kept(),
+        **fingerprint.as_record(),
         "weights": {s: file_checksum(layout.model(cell, s)) for s in selections},
     }
     write_json(layout.training(cell), record)

@@ -1,4 +1,4 @@
-"""What finished jobs write: result rows, records of evaluations, names of columns, provenance.
+"""Files of finished jobs: result rows, records, names of columns, provenance.
 
-Imports base and schema and no torch.
+Imports base and schema, and no torch.
 """

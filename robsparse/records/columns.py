@@ -1,9 +1,9 @@
-"""The files that `robsparse collect` writes, and the columns of those that have no model."""
+"""Files that `robsparse collect` writes, and the columns of files without a pydantic model."""
 
-# Columns that a method's log has besides those of its cell; see robsparse.sparsity.history.
+# Columns of the log of rewiring, beside those of the cell; see robsparse.sparsity.history.
 STEP_COLUMNS = ("step", "layer", "pruned", "regrown", "active", "age")
 LIFETIME_COLUMNS = ("age", "pruned", "active")
-# What `robsparse collect` writes; MANIFEST has the checksums of the others.
+# Files that `robsparse collect` writes. MANIFEST has the checksums of the others.
 MANIFEST = "collected.json"
 COLLECTED = (
     "results.csv",

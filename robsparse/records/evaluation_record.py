@@ -1,4 +1,4 @@
-"""The record of one evaluation: a JSON file of its result rows, and the file of its outcomes."""
+"""The files of one evaluation: the JSON record, and the outcomes of single images."""
 
 import dataclasses
 import zipfile
@@ -15,12 +15,14 @@ from robsparse.records.rows import Row
 
 @dataclass(frozen=True)
 class Record:
-    """One evaluation: result rows, nonzero weights of each layer, and how large the weights are.
+    """One evaluation.
 
-    layers: layer, size, nonzero, positions. histogram: counts of nonzero prunable weights whose
-    magnitude is in [low, high). sanity_checks: numbers of
-    robsparse.evaluation.sanity_checks. outcomes: checksum of the file of outcomes of the single
-    images.
+    rows: result rows.
+    layers: for each layer: layer, size, nonzero, positions.
+    histogram: bins of |w| of the nonzero prunable weights: low, high, and the count of weights
+        with a magnitude in [low, high).
+    sanity_checks: numbers of robsparse.evaluation.sanity_checks.
+    outcomes: checksum of the flags file, which has the outcomes of single images.
     """
 
     rows: list[Row]
@@ -38,7 +40,11 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """Read back what `write_record` wrote. Raises UsageError naming the field that is wrong."""
+    """Read the record of one evaluation.
+
+    Raises:
+        UsageError: if the file is damaged or of another version. The message names the field.
+    """
     content = read_json(path)
     try:
         if not content["rows"]:
@@ -53,14 +59,18 @@ def read_record(path: Path) -> Record:
         key = ".".join(str(part) for part in wrong["loc"])
         if wrong["type"] in ("extra_forbidden", "missing"):
             raise UsageError(
-                f"{path}: '{key}': its columns are those of another version of robsparse; evaluate "
-                "this network again"
+                f"{path}: '{key}': another version of robsparse wrote these columns; evaluate this "
+                "network again"
             ) from None
         raise UsageError(f"{path}: {key} = {wrong['input']!r}: {wrong['msg']}") from None
 
 
 def read_flags(path: Path) -> dict[str, Any]:
-    """Outcomes of the single images of one evaluation. Raises UsageError when it is damaged."""
+    """Read the outcomes of single images of one evaluation: arrays by name.
+
+    Raises:
+        UsageError: if the file is damaged.
+    """
     import numpy as np  # noqa: PLC0415 (planning the workflow starts sooner without it)
 
     try:

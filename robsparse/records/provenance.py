@@ -1,4 +1,4 @@
-"""Which code and which libraries made a number."""
+"""Versions of the code and of the libraries that computed a result."""
 
 import functools
 import importlib.metadata
@@ -11,7 +11,7 @@ from typing import Any
 
 import robsparse
 
-# The packages whose code decides a number; each has a folder of its own.
+# The packages with the code that decides a result. Each one has a separate folder.
 CODE_PACKAGES = (
     "robsparse",
     "robsparse.method",
@@ -23,7 +23,7 @@ CODE_PACKAGES = (
 
 @functools.cache
 def current() -> dict[str, Any]:
-    """code_version, code_dirty and libraries of this process, as columns of a Row."""
+    """code_version, code_dirty and libraries of this process; the keys are columns of a Row."""
     commit, dirty = _git_state(_code_folders())
     return {
         "code_version": f"{robsparse.__version__}+{commit}" if commit else robsparse.__version__,
@@ -44,7 +44,7 @@ def libraries() -> str:
 
 
 def _code_folders() -> list[Path]:
-    """Folders of the package's code: its own, and those of methods, attacks and figures."""
+    """The folders of CODE_PACKAGES."""
     specs = [importlib.util.find_spec(name) for name in CODE_PACKAGES]
     places = [spec.submodule_search_locations or [] for spec in specs if spec]
     return [Path(place) for folders in places for place in folders]
@@ -53,9 +53,9 @@ def _code_folders() -> list[Path]:
 def _git_state(folders: list[Path]) -> tuple[str, bool]:
     """Short commit of the code in the folders, and whether it differs from that commit.
 
-    Tracked files that were changed differ, and so do Python files in the folders that git does not
-    know. ("", False) where git does not track the code, as where a project that is not this one
-    holds the environment that this package is installed in.
+    The code differs if a tracked file was changed, or if the folders have a Python file that git
+    does not track. The result is ("", False) if git does not track the code: for example, if the
+    package is installed in an environment inside the repository of another project.
     """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 

@@ -1,6 +1,6 @@
-"""Result rows: one measured accuracy each, with what was measured, at what cost and by which code.
+"""Result rows. A row has one measured accuracy, with its settings, its cost and its provenance.
 
-`Row` is the only shape of a result. A published accuracy is a row with another `source`.
+All results are rows. A published accuracy is a row with another `source`.
 """
 
 import functools
@@ -17,10 +17,10 @@ Share = Field(ge=0, le=1)
 class Row(BaseModel):
     """One measured accuracy. The first nine fields are its key.
 
-    Accuracies and sparsities are fractions in [0,1]. A component is one part of an attack that is
-    made of several; "all" is the attack as a whole. Components run one after the other on the
-    images that are still robust, so the accuracy of one counts all before it. `None` means that
-    the number is not known; it is printed as n/a.
+    Accuracies and sparsities are fractions in [0,1]. A component is one part of an attack that has
+    several parts; "all" is the whole attack. Components run one after the other on the images that
+    are still robust. So the accuracy after a component includes all components before it. `None`
+    means that the number is not known; it is printed as n/a.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,9 +40,12 @@ class Row(BaseModel):
     n_examples: int = Field(gt=0)
     ci_low: float = Share
     ci_high: float = Share
-    classes: int | None = Field(None, gt=0, description="of the data set")
+    classes: int | None = Field(None, gt=0, description="number of classes of the data set")
     chance: float | None = Field(
-        None, ge=0, le=1, description="accuracy of naming the largest class of the whole test set"
+        None,
+        ge=0,
+        le=1,
+        description="accuracy if the largest class is always predicted",
     )
 
     norm: str
@@ -56,7 +59,7 @@ class Row(BaseModel):
     nan_count: NonNegativeInt = 0
     attack_seconds: float | None = Field(None, ge=0)
     attacked_on: Literal["view", "network"] | None = Field(
-        None, description="whose passes the attack used: the folded view's or the network's own"
+        None, description="the attack used passes of the folded view, or of the network itself"
     )
 
     sparsity_reached: float = Field(ge=0, le=1)
@@ -67,7 +70,7 @@ class Row(BaseModel):
     sparse_macs: NonNegativeInt
     model_bytes: int = Field(
         ge=0,
-        description="of all tensors: nonzero values and their positions, or all values",
+        description="bytes of all tensors, each as nonzero values with positions or as all values",
     )
 
     selected_epoch: int | None = None
@@ -88,14 +91,14 @@ class Row(BaseModel):
     data_checksum: str
     model_checksum: str
     source: Literal["measured"] | str = "measured"
-    origin: str = Field("", description="where the network comes from, in words")
-    failure: str = Field("", description="what went wrong in training; such a row is marked")
+    origin: str = Field("", description="where the network comes from, as text")
+    failure: str = Field("", description="why training failed, as text; the row is then marked")
     potentially_unreliable: str = Field(
-        "", description='why the network is, in words; "" if it is not'
+        "", description='why the network is potentially unreliable, as text; "" if it is not'
     )
 
     @model_validator(mode="after")
-    def _radius_is_one(self) -> "Row":
+    def _check_radius(self) -> "Row":
         if error := radius_error(self.norm, self.eps):
             raise ValueError(f"eps: {error}")
         return self
@@ -108,7 +111,8 @@ KEY = list(Row.model_fields)[:9]
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """95 % score interval of a binomial share: (low, high), both in [0,1].
 
-    Raises ValueError unless 0 <= successes <= n and n > 0.
+    Raises:
+        ValueError: unless 0 <= successes <= n and n > 0.
 
     Source: E. B. Wilson, JASA 22 (1927).
     """

@@ -1,4 +1,4 @@
-"""The record of one training: a JSON file with its cost, its curve and checksums of its weights."""
+"""The record of one training run: JSON with cost, curve and checksums of weights."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,10 @@ from robsparse.base.files import read_json
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """The record of one training.
+    """Read the record of one training run.
 
-    Raises UsageError when the file is missing, damaged or was written by an older version.
+    Raises:
+        UsageError: if the file is missing or damaged, or if an older version wrote it.
     """
     content = read_json(path)
     cost, curve = content.get("cost"), content.get("curve", [])

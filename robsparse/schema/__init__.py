@@ -1,7 +1,7 @@
 """The sections of a config as pydantic models.
 
-What is listed here are the names that a `Params` model may use; all other code imports a class from
-its own module. Imports base alone and no torch.
+A `Params` model may use the names that are listed here. All other code imports a class from the
+module that defines it. This package imports only base, and no torch.
 """
 
 from robsparse.schema.fields import CONTENT, PLACE, Name, Normalised, Radius, Share, Strict

@@ -1,4 +1,7 @@
-"""Which attacks see which saved weights, on how many test images. No torch in here."""
+"""Settings of the evaluation: attacks, the weights that they attack, test images.
+
+Imports no torch.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -12,18 +15,18 @@ Selection = Literal["best_val", "best_clean", "last"]
 
 
 class SanityChecks(Strict):
-    """Tests of every network for obfuscated gradients: `robsparse.evaluation.sanity_checks`."""
+    """Sanity checks of every network for gradient masking: `robsparse.evaluation.sanity_checks`."""
 
     n_examples: NonNegativeInt = Field(
-        100, description="the first n images of the evaluation; 0: no sanity checks"
+        100, description="number of images, from the first of the evaluation; 0: no sanity checks"
     )
-    queries: PositiveInt = Field(500, description="of the black-box attack, for each image")
+    queries: PositiveInt = Field(500, description="queries of the black-box attack for each image")
 
 
 class Evaluation(Strict):
-    """Which attacks see which saved weights, on how many test images."""
+    """Which attacks run on which saved weights, and on how many test images."""
 
-    n_examples: PositiveInt = Field(description="the first n images of the test split")
+    n_examples: PositiveInt = Field(description="number of test images, from the first")
     batch_size: PositiveInt = 250
     seed: Seed = 0
     selections: dict[Selection, Annotated[list[Name], Field(min_length=1)]] = Field(
@@ -42,6 +45,6 @@ class Evaluation(Strict):
 
 
 class EvaluationSection(Evaluation):
-    """The section of a file: the parameters of attacks are still mappings."""
+    """The section as the file has it: the parameters of attacks are still mappings."""
 
     attacks: dict[Name, Any] = Field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""Models that were trained elsewhere, and where a network comes from. No torch in here.
+"""External models, and where the networks of a method come from.
 
-Training, the workflow, evaluation, collection, figures and export ask a Source;
-`robsparse.networks.construct` opens what it describes.
+Training, the workflow, evaluation, collection, figures and export read a Source.
+`robsparse.networks.construct` builds the network that it describes. Imports no torch.
 """
 
 import re
@@ -18,7 +18,7 @@ from robsparse.schema.training import Objective
 # A network of RobustBench's zoo; some of its names have dots.
 _ZOO = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
-# Stands for the arch of networks of foreign code that share a table with no arch of the study.
+# The arch of a network of foreign code that is in no table with an arch of the study.
 ELSEWHERE = "elsewhere"
 
 Kind = Literal["trained", "file", "callable", "zoo"]
@@ -29,10 +29,10 @@ Match = Literal["names", "order"]
 class Source:
     """Where the networks of one method come from.
 
-    kind: "trained" here; a "file" of weights for an arch of the study; what a "callable" of the
-        user returns; a network of RobustBench's "zoo".
-    name: the file's path, module:function, or the name in the zoo; "" for what is trained here.
-    match: how the tensors of a file are assigned to those of the network.
+    kind: "trained": by this suite; "file": weights in a file, for an arch of the study;
+        "callable": a Python function of the user returns the network; "zoo": from RobustBench.
+    name: the path of the file, module:function, or the name in the zoo; "" for kind "trained".
+    match: how the tensors of a file are assigned to the tensors of the network.
     """
 
     kind: Kind = "trained"
@@ -41,12 +41,12 @@ class Source:
 
     @property
     def external(self) -> bool:
-        """Whether the network was trained elsewhere."""
+        """Whether it is an external model."""
         return self.kind != "trained"
 
     @property
     def foreign(self) -> bool:
-        """Whether code that is not of this suite builds the network and computes its outputs."""
+        """Whether code from outside this suite builds the network and computes its outputs."""
         return self.kind in ("callable", "zoo")
 
     @property
@@ -61,43 +61,46 @@ class Source:
 
 
 def _is_function(text: str) -> bool:
-    """Whether a text is module:function, as Python writes it."""
+    """Whether a text has the form module:function with valid Python names."""
     module, _, function = text.partition(":")
     return len(text) <= 200 and all(map(str.isidentifier, [*module.split("."), function]))
 
 
 class External(Strict):
-    """A network that was trained elsewhere: attacked and printed like all others, never trained.
+    """An external model. It is attacked and printed like all other networks, but never trained.
 
-    Its weights come from `file` (safetensors, or a state dict saved by torch) for an arch of the
-    study, from RobustBench's model zoo (`zoo`), or with the network that a Python function returns
-    (`callable`).
+    There are three sources. `file`: weights for an arch of the study (safetensors, or a state dict
+    that torch saved). `zoo`: a model of RobustBench. `callable`: a Python function that returns
+    the network with its weights.
     """
 
     file: Annotated[str | None, CONTENT] = None
     arch: Name | None = Field(
         None,
-        description="name in the section archs, or a registered one; for zoo and callable: the one "
-        "in whose table the network stands",
+        description="name in the section archs, or of a registered arch; for zoo and callable: "
+        "the network is printed in the tables of this arch",
     )
     zoo: str | None = Field(None, description="name of a model in RobustBench's zoo")
     callable: str | None = Field(
         None,
-        description="module:function of a function without arguments that returns a torch module "
+        description="module:function; the function has no arguments and returns a torch module, "
         "which maps images in [0,1] to logits",
     )
     dataset: Name
-    objective: Objective = Field(description="what it was trained with")
+    objective: Objective = Field(description="objective of its training")
     sparsity: Claimed = Field(
-        0.0, description="as its authors say it; tables mark it when the count differs"
+        0.0, description="sparsity that its authors report; tables mark it when the count differs"
     )
     label: str = Field("", description="printed name")
     mean: tuple[float, ...] | None = Field(
-        None, description="subtracted from each channel before the first layer"
+        None, description="one value for each channel; subtracted before the first layer"
     )
-    std: tuple[PositiveFloat, ...] | None = Field(None, description="divided by, after mean")
+    std: tuple[PositiveFloat, ...] | None = Field(
+        None,
+        description="one value for each channel; divides the image, after mean",
+    )
     match: Match = Field(
-        "names", description="whether the file's tensors are ours by name, or in their order"
+        "names", description="tensors of the file are assigned by their names, or in their order"
     )
 
     @model_validator(mode="after")
@@ -117,13 +120,13 @@ class External(Strict):
         if self.file is not None and self.arch is None:
             raise PydanticCustomError("source", "expected the arch of the file", {"key": "arch"})
         if (self.mean is None) != (self.std is None):
-            raise PydanticCustomError("source", "expected std beside it", {"key": "mean"})
+            raise PydanticCustomError("source", "expected std too", {"key": "mean"})
         for key in ("mean", "match"):
             if self.file is None and key in self.model_fields_set:
                 raise PydanticCustomError(
                     "source",
-                    "expected it for a file alone: a network of a callable or the zoo takes images "
-                    "in [0,1] and has its own weights",
+                    "expected it only beside a file: a network of a callable or the zoo takes "
+                    "images in [0,1] and has its own weights",
                     {"key": key},
                 )
         return self

@@ -1,4 +1,4 @@
-"""Kinds of values that a configuration holds, with what a wrong one is told."""
+"""Types of the values of a config, with the messages for wrong values."""
 
 import math
 import re
@@ -25,9 +25,9 @@ SPARSITY_DECIMALS = 4
 
 
 class Strict(BaseModel):
-    """Base of every configuration section: unknown keys are errors, values never change.
+    """Base of every section of a config: unknown keys are errors, values never change.
 
-    Numbers are at most 2**31, which no setting comes near.
+    Numbers are at most 2**31. No setting needs a larger one.
     """
 
     model_config = ConfigDict(
@@ -53,7 +53,7 @@ class Strict(BaseModel):
         return data
 
     @model_validator(mode="after")
-    def _refuse_absurd_numbers(self) -> Self:
+    def _refuse_huge_numbers(self) -> Self:
         for key, value in self:
             numbers = value if isinstance(value, tuple | list) else (value,)
             if any(isinstance(n, int | float) and abs(n) > LARGEST for n in numbers):
@@ -64,9 +64,10 @@ class Strict(BaseModel):
 
 
 class Normalised(Strict):
-    """Parameters of a network that may normalise its images itself: attacks see [0,1] all the same.
+    """Parameters of a network that may normalise its images itself; attacks still work in [0,1].
 
-    The first layer is then (x - mean) / std; mean, std: one value a channel, for x in [0,1].
+    If mean and std are given, the first layer is (x - mean) / std for images x in [0,1]. Both have
+    one value for each channel.
     """
 
     mean: tuple[float, ...] | None = None
@@ -77,12 +78,12 @@ class Normalised(Strict):
         for key, other in (("mean", "std"), ("std", "mean")):
             if getattr(self, key) is not None and getattr(self, other) is None:
                 raise PydanticCustomError(
-                    "normalised", "expected {other} beside it", {"key": key, "other": other}
+                    "normalised", "expected {other} too", {"key": key, "other": other}
                 )
         return self
 
 
-# A ratio of two decimals, short enough that reading it exactly costs nothing.
+# A ratio of two decimal numbers of at most 40 digits, so that exact arithmetic is fast.
 _RATIO = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*/\s*(\d{1,20}(?:\.\d{1,20})?)\s*")
 
 
@@ -96,7 +97,7 @@ def _ratio(value: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    """The value as a float, nan if it is none; True is not a number here."""
+    """The value as a float; nan if it is not a number. True and False are not numbers here."""
     try:
         return float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -104,9 +105,12 @@ def _number(value: Any) -> float:
 
 
 def radius(value: Any) -> float:
-    """A radius or a length of a step as a float: a number above 0, or a ratio as text.
+    """A radius or a step size as a float. It is written as a number above 0 or as a ratio.
 
-    Raises PydanticCustomError otherwise. What is too large depends on the norm: see `radius_error`.
+    The largest allowed value depends on the norm: see `radius_error`.
+
+    Raises:
+        PydanticCustomError: if the value is not a number above 0.
     """
     number = _number(_ratio(value))
     if not 0 < number < math.inf:
@@ -117,7 +121,7 @@ def radius(value: Any) -> float:
 
 
 def radius_error(norm: str, value: float) -> str:
-    """What is wrong with a radius or a step in pixel units in a norm; "" if nothing is.
+    """An error message for a radius or a step size in pixel units; "" if the value is valid.
 
     In Linf no pixel can change by more than 1. In L2 the length of a perturbation may be above 1.
     """
@@ -128,7 +132,7 @@ def radius_error(norm: str, value: float) -> str:
 
 
 def rounded_sparsity(sparsity: float) -> float:
-    """The sparsity with as many decimals as a study has: cells and published numbers match."""
+    """The sparsity with four decimals. Cells and published numbers are compared in this form."""
     return round(sparsity, SPARSITY_DECIMALS)
 
 
@@ -151,9 +155,9 @@ def _sparsity(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Decides:
-    """Marks a setting that names a place on disk.
+    """Marks a setting that is the path of a file or folder.
 
-    content: whether what lies there decides a result; the name itself never does.
+    content: whether the content of the file or folder decides a result. The path never does.
     """
 
     content: bool
@@ -178,7 +182,7 @@ def _claimed(value: Any) -> Any:
     return 0.0 if _number(value) == 0 else _sparsity(value)
 
 
-Name = Annotated[str, AfterValidator(_name)]  # of a part, a file or a folder
+Name = Annotated[str, AfterValidator(_name)]  # name of a part, a file or a folder
 Radius = Annotated[float, BeforeValidator(radius)]
 Sparsity = Annotated[float, BeforeValidator(_sparsity)]
 Claimed = Annotated[float, BeforeValidator(_claimed)]
@@ -187,7 +191,7 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 
 
 def each_once(values: list[Any]) -> list[Any]:
-    """Return the list as it is; a repeated entry is an error of the config."""
+    """Return the list unchanged. A repeated entry is an error of the config."""
     if len(set(values)) != len(values):
         raise PydanticCustomError("repeat", "expected each entry once", {})
     return values

@@ -1,4 +1,4 @@
-"""The networks of a study, and the tables that they are put into. No torch in here."""
+"""The networks of a study, and the tables of papers that show them. Imports no torch."""
 
 from typing import Annotated, Any, Literal
 
@@ -11,17 +11,17 @@ from robsparse.schema.training import Objective
 
 Axis = Literal["dataset", "arch", "objective", "method", "sparsity"]
 
-# What `robsparse figures` itself writes to tables/.
+# Tables that `robsparse figures` writes to tables/ for every study.
 OWN_TABLES = ("main", "per_class", "disagreements")
 
 
 class Budget(Strict):
     """The same cost of training for every sparse network of a block.
 
-    The stages of a method are lengthened or shortened in proportion until they cost `total`,
-    together with the dense network that they start from, whose epochs stay as they are. `epochs`
-    counts epochs; `passes` counts forward and backward passes over each training image, so that
-    dear objectives get fewer epochs than cheap ones.
+    All stages of a method are lengthened or shortened by the same factor until the training costs
+    `total`. The cost includes the dense network that the method starts from; the epochs of that
+    network do not change. The unit `epochs` counts epochs. The unit `passes` counts forward and
+    backward passes over each training image: expensive objectives then get fewer epochs.
     """
 
     unit: Literal["epochs", "passes"]
@@ -29,7 +29,7 @@ class Budget(Strict):
 
 
 class Grid(Strict):
-    """A block of cells: the product of these lists (dense is trained once a seed)."""
+    """A block of cells: all combinations of these lists. Dense is trained once for each seed."""
 
     datasets: list[Name] = Field(min_length=1)
     archs: list[Name] = Field(min_length=1)
@@ -39,16 +39,16 @@ class Grid(Strict):
     seeds: list[Seed] = Field(min_length=1)
     params: dict[Name, Any] = Field(
         default_factory=dict,
-        description="hyperparameters of this block's methods, over those of the section methods",
+        description="hyperparameters of methods in this block; they override the section methods",
     )
     training: Any = Field(
         default_factory=dict,
-        description="settings of this block over those of the section training, such as those "
-        "that a method was published with",
+        description="training settings of this block, for example those of a publication; they "
+        "override the section training",
     )
     budget: Budget | None = None
     where_exists: str | None = Field(
-        None, description="a file without which the block is left out (and that is said)"
+        None, description="a file; without it the block is left out, with a message"
     )
 
     @field_validator("datasets", "archs", "objectives", "methods", "sparsities", "seeds")
@@ -89,7 +89,7 @@ class Table(Strict):
     def _is_free(cls, name: str) -> str:
         if name.lower() in OWN_TABLES:
             raise PydanticCustomError(
-                "taken", "expected a name that is no table of every study", {}
+                "used_name", f"expected a name other than {', '.join(OWN_TABLES)}", {}
             )
         return name
 
@@ -101,9 +101,9 @@ class Table(Strict):
         return each_once(values)
 
     @model_validator(mode="after")
-    def _rows_are_no_columns(self) -> "Table":
+    def _rows_and_columns_differ(self) -> "Table":
         if set(self.rows) & set(self.columns):
             raise PydanticCustomError(
-                "axes", "expected other axes than those of rows", {"key": "columns"}
+                "axes", "expected axes that are not in rows", {"key": "columns"}
             )
         return self

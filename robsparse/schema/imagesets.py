@@ -1,6 +1,6 @@
-"""Settings that image data sets share, and what is known of one before it is read.
+"""Settings that all image data sets have, and their sizes before the images are read.
 
-No torch in here.
+Imports no torch.
 """
 
 import ast
@@ -14,11 +14,11 @@ from robsparse.schema.fields import PLACE, Strict
 
 
 class Augmentation(Strict):
-    """How training images are varied, anew in each epoch.
+    """Random changes of the training images; drawn again in each epoch.
 
-    kind: "shift" moves the image by a real number of pixels, uniform in +-shift of the side in
-    each direction, with bilinear interpolation and repeated edges (as the BCS authors do); "crop"
-    pads with `padding` zeros and cuts the old size out at a random place.
+    kind: "shift" moves the image in each direction by a random real number of pixels, uniform in
+        +-shift times the side, with bilinear interpolation and repeated edges (as the BCS authors
+        do). "crop" pads with `padding` zeros and cuts out the old size at a random position.
     flip: mirror the image left to right with probability 1/2.
     """
 
@@ -30,9 +30,11 @@ class Augmentation(Strict):
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a data set: channels, height and width; classes; images of each part.
+    """Sizes of a data set.
 
-    classes: None if only the labels tell.
+    image_shape: channels, height, width.
+    classes: number of classes; None if the labels must be read to know it.
+    train_examples, validation_examples, test_examples: number of images of each part.
     """
 
     image_shape: tuple[int, int, int]
@@ -43,12 +45,12 @@ class Description:
 
 
 class Images(Strict):
-    """What every data set with a training and a test part of its own has.
+    """Settings of every data set that has a training part and a test part.
 
-    validation_examples: held out of the training images, stratified by class.
-    train_on_validation: networks are trained on all training images, also on those that validation
-        measures. The selections `best_val` and `best_clean` are then made on images that the
-        network knows; `last` needs no selection.
+    validation_examples: number of training images that are held out, stratified by class.
+    train_on_validation: whether networks are trained on all training images, also on the held-out
+        ones. The selections `best_val` and `best_clean` are then made on images of the training;
+        `last` needs no selection.
     """
 
     validation_examples: int = Field(2000, ge=10)
@@ -57,20 +59,20 @@ class Images(Strict):
     augmentation: Augmentation = Augmentation()
 
     def description(self) -> Description | None:
-        """What is known before the images are read, or None."""
+        """Sizes that are known before the images are read, or None."""
         return None
 
     def described(
         self, image_shape: tuple[int, int, int], classes: int | None, train: int, test: int
     ) -> Description:
-        """Of a data set of so many training images, of which some are held out, and test images."""
+        """Make a description; `train` counts all training images, with those held out."""
         held_out = self.validation_examples
         trained = train if self.train_on_validation else train - held_out
         return Description(image_shape, classes, trained, held_out, test)
 
 
 class Downloaded(Images):
-    """A data set that torchvision downloads. data_dir: where it is, or is downloaded to."""
+    """A data set that torchvision downloads. data_dir: the folder that has it or will have it."""
 
     classes: ClassVar[int]
 
@@ -79,13 +81,13 @@ class Downloaded(Images):
 
 
 def shapes_in_npz(path: str) -> dict[str, tuple[int, ...]]:
-    """The shape of each array of an npz file, from the headers alone; none of a damaged file."""
+    """Shapes of the arrays of an npz file; reads only the headers. Empty for a damaged file."""
     shapes = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 with archive.open(name) as handle:
-                    start = handle.read(8)  # the magic word and the version of the format
+                    start = handle.read(8)  # magic bytes and version of the format
                     size = int.from_bytes(handle.read(2 if start[6] == 1 else 4), "little")
                     header = ast.literal_eval(handle.read(min(size, 10_000)).decode("latin-1"))
                 shapes[name.removesuffix(".npy")] = tuple(header["shape"])
@@ -95,7 +97,7 @@ def shapes_in_npz(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Channels, height and width of an array of images N,H,W or N,H,W,C or N,C,H,W; else None."""
+    """Channels, height and width from the shape N,H,W or N,H,W,C or N,C,H,W; None for others."""
     if len(shape) == 3:
         return 1, *shape[1:]
     if len(shape) == 4 and (shape[3] in (1, 3)) != (shape[1] in (1, 3)):

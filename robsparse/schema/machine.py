@@ -1,4 +1,4 @@
-"""Where jobs run. No torch in here."""
+"""Settings of the machine that jobs run on. Imports no torch."""
 
 from typing import Literal
 
@@ -10,17 +10,17 @@ MOST_THREADS = 1024
 
 
 class Machine(Strict):
-    """Where jobs run, and what they may use.
+    """The device, threads, memory and time that a job may use.
 
-    None of it is a setting of a network or an attack, and it belongs to no fingerprint's settings.
-    But other devices, and another number of threads, add floating-point numbers in another order:
-    results then differ by rounding, and after many steps by more.
+    These are not settings of a network or an attack, so no fingerprint contains them. But another
+    device or another number of threads adds floating-point numbers in another order. Results then
+    differ by rounding, and after many steps by more.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt = Field(1, le=MOST_THREADS, description="CPU threads of one job")
-    memory_mb: PositiveInt = Field(2000, description="memory that a job asks a cluster for")
-    minutes: PositiveInt = Field(60, description="run time that a job asks a cluster for")
+    memory_mb: PositiveInt = Field(2000, description="memory that a job requests on a cluster")
+    minutes: PositiveInt = Field(60, description="run time that a job requests on a cluster")
     rerun_on_code_change: bool = Field(
-        False, description="let a change of the code that trains or attacks start jobs again"
+        False, description="run jobs again when the code of training or attacks has changed"
     )

@@ -1,4 +1,4 @@
-"""What a study's configuration file says, checked for its own shape. No torch in here."""
+"""The model of a config file, before its named parts are filled in. Imports no torch."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ from robsparse.schema.machine import Machine
 from robsparse.schema.threat import Threat
 from robsparse.schema.training import Training
 
-# What else lies in results/ beside the folders of studies.
+# Folders of results/ that do not belong to a study.
 OWN_FOLDERS = ("reference", "published", "callable", "zoo")
 
 
 class StudyFile(Strict):
-    """One configuration file as it is written: named parts are still mappings.
+    """One config file as it is written: named parts are still mappings.
 
-    `grid` is one block or a list of blocks. In datasets, archs, methods and evaluation.attacks a
-    new name may stand for a variant of a registered one: {base: NAME, label: TEXT, parameters...}.
+    `grid` is one block or a list of blocks. In datasets, archs, methods and evaluation.attacks, a
+    new name defines a variant of a registered part: {base: NAME, label: TEXT, parameters...}.
 
-    robsparse.study.resolving makes a Study of it, which all other code reads.
+    robsparse.study.resolving makes a Study from it. All other code reads the Study.
     """
 
     study: Name = Field(description="names results/<study>")
@@ -34,14 +34,14 @@ class StudyFile(Strict):
     archs: dict[Name, Any] = Field(default_factory=dict)
     methods: dict[Name, Any] = Field(default_factory=dict)
     models: dict[Name, External] = Field(
-        default_factory=dict, description="networks that were trained elsewhere"
+        default_factory=dict, description="external models by name"
     )
     threat: Threat
     training: Training
     evaluation: EvaluationSection
     machine: Machine = Machine()
     tables: list[Table] = Field(
-        default_factory=list, description="tables beside the main one, such as those of a paper"
+        default_factory=list, description="more tables, for example those of a paper"
     )
 
     @field_validator("grid", mode="before")
@@ -54,6 +54,8 @@ class StudyFile(Strict):
     def _is_free(cls, name: str) -> str:
         if name.lower() in OWN_FOLDERS:
             raise PydanticCustomError(
-                "taken", "expected another name: results/{name} is no study's", {"name": name}
+                "used_name",
+                "expected another name: the folder results/{name} does not belong to a study",
+                {"name": name},
             )
         return name

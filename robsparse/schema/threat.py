@@ -1,4 +1,4 @@
-"""How far an adversary may go, and how training examples are crafted. No torch in here."""
+"""Norm and radius of the adversary, and how training examples are crafted. Imports no torch."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ Backend = Literal["auto", "eager", "compiled", "graph"]
 
 
 class Threat(Strict):
-    """The adversary that models are trained against and attacked with."""
+    """Norm and radius of the adversary, in training and in attacks."""
 
     norm: Norm = "Linf"
     eps: Radius = Field(
@@ -31,10 +31,10 @@ class Threat(Strict):
 
 
 class AttackParams(Strict):
-    """Parameters of an attack that perturbs images: norm and eps where not those of the threat.
+    """Parameters of an attack that perturbs images.
 
-    eps in the norm: for L2 the length of the whole perturbation, pixels in [0,1]. An attack of
-    another norm than the threat's has an eps of its own.
+    norm, eps: None for those of the study's threat. Pixels are in [0,1]; in L2, eps is the length
+        of the whole perturbation. An attack in another norm than the threat must set eps.
     """
 
     norm: Norm | None = None
@@ -42,10 +42,10 @@ class AttackParams(Strict):
 
     @property
     def qualifier(self) -> str:
-        """What its printed name must say beside it: how it differs from what that name stands for.
+        """How these settings differ from the attack that the printed name stands for; "" if not.
 
-        An attack that others compare with overrides it; its published numbers are then compared
-        with those of the unqualified attack alone.
+        It is printed in brackets after the name. A well-known attack overrides it. Results with a
+        qualifier are not compared with published numbers.
         """
         return ""
 
@@ -60,8 +60,8 @@ class Crafting(Strict):
     )
     precision: Precision = Field(
         "auto",
-        description="what convolutions compute in while crafting; auto: bf16 where the device is "
-        "much faster at it, else fp32 (validation and attacks are always in fp32)",
+        description="number format of convolutions while crafting; auto: bf16 if the device is "
+        "much faster with it, else fp32 (validation and attacks always use fp32)",
     )
     backend: Backend = Field(
         "auto",
@@ -69,6 +69,6 @@ class Crafting(Strict):
     )
     eps_warmup: NonNegativeInt = Field(
         0,
-        description="first epochs of a network trained from scratch in which eps and step_size "
-        "rise linearly from 0",
+        description="number of first epochs in which eps and step_size rise linearly from 0, for "
+        "networks that are trained from scratch",
     )

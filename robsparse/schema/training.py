@@ -1,4 +1,4 @@
-"""How networks are trained: stages, and what all methods share. No torch in here."""
+"""Settings of training: of a stage, and those that all methods share. Imports no torch."""
 
 from typing import Annotated, Literal
 
@@ -17,15 +17,16 @@ MOST_EPOCHS, LARGEST_LR = 100_000, 1000
 class Fit(Strict):
     """How one stage is optimised: SGD with momentum, a learning-rate schedule, weight decay.
 
-    schedule: "cosine" falls at every step; "cosine_epochs" once an epoch and an epoch late, as
-        HYDRA's authors have it: epoch e = 0, 1, ... of E has (1 + cos(pi (e - 1) / E)) / 2.
-    velocity: "torch" sums up gradients and multiplies the sum by the current lr; "tensorflow" sums
-    up lr * gradient, so that a drop of lr does not shorten the steps already under way. The same
-    while lr is constant.
-    decay: "coupled" adds weight_decay*w to the gradient (torch SGD); "sgdw" shrinks every trained
-    tensor by (1 - weight_decay * lr / lr_0) before the step and is *not* multiplied by lr, as in
-    the optimiser of the BCS authors (equal to "coupled" in steady state when lr is 0.1
-    and momentum 0.9).
+    schedule: "cosine" lowers lr at every step. "cosine_epochs" lowers it once for each epoch, and
+        one epoch late, as HYDRA's authors do: in epoch e = 0, 1, ... of E, lr is multiplied by
+        (1 + cos(pi (e - 1) / E)) / 2.
+    velocity: "torch" adds up gradients and multiplies the sum by the current lr. "tensorflow" adds
+        up lr * gradient, so that a drop of lr does not change earlier terms of the sum. Both are
+        the same while lr is constant.
+    decay: "coupled" adds weight_decay * w to the gradient (torch SGD). "sgdw" multiplies every
+        trained tensor by 1 - weight_decay * lr / lr_0 before the step, as the optimiser of the BCS
+        authors does; the decay is not multiplied by lr. Both are equal in steady state when lr is
+        0.1 and momentum 0.9.
     """
 
     epochs: PositiveInt
@@ -39,8 +40,8 @@ class Fit(Strict):
     clean_passes: Literal[0, 1, 2] = Field(
         0,
         description="further passes over the clean batch at each step, in train mode: they move "
-        "the statistics of batch norm and are counted as cost; 1: before crafting (HARP's and "
-        "ADMM's authors), 2: also after the passes of the loss (HYDRA's authors)",
+        "the statistics of batch norm and count as cost; 1: before crafting (as HARP's and ADMM's "
+        "authors do), 2: also after the passes of the loss (as HYDRA's authors do)",
     )
     momentum: Share = 0.9
     nesterov: bool = Field(
@@ -53,8 +54,8 @@ class Fit(Strict):
     decay: Literal["coupled", "sgdw"] = "coupled"
 
     @model_validator(mode="after")
-    def _can_be(self) -> "Fit":
-        """Here rather than in the fields, so that it also holds for fields that are redefined."""
+    def _check_values(self) -> "Fit":
+        """Check the values here and not in the fields: a subclass may redefine a field."""
         drops = list(self.milestones)
         for key, wrong, expected in (
             ("epochs", self.epochs > MOST_EPOCHS, f"at most {MOST_EPOCHS} epochs"),
@@ -124,19 +125,19 @@ class Validation(Strict):
 
 
 class Training(Strict):
-    """What every method shares while it trains."""
+    """Settings of training that all methods share."""
 
     batch_size: PositiveInt = 128
     crafting: Crafting
     precision: Precision = Field(
-        "auto", description="what the training pass computes in (weights and updates: fp32)"
+        "auto", description="number format of the training pass (weights and updates: fp32)"
     )
     eps: Radius | None = Field(
         None,
-        description="radius that is trained and validated against, if it is not the threat's",
+        description="radius in training and validation, if it differs from that of the threat",
     )
     augmentation: Augmentation | None = Field(
-        None, description="how training images are varied, if not as the data set says"
+        None, description="augmentation of training images, in place of that of the data set"
     )
     beta: PositiveFloat = Field(6.0, description="weight of the KL term of TRADES and MART")
     label_smoothing: float = Field(
@@ -168,11 +169,11 @@ class Training(Strict):
     )
     collapse_after: NonNegativeInt = Field(
         10,
-        description="stop, and mark the result, when held-out accuracy has been that of guessing "
-        "the largest class for so many validations in a row; 0: never",
+        description="number of validations in a row with the accuracy of guessing the largest "
+        "class, after which training stops and the result is marked; 0: never stop",
     )
     log_every: PositiveInt = Field(
-        1, description="steps that one row of the log of rewiring sums up"
+        1, description="number of steps in one row of the log of rewiring"
     )
     validation: Validation = Validation()
 

@@ -1,4 +1,4 @@
-"""One config file, read, checked and resolved into cells; the fingerprints of its results.
+"""Reads, checks and resolves a config file into cells; computes fingerprints of results.
 
-Imports records and what is below it and no torch.
+Imports records and the packages below it, and no torch.
 """

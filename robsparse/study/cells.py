@@ -1,4 +1,4 @@
-"""A cell is one trained network of a study, and this is the one way to name it and its files."""
+"""Names of cells and of their files. A cell is one network of a study."""
 
 import hashlib
 import json
@@ -20,10 +20,11 @@ _KEY = re.compile(
 class Cell:
     """One network.
 
-    sparsity: the share in [0,1) of prunable weights that are zero. It is rounded here, and nowhere
-        else, to the decimals that the key has.
+    sparsity: share of prunable weights that are zero, in [0,1). It is rounded only here, to the
+        four decimals of the key.
 
-    Raises UsageError when a name could not stand in a path and in a command of the workflow.
+    Raises:
+        UsageError: if a name is not safe in a path and in a shell command of the workflow.
     """
 
     dataset: str
@@ -44,12 +45,12 @@ class Cell:
 
     @property
     def sparsity_text(self) -> str:
-        """The sparsity as keys and seeds have it: 0.9500."""
+        """The sparsity as text with four decimals, for keys and seeds: 0.9500."""
         return f"{self.sparsity:.{SPARSITY_DECIMALS}f}"
 
     @property
     def key(self) -> str:
-        """The readable name, also its path: digits/small_cnn/bcs/at/s0.9500/seed0."""
+        """The name, which is also a path: digits/small_cnn/bcs/at/s0.9500/seed0."""
         return (
             f"{self.dataset}/{self.arch}/{self.method}/{self.objective}"
             f"/s{self.sparsity_text}/seed{self.seed}"
@@ -57,7 +58,7 @@ class Cell:
 
     @classmethod
     def parse(cls, key: str) -> "Cell":
-        """Read a key back. Raises UsageError when it does not have the form of one."""
+        """Make a cell from its key. Raises UsageError if the text is not a key."""
         found = _KEY.fullmatch(key.strip("/"))
         if not found:
             raise UsageError(
@@ -77,12 +78,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of one study lie: `root` is results/<study>."""
+    """Paths of the files of one study. `root` is the folder results/<study>."""
 
     root: Path
 
     def model(self, cell: Cell, selection: str) -> Path:
-        """Plain weights with exact zeros, in safetensors format."""
+        """Saved weights; pruned weights are exactly zero (safetensors)."""
         return self.root / "models" / cell.key / f"{selection}.safetensors"
 
     def training(self, cell: Cell) -> Path:
@@ -98,26 +99,27 @@ class Layout:
         return self.root / "models" / cell.key / "lifetimes.parquet"
 
     def resume(self, cell: Cell) -> Path:
-        """Checkpoint folder of an unfinished run; the workflow never declares it as an output."""
+        """Folder with the resume state of an unfinished training run; no output of a rule."""
         return self.root / "resume" / cell.key
 
     def tables(self, partial: bool) -> Path:
-        """Folder of collected tables, plots and report; apart while networks are missing.
+        """Folder of collected tables, plots and report.
 
-        The workflow would take files in their place for finished ones.
+        Tables of an incomplete study have a separate folder. In the normal folder, the workflow
+        would treat them as finished outputs.
         """
         return self.root / "partial" if partial else self.root
 
     def failed(self, cell: Cell) -> Path:
-        """Why the last attempt to train the cell gave no network; absent if it did."""
+        """Text file with the reason why the training of the cell failed; absent if it did not."""
         return self.root / "failed" / f"{cell.key}.txt"
 
     def evaluation(self, cell: Cell, selection: str) -> Path:
-        """Result rows of one attacked model (JSON)."""
+        """Record of the evaluation of one network (JSON)."""
         return self.root / "evaluations" / cell.key / f"{selection}.json"
 
     def cache(self, cell: Cell, selection: str) -> Path:
-        """Folder of finished parts of an evaluation, which a killed one goes on from."""
+        """Folder with the cache of an evaluation: its finished parts, if it is interrupted."""
         return self.root / "resume" / "evaluations" / cell.key / selection
 
     def flags(self, cell: Cell, selection: str) -> Path:
@@ -126,10 +128,10 @@ class Layout:
 
 
 def derive_seed(*axes: str | int | float) -> int:
-    """A 63-bit seed from named axes, e.g. derive_seed("init", "small_cnn", 0).
+    """A 63-bit seed from a list of axes, e.g. derive_seed("init", "small_cnn", 0).
 
-    Two calls with the same axes give the same seed on every machine, so what is shared between
-    methods (initial weights, data order) is decided by which axes are named.
+    The same axes give the same seed on every machine. If the axes do not contain the method, all
+    methods have the same seed, and so the same initial weights or order of data.
     """
     text = "\x1f".join(str(axis) for axis in axes)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,6 +1,6 @@
-"""What only a whole study shows to be wrong, told before anything is trained. No torch in here.
+"""Checks of a whole study before anything is trained: settings that are only wrong together.
 
-Every check yields lines `key = value: what was expected`.
+Every check yields lines of the form `key = value: what was expected`. Imports no torch.
 """
 
 import os
@@ -20,8 +20,8 @@ from robsparse.study.planned import trained_against
 from robsparse.study.study import Study
 
 
-def of_parts(parts: Parts) -> list[str]:
-    """What is wrong with the parts of a study, each of which is valid by itself, one a line."""
+def errors_in_parts(parts: Parts) -> list[str]:
+    """Errors in the combination of the parts of a study, one line for each."""
     checks = (
         _attack_radii,
         _training_radii,
@@ -40,15 +40,15 @@ def of_parts(parts: Parts) -> list[str]:
     return [line for check in checks for line in check(parts)]
 
 
-def of_cells(study: Study) -> list[str]:
-    """What is wrong with the networks of a study whose parts are right, one a line."""
+def errors_in_cells(study: Study) -> list[str]:
+    """Errors in the networks and tables of a study with valid parts, one line for each."""
     return [line for check in (_warm_ups, _surrogates, _places) for line in check(study)]
 
 
 def missing_data(study: Study) -> list[str]:
-    """A line for each data set that has to be there and is not.
+    """A line for each data set with missing files.
 
-    Apart from the other checks: where results are collected and drawn, nobody needs the images.
+    This check is separate from the others, because collecting and drawing results needs no images.
     """
     found = []
     for name, params in study.datasets.items():
@@ -58,7 +58,7 @@ def missing_data(study: Study) -> list[str]:
         folder = getattr(params, "data_dir", ".")
         if os.path.isfile(folder):
             found.append(f"datasets.{name}.data_dir = {show(folder)}")
-    return [f"{line}: expected a file or folder of images that is there" for line in found]
+    return [f"{line}: expected an existing file or folder of images" for line in found]
 
 
 def _line(key: str, value: Any, expected: str) -> str:
@@ -66,7 +66,7 @@ def _line(key: str, value: Any, expected: str) -> str:
 
 
 def _trainings(parts: Parts) -> Iterator[tuple[str, Training, list[Block]]]:
-    """Every way in which networks are trained: the key of its settings, these, and its blocks."""
+    """All training settings of the study: their key, the settings, and the blocks that use them."""
     shared = [block for block in parts.blocks if not block.own_training]
     if shared:
         yield shared[0].training_key, parts.training, shared
@@ -76,22 +76,22 @@ def _trainings(parts: Parts) -> Iterator[tuple[str, Training, list[Block]]]:
 
 
 def _attack_radii(parts: Parts) -> Iterator[str]:
-    """Attacks whose eps is none in their norm."""
+    """Attacks with an eps that is missing or too large for their norm."""
     for name, params in parts.attack_params.items():
         if not isinstance(params, AttackParams):
             continue
         key, norm = f"evaluation.attacks.{name}.eps", params.norm or parts.threat.norm
         if params.eps is None and norm != parts.threat.norm:
-            yield f"{key}: missing, expected the radius in {norm}; that of the threat is another's"
+            yield f"{key}: missing, expected a radius in {norm}; the threat has another norm"
         elif error := radius_error(norm, params.eps or parts.threat.eps):
             yield f"{key} = {params.eps}: {error}"
 
 
 def _training_radii(parts: Parts) -> Iterator[str]:
-    """Radii and crafting steps that are none in the norm, and steps that leave the ball.
+    """Radii and step sizes of training that are too large.
 
-    One step may be twice eps long, so that it crosses the ball (fast adversarial training takes
-    1.25 eps); the steps of several are at most eps.
+    If crafting has one step, its size is at most 2 eps, which is the diameter of the ball (fast
+    adversarial training uses 1.25 eps). If it has several steps, the size is at most eps.
     """
     for key, training, _ in _trainings(parts):
         if training.eps and (error := radius_error(parts.threat.norm, training.eps)):
@@ -106,22 +106,21 @@ def _training_radii(parts: Parts) -> Iterator[str]:
             yield _line(
                 where,
                 crafting.step_size,
-                f"at most {'twice ' if crafting.steps == 1 else ''}the eps that is trained "
-                f"against; nearest match: {longest:.6g}",
+                f"at most {'twice ' if crafting.steps == 1 else ''}the eps of training; "
+                f"nearest match: {longest:.6g}",
             )
 
 
 def _extra_images(parts: Parts) -> Iterator[str]:
-    """Robust self-training without its extra images."""
+    """Robust self-training without a file of extra images."""
     for key, training, blocks in _trainings(parts):
         path = training.rst_file
         wanted = any("rst" in block.objectives for block in blocks)
         if wanted and (path is None or not os.path.isfile(path)):
             yield (
                 f"{key}.rst_file = {show(path)}: the objective 'rst' needs a file of "
-                "pseudo-labelled extra images, an npz with the arrays 'images' and 'labels'; the "
-                "authors took theirs from TinyImages, which was withdrawn, so there is none to "
-                "download"
+                "pseudo-labelled extra images, an npz with the arrays 'images' and 'labels'; there "
+                "is no download, because the authors used TinyImages, which was withdrawn"
             )
 
 
@@ -144,7 +143,7 @@ def _label_smoothing(parts: Parts) -> Iterator[str]:
 
 
 def _data(parts: Parts) -> Iterator[str]:
-    """Too little data for what is held out and attacked."""
+    """Data sets with too few images for validation or evaluation."""
     for name in parts.datasets:
         if (found := _describe(parts, name)) is None:
             continue
@@ -153,7 +152,7 @@ def _data(parts: Parts) -> Iterator[str]:
             shared = getattr(parts.datasets[name], "train_on_validation", False)
             total = found.train_examples + (0 if shared else held_out)
             key = f"datasets.{name}.validation_examples"
-            expected = f"{each} to {total - each} of the {total} images beside those for tests"
+            expected = f"{each} to {total - each} of the {total} images that are not for tests"
             yield _line(key, held_out, expected)
         elif parts.evaluation.n_examples > found.test_examples:
             yield _line(
@@ -164,13 +163,13 @@ def _data(parts: Parts) -> Iterator[str]:
 
 
 def _describe(parts: Parts, dataset: str) -> Description | None:
-    """What is known of a data set without reading it."""
+    """Sizes of a data set that are known without reading it, or None."""
     params = parts.datasets[dataset]
     return params.description() if hasattr(params, "description") else None
 
 
 def _batches(parts: Parts) -> Iterator[str]:
-    """Batches larger than the data, or that an objective cannot use."""
+    """Batches that are larger than the data set, or too small for an objective."""
     for key, training, blocks in _trainings(parts):
         size, where = training.batch_size, f"{key}.batch_size"
         if size == 1 and any("mat" in block.objectives for block in blocks):
@@ -185,7 +184,7 @@ def _batches(parts: Parts) -> Iterator[str]:
 
 
 def _archs(parts: Parts) -> Iterator[str]:
-    """Architectures that cannot take the images that they are to be trained on."""
+    """Architectures that do not fit the images of their data sets."""
     pairs = [pair for block in parts.blocks for pair in product(block.archs, block.datasets)]
     pairs += [(m.arch, m.dataset) for m in parts.models.values() if m.arch]
     for arch, dataset in dict.fromkeys(pairs):
@@ -198,8 +197,8 @@ def _archs(parts: Parts) -> Iterator[str]:
         if min(sides) < smallest:
             height, width = sides
             yield (
-                f"archs.{arch}: expected images of at least {smallest}x{smallest} pixels, those of "
-                f"'{dataset}' have {height}x{width}"
+                f"archs.{arch}: expected images of at least {smallest}x{smallest} pixels, but "
+                f"'{dataset}' has images of {height}x{width}"
             )
         for key in ("mean", "std"):
             values = getattr(params, key, None)
@@ -209,7 +208,7 @@ def _archs(parts: Parts) -> Iterator[str]:
 
 
 def _starts(parts: Parts) -> Iterator[str]:
-    """Methods that start from networks of a method that prunes."""
+    """Methods that start from the networks of a method that prunes."""
     for name in parts.methods:
         start = parts.start_method(name)
         if start is not None and not parts.is_dense(start):
@@ -218,7 +217,7 @@ def _starts(parts: Parts) -> Iterator[str]:
 
 
 def _names(parts: Parts) -> Iterator[str]:
-    """Names that differ in case only: one folder on some file systems."""
+    """Names that differ only in upper and lower case: some file systems give them one folder."""
     sections = {
         "datasets": parts.datasets,
         "archs": parts.archs,
@@ -228,11 +227,11 @@ def _names(parts: Parts) -> Iterator[str]:
     }
     for key, names in sections.items():
         for name, other in _alike(names, str.lower):
-            yield f"{key}: '{name}' and '{other}': expected names that differ in more than case"
+            yield f"{key}: '{name}' and '{other}': expected names that differ in lower case too"
 
 
 def _labels(parts: Parts) -> Iterator[str]:
-    """Two parts that tables and plots could not tell apart."""
+    """Two parts with the same label in tables and plots."""
     named: dict[PartKind, Iterable[str]] = {
         "dataset": parts.datasets,
         "arch": parts.archs,
@@ -244,11 +243,13 @@ def _labels(parts: Parts) -> Iterator[str]:
         for name, other in _alike(names, partial(parts.label, kind)):
             where = f"models.{name}" if name in parts.models else f"{key}.{name}"
             label = parts.label(kind, name)
-            yield _line(f"{where}.label", label, f"another label than that of '{other}'")
+            yield _line(
+                f"{where}.label", label, f"a label that differs from the label of '{other}'"
+            )
 
 
 def _alike(names: Iterable[str], look: Callable[[str], str]) -> Iterator[tuple[str, str]]:
-    """Each name that looks like an earlier one, with that one."""
+    """Each name with the same form (by `look`) as an earlier name, with that earlier name."""
     first: dict[str, str] = {}
     for name in names:
         if look(name) in first:
@@ -257,7 +258,7 @@ def _alike(names: Iterable[str], look: Callable[[str], str]) -> Iterator[tuple[s
 
 
 def _tables(parts: Parts) -> Iterator[str]:
-    """Tables that ask for what the study does not have."""
+    """Tables with names that the study does not have."""
     for index, table in enumerate(parts.tables):
         known: dict[str, Iterable[str]] = {
             "datasets": parts.datasets,
@@ -276,7 +277,7 @@ def _tables(parts: Parts) -> Iterator[str]:
 
 
 def _published(parts: Parts) -> Iterator[str]:
-    """Files of published numbers that are not there."""
+    """Missing files of published numbers."""
     for index, table in enumerate(parts.tables):
         for name in table.published:
             if not os.path.isfile(name):
@@ -284,16 +285,16 @@ def _published(parts: Parts) -> Iterator[str]:
 
 
 def _warm_ups(study: Study) -> Iterator[str]:
-    """Warm-ups of eps that outlast the first stage of a network that is trained from scratch."""
+    """Warm-ups of eps that are longer than the first stage, for networks trained from scratch."""
     keys = {id(block.training): block.training_key for block in study.blocks}
-    told = set()
+    reported = set()
     for cell, planned in study.planned.items():
         if study.is_external(cell.method) or study.starting_cell(cell):
             continue
         epochs = next((fit.epochs for fit in planned.stages.values()), None)
         warmup, key = planned.crafting.eps_warmup, keys[id(planned.training)]
-        if epochs is not None and warmup > epochs and (key, cell.method) not in told:
-            told.add((key, cell.method))
+        if epochs is not None and warmup > epochs and (key, cell.method) not in reported:
+            reported.add((key, cell.method))
             expected = f"at most the {epochs} epochs of the first stage of '{cell.method}'"
             yield _line(f"{key}.crafting.eps_warmup", warmup, expected)
 
@@ -310,7 +311,7 @@ def _surrogates(study: Study) -> Iterator[str]:
 
 
 def _places(study: Study) -> Iterator[str]:
-    """Tables that put two networks in one place."""
+    """Tables with two networks in one field."""
     for index, table in enumerate(study.tables):
         try:
             study.cells_of(table)

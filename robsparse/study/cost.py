@@ -1,10 +1,10 @@
-"""What a training step costs, in passes of the network over its batch. No torch in here."""
+"""The cost of a training step in passes of the network over a batch. Imports no torch."""
 
 from collections.abc import Callable
 
 from robsparse.schema.training import Training
 
-# Forward and backward passes over a batch that one step of each objective costs.
+# (forward, backward) passes over a batch in one training step, from the number of crafting steps.
 PASSES: dict[str, Callable[[int], tuple[float, float]]] = {
     "natural": lambda steps: (1, 1),
     "at": lambda steps: (steps + 1, steps + 1),
@@ -21,9 +21,9 @@ def perturbation_passes(objective: str) -> float:
 
 
 def passes_per_epoch(objective: str, training: Training) -> float:
-    """Forward and backward passes over each labelled training image in one epoch.
+    """Forward and backward passes in one epoch, divided by the number of labelled images.
 
-    The passes over pseudo-labelled or synthetic images that batches mix in are counted as well.
+    The passes over the pseudo-labelled or synthetic images of each batch are added.
     """
     extra = training.extra_images(objective)
     step = sum(PASSES[objective](training.crafting.steps))

@@ -1,10 +1,11 @@
-"""What decides an artefact: a network, an evaluation, a part of one, the tables, the figures.
+"""Fingerprints of results: of networks, evaluations, cached attacks, tables and figures.
 
-This is the one place that answers when something must be made again. The workflow passes
-`Fingerprint.plan` to Snakemake, which runs a job again when it differs; records keep the parts, and
-`collect` compares them. A new method's file counts only for the cells that use it.
+A fingerprint contains everything that decides a result. Only this module decides when a result must
+be computed again. The workflow passes `Fingerprint.plan` to Snakemake, which runs a job again if it
+has changed. Records store the parts of the fingerprint, and `collect` compares them. The file of a
+method is part of the fingerprint only for cells that use the method.
 
-No torch in here. The table of what runs again after which change is in docs/staleness.md.
+docs/staleness.md has the table of what runs again after which change. Imports no torch.
 """
 
 import dataclasses
@@ -27,9 +28,9 @@ from robsparse.study.parts import PartKind
 from robsparse.study.planned import Attack
 from robsparse.study.study import Study
 
-# Settings that decide no number: names in print, and what is resolved before.
+# Settings that change no result: printed names, and names that are already resolved.
 _UNREAD = {"label", "starts_from"}
-# Settings of `training` that only some objectives read.
+# Settings of `training` that only these objectives read.
 _READ_BY = {
     "beta": ("trades", "mart", "rst"),
     "rst_file": ("rst",),
@@ -41,12 +42,13 @@ _READ_BY = {
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What decides one artefact.
+    """Everything that decides one result.
 
-    settings: resolved settings of that artefact alone, contents of the files that they name, and
-        the settings of all networks that it is made from.
-    modules: the code in use, with all that it imports. beside: a pattern of further files.
-    counts_code: whether a change of code or libraries alone makes the artefact again.
+    settings: the resolved settings of this result, digests of the files that they name, and the
+        settings of all networks that the result depends on.
+    modules: names of the modules in use; the modules that they import are added.
+    counts_code: whether a change of only code or libraries makes the result out of date.
+    beside: a pattern of other files in the folders of the modules that count as code.
     """
 
     settings: dict[str, Any]
@@ -61,20 +63,20 @@ class Fingerprint:
 
     @property
     def code(self) -> str:
-        """Digest of the source code in use."""
+        """Digest of the source code."""
         return source_code.digest(*self.modules, beside=self.beside)
 
     @property
     def plan(self) -> str:
-        """Digest of all that makes the artefact again when it changes."""
+        """Digest for the workflow: the result is computed again when it changes."""
         return self.whole() if self.counts_code else self.digest
 
     def whole(self, *further: Any) -> str:
-        """Digest of everything, and of what else decides where it is made, such as the device."""
+        """Digest of settings, code, libraries and `further` values, for example the device."""
         return digest([self.settings, self.code, provenance.libraries(), *further])
 
-    def kept(self) -> dict[str, Any]:
-        """What records say of it."""
+    def as_record(self) -> dict[str, Any]:
+        """The fields that records store."""
         return {
             "settings": self.settings,
             "settings_digest": self.digest,
@@ -84,13 +86,13 @@ class Fingerprint:
 
 
 def training(study: Study, cell: Cell) -> Fingerprint:
-    """What decides the weights of `cell`, those that it starts from included."""
+    """Fingerprint of the weights of a cell; contains the network that its training starts from."""
     own = _external_settings if study.is_external(cell.method) else _training_settings
-    return _of(study, own(study, cell), _training_code(study, cell))
+    return _fingerprint(study, own(study, cell), _training_code(study, cell))
 
 
 def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
-    """What decides the outcome of attacking the saved weights of `cell`."""
+    """Fingerprint of the evaluation of the saved weights of a cell."""
     others = study.surrogates(cell, selection)
     planned = study.planned[cell]
     attacks = planned.attacks[selection]
@@ -107,11 +109,12 @@ def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
     }
     code = {f"{source_code.PACKAGE}.evaluation.evaluate"}
     code |= {study.entry("attack", attack.name).module for attack in attacks}
-    return _of(study, settings, code.union(*(_training_code(study, c) for c in (cell, *others))))
+    code = code.union(*(_training_code(study, c) for c in (cell, *others)))
+    return _fingerprint(study, settings, code)
 
 
 def collected(study: Study) -> Fingerprint:
-    """What decides the collected tables: all networks, all evaluations, the collecting code."""
+    """Fingerprint of the collected tables: all networks, all evaluations, the code of collect."""
     settings = {
         "study": study.study,
         "networks": {cell.key: training(study, cell).plan for cell in study.cells()},
@@ -121,13 +124,14 @@ def collected(study: Study) -> Fingerprint:
             for selection in study.evaluation.selections
         },
     }
-    return _of(study, settings, {f"{source_code.PACKAGE}.collection.collect"}, always=True)
+    code = {f"{source_code.PACKAGE}.collection.collect"}
+    return _fingerprint(study, settings, code, always=True)
 
 
 def figures(study: Study, captions: list[Path]) -> Fingerprint:
-    """What decides tables, plots and report, besides the collected tables.
+    """Fingerprint of tables, plots and report, without the collected tables.
 
-    captions: files of text that Snakemake's own report shows beside them.
+    captions: text files that the report of Snakemake shows beside the plots.
     """
     printed: dict[PartKind, Iterable[str]] = {
         "attack": study.attacks,
@@ -147,21 +151,24 @@ def figures(study: Study, captions: list[Path]) -> Fingerprint:
     }
     code = {f"{source_code.PACKAGE}.figures.report"}
     code |= {study.entry("attack", name).module for name in study.attacks}
-    return _of(study, settings, code, always=True, beside="*.mplstyle")
+    return _fingerprint(study, settings, code, always=True, beside="*.mplstyle")
 
 
 def cached_attack(network: str, attack: str, **decided: Any) -> str:
-    """What decides the cached results of an attack, besides the attack's own parameters.
+    """Digest of everything that decides the cached results of an attack, without its parameters.
 
-    network: what is attacked and on which images, see `robsparse.evaluation.cache.network_digest`.
-    attack: its module. decided: all else, such as norm, eps, seed, batch size and device.
+    Args:
+        network: digest of the network and the images, see
+            `robsparse.evaluation.cache.network_digest`.
+        attack: module of the attack.
+        decided: all other values, for example norm, eps, seed, batch size and device.
     """
     code = source_code.digest(f"{source_code.PACKAGE}.evaluation.evaluate", attack)
     return digest([network, code, provenance.libraries(), decided])
 
 
 def digest(value: Any) -> str:
-    """Short SHA-256 of what JSON can hold, stable across machines and key order."""
+    """Short SHA-256 of a JSON value. It does not depend on the machine or the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -182,7 +189,7 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
     return file_checksum(path)
 
 
-def _of(
+def _fingerprint(
     study: Study, settings: dict[str, Any], code: set[str], always: bool = False, beside: str = ""
 ) -> Fingerprint:
     counts_code = always or study.machine.rerun_on_code_change
@@ -190,7 +197,7 @@ def _of(
 
 
 def _training_settings(study: Study, cell: Cell) -> dict[str, Any]:
-    """Resolved settings of one training run, and of the one that it starts from."""
+    """Resolved settings of one training run, and of the network that it starts from."""
     plan, start = study.planned[cell], study.starting_cell(cell)
     unread = {name for name, readers in _READ_BY.items() if cell.objective not in readers}
     if plan.training.synthetic_file is None:
@@ -208,13 +215,13 @@ def _training_settings(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def _attack_settings(attack: Attack) -> dict[str, Any]:
-    """Settings of an attack, and how far it may go."""
+    """Settings of an attack, with its resolved norm and eps."""
     reach = {"norm": attack.norm, "eps": attack.eps}
     return _settings(attack.params, {"norm", "eps"}) | reach
 
 
 def _external_settings(study: Study, cell: Cell) -> dict[str, Any]:
-    """What decides a network that was trained elsewhere; its file's name does not."""
+    """Settings of an external model; the content of its file counts, the path does not."""
     source = study.source(cell.method)
     module = source.name.partition(":")[0] if source.kind == "callable" else None
     return {
@@ -228,7 +235,7 @@ def _external_settings(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def _training_code(study: Study, cell: Cell) -> set[str]:
-    """The modules whose code, and whose imports' code, decides the weights of a cell."""
+    """The modules that decide the weights of a cell, without the modules that they import."""
     used = {study.entry("dataset", cell.dataset).module}
     if cell.arch in study.archs:
         used.add(study.entry("arch", cell.arch).module)
@@ -240,10 +247,10 @@ def _training_code(study: Study, cell: Cell) -> set[str]:
 
 
 def _settings(model: BaseModel, unread: Set[str] = frozenset()) -> dict[str, Any]:
-    """All values as JSON has them, without those that decide no number.
+    """The values of a section as JSON values, without those that change no result.
 
-    A path of a file that decides stands there as the file's content; other places on disk and
-    labels are left out.
+    Left out: `unread` settings, labels, and paths that decide no result. A path marked CONTENT is
+    replaced by the digest of its file.
     """
     fields = type(model).model_fields
     places = {

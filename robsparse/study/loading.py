@@ -1,8 +1,8 @@
-"""Loads a study: reads its YAML file, checks what it says and resolves it. No torch in here.
+"""Loads a study: reads, checks and resolves its YAML file. Imports no torch.
 
-YAML is read with PyYAML. ruamel.yaml refuses a key that stands twice by itself, but it is half as
-fast, it reads files of YAML 1.1 in another way (yes, 010, 1:30), and sizes, nesting, dates and
-numbers would still have to be checked here.
+YAML is read with PyYAML. ruamel.yaml refuses duplicate keys without code of ours. But it is half as
+fast, it reads some values of YAML 1.1 differently (yes, 010, 1:30), and this module would still
+have to check sizes, nesting, dates and numbers.
 """
 
 from collections.abc import Hashable
@@ -18,9 +18,9 @@ from robsparse.study import messages
 from robsparse.study.resolving import resolved
 from robsparse.study.study import Study
 
-DEEPEST = 32  # levels of a file
-MOST = 100_000  # values of a file
-LONGEST = 4096  # bits of a whole number
+DEEPEST = 32  # levels of nesting in a file
+MOST = 100_000  # values in a file
+LONGEST = 4096  # bits in a whole number
 _DEEP = f"expected at most {DEEPEST} levels of nesting"
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -28,15 +28,17 @@ _MERGE = "tag:yaml.org,2002:merge"
 def load(path: str | Path) -> Study:
     """Read and validate a study.
 
-    Raises UsageError naming file, key, value, what was expected and the nearest match.
+    Raises:
+        UsageError: one line for each error: file, key, value, what was expected, nearest match.
     """
-    return of_data(_read(Path(path)), str(path))
+    return validate(_read(Path(path)), str(path))
 
 
-def of_data(data: Any, path: str) -> Study:
-    """Validate a study that is already read; `path` is the file that messages name.
+def validate(data: Any, path: str) -> Study:
+    """Validate the content of a config file. Messages name `path` as the file.
 
-    Raises UsageError as `load` does.
+    Raises:
+        UsageError: as `load`.
     """
     if not isinstance(data, dict):
         raise UsageError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
@@ -53,10 +55,11 @@ def of_data(data: Any, path: str) -> Study:
 def _read(path: Path) -> Any:
     """The content of a YAML file.
 
-    Raises UsageError, in one line with the place in the file, when the file cannot be read, is not
-    YAML, has the same key twice in one mapping, or holds values that no config needs: more than
-    DEEPEST levels or MOST values (aliases written out), numbers of more than LONGEST bits, dates
-    that do not exist, control characters.
+    Raises:
+        UsageError: in one line with the position in the file, if the file cannot be read, is not
+            YAML, has a duplicate key in a mapping, or has a value that no config needs. Such values
+            are more than DEEPEST levels, more than MOST values (aliases expanded), numbers of more
+            than LONGEST bits, invalid dates, and control characters.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -72,7 +75,7 @@ def _read(path: Path) -> Any:
 
 
 def _checked(loader: yaml.SafeLoader) -> Any:
-    """The only document, built after each of its nodes has been looked at."""
+    """The content of the only document, after a check of all its nodes."""
     try:
         whole = loader.get_single_node()
     except RecursionError:
@@ -84,7 +87,7 @@ def _checked(loader: yaml.SafeLoader) -> Any:
         if level > DEEPEST:
             raise _error(_DEEP, node.start_mark)
         if seen > MOST:
-            raise _error(f"expected at most {MOST} values, aliases written out", node.start_mark)
+            raise _error(f"expected at most {MOST} values with aliases expanded", node.start_mark)
         if isinstance(node, yaml.MappingNode):
             _check_keys(loader, node)
             left += [(part, level + 1) for pair in node.value for part in pair]
@@ -96,19 +99,19 @@ def _checked(loader: yaml.SafeLoader) -> Any:
 
 
 def _check_keys(loader: yaml.SafeLoader, node: yaml.MappingNode) -> None:
-    """Refuse a key that stands twice. What `<<` brings in may be overridden."""
+    """Refuse a duplicate key. A key may override one that a merge key (`<<`) adds."""
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = _value(loader, key_node) if isinstance(key_node, yaml.ScalarNode) else []
         if not isinstance(key, Hashable):
             raise _error("expected a word as key", key_node.start_mark)
         if key in seen and key_node.tag != _MERGE:
-            raise _error(f"the key {messages.show(key)} stands twice", key_node.start_mark)
+            raise _error(f"the key {messages.show(key)} appears twice", key_node.start_mark)
         seen.add(key)
 
 
 def _value(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
-    """A single value. Refuses what its type cannot hold, a huge number and control characters."""
+    """A single value. Invalid values, huge numbers and control characters are errors."""
     try:
         value = loader.construct_object(node) if node.tag != _MERGE else node.value
         if isinstance(value, int) and value.bit_length() > LONGEST:

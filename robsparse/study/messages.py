@@ -1,4 +1,4 @@
-"""Messages about a config: from a failed validation to lines that a person can act on."""
+"""Makes messages about a config from the errors of a failed validation."""
 
 import json
 from typing import Any
@@ -9,12 +9,12 @@ from robsparse.base.errors import nearest_match, shortened
 
 
 def lines(error: ValidationError, data: Any, prefix: str = "") -> list[str]:
-    """Each error of a validation as `key = value: what was expected; nearest match`."""
+    """One line for each error: `key = value: what was expected; nearest match`."""
     return [_line(one, data, prefix) for one in error.errors(include_url=False)]
 
 
 def _line(error: Any, data: Any, prefix: str) -> str:
-    """One error as "key = value: what was expected"."""
+    """One error as a line."""
     context = error.get("ctx") or {}
     location = _without_lone_index(data, [part for part in error["loc"] if part != "[key]"])
     if "key" in context:
@@ -40,7 +40,7 @@ def _line(error: Any, data: Any, prefix: str) -> str:
 
 
 def _without_lone_index(data: Any, location: list[int | str]) -> list[int | str]:
-    """Leave out the 0 of a mapping that stands where a list of one is meant."""
+    """The location without the index 0 that was added for a mapping in place of a list."""
     kept = []
     for part in location:
         if isinstance(part, int) and isinstance(data, dict):
@@ -51,7 +51,7 @@ def _without_lone_index(data: Any, location: list[int | str]) -> list[int | str]
 
 
 def show(value: Any) -> str:
-    """A value as it stands in YAML, cut to a readable length."""
+    """A value as text, like in YAML, shortened to a readable length."""
     try:
         text = json.dumps(value, default=str)
     except (TypeError, ValueError):  # dates as keys, an anchor that contains itself

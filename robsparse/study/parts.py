@@ -1,6 +1,6 @@
-"""The named parts of a study with their parameters filled in, and what their names stand for.
+"""The named parts of a study with all their parameters, and the meaning of their names.
 
-No torch in here.
+Imports no torch.
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,15 @@ PartKind = Literal["dataset", "arch", "method", "attack"]
 
 @dataclass(frozen=True)
 class Block:
-    """A block of the grid: the product of its lists, dense networks once a seed.
+    """A block of the grid: all combinations of its lists; a dense network once for each seed.
 
-    key: how messages name it, "grid" or "grid.1".
-    params: hyperparameters that the block sets itself, merged over those of the section methods.
-    training: its own, merged over the section training if `own_training`, else that section's.
-    left_out: whether the file `where_exists` is missing, so that the block adds no cell.
+    key: name of the block in messages, "grid" or "grid.1".
+    params: the methods with hyperparameters set in the block; all their hyperparameters, with those
+        of the block over those of the section methods.
+    training: the training settings of the block.
+    own_training: whether the block overrides the section training; if not, `training` is that
+        section.
+    left_out: whether the file `where_exists` is missing. The block then adds no cell.
     """
 
     key: str
@@ -49,15 +52,16 @@ class Block:
 
     @property
     def training_key(self) -> str:
-        """How messages name the settings that its networks are trained with."""
+        """Name of its training settings in messages."""
         return f"{self.key}.training" if self.own_training else "training"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A study file with the parameters of every named part filled in. Nothing of it changes.
+    """A study file with all parameters of every named part. It never changes.
 
-    study: the name, of results/<study>. grid: all blocks, those that are left out too.
+    study: the name of the study, and of the folder results/<study>.
+    grid: all blocks, also those that are left out.
     """
 
     study: str
@@ -81,7 +85,7 @@ class Parts:
         return [block for block in self.grid if not block.left_out]
 
     def left_out(self) -> list[str]:
-        """A line for each block that is left out."""
+        """A message for each block that is left out."""
         return [
             f"left out: {', '.join([*b.datasets, *b.archs, *b.objectives])} "
             f"(there is no {b.where_exists})"
@@ -99,26 +103,26 @@ class Parts:
         }[kind]
 
     def base(self, kind: PartKind, name: str) -> str:
-        """The registered name behind a name of the study: itself, unless it is a variant."""
+        """The registered name: the base of a variant, or the name itself."""
         return base_of(self.params_of(kind), name)
 
     def entry(self, kind: PartKind, name: str) -> registry.Entry:
-        """The registered part behind a name."""
+        """The registered part that a name stands for."""
         return registry.entry(kind, self.base(kind, name))
 
     def label(self, kind: PartKind, name: str) -> str:
-        """Printed name of a part; of an attack, with what its settings change of its meaning."""
+        """Printed name of a part; the name of an attack has its qualifier in brackets."""
         if kind == "method" and self.is_external(name):
             return self.models[name].label or name
         if kind == "arch" and name not in self.archs:
-            return name  # of a network that is not built from an arch
+            return name  # the arch of a network that foreign code builds
         own = getattr(self.params_of(kind).get(name), "label", None)
         printed = own or self.entry(kind, name).literals.get("LABEL", name)
         qualifier = self.qualifier(name) if kind == "attack" else ""
         return f"{printed} ({qualifier})" if qualifier else printed
 
     def qualifier(self, attack: str) -> str:
-        """How an attack's settings differ from what its name stands for; "" if they do not."""
+        """How an attack differs from the attack that its name stands for; "" if it does not."""
         return getattr(self.attack_params.get(attack), "qualifier", "")
 
     def source(self, method: str) -> Source:
@@ -130,24 +134,24 @@ class Parts:
         return method in self.models
 
     def is_dense(self, method: str) -> bool:
-        """Whether a method does not prune, and so has no sparsities."""
+        """Whether a method does not prune. Such a method has no sparsities."""
         if method in self.models:
             return self.models[method].sparsity == 0
         return self.entry("method", method).literals.get("DENSE", False)
 
     def start_method(self, method: str) -> str | None:
-        """The method whose networks `method` starts from, if any; a variant may name its own."""
+        """The method that trains the networks that `method` starts from; None if there is none."""
         return None if method in self.models else start_of(self.methods, method)
 
     def starting_cell(self, cell: Cell) -> Cell | None:
-        """The cell whose trained weights `cell` starts from, or None if it starts from scratch."""
+        """The cell with the weights that `cell` starts from; None if it is trained from scratch."""
         start = self.start_method(cell.method)
         if start is None:
             return None
         return Cell(cell.dataset, cell.arch, start, cell.objective, 0.0, cell.seed)
 
     def settings(self) -> dict[str, Any]:
-        """All that the study file decides, defaults included, as JSON holds it; not the machine."""
+        """All settings of the study with defaults, as JSON values; without the section machine."""
         sections = {field.name: getattr(self, field.name) for field in fields(Parts)}
         for name in ("machine", "attack_params"):
             del sections[name]
@@ -157,12 +161,15 @@ class Parts:
 
 
 def base_of(params: Mapping[str, Any], name: str) -> str:
-    """The registered name behind a name: its variant's base, or itself."""
+    """The registered name: the base of a variant, or the name itself."""
     return getattr(params.get(name), "base", name)
 
 
 def start_of(methods: Mapping[str, Any], method: str) -> str | None:
-    """The method whose networks a method starts from; methods: their parameters by name."""
+    """The method that trains the networks that `method` starts from; None if there is none.
+
+    methods: parameters of all methods by name. A variant may set `starts_from`.
+    """
     own = getattr(methods.get(method), "starts_from", None)
     return own or registry.entry("method", base_of(methods, method)).literals.get("STARTS_FROM")
 

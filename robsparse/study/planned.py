@@ -1,8 +1,8 @@
-"""Every network of a study with all that decides it, resolved once. No torch in here.
+"""Resolves the settings of every network of a study. Imports no torch.
 
-Training, crafting, evaluation, sanity checks, `robsparse plan` and the fingerprints read what is
-resolved here: which settings of study, block and variant count, how far an adversary may go, and
-how long the stages are.
+This module decides which settings of study, block and variant apply to a cell, which norm and eps
+each adversary has, and how long the stages are. Training, crafting, evaluation, sanity checks,
+`robsparse plan` and the fingerprints read the result.
 """
 
 import itertools
@@ -30,8 +30,10 @@ from robsparse.study.parts import Block, Parts, base_of
 class Attack:
     """One attack of a study.
 
-    base: the registered name behind `name`. norm, eps: how far it may go, its own or those of the
-    threat; an eps of 0 for what perturbs nothing.
+    name: its name in the study.
+    base: its registered name.
+    norm, eps: those of the attack if it sets them, else those of the threat. eps is 0 for an attack
+        that does not perturb images.
     """
 
     name: str
@@ -42,21 +44,21 @@ class Attack:
 
     @property
     def surrogate(self) -> str | None:
-        """The method whose network it is crafted on, for a black-box transfer attack."""
+        """The method of the surrogate network of a black-box transfer attack; None for others."""
         return getattr(self.params, "surrogate", None)
 
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """What decides a cell besides its name.
+    """The resolved settings of a cell.
 
-    params: the hyperparameters of its method, lengthened or shortened to the block's budget; the
-        External itself of an external model.
-    training: the settings that it is trained with, its block's or the study's.
-    training_threat: what it is trained and validated against.
-    augmentation: how its training images are varied.
-    attacks: the attacks on the weights of each selection; clean accuracy is always measured, first.
-    sanity_check_threat: how far the sanity checks of an evaluation go.
+    params: the hyperparameters of its method, with stages scaled to the budget of the block. For an
+        external model, its External.
+    training: its training settings, from the block or the study.
+    training_threat: norm and eps of training and validation.
+    augmentation: augmentation of its training images.
+    attacks: the attacks on the weights of each selection. The first one is always clean accuracy.
+    sanity_check_threat: norm and eps of the sanity checks.
     """
 
     params: Strict
@@ -68,22 +70,22 @@ class PlannedCell:
 
     @property
     def crafting(self) -> Crafting:
-        """How training examples are crafted within the training threat."""
+        """Settings of crafting."""
         return self.training.crafting
 
     @property
     def stages(self) -> dict[str, Fit]:
-        """The stages of training, as the hyperparameters list them."""
+        """The stages of training by name, in the order of the hyperparameters."""
         return stages_of(self.params)
 
 
 def trained_against(threat: Threat, training: Training) -> Threat:
-    """The norm of the study's threat, with the eps of the training settings if they have one."""
+    """The threat of training: the norm of the study, and the eps of `training` if it sets one."""
     return threat if training.eps is None else threat.model_copy(update={"eps": training.eps})
 
 
 def planned_attacks(params: Mapping[str, Strict], threat: Threat) -> dict[str, Attack]:
-    """Attacks by name, each with its own norm and eps, or else those of the threat."""
+    """Attacks by name, with resolved norm and eps."""
     found = {}
     for name, own in params.items():
         norm, eps = threat.norm, 0.0
@@ -94,10 +96,12 @@ def planned_attacks(params: Mapping[str, Strict], threat: Threat) -> dict[str, A
 
 
 def planned_cells(parts: Parts, attacks: Mapping[str, Attack]) -> dict[Cell, PlannedCell]:
-    """Every cell the study trains or takes in, starting points included, in a fixed order.
+    """All cells of a study, in a fixed order: trained networks, also those that others start from,
+    and external models.
 
-    Raises UsageError when two blocks give one cell different settings, and when a budget does not
-    suit a method.
+    Raises:
+        UsageError: if two blocks give one cell different settings, or if a budget is too small for
+            a method.
     """
     by_selection = {
         selection: tuple(attacks[name] for name in dict.fromkeys(["clean", *names]))
@@ -121,7 +125,7 @@ def planned_cells(parts: Parts, attacks: Mapping[str, Attack]) -> dict[Cell, Pla
             planned = plan(cell, params, block.training)
             if found.setdefault(cell, planned) != planned:
                 raise UsageError(
-                    f"grid: the cell {cell.key} stands in two blocks with different settings"
+                    f"grid: the cell {cell.key} is in two blocks with different settings"
                 )
     for name, model in parts.models.items():
         arch = _arch_of(parts, model)
@@ -144,10 +148,10 @@ def _cells_of(parts: Parts, block: Block) -> list[Cell]:
 
 
 def _arch_of(parts: Parts, model: External) -> str:
-    """The arch of an external model: its own, or the one in whose table it stands.
+    """The arch of an external model, which decides the table that it is printed in.
 
-    Foreign code may name one of the study's. Otherwise it is the only arch of the other
-    networks of that data set and objective, or ELSEWHERE where they have several or none.
+    An external model may set the arch. Otherwise it is the arch of the other networks of the same
+    data set and objective, if they all have the same arch; else ELSEWHERE.
     """
     if model.arch is not None:
         return model.arch
@@ -169,7 +173,7 @@ def _params_of(parts: Parts, method: str, block: Block) -> Strict:
 
 
 def _within_budget(parts: Parts, cell: Cell, block: Block) -> Strict:
-    """The hyperparameters of a cell, with epochs that cost what the block's budget allows."""
+    """The hyperparameters of a cell, with stages scaled to the budget of the block."""
     params = _params_of(parts, cell.method, block)
     if block.budget is None or parts.is_dense(cell.method):
         return params
@@ -186,27 +190,27 @@ def _within_budget(parts: Parts, cell: Cell, block: Block) -> Strict:
             f"{key}: allows {total} epochs, expected at least {before + len(stages_of(params))} "
             f"for '{cell.method}'"
         )
-    lengthened = _lengthened(stages_of(params), total - before)
-    try:  # a warm-up, say, has to end within the new length
-        return type(params).model_validate(_given(params) | lengthened)
+    scaled = _scaled(stages_of(params), total - before)
+    try:  # validate again: for example, a warm-up must not be longer than its stage
+        return type(params).model_validate(_set_values(params) | scaled)
     except ValidationError as error:
-        line = messages.lines(error, lengthened)[0]
-        raise UsageError(f"{key}: does not suit '{cell.method}': {line}") from None
+        line = messages.lines(error, scaled)[0]
+        raise UsageError(f"{key}: does not fit '{cell.method}': {line}") from None
 
 
-def _lengthened(stages: dict[str, Fit], total: int) -> dict[str, dict[str, Any]]:
-    """The settings of stages whose lengths add up to `total` epochs, in proportion, each >= 1."""
+def _scaled(stages: dict[str, Fit], total: int) -> dict[str, dict[str, Any]]:
+    """The settings of stages, scaled in proportion to `total` epochs; each has at least one."""
     free, whole = total - len(stages), sum(fit.epochs for fit in stages.values())
     shares = {name: fit.epochs / whole * free for name, fit in stages.items()}
     counts = round_to_sum(shares, dict.fromkeys(stages, total), free)
-    return {name: _given(fit) | {"epochs": 1 + counts[name]} for name, fit in stages.items()}
+    return {name: _set_values(fit) | {"epochs": 1 + counts[name]} for name, fit in stages.items()}
 
 
-def _given(model: Strict) -> dict[str, Any]:
-    """The values that were given; what was left out stays out, for validators that ask for it."""
+def _set_values(model: Strict) -> dict[str, Any]:
+    """The values that were set, without defaults: a validator may check whether a value was set."""
     return {name: getattr(model, name) for name in model.model_fields_set}
 
 
 def stages_of(params: Strict) -> dict[str, Fit]:
-    """The stages of a method, as its hyperparameters list them."""
+    """The stages among the hyperparameters of a method, by name."""
     return {name: value for name, value in params if isinstance(value, Fit)}

@@ -1,6 +1,6 @@
-"""Makes a study of what its file says: every part with its parameters, every cell planned.
+"""Makes a Study from a StudyFile: fills in the parameters of all parts and resolves all cells.
 
-No torch in here.
+Imports no torch.
 """
 
 import os
@@ -26,27 +26,34 @@ from robsparse.study.study import Study
 _VARIANT_OF_METHOD: dict[str, Any] = {
     "starts_from": (
         Name | None,
-        Field(None, description="the variant whose networks it starts from, if not the plain one"),
+        Field(
+            None, description="a variant of the method that it starts from, in place of the method"
+        ),
     )
 }
 
 
 def resolved(file: StudyFile, in_list: bool) -> Study:
-    """The study that a file describes. in_list: whether its grid is written as a list of blocks.
+    """Resolve a study file.
 
-    Raises UsageError, a line for each error, with the key and what was expected.
+    Args:
+        file: the study file.
+        in_list: whether its grid is a list of blocks; messages then contain the index of a block.
+
+    Raises:
+        UsageError: one line for each error, with the key and what was expected.
     """
     parts = _parts_of(file, in_list)
-    if errors := checks.of_parts(parts):
+    if errors := checks.errors_in_parts(parts):
         raise UsageError("\n".join(errors))
-    # The networks themselves can only be listed where all that decides them is right.
+    # The networks can only be listed if all parts are valid.
     attacks = planned_attacks(parts.attack_params, parts.threat)
     study = Study(
         **{field.name: getattr(parts, field.name) for field in fields(Parts)},
         attacks=MappingProxyType(attacks),
         planned=MappingProxyType(planned_cells(parts, attacks)),
     )
-    if errors := checks.of_cells(study):
+    if errors := checks.errors_in_cells(study):
         raise UsageError("\n".join(errors))
     if not study.planned:
         left_out = "every block is left out, because its where_exists is missing"
@@ -56,7 +63,7 @@ def resolved(file: StudyFile, in_list: bool) -> Study:
 
 def _parts_of(file: StudyFile, in_list: bool) -> Parts:
     methods = _methods(file)
-    # Clean accuracy is always measured: attacks see only what is classified correctly.
+    # Clean accuracy is always measured: attacks run only on correctly classified images.
     chosen = ["clean", *(name for s in file.evaluation.selections.values() for name in s)]
     given = file.evaluation.attacks
     attacks = _filled("attack", chosen, given, "evaluation.selections", "evaluation.attacks")
@@ -86,7 +93,7 @@ def _parts_of(file: StudyFile, in_list: bool) -> Parts:
 
 
 def _methods(file: StudyFile) -> Mapping[str, Strict]:
-    """The methods of the grid, those that they start from, and the variants that nobody uses."""
+    """The methods of the grid, the methods that they start from, and unused variants."""
     named = [name for block in file.grid for name in block.methods]
     methods = _filled("method", named, file.methods, "grid.methods", "methods")
     _check_models(file, methods)
@@ -96,7 +103,7 @@ def _methods(file: StudyFile) -> Mapping[str, Strict]:
 
 
 def _block_of(file: StudyFile, block: Grid, methods: Mapping[str, Strict], key: str) -> Block:
-    """The block with its own settings, merged over those of the sections."""
+    """The block, with its settings merged over those of the sections."""
     training = _training_of_block(file, block, f"{key}.training")
     return Block(
         key=key,
@@ -127,7 +134,7 @@ def _params_of_block(block: Grid, methods: Mapping[str, Strict], key: str) -> Ma
             raise UsageError(
                 f"{key}.{name} = {messages.show(values)}: expected a mapping of hyperparameters"
             )
-        merged = _merge(_as_given(methods[name]), values)
+        merged = _merge(_without_defaults(methods[name]), values)
         params |= _filled("method", [name], {name: merged}, key, key)
     return MappingProxyType(params)
 
@@ -138,20 +145,20 @@ def _training_of_block(file: StudyFile, block: Grid, key: str) -> Training | Non
     if not isinstance(block.training, dict):
         shown = messages.show(block.training)
         raise UsageError(f"{key} = {shown}: expected a mapping of settings")
-    merged = _merge(_as_given(file.training), block.training)
+    merged = _merge(_without_defaults(file.training), block.training)
     try:
         return Training.model_validate(merged)
     except ValidationError as error:
         raise UsageError("\n".join(messages.lines(error, merged, key))) from None
 
 
-def _as_given(model: Strict) -> dict[str, Any]:
-    """The settings that the file has, without defaults."""
+def _without_defaults(model: Strict) -> dict[str, Any]:
+    """The settings that are in the file."""
     return model.model_dump(exclude_unset=True)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mapping by mapping."""
+    """A mapping with the values of both; those of `above` override. Nested mappings are merged."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
@@ -160,10 +167,10 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_models(file: StudyFile, methods: Mapping[str, Strict]) -> None:
-    """Refuse an external model that has another's name or no weights."""
+    """Refuse an external model with the name of a method, an unknown part or no file."""
     for name, model in file.models.items():
         if name in {*methods, *registry.names("method")}:
-            raise UsageError(f"models.{name}: expected a name that is no method's")
+            raise UsageError(f"models.{name}: expected a name that is not the name of a method")
         for kind, own, given in (
             ("dataset", model.dataset, file.datasets),
             ("arch", model.arch, file.archs),
@@ -179,7 +186,7 @@ def _check_models(file: StudyFile, methods: Mapping[str, Strict]) -> None:
 
 
 def _check_starts(methods: Mapping[str, Strict]) -> None:
-    """Refuse a variant that starts from what its method cannot start from."""
+    """Refuse a variant that starts from a method that its base cannot start from."""
     for name, params in methods.items():
         own = getattr(params, "starts_from", None)
         if own is None:
@@ -196,10 +203,14 @@ def _check_starts(methods: Mapping[str, Strict]) -> None:
 def _filled(
     kind: PartKind, wanted: Iterable[str], given: Mapping[str, Any], grid_key: str, key: str
 ) -> Mapping[str, Any]:
-    """The parameters of all parts of a kind, those that are wanted first.
+    """The parameters of all parts of a kind; the wanted ones come first.
 
-    given: the mappings of the file. grid_key, key: how messages name the place where parts are
-    chosen, and the section of their parameters.
+    Args:
+        kind: kind of the parts.
+        wanted: names that the grid or the evaluation uses.
+        given: the section of the file: parameters by name.
+        grid_key: name in messages of the place that uses the parts.
+        key: name in messages of the section.
     """
     variants = {
         name: values["base"]
@@ -214,7 +225,7 @@ def _filled(
             parts[name] = model.model_validate(values)
         except ValidationError as error:
             raise UsageError("\n".join(messages.lines(error, values, f"{key}.{name}"))) from None
-        except Exception as error:  # a validator of a file of somebody's own
+        except Exception as error:  # a validator in a file of the user
             line = registry.entry(kind, variants.get(name, name)).describe_error(error)
             raise UsageError(f"{key}.{name}: {line}") from error
     return MappingProxyType({name: parts[name] for name in dict.fromkeys([*wanted, *given])})
@@ -228,13 +239,13 @@ def _model(
         return _entry(kind, name, named_in, variants).params
     if name in registry.names(kind):
         raise UsageError(
-            f"{key}.{name}: expected another name for a variant, that is no registered {kind}"
+            f"{key}.{name}: expected another name, because '{name}' is a registered {kind}"
         )
     params = _entry(kind, variants[name], f"{key}.{name}.base", {}).params
     return create_model(
         "Params",
         __base__=params,
-        base=(str, Field(description="the registered part that this is a variant of")),
+        base=(str, Field(description="the registered part that this variant is based on")),
         label=(str, Field(name, description="printed name")),
         **(_VARIANT_OF_METHOD if kind == "method" else {}),
     )

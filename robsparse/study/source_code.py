@@ -1,7 +1,8 @@
-"""Which source code decides a result: the modules that an entry imports, found in their text.
+"""Finds the source code that decides a result: a module and all modules that it imports.
 
-Nothing is imported for it. What the registry loads by name is not followed: the caller names the
-files of the methods, attacks, data sets and archs that a cell uses.
+Imports are read from the text of the files; nothing is imported. Modules that the registry loads by
+name are not found in this way. The caller lists the modules of methods, attacks, data sets and
+archs that a cell uses.
 """
 
 import ast
@@ -22,23 +23,26 @@ Import = tuple[int, str, tuple[str, ...]]  # level, module and names, as in ast.
 
 @dataclass(frozen=True)
 class Source:
-    """One file: a digest that comments, docstrings and layout do not change, and its imports."""
+    """The digest and the imports of one file. Comments, docstrings and layout do not change it."""
 
     digest: str
     imports: tuple[Import, ...]
 
 
 def read(path: Path) -> bytes:
-    """The text of a source file: the one place that reads it."""
+    """The text of a source file. All other functions read source files with this one."""
     return path.read_bytes()
 
 
 @functools.cache
 def digest(*entries: str, beside: str = "") -> str:
-    """Digest of the source code of the modules `entries` and of all that they import.
+    """Digest of the source code of the modules `entries` and of all modules that they import.
 
-    beside: a pattern of further files that count, in the folders of the modules, e.g. "*.mplstyle".
-    The answer of the first call is kept: it is the code that this process has loaded.
+    The result of the first call is stored, because the process keeps the code that it has loaded.
+
+    Args:
+        entries: names of modules.
+        beside: a pattern of other files that count, in the folders of the modules: "*.mplstyle".
     """
     files = closure(*entries)
     sums = {name: _source(path).digest for name, path in files.items()}
@@ -51,11 +55,14 @@ def digest(*entries: str, beside: str = "") -> str:
 
 @functools.cache
 def closure(*entries: str) -> dict[str, Path]:
-    """Module -> file of the modules `entries` and of all that they import, parents included.
+    """Files, by module name, of the modules `entries` and all modules that they import.
 
-    Imports are followed inside this package, inside the package of an entry and to modules that lie
-    beside it; installed libraries are not. Raises LookupError for an entry of this package that has
-    no file: what counts as nothing would never change.
+    Parent packages are included. Imports are followed inside this package, inside the package of an
+    entry, and to modules in the same folder as that package. Installed libraries are left out.
+
+    Raises:
+        LookupError: if an entry of this package has no file. Without it, a wrong name would give a
+            digest that never changes.
     """
     for entry in entries:
         if entry.partition(".")[0] == PACKAGE and locate(entry) is None:
@@ -74,7 +81,7 @@ def closure(*entries: str) -> dict[str, Path]:
 
 @functools.cache
 def _imported(module: str, path: Path) -> list[str]:
-    """Every module that the file of a module imports and that is no library, parents included."""
+    """The modules that a module imports, with parent packages and without installed libraries."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found: dict[str, None] = {}
     for level, base, names in _source(path).imports:
@@ -92,7 +99,7 @@ def _with_parents(module: str) -> list[str]:
 
 
 def _is_ours(module: str, importer: str) -> bool:
-    """Whether a module is of this package, or as little an installed library as its importer is."""
+    """Whether a module is in this package, or is code of the user like its importer."""
     top, own = module.partition(".")[0], importer.partition(".")[0]
     if top in (PACKAGE, own) or own == PACKAGE or top in sys.stdlib_module_names:
         return top in (PACKAGE, own)
@@ -101,7 +108,7 @@ def _is_ours(module: str, importer: str) -> bool:
 
 
 def _home(top: str) -> Path | None:
-    """The folder that a package or module of no package lies in."""
+    """The folder of a top-level package or module."""
     path, folders = _places(top)
     if folders:
         return folders[0].parent
@@ -109,7 +116,7 @@ def _home(top: str) -> Path | None:
 
 
 def locate(module: str) -> Path | None:
-    """The source file of a module; None where there is none."""
+    """The source file of a module; None if there is none."""
     return _places(module)[0]
 
 
@@ -117,7 +124,7 @@ def locate(module: str) -> Path | None:
 def _places(module: str) -> tuple[Path | None, tuple[Path, ...]]:
     """The file of a module and, if it is a package, the folders of its modules.
 
-    Only this package itself, which is empty, is imported for it.
+    This imports only the package robsparse, which is an empty file.
     """
     parent, _, name = module.rpartition(".")
     if parent not in ("", PACKAGE):
@@ -133,7 +140,7 @@ def _places(module: str) -> tuple[Path | None, tuple[Path, ...]]:
 
 
 def _spec(module: str) -> importlib.machinery.ModuleSpec | None:
-    """Where Python would find a module, the current folder included."""
+    """The place where Python finds a module; the current folder is searched too."""
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -151,9 +158,9 @@ def _source(path: Path) -> Source:
 
 
 def _write(node: Any, written: list[str], imports: list[Import]) -> None:
-    """Add a syntax tree without positions, docstrings and what is empty to `written`.
+    """Add a syntax tree to `written`, and its imports to `imports`.
 
-    The imports that stand in it are added to `imports`.
+    Positions, docstrings and empty fields are left out.
     """
     if isinstance(node, list):
         written.append("[")
@@ -176,7 +183,7 @@ def _write(node: Any, written: list[str], imports: list[Import]) -> None:
 
 
 def _is_text(node: Any) -> bool:
-    """Whether a statement is a string alone, such as a docstring."""
+    """Whether a statement is only a string, for example a docstring."""
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)

@@ -1,7 +1,4 @@
-"""A study: its parts, its networks, and the questions that are asked about these.
-
-No torch in here.
-"""
+"""A resolved study: its parts and its networks. Imports no torch."""
 
 import functools
 from collections.abc import Mapping
@@ -21,16 +18,17 @@ AXES = ("dataset", "arch", "objective", "method", "sparsity")
 
 @dataclass(frozen=True)
 class Study(Parts):
-    """A study with everything resolved, which training, evaluation and figures read.
+    """A resolved study. Training, evaluation and figures read it.
 
-    attacks: every attack by its name. planned: every cell with what decides it, in a fixed order.
+    attacks: all attacks by name.
+    planned: all cells with their resolved settings, in a fixed order.
     """
 
     attacks: Mapping[str, Attack]
     planned: Mapping[Cell, PlannedCell]
 
     def cells(self) -> list[Cell]:
-        """Every cell the study trains or takes in, starting points included, in a fixed order."""
+        """All trained networks and external models of the study, in a fixed order."""
         return list(self.planned)
 
     def saved_selections(self) -> list[Selection]:
@@ -39,14 +37,15 @@ class Study(Parts):
         return [selection for selection in get_args(Selection) if selection in listed]
 
     def inputs(self, cell: Cell, layout: Layout) -> list[Path]:
-        """Files of the study that must be there before `cell` is trained."""
+        """Files of the study that the training of `cell` needs."""
         start = self.starting_cell(cell)
         return [layout.model(start, "last"), layout.training(start)] if start else []
 
     def cells_of(self, table: Table) -> list[Cell]:
-        """The networks of a table, one a place (seeds are averaged over).
+        """The networks of a table; one cell for all seeds of a field.
 
-        Raises UsageError when rows and columns put several networks in one place.
+        Raises:
+            UsageError: if rows and columns put several networks in one field.
         """
         wanted = {axis: getattr(table, f"{axis}s") for axis in AXES[:4]}
         found: dict[tuple[object, ...], Cell] = {}
@@ -58,7 +57,7 @@ class Study(Parts):
                 if any(getattr(cell, axis) != getattr(other, axis) for axis in AXES):
                     raise UsageError(
                         f"'{table.name}': rows and columns put {other.key} and {cell.key} in one "
-                        "place; expected another axis, or fewer networks"
+                        "field; expected another axis, or fewer networks"
                     )
         return list(found.values())
 
@@ -71,24 +70,27 @@ class Study(Parts):
         return place
 
     def surrogate(self, cell: Cell, method: str) -> Cell:
-        """The network of `method` that an attack on `cell` is crafted on: never the same one.
+        """The network of `method` on which a black-box transfer attack on `cell` is crafted.
 
-        Of the same data set; of the same arch and objective, and with the next seed, where there is
-        one; dense or as sparse. Raises UsageError when there is no other network.
+        It is another network of the same data set, either dense or with the same sparsity. Networks
+        with the same arch, the same objective and the next seed are preferred, in this order.
+
+        Raises:
+            UsageError: if there is no other network.
         """
         found = [
             other
             for sparsity in dict.fromkeys((0.0, cell.sparsity))
-            for other in self._alike.get((cell.dataset, method, sparsity), [])
+            for other in self._by_method.get((cell.dataset, method, sparsity), [])
             if other != cell
         ]
         if not found:
             raise UsageError(
-                f"evaluation.attacks: no network of '{method}' to transfer from to {cell.key}; "
-                "expected a method of the grid, and a second seed for its own networks"
+                f"evaluation.attacks: no network of '{method}' as surrogate for {cell.key}; "
+                "expected a method of the grid, and a second seed if it is the same method"
             )
 
-        def apart(other: Cell) -> tuple[bool, bool, bool, int]:
+        def preference(other: Cell) -> tuple[bool, bool, bool, int]:
             return (
                 other.arch != cell.arch,
                 other.objective != cell.objective,
@@ -96,10 +98,10 @@ class Study(Parts):
                 other.seed,
             )
 
-        return min(found, key=apart)
+        return min(found, key=preference)
 
     @functools.cached_property
-    def _alike(self) -> dict[tuple[str, str, float], list[Cell]]:
+    def _by_method(self) -> dict[tuple[str, str, float], list[Cell]]:
         """Cells by data set, method and sparsity."""
         found: dict[tuple[str, str, float], list[Cell]] = {}
         for cell in self.cells():
@@ -107,6 +109,6 @@ class Study(Parts):
         return found
 
     def surrogates(self, cell: Cell, selection: Selection) -> list[Cell]:
-        """All networks besides its own that the attacks on a cell look at."""
+        """All surrogate networks of the attacks on a cell."""
         names = (attack.surrogate for attack in self.planned[cell].attacks[selection])
         return [self.surrogate(cell, name) for name in dict.fromkeys(names) if name]

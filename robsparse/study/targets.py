@@ -1,4 +1,4 @@
-"""Which weights are attacked, and where the outcome is written."""
+"""The weights that an evaluation attacks, and the paths of its results."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +9,12 @@ from robsparse.study.cells import Cell, Layout
 
 @dataclass(frozen=True)
 class Target:
-    """Which weights of a cell are attacked, and where the outcome is written.
+    """The weights of a cell that are attacked, and the paths of the results.
 
-    weights: the file of the weights; None for the weights that the network is built with.
-    record, flags: the files of the results. cache: the folder of finished parts.
+    weights: the file of weights; None if the network is built with its weights.
+    match: how the tensors of the file are assigned to the tensors of the network.
+    record, flags: paths of the record and of the outcomes of single images.
+    cache: folder of the finished parts of the evaluation.
     """
 
     weights: Path | None
@@ -22,8 +24,8 @@ class Target:
     cache: Path
 
     @classmethod
-    def of_study(cls, layout: Layout, cell: Cell, selection: str) -> "Target":
-        """The cell's own weights, trained or imported; the outcome is one of the study's."""
+    def in_study(cls, layout: Layout, cell: Cell, selection: str) -> "Target":
+        """The weights of the study, trained or imported; the results belong to the study."""
         return cls(
             layout.model(cell, selection),
             "names",
@@ -33,18 +35,18 @@ class Target:
         )
 
     @classmethod
-    def of_file(cls, path: Path, match: Match) -> "Target":
-        """Other weights; the outcome lies beside them and never mixes with the study's."""
+    def beside_file(cls, path: Path, match: Match) -> "Target":
+        """Other weights; the results are written to the folder of their file."""
         return cls(path, match, *_beside(path))
 
     @classmethod
     def as_built(cls, results: Path, source: Source) -> "Target":
-        """The weights that foreign code builds its network with."""
+        """The weights with which foreign code builds its network."""
         return cls(None, "names", *_beside(results / source.kind / source.name.replace(":", ".")))
 
 
 def _beside(path: Path) -> tuple[Path, Path, Path]:
-    """Record, flags and cache of a network, named after `path`."""
+    """Paths of record, flags and cache, from the path of the weights."""
     ends = ("evaluation.json", "flags.npz", "cache")
     record, flags, cache = (path.with_name(f"{path.name}.{end}") for end in ends)
     return record, flags, cache

@@ -62,7 +62,7 @@ def study_of(
             "selections": {"last": attacks},
         },
     }
-    return loading.of_data(data, "robsparse evaluate")
+    return loading.validate(data, "robsparse evaluate")
 
 
 def _mapping(options: list[str]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def write_results(session: Session, record: TrainingRecord) -> None:
             "data_checksum": session.data_checksum,
             "start_checksum": file_checksum(start.weights) if start.weights else None,
             **provenance.current(),
-            **session.fingerprint.kept(),
+            **session.fingerprint.as_record(),
             "weights": {s: file_checksum(layout.model(cell, s)) for s in states},
         },
     )

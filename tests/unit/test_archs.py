@@ -475,8 +475,8 @@ def test_normalisation_has_one_value_a_channel(key):
 
 
 NORMALISATION_ERRORS = {
-    "mean alone": ({"mean": [0.5]}, "archs.small_cnn.mean = [0.5]: expected std beside it"),
-    "std alone": ({"std": [0.5]}, "archs.small_cnn.std = [0.5]: expected mean beside it"),
+    "mean alone": ({"mean": [0.5]}, "archs.small_cnn.mean = [0.5]: expected std too"),
+    "std alone": ({"std": [0.5]}, "archs.small_cnn.std = [0.5]: expected mean too"),
     "std of zero": ({"mean": [0.5], "std": [0.0]}, "archs.small_cnn.std.0 = 0.0: expected to be"),
     "one number": ({"mean": 0.5, "std": [0.5]}, "archs.small_cnn.mean = 0.5: expected to be"),
     "not a number": (

@@ -1,4 +1,4 @@
-"""Studies that are broken at random, over the whole schema: a line for each error, no traceback."""
+"""Random errors in all settings of a study give one line for each error, and no traceback."""
 
 import contextlib
 import copy
@@ -34,7 +34,7 @@ JUNK = st.sampled_from(VALUES).map(copy.deepcopy)
 
 
 def everything(tiny, folder):
-    """A valid study with every section, and every default of every part written out."""
+    """A valid study with every section and with all defaults."""
     data = copy.deepcopy(tiny)
     np.savez(folder / "a.npz", train_images=np.zeros((40, 8, 8), np.uint8))
     block = data["grid"] | {
@@ -56,7 +56,7 @@ def everything(tiny, folder):
 
 
 def filled_in(data, folder):
-    """The study as it is understood: with all defaults, so that every key can be broken."""
+    """The study with all defaults, so that every key can be broken."""
     path = folder / "whole.yaml"
     path.write_text(yaml.safe_dump(data))
     whole = loading.load(path).settings()
@@ -67,7 +67,7 @@ def filled_in(data, folder):
 
 
 def places(data, path=()):
-    """Every key and index of nested data, as a path."""
+    """The path of every key and index in nested data."""
     pairs = data.items() if isinstance(data, dict) else enumerate(data)
     for key, value in pairs:
         yield (*path, key)
@@ -106,7 +106,7 @@ def broken(draw, whole):
 
 @st.composite
 def garbled(draw, whole):
-    """The text of a broken study, sometimes with an error of YAML's as well."""
+    """The text of a broken study, sometimes also with a YAML error."""
     text = yaml.safe_dump(draw(broken(whole)), sort_keys=False)
     if draw(st.booleans()):
         return text
@@ -134,7 +134,7 @@ KEY = re.compile(
 )
 
 
-def test_the_whole_study_is_valid(tiny, tmp_path):
+def test_the_unbroken_study_is_valid(tiny, tmp_path):
     whole = filled_in(everything(tiny, tmp_path), tmp_path)
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(whole))
@@ -154,7 +154,7 @@ def whole(repository, folder):
 
 
 def assert_plain(lines, start):
-    """Each line names a key and what is wrong with it, and can be read."""
+    """Check that each line names a key and an error, and that it is printable."""
     for line in lines:
         assert line.startswith(start), line
         assert KEY.match(line.removeprefix(start)), line
@@ -163,7 +163,7 @@ def assert_plain(lines, start):
 
 
 def in_one_line(value):
-    """Whether YAML lets all texts through."""
+    """Whether YAML accepts all texts."""
     if isinstance(value, dict):
         return all(in_one_line(part) for pair in value.items() for part in pair)
     if isinstance(value, list):
@@ -171,15 +171,15 @@ def in_one_line(value):
     return not isinstance(value, str) or value.isprintable()
 
 
-def test_broken_data_is_refused_in_lines_that_name_a_key(whole):
-    """Set ROBSPARSE_BROKEN_STUDIES for more of them."""
+def test_errors_in_data_are_lines_that_name_a_key(whole):
+    """Set ROBSPARSE_BROKEN_STUDIES to test more studies."""
     refused = []
 
     @settings(max_examples=EXAMPLES)
     @given(broken(whole).filter(in_one_line))
     def look(data):
         try:
-            loading.of_data(data, "study")
+            loading.validate(data, "study")
             refused.append(False)
         except UsageError as error:
             refused.append(True)
@@ -190,8 +190,8 @@ def test_broken_data_is_refused_in_lines_that_name_a_key(whole):
     assert sum(refused) > EXAMPLES / 2  # most of what is done breaks it
 
 
-def test_broken_files_are_refused_in_lines_that_name_a_key(whole, folder):
-    """The command itself, and errors of YAML."""
+def test_errors_in_files_are_lines_that_name_a_key(whole, folder):
+    """Runs the command, also on files with YAML errors."""
     codes, path = [], folder / "study.yaml"
 
     @settings(max_examples=EXAMPLES // 6)

@@ -1,4 +1,4 @@
-"""Nonsense that is only seen in the whole of a study, or in sizes that nothing can have."""
+"""Checks of a whole study: settings that are wrong together, sizes, and files that are no study."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def merge(data, change):
 
 LONG = "n" * 10_000
 BCS = {"base": "bcs"}
-# what is changed -> how the one line begins
+# change of the study -> start of the message
 NONSENSE = {
     "epochs": ({"methods": {"bcs": {"train": {"epochs": 1e18}}}}, "methods.bcs.train.epochs = 1"),
     "some epochs": (
@@ -130,7 +130,7 @@ NONSENSE = {
     ),
     "rows are columns": (
         {"tables": [TABLE | {"columns": ["method", "arch"]}]},
-        'tables.0.columns = ["method", "arch"]: expected other axes than those of rows',
+        'tables.0.columns = ["method", "arch"]: expected axes that are not in rows',
     ),
     "an axis twice": (
         {"tables": [TABLE | {"rows": ["arch", "arch"]}]},
@@ -138,19 +138,19 @@ NONSENSE = {
     ),
     "two tables of one name": (
         {"tables": [TABLE, TABLE]},
-        "tables: 'table4' and 'table4': expected names that differ in more than case",
+        "tables: 'table4' and 'table4': expected names that differ in lower case too",
     ),
     "two tables of nearly one name": (
         {"tables": [TABLE, TABLE | {"name": "Table4"}]},
-        "tables: 'Table4' and 'table4': expected names that differ in more than case",
+        "tables: 'Table4' and 'table4': expected names that differ in lower case too",
     ),
     "a table named main": (
         {"tables": [TABLE | {"name": "main"}]},
-        'tables.0.name = "main": expected a name that is no table of every study',
+        'tables.0.name = "main": expected a name other than main, per_class, disagreements',
     ),
     "a table named Main": (
         {"tables": [TABLE | {"name": "Main"}]},
-        'tables.0.name = "Main": expected a name that is no table of every study',
+        'tables.0.name = "Main": expected a name other than main, per_class, disagreements',
     ),
     "a table of weights that nobody evaluates": (
         {"tables": [TABLE | {"selection": "best_val"}]},
@@ -167,20 +167,21 @@ NONSENSE = {
     "published folder": ({"tables": [TABLE | {"published": ["/"]}]}, "tables.0.published = "),
     "study named reference": (
         {"study": "reference"},
-        'study = "reference": expected another name: results/reference is no study\'s',
+        'study = "reference": expected another name: the folder results/reference '
+        "does not belong to a study",
     ),
     "study named Published": ({"study": "Published"}, 'study = "Published": expected another name'),
     "variants that differ in case": (
         {"methods": {"quiet": BCS, "Quiet": BCS | {"label": "Loud"}}},
-        "methods: 'quiet' and 'Quiet': expected names that differ in more than case",
+        "methods: 'quiet' and 'Quiet': expected names that differ in lower case too",
     ),
     "a variant that differs from its base in case": (
         {"methods": {"BCS": BCS | {"label": "mine"}}},
-        "methods: 'BCS' and 'bcs': expected names that differ in more than case",
+        "methods: 'BCS' and 'bcs': expected names that differ in lower case too",
     ),
     "two variants of one label": (
         {"methods": {"one": BCS | {"label": "x"}, "two": BCS | {"label": "x"}}},
-        "methods.two.label = \"x\": expected another label than that of 'one'",
+        "methods.two.label = \"x\": expected a label that differs from the label of 'one'",
     ),
     "a variant with the label of its base": (
         {"methods": {"one": BCS | {"label": "BCS"}}},
@@ -208,7 +209,7 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("what", NONSENSE)
-def test_nonsense_is_one_line(what, study_data, refused):
+def test_error_is_one_line(what, study_data, refused):
     change, message = NONSENSE[what]
     merge(study_data, change)
     lines = refused(study_data).splitlines()
@@ -216,7 +217,7 @@ def test_nonsense_is_one_line(what, study_data, refused):
     assert len(lines[0]) < 500
 
 
-def test_all_errors_of_the_whole_study_are_told_at_once(study_data, refused):
+def test_all_errors_of_a_study_are_reported_together(study_data, refused):
     study_data["evaluation"]["n_examples"] = 801
     study_data["training"]["crafting"]["step_size"] = 0.5
     study_data["tables"] = [TABLE | {"published": ["none.csv"], "methods": ["bsc"]}]
@@ -229,7 +230,7 @@ def test_all_errors_of_the_whole_study_are_told_at_once(study_data, refused):
     ]
 
 
-def test_what_is_large_but_can_be_is_accepted(study_data, load_study):
+def test_large_valid_values_are_accepted(study_data, load_study):
     study_data["methods"]["bcs"]["train"] = {"epochs": 100_000, "lr": 1000, "weight_decay": 0.999}
     study_data["machine"]["threads"] = 1024
     study_data["study"] = "n" * LONGEST_NAME
@@ -240,13 +241,13 @@ def test_what_is_large_but_can_be_is_accepted(study_data, load_study):
 
 
 @pytest.mark.parametrize("key", ["milestones", "warmup", "epochs", "lr", "weight_decay"])
-def test_stages_hold_their_rules_without_a_config_too(key):
+def test_stages_are_also_checked_without_a_config(key):
     wrong = {"milestones": (0.5, 0.2), "warmup": 3, "epochs": 10**6, "lr": 1e4, "weight_decay": 1}
     with pytest.raises(ValueError, match=key if key in ("lr", "epochs") else "expected"):
         Fit(**({"epochs": 3, "lr": 0.1} | {key: wrong[key]}))
 
 
-def test_tables_of_every_study_are_known_to_the_configuration():
+def test_config_knows_the_tables_of_every_study():
     assert {Path(name).stem for name in figures.TABLES} == set(OWN_TABLES)
 
 
@@ -285,7 +286,7 @@ DATA = {
     "held out of 100 classes": (
         {"grid": {"datasets": ["cifar100"]}, "datasets": {"cifar100": {"validation_examples": 99}}},
         "datasets.cifar100.validation_examples = 99: expected 100 to 49900 of the 50000 images "
-        "beside those for tests",
+        "that are not for tests",
     ),
     "held out of 100 classes, which are trained on too": (
         {
@@ -293,11 +294,11 @@ DATA = {
             "datasets": {"cifar100": {"validation_examples": 99, "train_on_validation": True}},
         },
         "datasets.cifar100.validation_examples = 99: expected 100 to 49900 of the 50000 images "
-        "beside those for tests",
+        "that are not for tests",
     ),
     "small images": (
         {"grid": {"archs": ["vgg16"]}},
-        "archs.vgg16: expected images of at least 16x16 pixels, those of 'digits' have 8x8",
+        "archs.vgg16: expected images of at least 16x16 pixels, but 'digits' has images of 8x8",
     ),
     "channels": (
         {"archs": {"small_cnn": {"mean": [0.5] * 3, "std": [0.2] * 3}}},
@@ -308,13 +309,13 @@ DATA = {
 
 
 @pytest.mark.parametrize("what", DATA)
-def test_data_that_is_too_small_is_said_without_reading_it(what, study_data, refused):
+def test_too_small_data_is_an_error_before_it_is_read(what, study_data, refused):
     change, message = DATA[what]
     merge(study_data, change)
     assert refused(study_data).startswith(message)
 
 
-def test_the_whole_data_may_be_used(study_data, load_study):
+def test_all_images_may_be_used(study_data, load_study):
     study_data["training"]["batch_size"] = 977
     study_data["evaluation"]["n_examples"] = 800
     assert load_study(study_data)
@@ -331,7 +332,7 @@ def npz(path, train=(40, 8, 8), test=(20, 8, 8), write=np.savez):
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3), (3, 8, 8), (8, 8, 1), (1, 8, 8)])
-def test_sizes_of_a_file_are_those_of_the_loaded_data(shape, write, tmp_path):
+def test_sizes_of_a_file_equal_those_of_the_loaded_data(shape, write, tmp_path):
     file = npz(tmp_path / "data.npz", (40, *shape), (20, *shape), write)
     params = registry.entry("dataset", "npz").params(file=file, validation_examples=10)
     splits, found = datasets.load("npz", params), params.description()
@@ -340,7 +341,7 @@ def test_sizes_of_a_file_are_those_of_the_loaded_data(shape, write, tmp_path):
     assert datasets.describe("npz", params) == Description(splits.image_shape, 2, *map(len, parts))
 
 
-def test_sizes_of_the_digits_are_those_of_the_loaded_data():
+def test_sizes_of_the_digits_equal_those_of_the_loaded_data():
     params = registry.entry("dataset", "digits").params(**DIGITS)
     splits = datasets.load("digits", params)
     parts = splits.train, splits.validation, splits.test
@@ -348,7 +349,7 @@ def test_sizes_of_the_digits_are_those_of_the_loaded_data():
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "header"])
-def test_a_damaged_file_says_nothing_of_sizes(damage, tmp_path):
+def test_sizes_of_a_damaged_file_are_unknown(damage, tmp_path):
     path = tmp_path / "data.npz"
     npz(path)
     content = path.read_bytes()
@@ -372,7 +373,9 @@ def test_a_damaged_file_says_nothing_of_sizes(damage, tmp_path):
         ({"training": {"batch_size": 31}}, "training.batch_size = 31: expected at most the 30 "),
     ],
 )
-def test_a_file_of_ones_own_is_looked_at_too(change, message, study_data, refused, tmp_path):
+def test_sizes_of_a_file_of_the_user_are_checked_too(
+    change, message, study_data, refused, tmp_path
+):
     study_data["datasets"]["npz"] = {"file": npz(tmp_path / "a.npz"), "validation_examples": 10}
     study_data["grid"]["datasets"] = ["npz"]
     study_data["training"]["batch_size"] = 30
@@ -383,8 +386,8 @@ def test_a_file_of_ones_own_is_looked_at_too(change, message, study_data, refuse
 @pytest.mark.parametrize(
     ("name", "key"), [("npz", "file"), ("imagefolder", "data_dir"), ("cifar10", "data_dir")]
 )
-def test_data_that_is_not_there_fails_the_check_alone(name, key, study_data, tmp_path, capsys):
-    """Results can be collected and drawn where the images are not."""
+def test_missing_data_fails_only_the_command_check(name, key, study_data, tmp_path, capsys):
+    """Results can be collected and drawn without the images."""
     value = tmp_path / "data"
     if name == "cifar10":
         value.touch()  # a file where a folder is meant; one that is missing is downloaded to
@@ -394,7 +397,7 @@ def test_data_that_is_not_there_fails_the_check_alone(name, key, study_data, tmp
     path.write_text(yaml.safe_dump(study_data))
     assert loading.load(path)
     assert main(["check", str(path)]) == 2
-    message = f"{path}: datasets.{name}.{key} = {json.dumps(str(value))}: expected a file or folder"
+    message = f"{path}: datasets.{name}.{key} = {json.dumps(str(value))}: expected an existing file"
     assert capsys.readouterr().err.startswith(f"robsparse: error: {message}")
 
 
@@ -411,7 +414,7 @@ TEXTS = {
         "expected at most 32 levels of nesting",
     ),
     "contains itself": ("a: &a [*a]", "expected at most 32 levels of nesting"),
-    "a million values": ("a0: &x0 [1, 2]\n" + MANY, "expected at most 100000 values, aliases"),
+    "a million values": ("a0: &x0 [1, 2]\n" + MANY, "expected at most 100000 values with aliases"),
     "5,000 digits": (f"threat: {'5' * 5000}", '"5555'),
     "5,000 hexadecimal digits": (f"threat: 0x{'F' * 5000}", '"0xFFFF'),
     "5,000 digits as key": (f"? {'5' * 5000}\n: 1", '"5555'),
@@ -432,7 +435,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("what", TEXTS)
-def test_text_that_yaml_fails_at_is_one_line(what, refused):
+def test_error_about_unreadable_yaml_is_one_line(what, refused):
     text, message = TEXTS[what]
     (line,) = refused(text).splitlines()
     assert line.startswith("not valid YAML: ")
@@ -440,15 +443,15 @@ def test_text_that_yaml_fails_at_is_one_line(what, refused):
     assert len(line) < 500
 
 
-def test_limits_leave_room_for_every_study_of_the_repository(repository):
+def test_limits_allow_every_study_of_the_repository(repository):
     for path in sorted((repository / "config").glob("*.yaml")):
         assert loading.load(path)
     assert loading.DEEPEST >= 32
     assert LARGEST >= 2**31
 
 
-def test_check_of_nonsense_exits_with_2_and_one_line(study_data, tmp_path):
-    """Of the command itself, and without torch."""
+def test_check_of_an_invalid_study_exits_with_2_and_one_line(study_data, tmp_path):
+    """Runs the command, and checks that it does not import torch."""
     study_data["machine"]["threads"] = 10**6
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(study_data))
     code = (

@@ -1,4 +1,4 @@
-"""What collected rows may not say, on a small table made by hand."""
+"""Collection: contradictions in result rows, weak attacks, records that do not match."""
 
 import hashlib
 
@@ -27,7 +27,7 @@ from robsparse.study import fingerprints
 from robsparse.study.cells import Layout
 
 MODELS = [("bcs", 0.9, 0, 90), ("bcs", 0.9, 1, 80), ("dense", 0.0, 0, 95)]
-# attack, component: how many fewer of 100 are correct than without attack
+# (attack, component): by how many of 100 images the attack reduces the clean accuracy
 ATTACKS = {
     ("clean", "all"): 0,
     ("pgd", "all"): 30,
@@ -115,7 +115,7 @@ PGD = "digits/small_cnn/bcs/at/0.9/0/last/pgd/all"
 # ---------------------------------------------------------------- contradictions
 
 
-def test_table_made_by_hand_has_no_contradiction(table):
+def test_table_of_these_tests_has_no_contradiction(table):
     assert find_contradictions(table) == []
 
 
@@ -140,7 +140,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("wrong", CONTRADICTIONS)
-def test_impossible_row_is_named_with_its_key(wrong, table):
+def test_message_about_an_impossible_row_starts_with_its_key(wrong, table):
     attack, values, expected = CONTRADICTIONS[wrong]
     found = find_contradictions(change(table, attack, **values))
     assert len(found) == 1
@@ -157,15 +157,15 @@ def test_components_are_checked_like_whole_attacks(table):
     assert wrong.endswith("autoattack/square: accuracy 0.55 is not 50/100")
 
 
-def test_robust_above_clean_is_per_model(table):
-    # 85 is below the 90 of seed 0 and above the 80 of seed 1
+def test_robust_accuracy_is_compared_with_clean_accuracy_of_the_same_network(table):
+    # Seed 0 has 90 correct images and seed 1 has 80.
     index = where(table, "pgd", seed=1)
     table.loc[index, ["n_correct", "accuracy", "ci_low", "ci_high"]] = [85, 0.85, 0.8, 0.9]
     (wrong,) = find_contradictions(table)
     assert "at/0.9/1/last/pgd/all: 85 correct under attack, but 80 without" in wrong
 
 
-def test_missed_budget_is_marked_beyond_one_weight_a_layer(table):
+def test_missed_budget_is_marked_if_it_is_more_than_one_weight_for_each_layer(table):
     for nonzero, expected in ((95, True), (96, False), (104, False), (105, True)):
         marked = mark_missed_budgets(change(table, "pgd", nonzero=nonzero))
         index = where(table, "pgd")
@@ -181,35 +181,35 @@ def test_unknown_perturbation_is_no_contradiction(table):
     assert find_contradictions(change(table, "pgd", max_perturbation=np.nan)) == []
 
 
-def test_key_of_two_rows_is_a_contradiction(table):
+def test_two_rows_with_one_key_are_a_contradiction(table):
     twice = pd.concat([table, table.loc[[where(table, "pgd")]]], ignore_index=True)
     assert find_contradictions(twice) == [f"{PGD}: two rows have this key"]
 
 
-def test_model_without_clean_accuracy_is_a_contradiction(table):
+def test_network_without_clean_accuracy_is_a_contradiction(table):
     found = find_contradictions(table.drop(index=where(table, "clean")))
     assert len(found) == 4
     assert all("/0.9/0/last/" in wrong for wrong in found)
-    assert all(wrong.endswith("no clean accuracy of this model") for wrong in found)
+    assert all(wrong.endswith("no clean accuracy of this network") for wrong in found)
 
 
 def test_clean_accuracy_of_another_selection_does_not_count(table):
     assert "no clean accuracy" in find_contradictions(change(table, "pgd", selection="best_val"))[0]
 
 
-def test_rows_of_one_data_set_saw_the_same_images(table):
+def test_rows_of_one_data_set_must_have_the_same_data_checksum(table):
     found = find_contradictions(change(table, "pgd", data_checksum="other"))
     assert found == ["digits: data_checksum differs between rows: ['c', 'other']"]
     other = table.assign(dataset="letters", data_checksum="x")
     assert find_contradictions(pd.concat([table.assign(data_checksum="c"), other])) == []
 
 
-def test_rows_of_one_data_set_have_one_number_of_images(table):
+def test_rows_of_one_data_set_must_have_the_same_number_of_images(table):
     table.loc[where(table, "pgd"), ["n_examples", "n_correct"]] = [50, 30]
     assert find_contradictions(table) == ["digits: n_examples differs between rows: ['100', '50']"]
 
 
-def test_several_contradictions_are_all_told(table):
+def test_all_contradictions_are_reported(table):
     change(table, "pgd", nan_count=1, ci_high=0.1)
     assert len(find_contradictions(change(table, "clean", accuracy=0.1))) >= 3
 
@@ -217,7 +217,7 @@ def test_several_contradictions_are_all_told(table):
 # ---------------------------------------------------------------- weak attacks
 
 
-def test_autoattack_that_another_attack_beats_makes_the_network_potentially_unreliable(table):
+def test_network_is_potentially_unreliable_if_another_attack_beats_autoattack(table):
     change(table, "pgd", n_correct=50, accuracy=0.5)
     change(table, "clean", potentially_unreliable="no gradient")
     marked = mark_weak_attacks(table)
@@ -233,7 +233,7 @@ def test_autoattack_that_another_attack_beats_makes_the_network_potentially_unre
     assert mark_weak_attacks(part).potentially_unreliable[where(table, "pgd")] == reason
 
 
-def test_autoattack_that_is_strongest_or_equal_is_not_potentially_unreliable(table):
+def test_network_is_not_flagged_if_autoattack_is_the_strongest_attack_or_equal(table):
     assert (mark_weak_attacks(table).potentially_unreliable == "").all()
     change(table, "pgd", n_correct=55, accuracy=0.55)
     assert (mark_weak_attacks(table).potentially_unreliable == "").all()
@@ -245,7 +245,7 @@ def test_attacks_of_another_threat_are_not_compared(threat, table):
     assert (mark_weak_attacks(table).potentially_unreliable == "").all()
 
 
-def test_attacks_are_compared_on_the_same_model_alone(table):
+def test_attacks_are_compared_only_on_the_same_network(table):
     index = where(table, "pgd", seed=1)
     table.loc[index, "n_correct"] = 10  # 45 is what AutoAttack leaves of that model
     marked = mark_weak_attacks(table)
@@ -256,7 +256,7 @@ def test_attacks_are_compared_on_the_same_model_alone(table):
     assert marked.potentially_unreliable[where(table, "autoattack", method="dense")] == ""
 
 
-def test_table_without_autoattack_is_not_potentially_unreliable(table):
+def test_no_network_is_flagged_without_autoattack(table):
     marked = mark_weak_attacks(table[table.attack != "autoattack"])
     assert (marked.potentially_unreliable == "").all()
 
@@ -272,7 +272,7 @@ def study(study_data, load_study):
 
 
 def write(study, layout, **changes):
-    """Records of the study's cells that are in MODELS."""
+    """Write records for the cells of the study that are in MODELS."""
     cells = {(c.method, c.seed): c for c in study.cells()}
     for method, sparsity, seed, clean in MODELS:
         cell = cells[method, seed]
@@ -298,7 +298,7 @@ def write(study, layout, **changes):
         write_record(layout.evaluation(cell, "last"), record)
 
 
-def test_collected_tables_hold_every_row_and_missing_ones_are_named(study, tmp_path):
+def test_collected_tables_have_every_row_and_missing_networks_are_listed(study, tmp_path):
     layout = Layout(tmp_path / "run")
     write(study, layout)
     text = collect.collect(study, layout, layout.root)
@@ -328,7 +328,7 @@ def test_collected_tables_hold_every_row_and_missing_ones_are_named(study, tmp_p
         assert list(found)[-len(columns) :] == list(columns)
 
 
-def test_contradiction_stops_the_collection_before_anything_is_written(study, tmp_path):
+def test_nothing_is_written_if_there_is_a_contradiction(study, tmp_path):
     layout = Layout(tmp_path / "run")
     write(study, layout, nan_count=1)
     with pytest.raises(UsageError) as caught:
@@ -339,20 +339,20 @@ def test_contradiction_stops_the_collection_before_anything_is_written(study, tm
     assert not list(layout.root.glob("*.*"))
 
 
-def test_record_of_other_settings_is_refused(study, tmp_path):
+def test_record_made_with_other_settings_is_refused(study, tmp_path):
     layout = Layout(tmp_path / "run")
     write(study, layout, settings_digest="stale")
     with pytest.raises(UsageError, match="made with other settings; run snakemake first"):
         collect.collect(study, layout, layout.root)
 
 
-def test_nothing_to_collect_is_one_line(study, tmp_path):
+def test_error_without_results_is_one_line(study, tmp_path):
     with pytest.raises(UsageError, match="no finished evaluation of the study 'tiny' found"):
         collect.collect(study, Layout(tmp_path / "run"), tmp_path)
 
 
 @pytest.mark.parametrize("content", ['{"rows": [], "layers": []}', "{", "[]"])
-def test_damaged_record_is_one_line_with_its_path(content, study, tmp_path):
+def test_error_about_a_damaged_record_is_one_line_with_its_path(content, study, tmp_path):
     layout = Layout(tmp_path / "run")
     write(study, layout)
     path = layout.evaluation(study.cells()[0], "last")
@@ -363,12 +363,12 @@ def test_damaged_record_is_one_line_with_its_path(content, study, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------- what belongs together
+# ---------------------------------------------------------------- records, weights, flags
 
 
 @pytest.fixture
 def finished(study, tmp_path):
-    """Records with the weights that they are of, and the records of training."""
+    """Records of evaluations, with the weights that were attacked and the records of training."""
     layout = Layout(tmp_path / "run")
     content = b"weights"
     checksum = hashlib.sha256(content).hexdigest()[:16]
@@ -377,7 +377,7 @@ def finished(study, tmp_path):
         path = layout.model(cell, "last")
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
-        training = fingerprints.training(study, cell).kept() | {
+        training = fingerprints.training(study, cell).as_record() | {
             "curve": [],
             "weights": {"last": checksum},
             "data_checksum": "c",
@@ -402,12 +402,12 @@ def refused(study, layout, *words):
     assert not (layout.root / "results.csv").exists()
 
 
-def test_what_belongs_together_is_collected(study, finished, dense_only):
+def test_files_that_match_are_collected(study, finished, dense_only):
     assert "collected 15 rows" in collect.collect(study, finished, finished.root)
     assert set(pd.read_csv(finished.root / "results.csv").other_code.fillna("")) == {""}
 
 
-def test_one_flipped_byte_of_the_weights_is_refused(study, finished, dense_only):
+def test_weights_with_one_changed_byte_are_refused(study, finished, dense_only):
     path = finished.model(study.cells()[0], "last")
     path.write_bytes(b"weightt")
     refused(study, finished, str(path), "not the weights that were attacked")
@@ -416,19 +416,17 @@ def test_one_flipped_byte_of_the_weights_is_refused(study, finished, dense_only)
 def test_weights_that_training_did_not_save_are_refused(study, finished, dense_only):
     path = finished.training(study.cells()[0])
     write_json(path, read_json(path) | {"weights": {"last": "another"}})
-    refused(study, finished, str(path), "training saved other weights")
+    refused(study, finished, str(path), "the weights that training saved")
 
 
 def test_network_that_was_trained_on_other_data_is_refused(study, finished, dense_only):
     path = finished.training(study.cells()[0])
     write_json(path, read_json(path) | {"data_checksum": "d"})
-    refused(study, finished, str(path), "another data set")
+    refused(study, finished, str(path), "different data sets")
 
 
 @pytest.mark.parametrize("damage", ["changed", "gone"])
-def test_outcomes_that_the_record_was_not_made_from_are_refused(
-    damage, study, finished, dense_only
-):
+def test_outcomes_of_another_evaluation_are_refused(damage, study, finished, dense_only):
     path = finished.flags(study.cells()[0], "last")
     if damage == "gone":
         path.unlink()
@@ -438,7 +436,9 @@ def test_outcomes_that_the_record_was_not_made_from_are_refused(
 
 
 @pytest.mark.parametrize(("attack", "component"), [("pgd", "all"), ("autoattack", "square")])
-def test_row_that_contradicts_its_images_is_refused(attack, component, study, finished, dense_only):
+def test_row_that_contradicts_the_outcomes_of_its_images_is_refused(
+    attack, component, study, finished, dense_only
+):
     path = finished.evaluation(study.cells()[0], "last")
     content = read_json(path)
     for row in content["rows"]:
@@ -451,7 +451,7 @@ def test_row_that_contradicts_its_images_is_refused(attack, component, study, fi
 
 
 @pytest.mark.parametrize("what", ["training", "evaluation"])
-def test_rows_of_other_code_are_collected_and_say_so(what, study, finished, dense_only):
+def test_rows_made_by_other_code_are_collected_and_marked(what, study, finished, dense_only):
     cell = study.cells()[0]
     path = finished.training(cell) if what == "training" else finished.evaluation(cell, "last")
     content = read_json(path)
@@ -459,12 +459,12 @@ def test_rows_of_other_code_are_collected_and_say_so(what, study, finished, dens
         part["code_digest"] = "old"
     write_json(path, content)
     message = collect.collect(study, finished, finished.root)
-    assert "5 rows were made by other code than the present: column other_code" in message
+    assert "5 rows were made by older or changed code: see the column other_code" in message
     rows = pd.read_csv(finished.root / "results.csv")
     assert rows.other_code.dropna().tolist() == [what] * 5
 
 
-def test_manifest_names_every_file_with_its_checksum(study, finished, dense_only):
+def test_manifest_has_the_checksum_of_every_file(study, finished, dense_only):
     collect.collect(study, finished, finished.root)
     manifest = read_json(finished.root / MANIFEST)
     assert set(manifest["tables"]) == {*COLLECTED} - {MANIFEST}

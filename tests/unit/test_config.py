@@ -1,4 +1,4 @@
-"""Configurations: what a bad one is told, and what a good one means."""
+"""Configs: messages about invalid ones, and the meaning of valid ones."""
 
 import dataclasses
 import datetime
@@ -23,7 +23,7 @@ def put(data, path, value):
     data[last] = value
 
 
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- invalid input
 
 BAD = {
     "misspelt section": ("trainig", {}, ["trainig = {}: unknown key"], "'training'"),
@@ -160,7 +160,7 @@ def test_error_is_one_line_with_key_value_expectation_and_nearest_match(error, r
     assert message.endswith(f"nearest match: {match}") or not match or match in message
 
 
-def test_each_of_several_errors_gets_its_line(refused, study_data):
+def test_each_error_has_a_line(refused, study_data):
     study_data["threat"]["eps"] = 8
     study_data["grid"]["seeds"] = [-1]
     lines = refused(study_data).splitlines()
@@ -170,12 +170,12 @@ def test_each_of_several_errors_gets_its_line(refused, study_data):
 
 
 @pytest.mark.parametrize("key", ["study", "title", "threat", "training", "evaluation"])
-def test_missing_section_is_named(key, refused, study_data):
+def test_message_names_the_missing_section(key, refused, study_data):
     del study_data[key]
     assert refused(study_data) == f"{key}: missing, expected a value"
 
 
-def test_a_study_has_a_grid_or_models(refused, study_data):
+def test_a_study_needs_a_grid_or_models(refused, study_data):
     del study_data["grid"]
     assert refused(study_data) == "grid: expected a block, or models"
 
@@ -183,7 +183,7 @@ def test_a_study_has_a_grid_or_models(refused, study_data):
 @pytest.mark.parametrize(
     "path", ["threat.eps", "training.crafting", "training.crafting.step_size", "grid.seeds"]
 )
-def test_missing_key_is_named_with_its_section(path, refused, study_data):
+def test_message_names_the_missing_key_with_its_section(path, refused, study_data):
     section, *rest = path.split(".")
     found = study_data[section]
     for name in rest[:-1]:
@@ -197,8 +197,8 @@ TEXTS = {
     "list": ("- study", "expected a mapping of sections, found list"),
     "open bracket": ("study: [a, b", "not valid YAML"),
     "tab": ("study:\n\tx: 1", "not valid YAML"),
-    "duplicate key": ("study: a\ntitle: b\nstudy: c\n", 'the key "study" stands twice'),
-    "nested duplicate": ("a:\n  b:\n    c: 1\n    c: 2\n", 'the key "c" stands twice'),
+    "duplicate key": ("study: a\ntitle: b\nstudy: c\n", 'the key "study" appears twice'),
+    "nested duplicate": ("a:\n  b:\n    c: 1\n    c: 2\n", 'the key "c" appears twice'),
     "list as key": ("? [a, b]\n: 1\n", "not valid YAML"),
     "mapping as key": ("? {a: b}\n: 1\n", "not valid YAML"),
     "python object": ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
@@ -209,18 +209,18 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_that_is_no_study_is_one_line(text, refused):
+def test_error_about_text_that_is_no_study_is_one_line(text, refused):
     content, expected = TEXTS[text]
     message = refused(content)
     assert expected in message
     assert "\n" not in message
 
 
-def test_duplicate_key_tells_its_line(refused):
+def test_message_names_the_line_of_a_duplicate_key(refused):
     assert "line 3" in refused("study: a\ntitle: b\nstudy: c\n")
 
 
-def test_missing_file_and_folder_are_one_line(tmp_path):
+def test_error_about_a_missing_file_is_one_line(tmp_path):
     for path in (tmp_path / "missing.yaml", tmp_path):
         with pytest.raises(UsageError, match="cannot read the config") as caught:
             loading.load(path)
@@ -228,32 +228,32 @@ def test_missing_file_and_folder_are_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_file_that_is_not_text_is_one_line(tmp_path):
+def test_error_about_a_binary_file_is_one_line(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_bytes(b"study: \xff\xfe")
     with pytest.raises(UsageError, match="not valid YAML"):
         loading.load(path)
 
 
-def test_nearest_match_is_silent_when_nothing_is_near():
+def test_message_has_no_nearest_match_if_nothing_is_similar():
     assert nearest_match("bsc", ["bcs", "lwm"]) == "; nearest match: 'bcs'"
     assert nearest_match("zzz", ["bcs", "lwm"]) == ""
     assert nearest_match("BCS", ["bcs"]) == "; nearest match: 'bcs'"
 
 
-# ---------------------------------------------------------------- good input
+# ---------------------------------------------------------------- valid input
 
 
 @pytest.mark.parametrize(
     ("written", "meant"), [("8/255", 8 / 255), ("1/3", 1 / 3), (0.15, 0.15), ("0.1", 0.1), (1, 1.0)]
 )
-def test_radius_is_read_exactly(written, meant, study_data, load_study):
+def test_ratio_is_read_exactly(written, meant, study_data, load_study):
     study_data["threat"]["eps"] = written
     study_data["training"]["crafting"]["step_size"] = 0.01
     assert load_study(study_data).threat.eps == meant
 
 
-def test_number_that_yaml_takes_for_a_word_is_a_number(study_data, tmp_path):
+def test_number_that_yaml_reads_as_text_is_a_number(study_data, tmp_path):
     assert yaml.safe_load("5e-4") == "5e-4"
     study_data["methods"]["dense"]["pretrain"]["weight_decay"] = "@"
     path = tmp_path / "study.yaml"
@@ -261,7 +261,7 @@ def test_number_that_yaml_takes_for_a_word_is_a_number(study_data, tmp_path):
     assert loading.load(path).methods["dense"].pretrain.weight_decay == 0.0005
 
 
-def test_parameters_left_out_are_the_defaults(study_data, load_study):
+def test_missing_parameters_have_their_defaults(study_data, load_study):
     del study_data["methods"]
     study = load_study(study_data)
     assert study.methods["bcs"].train.epochs == 200
@@ -271,7 +271,7 @@ def test_parameters_left_out_are_the_defaults(study_data, load_study):
     assert load_study(study_data).methods["bcs"] == study.methods["bcs"]
 
 
-def test_starting_methods_and_clean_get_their_parameters_too(study_data, load_study):
+def test_start_methods_and_clean_have_parameters_too(study_data, load_study):
     study_data["evaluation"]["selections"] = {"last": ["pgd"]}
     study = load_study(study_data)
     assert "dense" not in study.grid[0].methods
@@ -304,7 +304,7 @@ def test_cells_by_hand(study_data, load_study):
     assert found == expected
 
 
-def test_dense_is_trained_once_a_seed_and_objective(study_data, load_study):
+def test_dense_is_trained_once_for_each_seed_and_objective(study_data, load_study):
     study_data["grid"] |= {
         "methods": ["dense", "lwm", "hydra", "admm"],
         "sparsities": [0.9, 0.95, 0.99],
@@ -317,12 +317,12 @@ def test_dense_is_trained_once_a_seed_and_objective(study_data, load_study):
     assert all((cell.sparsity == 0) == (cell.method == "dense") for cell in cells)
 
 
-def test_dense_is_left_out_where_nothing_starts_from_it(study_data, load_study):
+def test_dense_is_not_trained_if_nothing_starts_from_it(study_data, load_study):
     study_data["grid"]["methods"] = ["bcs"]
     assert {cell.method for cell in load_study(study_data).cells()} == {"bcs"}
 
 
-def test_starting_cell_differs_in_method_and_sparsity_alone(study_data, load_study):
+def test_starting_cell_differs_only_in_method_and_sparsity(study_data, load_study):
     start = load_study(study_data).starting_cell
     assert start(Cell("digits", "small_cnn", "hydra", "trades", 0.99, 7)) == Cell(
         "digits", "small_cnn", "dense", "trades", 0.0, 7
@@ -335,12 +335,12 @@ def test_starting_cell_differs_in_method_and_sparsity_alone(study_data, load_stu
 
 
 def two_blocks(data):
-    """One block at 0.9 with BCS and LWM, one at 0.99 with BCS alone."""
+    """A block at 0.9 with BCS and LWM, and a block at 0.99 with only BCS."""
     data["grid"] = [data["grid"], data["grid"] | {"methods": ["bcs"], "sparsities": [0.99]}]
     return data["grid"]
 
 
-def test_blocks_add_up_and_a_cell_in_both_is_trained_once(study_data, load_study):
+def test_a_cell_in_two_blocks_is_trained_once(study_data, load_study):
     blocks = two_blocks(study_data)
     alone = load_study(study_data).cells()
     assert [(c.method, c.sparsity) for c in alone] == [
@@ -353,7 +353,7 @@ def test_blocks_add_up_and_a_cell_in_both_is_trained_once(study_data, load_study
     assert load_study(study_data).cells() == alone
 
 
-def test_hyperparameters_of_a_block_are_merged_over_those_of_the_study(study_data, load_study):
+def test_hyperparameters_of_a_block_override_those_of_the_study(study_data, load_study):
     blocks = two_blocks(study_data)
     study_data["methods"]["bcs"] = {"train": {"epochs": 3, "lr": 0.2}, "momentum": "reset"}
     blocks[1]["params"] = {"bcs": {"train": {"lr": 0.3}}}
@@ -367,14 +367,14 @@ def test_hyperparameters_of_a_block_are_merged_over_those_of_the_study(study_dat
     assert len(digests) == len(study.cells())
 
 
-def test_a_list_of_one_block_is_named_as_it_is_written(study_data, refused):
+def test_message_has_the_index_of_a_block_only_if_the_grid_is_a_list(study_data, refused):
     study_data["grid"]["params"] = {"bsc": {}}
     assert refused(study_data).startswith("grid.params.bsc: ")
     study_data["grid"] = [study_data["grid"]]
     assert refused(study_data).startswith("grid.0.params.bsc: ")
 
 
-def test_nothing_of_a_study_can_be_changed(study_data, load_study):
+def test_a_study_cannot_be_changed(study_data, load_study):
     study = load_study(study_data)
     cell = study.cells()[0]
     for change in (
@@ -391,7 +391,7 @@ def test_nothing_of_a_study_can_be_changed(study_data, load_study):
 def test_a_cell_cannot_have_two_sets_of_hyperparameters(study_data, refused):
     blocks = two_blocks(study_data)
     blocks[1] |= {"sparsities": [0.9], "params": {"bcs": {"noise_scale": 0.5}}}
-    assert "stands in two blocks" in refused(study_data)
+    assert "is in two blocks" in refused(study_data)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_errors_in_the_hyperparameters_of_a_block(params, expected, study_data, 
     assert all(part in message for part in expected), message
 
 
-def test_a_block_is_left_out_where_its_file_is_missing(study_data, load_study, refused, tmp_path):
+def test_a_block_is_left_out_if_its_file_is_missing(study_data, load_study, refused, tmp_path):
     blocks = two_blocks(study_data)
     blocks[1]["where_exists"] = str(tmp_path / "there")
     study = load_study(study_data)
@@ -423,12 +423,12 @@ def test_a_block_is_left_out_where_its_file_is_missing(study_data, load_study, r
     assert "every block is left out" in refused(study_data)
 
 
-def test_errors_in_a_block_name_its_place(study_data, refused):
+def test_errors_in_a_block_name_the_block(study_data, refused):
     two_blocks(study_data)[1]["sparsities"] = [90]
     assert "grid.1.sparsities.0 = 90" in refused(study_data)
 
 
-def test_a_variant_has_the_base_method_and_its_own_hyperparameters(study_data, load_study):
+def test_a_variant_has_a_base_method_and_other_hyperparameters(study_data, load_study):
     study_data["methods"]["quiet"] = {"base": "bcs", "label": "Quiet BCS", "noise_scale": 0}
     study_data["methods"]["pruned"] = {"base": "lwm"}
     study_data["grid"]["methods"] = ["bcs", "quiet", "pruned"]
@@ -447,7 +447,7 @@ def test_a_variant_has_the_base_method_and_its_own_hyperparameters(study_data, l
     assert {fingerprints.training(again, cell).plan for cell in again.cells()} == found
 
 
-def test_data_sets_archs_and_attacks_have_variants_too(study_data, load_study):
+def test_data_sets_archs_and_attacks_may_have_variants(study_data, load_study):
     study_data["datasets"]["mine"] = {"base": "digits", "test_examples": 100}
     study_data["archs"]["wide"] = {"base": "small_cnn", "width": 6}
     study_data["evaluation"]["attacks"]["weak"] = {"base": "pgd", "steps": 1}
@@ -477,7 +477,7 @@ def test_errors_of_variants(name, values, expected, study_data, refused):
     assert all(part in message for part in expected), message
 
 
-def test_a_misspelt_variant_is_told_the_nearest_one(study_data, refused):
+def test_message_about_a_misspelt_variant_has_the_nearest_match(study_data, refused):
     study_data["methods"]["bcs_quiet"] = {"base": "bcs"}
     study_data["grid"]["methods"] = ["bcs_quite"]
     assert "nearest match: 'bcs_quiet'" in refused(study_data)
@@ -495,7 +495,7 @@ TABLE = {
 }
 
 
-def test_a_table_is_of_the_best_validation_weights(study_data, load_study):
+def test_a_table_shows_best_val_by_default(study_data, load_study):
     study_data["tables"] = [TABLE]
     study_data["evaluation"]["selections"]["best_val"] = ["clean"]
     assert load_study(study_data).tables[0].selection == "best_val"
@@ -522,7 +522,7 @@ def test_errors_of_tables(key, value, expected, study_data, refused):
 # ---------------------------------------------------------------- objectives
 
 
-def test_self_training_without_its_images_says_what_they_are(study_data, refused, tmp_path):
+def test_error_of_self_training_without_images_describes_the_images(study_data, refused, tmp_path):
     study_data["grid"]["objectives"] = ["rst"]
     for value in (None, str(tmp_path / "missing.npz")):
         study_data["training"]["rst_file"] = value
@@ -531,7 +531,7 @@ def test_self_training_without_its_images_says_what_they_are(study_data, refused
         assert all(w in message for w in ("npz", "'images'", "'labels'", "TinyImages", "withdrawn"))
 
 
-def test_self_training_of_a_block_takes_the_images_of_the_block(
+def test_self_training_of_a_block_uses_the_images_of_the_block(
     study_data, refused, load_study, tmp_path
 ):
     (tmp_path / "extra.npz").touch()
@@ -579,7 +579,7 @@ CELLS = {
 }
 ALL = set(CELLS)
 
-# what changes -> the cells whose training, and whose evaluation, is another one then
+# change -> cells with another fingerprint of training, cells with another one of evaluation
 CHANGES = {
     "methods.bcs.noise_scale": (0.5, {"bcs"}, {"bcs"}),
     "methods.bcs.train.lr": (0.7, {"bcs"}, {"bcs"}),
@@ -633,7 +633,7 @@ def digests(study):
 
 
 @pytest.mark.parametrize("path", CHANGES)
-def test_digest_changes_when_and_only_when_a_setting_matters(path, study_data, load_study):
+def test_digest_changes_only_if_a_setting_matters(path, study_data, load_study):
     before = digests(load_study(study_data))
     value, *expected = CHANGES[path]
     put(study_data, path, value)
@@ -667,7 +667,7 @@ def test_digest_is_the_hash_of_sorted_json():
     assert digest({"a": 1}) != digest({"a": 1.5})
 
 
-def test_optimiser_defaults_are_those_of_the_authors(load_study, study_data):
+def test_defaults_of_the_optimiser_are_those_of_the_authors(load_study, study_data):
     del study_data["methods"]
     study_data["grid"]["methods"] = ["bcs", "hydra", "admm", "lwm"]
     methods = load_study(study_data).methods
@@ -718,7 +718,7 @@ def test_a_budget_scales_the_stages_to_the_same_cost(budget, objective, study_da
     assert epochs_of(study, "hydra") == {"prune": 2, "finetune": 7}
 
 
-def test_a_budget_that_is_too_small_says_how_much_is_needed(study_data, refused):
+def test_message_about_a_too_small_budget_has_the_smallest_valid_one(study_data, refused):
     study_data["grid"]["methods"] = ["hydra"]
     study_data["methods"]["dense"] = {"pretrain": {"epochs": 3}}
     study_data["grid"]["budget"] = {"unit": "epochs", "total": 4}
@@ -727,8 +727,8 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed(study_data, refused)
     )
 
 
-def test_a_budget_keeps_the_rules_of_the_stages(study_data, refused, load_study):
-    """Stages are validated anew with their new lengths: a warm-up has to end within them."""
+def test_stages_are_validated_after_a_budget_has_scaled_them(study_data, refused, load_study):
+    """For example, a warm-up must not be longer than its stage."""
     study_data["grid"]["methods"] = ["bcs"]
     study_data["methods"]["bcs"] = {"train": {"epochs": 10, "warmup": 5}, "temperature": 1e-8}
     study_data["grid"]["budget"] = {"unit": "epochs", "total": 6}
@@ -736,7 +736,7 @@ def test_a_budget_keeps_the_rules_of_the_stages(study_data, refused, load_study)
     assert epochs_of(study, "bcs") == {"train": 6}
     study_data["grid"]["budget"]["total"] = 3
     reported = (
-        "budget.total = 3: does not suit 'bcs': train.warmup = 5: expected fewer epochs of warm-up "
+        "budget.total = 3: does not fit 'bcs': train.warmup = 5: expected fewer epochs of warm-up "
         "than the 3 of the stage"
     )
     assert refused(study_data) == f"grid.{reported}"
@@ -746,7 +746,7 @@ def test_a_budget_keeps_the_rules_of_the_stages(study_data, refused, load_study)
 
 
 @pytest.mark.parametrize("name", registry.names("method"))
-def test_a_budget_changes_lengths_alone(name, study_data, load_study):
+def test_a_budget_changes_only_the_lengths_of_stages(name, study_data, load_study):
     study_data["grid"]["methods"], study_data["methods"] = [name], {"dense": {}}
     study_data["methods"]["dense"]["pretrain"] = {"epochs": 1}
     study_data["grid"]["budget"] = {"unit": "epochs", "total": 50}
@@ -760,10 +760,10 @@ def test_a_budget_changes_lengths_alone(name, study_data, load_study):
     assert found == plain
 
 
-# ---------------------------------------------------------------- settings of a block
+# ---------------------------------------------------------------- training settings of a block
 
 
-def test_training_of_a_block_is_merged_over_that_of_the_study(study_data, load_study):
+def test_training_of_a_block_overrides_that_of_the_study(study_data, load_study):
     blocks = two_blocks(study_data)
     blocks[1]["training"] = {"eps": 0.1, "crafting": {"bn_mode": "train"}}
     study = load_study(study_data)
@@ -784,7 +784,7 @@ def test_training_of_a_block_is_merged_over_that_of_the_study(study_data, load_s
         ([1], "grid.1.training = [1]: expected a mapping of settings"),
     ],
 )
-def test_errors_in_the_training_of_a_block_are_named(training, reported, study_data, refused):
+def test_errors_in_the_training_of_a_block_name_their_key(training, reported, study_data, refused):
     two_blocks(study_data)[1]["training"] = training
     assert refused(study_data).startswith(reported)
 
@@ -805,19 +805,19 @@ def test_a_variant_may_start_from_a_variant(study_data, load_study, refused):
     assert refused(study_data) == ('methods.lwm_short.starts_from = "short": expected nothing')
 
 
-# ---------------------------------------------------------------- networks from elsewhere
+# ---------------------------------------------------------------- external models
 
 
 @pytest.fixture
 def given(study_data, tmp_path):
-    """The entry of a network in the section models."""
+    """An entry of the section models, which a test may change."""
     (tmp_path / "w.pt").write_bytes(b"")
     model = {"file": str(tmp_path / "w.pt"), "arch": "small_cnn", "dataset": "digits"}
     study_data["models"] = {"mine": model | {"objective": "at"}}
     return study_data["models"]["mine"]
 
 
-def test_a_network_from_elsewhere_is_a_cell(study_data, given, load_study):
+def test_an_external_model_is_a_cell(study_data, given, load_study):
     given |= {"sparsity": 0.75, "label": "My own", "mean": [0.5], "std": [0.2]}
     study = load_study(study_data)
     [cell] = [c for c in study.cells() if c.method == "mine"]
@@ -841,7 +841,7 @@ MODEL_ERRORS = {
     ),
     "no arch": ({"arch": None}, "models.mine.arch = null: expected the arch of the file"),
     "no such file": ({"file": "none.pt"}, 'models.mine.file = "none.pt": no such file'),
-    "mean alone": ({"mean": [0.5]}, "models.mine.mean = [0.5]: expected std beside it"),
+    "mean alone": ({"mean": [0.5]}, "models.mine.mean = [0.5]: expected std too"),
     "objective": ({"objective": "att"}, "nearest match: 'at'"),
     "arch": ({"arch": "smal_cnn"}, "nearest match: 'small_cnn'"),
     "data": ({"dataset": "digit"}, "nearest match: 'digits'"),
@@ -851,13 +851,13 @@ MODEL_ERRORS = {
 
 
 @pytest.mark.parametrize("error", MODEL_ERRORS)
-def test_errors_of_a_network_from_elsewhere_are_named(error, study_data, given, refused):
+def test_errors_of_an_external_model_name_their_key(error, study_data, given, refused):
     change, reported = MODEL_ERRORS[error]
     given |= change
     assert reported in refused(study_data)
 
 
 @pytest.mark.parametrize("name", ["bcs", "lwm", "a/b", "rigl"])
-def test_a_network_from_elsewhere_needs_a_name_of_its_own(name, study_data, given, refused):
+def test_an_external_model_needs_an_unused_name(name, study_data, given, refused):
     study_data["models"] = {name: given}
     assert refused(study_data).startswith(f"models.{name}: expected a name")

@@ -1,4 +1,4 @@
-"""Robust accuracy at every eps: what all attacks of one norm together know of each image."""
+"""Robust accuracy at every eps, from the outcomes of all attacks of one norm."""
 
 from dataclasses import dataclass, field
 
@@ -47,7 +47,7 @@ CELL = Cell("digits", "small_cnn", "bcs", "at", 0.9, 0)
 
 @dataclass
 class Outcomes:
-    """Outcomes made up for a test, the same for each network except those in `of_cell`."""
+    """Artificial outcomes: the same for each network, except for those in `of_cell`."""
 
     robust: dict[str, list]
     lengths: dict[str, list]
@@ -65,13 +65,13 @@ class Outcomes:
 
 
 class Made:
-    """As much of a Material as these figures ask for."""
+    """A Material with only the fields that these figures use."""
 
     primary = "best_val"
     line = Material.line
 
     def __init__(self, outcomes: Outcomes, **changes) -> None:
-        self.study = loading.of_data(STUDY | changes, "made_up.yaml")
+        self.study = loading.validate(STUDY | changes, "made_up.yaml")
         self.outcomes = outcomes
         keys = {"dataset": "digits", "arch": "small_cnn", "objective": "at"}
         lines = [("dense", 0.0, 0.6), ("bcs", 0.9, 0.4)]
@@ -90,7 +90,7 @@ def smallest(outcomes, norm="Linf"):
     return details.smallest_perturbations(Made(outcomes), CELL, norm)
 
 
-def test_an_image_that_any_attack_breaks_has_a_perturbation_within_its_eps():
+def test_perturbation_of_a_broken_image_is_at_most_the_eps_of_the_attack():
     found = smallest(
         Outcomes(
             robust={
@@ -106,7 +106,7 @@ def test_an_image_that_any_attack_breaks_has_a_perturbation_within_its_eps():
     assert found.tolist() == [0.1, pytest.approx(0.05), 0.3, INF, 0.0]
 
 
-def test_a_norm_that_no_attack_measured_lengths_in_has_no_curve():
+def test_a_norm_without_measured_lengths_has_no_curve():
     outcomes = Outcomes({"round": [1] * 5}, {"minimum_norm": [0.2] * 5})
     assert smallest(outcomes, "L2") is None
     assert smallest(Outcomes({"autoattack": [1] * 5}, {})) is None
@@ -117,8 +117,8 @@ lengths = arrays(np.float32, 5, elements=st.floats(0, 1, width=32) | st.just(INF
 
 
 @given(lengths, flags, flags, flags)
-def test_curve_never_exceeds_what_any_attack_leaves(measured, ours, strongest, far):
-    """At the eps of every attack of the norm; and it never rises."""
+def test_curve_is_at_most_the_accuracy_under_each_attack(measured, ours, strongest, far):
+    """This is checked at the eps of every attack of the norm. The curve never rises."""
     own = np.where(measured > np.float32(0.1), True, ours)
     robust = {"minimum_norm": own, "autoattack": strongest, "far": far}
     found = smallest(Outcomes(robust, {"minimum_norm": measured}))
@@ -158,7 +158,7 @@ def test_plot_shows_the_bound_the_strongest_attack_and_chance(monkeypatch):
         x, y = line.get_data()
         assert y[np.searchsorted(x, eps, side="right") - 1] == pytest.approx(level)
         assert line.get_drawstyle() == "steps-post"
-    # The curve of the constant network is level up to the edge of the panel.
+    # The curve of the constant network is horizontal up to the edge of the panel.
     x, y = theirs.get_data()
     assert y[-1] == pytest.approx(60)
     assert x[-1] > figure.axes[0].get_xlim()[1] == pytest.approx(0.4)
@@ -169,7 +169,7 @@ def test_plot_shows_the_bound_the_strongest_attack_and_chance(monkeypatch):
     assert "round" not in message
 
 
-def test_study_without_lengths_says_so(monkeypatch):
+def test_plot_of_a_study_without_lengths_is_a_message(monkeypatch):
     evaluation = {"n_examples": 5, "selections": {"best_val": ["clean", "pgd"]}}
     figure = draw(monkeypatch, Outcomes({}, {}), evaluation=evaluation)
     assert "No attack" in figure.axes[0].texts[0].get_text()

@@ -1,4 +1,4 @@
-"""Records of evaluations: written, read back, refused."""
+"""Records of evaluations: write, read, refuse."""
 
 import json
 
@@ -9,7 +9,7 @@ from robsparse.records.evaluation_record import Record, read_record, write_recor
 from robsparse.records.rows import Row
 
 
-def test_rows_come_back_equal(tmp_path, row_values):
+def test_rows_are_equal_after_reading(tmp_path, row_values):
     rows = [
         Row(**row_values),
         Row(**row_values | {"attack": "clean", "max_perturbation": 0.1 + 0.2}),
@@ -33,7 +33,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_record_is_one_line_with_its_path(damage, tmp_path, row_values):
+def test_error_about_a_damaged_record_is_one_line_with_its_path(damage, tmp_path, row_values):
     path = tmp_path / "r.json"
     write_record(path, Record([Row(**row_values)], [], [], {}, "f"))
     path.write_text(DAMAGES[damage](path.read_text()))
@@ -57,7 +57,7 @@ def test_record_of_another_version_is_refused_in_one_line(tmp_path, row_values):
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_field_is_named(tmp_path, row_values):
+def test_message_names_the_wrong_field(tmp_path, row_values):
     path = tmp_path / "r.json"
     write_record(path, Record([Row(**row_values)], [], [], {}, "f"))
     content = json.loads(path.read_text())

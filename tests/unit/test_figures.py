@@ -1,4 +1,4 @@
-"""Tables and plots, drawn from small made-up results: no network is trained or attacked."""
+"""Tables and plots from small artificial results; no network is trained or attacked."""
 
 import dataclasses
 import itertools
@@ -57,12 +57,12 @@ STUDY = {
 }
 
 
-# ------------------------------------------------------------------ made-up tidy files
+# ------------------------------------------------------------------ artificial tidy files
 
 
 @dataclass
 class MadeUp:
-    """Writes plausible tidy files. `correct(cell, selection, attack)` is a count of images."""
+    """Writes artificial tidy files. `correct(cell, selection, attack)` is a number of images."""
 
     study: Study
     layout: Layout
@@ -97,15 +97,15 @@ class MadeUp:
         bins.to_csv(self.layout.root / "weights.csv", index=False)
         if steps:
             pd.concat(steps).to_parquet(self.layout.root / "steps.parquet")
-            lived = pd.concat(steps).drop_duplicates([*tidy.SEEDED])
-            lived = lived.assign(age=3, pruned=2, active=1)
-            lived.to_parquet(self.layout.root / "lifetimes.parquet")
+            lifetimes = pd.concat(steps).drop_duplicates([*tidy.SEEDED])
+            lifetimes = lifetimes.assign(age=3, pruned=2, active=1)
+            lifetimes.to_parquet(self.layout.root / "lifetimes.parquet")
         self._overlap().to_csv(self.layout.root / "overlap.csv", index=False)
-        self.vouch()
+        self.write_manifest()
         return self.layout
 
-    def vouch(self) -> None:
-        """Checksums of the tables that are there, as `robsparse collect` leaves them."""
+    def write_manifest(self) -> None:
+        """Write the checksums of the existing tables, as `robsparse collect` does."""
         found = [name for name in COLLECTED if (self.layout.root / name).exists()]
         sums = {n: file_checksum(self.layout.root / n) for n in found}
         content = {"tables": sums, "outcomes": {}}
@@ -124,7 +124,7 @@ class MadeUp:
         return pd.DataFrame(rows, columns=list(OVERLAP_COLUMNS))
 
     def flags(self, cell: Cell, selection: str) -> dict[str, np.ndarray]:
-        """The first images stay correct, so stronger attacks break subsets of weaker ones."""
+        """Outcomes of images. The first images stay correct under each attack."""
         found = {}
         for attack in ("clean", "pgd", "autoattack"):
             count = self.correct(cell, selection, attack)
@@ -201,12 +201,14 @@ class MadeUp:
 
     def _curve(self, cell: Cell) -> list[dict]:
         size = sum(size for _, size in self.layers)
-        live = sum(layer["nonzero"] for layer in self._layers(cell))
+        nonzero = sum(layer["nonzero"] for layer in self._layers(cell))
         stages = {
             "dense": [("pretrain", size, 1)],
-            "bcs": [("train", live, 2)],
-            "lwm": [("pretrain", size, 1), ("finetune", live, 1)],
-        }.get(cell.method, [("pretrain", size, 1), ("prune", size, 0.4), ("finetune", live, 0.6)])
+            "bcs": [("train", nonzero, 2)],
+            "lwm": [("pretrain", size, 1), ("finetune", nonzero, 1)],
+        }.get(
+            cell.method, [("pretrain", size, 1), ("prune", size, 0.4), ("finetune", nonzero, 0.6)]
+        )
         points = [
             {"stage": stage, "active_weights": held}
             for stage, held, share in stages
@@ -226,21 +228,21 @@ class MadeUp:
 
 
 def correct(cell: Cell, selection: str, attack: str) -> int:
-    """BCS is best, seed 1 is better than seed 0, `last` is worse than `best_val`."""
+    """Number of correct images: BCS is best, seed 1 better than 0, `last` worse than `best_val`."""
     start = {"dense": 16, "bcs": 12}.get(cell.method, 8)
     loss = {"clean": 0, "pgd": 2, "autoattack": 3}[attack]
     return start - loss + 2 * cell.seed - (selection == "last")
 
 
 def load(folder: Path, **changes: object) -> Study:
-    """The made-up study with some sections of the grid changed."""
+    """The artificial study, with changes of the grid."""
     path = folder / "made_up.yaml"
     path.write_text(yaml.safe_dump(STUDY | {"grid": STUDY["grid"] | changes}))
     return loading.load(path)
 
 
 def prepare(folder: Path, grid: dict | None = None, **options: object) -> summary.Material:
-    """Write made-up results below `folder` and gather them again."""
+    """Write artificial results to `folder` and read them."""
     study = load(folder, **(grid or {}))
     made_up = MadeUp(study, Layout(folder / "made_up"), options.pop("correct", correct), **options)
     layout = made_up.write()
@@ -272,7 +274,7 @@ def _style():
 # ------------------------------------------------------------------ files
 
 
-def test_write_makes_exactly_the_declared_files(tmp_path):
+def test_write_makes_all_declared_files_and_no_others(tmp_path):
     study = load(tmp_path, sparsities=[0.9])
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     before = {path for path in layout.root.rglob("*") if path.is_file()}
@@ -300,7 +302,7 @@ WITHOUT_A_SPARSE_METHOD = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_SPARSE_METHOD)
-def test_a_group_without_a_sparse_method_is_drawn_like_any_other(name, tmp_path):
+def test_a_group_without_a_sparse_method_is_drawn(name, tmp_path):
     path = tmp_path / "made_up.yaml"
     path.write_text(yaml.safe_dump(STUDY | WITHOUT_A_SPARSE_METHOD[name]))
     study = loading.load(path)
@@ -314,24 +316,22 @@ def test_a_group_without_a_sparse_method_is_drawn_like_any_other(name, tmp_path)
     for group in tidy.groups(study):
         notes_of = " ".join(notes.table_notes(material, group))
         foreign = "theirs" in tidy.methods(study, group)
-        assert (
-            "External models with an architecture of their own code: theirs" in notes_of
-        ) == foreign
+        assert ("Architecture from code outside this suite: theirs" in notes_of) == foreign
 
 
-def test_report_embeds_the_plots_that_exist(material):
+def test_report_shows_the_existing_plots(material):
     links = re.findall(r"\]\(([^)]+)\)", report.report(material))
     assert set(links) == {*PLOTS, "tables/main.tex", "tables/main.csv"}
 
 
-def test_missing_results_are_an_error_that_says_what_to_run(tmp_path):
+def test_error_about_missing_results_names_the_command_to_run(tmp_path):
     with pytest.raises(UsageError, match=r"results\.csv: .*run `robsparse collect CONFIG` first"):
         report.write(load(tmp_path), Layout(tmp_path / "nothing"), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("name", ["results.csv", "layers.csv", "steps.parquet"])
-def test_damaged_table_is_an_error_that_names_the_file(tmp_path, name):
+def test_error_about_a_damaged_table_names_the_file(tmp_path, name):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     (layout.root / name).write_text("nonsense\n1\n")
@@ -339,7 +339,7 @@ def test_damaged_table_is_an_error_that_names_the_file(tmp_path, name):
         report.write(study, layout, layout.root)
 
 
-def test_outcomes_that_contradict_the_table_are_an_error(tmp_path):
+def test_outcomes_that_contradict_a_table_are_an_error(tmp_path):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     path = layout.flags(study.cells()[0], "best_val")
@@ -377,7 +377,7 @@ def test_edited_table_is_refused_and_nothing_is_drawn(edit, tmp_path):
     assert not (layout.root / REPORT).exists()
 
 
-def test_edited_component_is_refused_though_it_is_no_whole_attack(tmp_path):
+def test_edited_row_of_a_component_is_refused(tmp_path):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     table = pd.read_csv(layout.root / "results.csv")
@@ -391,11 +391,11 @@ def test_edited_component_is_refused_though_it_is_no_whole_attack(tmp_path):
         report.write(study, layout, layout.root)
 
 
-def test_rows_of_other_code_are_told_under_the_table(material, group):
+def test_notes_report_rows_of_other_code(material, group):
     assert not any("other code" in note for note in notes.table_notes(material, group))
     results = material.tidy.results.assign(other_code="training")
-    told = notes.other_code(results)
-    assert told.startswith(f"{len(results)} of {len(results)} rows were made by other code")
+    note = notes.other_code(results)
+    assert note.startswith(f"{len(results)} of {len(results)} rows were made by other code")
 
 
 def test_figures_load_neither_torch_nor_pyplot():
@@ -410,14 +410,14 @@ def test_figures_load_neither_torch_nor_pyplot():
 # ------------------------------------------------------------------ main table
 
 
-def test_lines_are_in_grid_order_dense_first(main):
+def test_lines_are_in_the_order_of_the_grid_with_dense_first(main):
     wanted = [("Dense", "0 %")] + [(m, s) for m in ("LWM", "BCS") for s in ("90 %", "95 %")]
     found = list(zip(main.Method, main.Sparsity, strict=True))
     assert found == [line for line in wanted for _ in range(2)]
     assert main.Selection.tolist() == ["best_val", "last"] * len(wanted)
 
 
-def test_means_and_spreads_are_those_of_hand_calculation(main):
+def test_means_and_spreads_equal_values_computed_by_hand(main):
     # LWM, best_val: 8 and 10 of 20 images clean, 6 and 8 under PGD, 5 and 7 under AutoAttack.
     line = main[(main.Method == "LWM") & (main.Selection == "best_val")].iloc[0]
     spread = 100 * by_hand.stdev([8 / 20, 10 / 20])
@@ -429,7 +429,7 @@ def test_means_and_spreads_are_those_of_hand_calculation(main):
     assert line["Peak active weights"] == "400"
 
 
-def test_summary_holds_fractions_and_intervals(material):
+def test_summary_has_fractions_and_intervals(material):
     line = material.summary.query("method == 'bcs' and selection == 'last'").iloc[0]
     assert line.autoattack_accuracy == pytest.approx((8 / 20 + 10 / 20) / 2)
     assert line.autoattack_spread == pytest.approx(by_hand.stdev([8 / 20, 10 / 20]))
@@ -474,7 +474,7 @@ def test_an_attack_that_one_selection_lacks_is_not_available(tmp_path):
     assert set(after[after.Selection == "last"]["after apgd-ce (%)"]) == {"n/a"}
 
 
-def test_number_of_a_weak_autoattack_is_marked_and_explained(tmp_path):
+def test_accuracy_under_a_weak_autoattack_is_marked_with_the_reason(tmp_path):
     def weak(cell: Cell, selection: str, attack: str) -> int:
         fewer = (cell.method, cell.seed, selection, attack) == ("lwm", 1, "last", "pgd")
         return correct(cell, selection, attack) - 4 * fewer
@@ -488,7 +488,7 @@ def test_number_of_a_weak_autoattack_is_marked_and_explained(tmp_path):
     assert "LWM 95 % last, seed 1: pgd breaks 3 more images than AutoAttack" in note
 
 
-def test_attacked_numbers_of_potentially_unreliable_networks_are_marked_in_tables(
+def test_accuracies_of_potentially_unreliable_networks_are_marked_in_tables(
     tmp_path,
 ):
     material = prepare(tmp_path, potentially_unreliable="no gradient on 12% of the images")
@@ -525,10 +525,10 @@ def test_potentially_unreliable_networks_are_marked_in_plots(draw, tmp_path):
     assert len(found) == (lines if draw is finals.robust_accuracy else 2 * (2 + 2 * 2))
 
 
-def test_notes_name_what_was_attacked_without_its_view(tmp_path):
+def test_notes_name_networks_attacked_without_the_folded_view(tmp_path):
     material = prepare(tmp_path)
     [group] = tidy.groups(material.study)
-    message = "Attacked on the network itself, because its folded view could not be used"
+    message = "Attacked without the folded view, because the folded view could not be used"
     results = material.tidy.results
     results["attacked_on"] = "view"
     assert message not in " ".join(notes.table_notes(material, group))
@@ -536,7 +536,7 @@ def test_notes_name_what_was_attacked_without_its_view(tmp_path):
     assert f"{message}: LWM." in notes.table_notes(material, group)
 
 
-def test_notes_say_how_it_was_measured(material, group):
+def test_notes_describe_the_measurement(material, group):
     text = " ".join(notes.table_notes(material, group))
     for fact in (
         "Small study: not comparable with published numbers",
@@ -589,7 +589,7 @@ def test_several_groups_get_a_table_and_a_row_of_panels_each(tmp_path):
 # ------------------------------------------------------------------ components and comparison
 
 
-def test_components_are_in_the_order_run(material, group):
+def test_components_are_in_the_order_of_their_runs(material, group):
     table = summary.components(material, group)
     assert table.columns.tolist()[-2:] == list(COMPONENTS)
     line = table[(table.method == "lwm") & (table.selection == "best_val")].iloc[0]
@@ -597,14 +597,14 @@ def test_components_are_in_the_order_run(material, group):
     assert line["apgd-t"] == pytest.approx((5 + 7) / 2 / IMAGES)
 
 
-def test_comparison_is_of_bcs_with_every_baseline(material, group):
+def test_bcs_is_compared_with_every_baseline(material, group):
     table = compare.compare(material, group)
     assert list(zip(table.sparsity, table.theirs, strict=True)) == [
         (sparsity, name) for sparsity in (0.9, 0.95) for name in ("dense", "lwm")
     ]
     assert set(table.ours) == {"bcs"}
     pair = table[table.theirs == "lwm"].iloc[0]
-    # The same 4 of 20 images more in both seeds: only the images make the difference uncertain.
+    # In both seeds, the same 4 of 20 images differ: only images make the difference uncertain.
     assert pair.difference == pytest.approx(4 / IMAGES)
     assert 0 < pair.low < 0.2 < pair.high < 0.45
     assert pair.p < pair.p_holm < 0.05
@@ -629,7 +629,7 @@ def test_study_without_autoattack_has_no_comparison_and_an_empty_plot(tmp_path):
     assert "No AutoAttack accuracy" in words(finals.robust_accuracy(material))
 
 
-def test_a_part_of_autoattack_is_never_printed_as_autoattack(tmp_path):
+def test_an_incomplete_autoattack_is_never_printed_as_autoattack(tmp_path):
     attacks = {"autoattack": {"components": [*COMPONENTS]}}
     path = tmp_path / "made_up.yaml"
     data = STUDY | {"evaluation": STUDY["evaluation"] | {"attacks": attacks}}
@@ -673,7 +673,7 @@ def words(figure) -> str:
 
 
 def drawn(panel, label: str):
-    """The line of a panel that has this label."""
+    """The line with this label in a panel."""
     [line] = [line for line in panel.lines if line.get_label() == label]
     return line
 
@@ -687,12 +687,12 @@ def test_robust_accuracy_shows_means_dense_and_chance(material):
     assert (bcs.get_xdata() != lwm.get_xdata()).all()
     assert [text.get_text() for text in panel.get_xticklabels()] == ["90 %", "95 %"]
     assert drawn(panel, "Dense").get_ydata()[0] == pytest.approx(70)
-    # As the rows say: of the whole test set, whichever classes the attacked images are of.
+    # Chance is that of the whole test set, not of the attacked images.
     assert drawn(panel, "chance").get_ydata()[0] == pytest.approx(12.5)
     assert panel.get_ylabel() == "AutoAttack accuracy (%)"
 
 
-def test_robust_accuracy_arms_are_the_interval(material):
+def test_error_bars_of_robust_accuracy_are_the_interval(material):
     [panel] = finals.robust_accuracy(material).axes
     line = material.summary.query("method == 'lwm' and selection == 'best_val'").iloc[0]
     ends = [path.vertices[:, 1] for bars in panel.collections for path in bars.get_paths()]
@@ -700,7 +700,7 @@ def test_robust_accuracy_arms_are_the_interval(material):
     assert any(end == pytest.approx(wanted) for end in ends if len(end) == 2)
 
 
-def test_without_outcome_files_there_are_means_but_no_intervals(tmp_path):
+def test_without_flags_files_there_are_means_but_no_intervals(tmp_path):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     shutil.rmtree(layout.root / "evaluations")
@@ -714,7 +714,7 @@ def test_without_outcome_files_there_are_means_but_no_intervals(tmp_path):
     assert set(table["Verdict"]) == {"n/a"}
 
 
-def test_active_weights_start_dense_for_all_but_bcs(material):
+def test_all_weights_are_active_at_the_start_except_with_bcs(material):
     figure = curves.active_weights(material)
     panel = figure.axes[0]
     lwm, bcs = drawn(panel, "LWM"), drawn(panel, "BCS")
@@ -726,14 +726,14 @@ def test_active_weights_start_dense_for_all_but_bcs(material):
     assert [axes.get_title() for axes in figure.axes] == ["sparsity 90 %", "sparsity 95 %"]
 
 
-def test_layer_density_is_live_over_size(material):
+def test_layer_density_is_nonzero_weights_over_size(material):
     panel = finals.layer_density(material).axes[0]
     assert drawn(panel, "LWM").get_ydata() == pytest.approx([10, 10, 10])
     assert drawn(panel, "BCS").get_ydata()[0] > 10
     assert [text.get_text() for text in panel.get_xticklabels()] == ["1\n40", "2\n160", "3\n200"]
 
 
-def test_a_layer_without_nonzero_weights_is_still_seen(tmp_path):
+def test_a_layer_without_nonzero_weights_is_drawn(tmp_path):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     layers = pd.read_csv(layout.root / "layers.csv")
@@ -757,7 +757,7 @@ def test_rewiring_is_the_smoothed_mean_over_seeds(tmp_path):
     assert f"BCS renewed {own.sum() / 40:.2g} times" in words(figure)
 
 
-def test_a_study_without_step_logs_gets_a_figure_in_words(tmp_path):
+def test_without_logs_of_rewiring_the_figure_is_a_message(tmp_path):
     material = prepare(tmp_path, grid={"methods": ["dense", "lwm"]})
     assert "No method of this study rewires" in words(curves.rewiring(material))
     [group] = tidy.groups(material.study)
@@ -765,7 +765,7 @@ def test_a_study_without_step_logs_gets_a_figure_in_words(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["layers.csv", "curves.csv"])
-def test_empty_tables_give_figures_in_words(tmp_path, name):
+def test_figures_of_empty_tables_are_messages(tmp_path, name):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     (layout.root / name).write_text("\n")
@@ -775,7 +775,7 @@ def test_empty_tables_give_figures_in_words(tmp_path, name):
 
 
 @pytest.mark.parametrize("draw", [draw for draw, _ in report._DRAW.values()])
-def test_every_plot_carries_its_caption(material, draw):
+def test_every_plot_has_a_caption(material, draw):
     text = words(draw(material))
     for fact in (
         "seeds 0, 1 (n = 2)",
@@ -791,28 +791,28 @@ def test_every_plot_carries_its_caption(material, draw):
 # ------------------------------------------------------------------ connections
 
 
-def test_survival_is_the_kaplan_meier_estimate_by_hand():
-    # 10 connections: 2 die at age 1, one is 1 old in the end; of 7 left 3 die at age 3.
-    ages, alive = statistics.survival_curve([1, 3, 4], [2, 3, 0], [1, 0, 4])
+def test_survival_equals_the_kaplan_meier_estimate_by_hand():
+    # 10 connections: 2 are pruned at age 1, one has age 1 at the end; 3 of 7 are pruned at age 3.
+    ages, share = statistics.survival_curve([1, 3, 4], [2, 3, 0], [1, 0, 4])
     assert ages.tolist() == [0, 1, 2, 3, 4]
-    assert alive == pytest.approx([1, 0.8, 0.8, 0.8 * 4 / 7, 0.8 * 4 / 7])
+    assert share == pytest.approx([1, 0.8, 0.8, 0.8 * 4 / 7, 0.8 * 4 / 7])
 
 
-def test_survival_adds_up_networks_of_several_seeds():
+def test_survival_adds_up_the_connections_of_several_seeds():
     one = statistics.survival_curve([1, 2], [1, 0], [0, 3])[1]
     two = statistics.survival_curve([1, 2, 1, 2], [1, 0, 1, 0], [0, 3, 0, 3])[1]
     assert one == pytest.approx(two)
 
 
-def test_survival_plot_shows_one_line_a_method_that_rewires(material):
+def test_survival_plot_has_one_line_for_each_method_that_rewires(material):
     figure = connections.survival(material)
     line = drawn(figure.axes[0], "BCS")
-    # Two seeds, in each two die at age 3 and one is alive at it.
+    # Two seeds: in each one, two connections are pruned at age 3 and one has age 3 at the end.
     assert line.get_ydata()[-1] == pytest.approx(100 / 3)
     assert "Kaplan-Meier" in words(figure)
 
 
-def test_density_over_training_has_a_line_a_layer_and_three_marks(material):
+def test_density_over_training_has_a_line_for_each_layer_with_three_markers(material):
     figure = connections.density_over_training(material)
     assert len(figure.axes) == 2  # one method that rewires, two sparsities
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
@@ -822,7 +822,7 @@ def test_density_over_training_has_a_line_a_layer_and_three_marks(material):
     assert lines[0].get_xdata()[-1] == 1
 
 
-def test_overlap_shows_the_index_and_that_of_random_masks_for_every_pair(material):
+def test_overlap_shows_the_index_and_the_expected_index_of_every_pair(material):
     figure = connections.mask_overlap(material)
     assert len(figure.axes) == 2
     assert [text.get_text() for text in figure.axes[0].texts] == ["25\n(5)"] * 4
@@ -840,7 +840,7 @@ def test_magnitudes_are_shares_of_the_nonzero_weights(material):
 @pytest.mark.parametrize(
     "draw", [connections.survival, connections.density_over_training, curves.rewiring]
 )
-def test_without_rewiring_the_plot_says_so(draw, tmp_path):
+def test_without_rewiring_the_plot_has_a_message(draw, tmp_path):
     material = prepare(tmp_path, grid={"methods": ["dense", "lwm"]})
     assert "No method of this study" in words(draw(material))
 
@@ -890,14 +890,14 @@ def test_variants_are_compared_with_the_plain_method(tmp_path):
         (0.9, "other", "bcs"),
         (0.95, "other", "bcs"),
     ]
-    # Made-up counts: 8 and 10 of 20 clean for the variant, 12 and 14 for bcs.
+    # Correct clean images: 8 and 10 of 20 for the variant, 12 and 14 for bcs.
     assert found.difference.tolist() == pytest.approx([-0.2, -0.2])
     assert set(compare.compare(material, group).theirs) == {"dense"}
     assert "BCS, other" in report.report(material)
     assert "### Ablations under AutoAttack" in report.report(material)
 
 
-def test_blocks_with_other_sparsities_leave_panels_out(tmp_path):
+def test_panels_without_networks_are_left_out(tmp_path):
     path = tmp_path / "made_up.yaml"
     blocks = [
         STUDY["grid"] | {"sparsities": [0.9]},
@@ -915,7 +915,7 @@ def test_blocks_with_other_sparsities_leave_panels_out(tmp_path):
     assert "seeds 0, 1 (n = 2)" in " ".join(notes.table_notes(material, first))
 
 
-def test_every_method_looks_different_and_the_same_in_every_study(tmp_path):
+def test_methods_look_different_and_have_the_same_look_in_every_study(tmp_path):
     all_methods = style.looks(load(tmp_path, methods=["dense", "lwm", "admm", "hydra", "bcs"]))
     few = style.looks(load(tmp_path, methods=["bcs", "lwm"]))
     assert few["lwm"] == all_methods["lwm"]
@@ -945,7 +945,7 @@ def test_sparsities_are_printed_unrounded():
 
 
 def robust(levels):
-    """correct(cell, selection, attack) with the given count for each method under AutoAttack."""
+    """Make a function `correct` with given numbers of images under AutoAttack, by method."""
 
     def count(cell: Cell, selection: str, attack: str) -> int:
         return levels.get(cell.method, 10) if attack == "autoattack" else 18
@@ -954,7 +954,7 @@ def robust(levels):
 
 
 def test_p_values_and_intervals_never_contradict_each_other(tmp_path):
-    # One seed of BCS is 12 images ahead, the other 2 behind: other seeds may say anything.
+    # One seed of BCS is 12 images ahead, the other is 2 behind: the order is not certain.
     by_seed = [{"bcs": 20, "lwm": 8}, {"bcs": 8, "lwm": 10}]
     material = prepare(tmp_path, correct=lambda *key: robust(by_seed[key[0].seed])(*key))
     [group] = tidy.groups(material.study)
@@ -995,7 +995,7 @@ def test_one_seed_gives_no_evidence_about_methods(tmp_path):
 
 @pytest.mark.parametrize(("others", "wanted"), [(1, "bcs"), (6, None)])
 def test_a_winner_is_corrected_for_the_number_of_others(tmp_path, others, wanted):
-    # Against each of the others p is about 0.02: enough for one of them, too much for six.
+    # p is about 0.02 for each pair: significant for one pair, but not for six pairs.
     names = {f"lwm_{i}": {"base": "lwm"} for i in range(others)}
     grid = STUDY["grid"] | {"methods": ["bcs", *names], "sparsities": [0.9]}
     path = tmp_path / "made_up.yaml"
@@ -1009,7 +1009,7 @@ def test_a_winner_is_corrected_for_the_number_of_others(tmp_path, others, wanted
     assert compare.winner(material, group, 0.9) == wanted
 
 
-def test_a_winner_is_bold_only_when_every_difference_says_so(tmp_path):
+def test_a_winner_is_bold_only_if_every_difference_is_separated(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
     clear = prepare(tmp_path / "a", correct=robust({"bcs": 18}))
@@ -1036,7 +1036,7 @@ def test_ranks_share_ties(tmp_path):
     assert set(tied["rank"]) == {1.5}
 
 
-def test_ranks_that_differences_rule_out(tmp_path):
+def test_differences_rule_out_ranks(tmp_path):
     grid = STUDY["grid"] | {"methods": ["lwm", "lwm_b", "bcs"], "sparsities": [0.9]}
     path = tmp_path / "made_up.yaml"
     path.write_text(yaml.safe_dump(STUDY | {"grid": grid, "methods": {"lwm_b": {"base": "lwm"}}}))
@@ -1069,7 +1069,7 @@ def test_verdicts_follow_the_corrected_p_value(tmp_path):
     assert (pairs.detectable > 0).all()
 
 
-def test_methods_of_other_seeds_are_not_paired(tmp_path):
+def test_methods_with_different_seeds_are_not_paired(tmp_path):
     material = prepare(tmp_path, skip=lambda cell: (cell.method, cell.seed) == ("lwm", 1))
     [group] = tidy.groups(material.study)
     pairs = compare.compare(material, group).set_index(["sparsity", "theirs"])
@@ -1107,7 +1107,7 @@ def test_failed_networks_are_printed_as_failed(tmp_path):
     assert f"seed {lost[0].seed}: it broke" in message
 
 
-def test_cost_table_and_plot_show_every_line(material, group):
+def test_cost_table_and_plot_have_every_line(material, group):
     table = study_tables.cost_table(material, group)
     assert len(table) == len(tidy.lines(material.study, group))
     assert set(table["Peak active weights"][table.Method == "BCS"]) != {"n/a"}

@@ -362,13 +362,13 @@ def changes_of(study: Study, key: str, folder: Path) -> dict[str, object]:
 def test_every_key_reruns_what_the_table_says(tmp_path, monkeypatch):
     """One loop, so that the keys are those of the study and none can be forgotten."""
     data = study_data(tmp_path)
-    study = loading.of_data(data, "table")
+    study = loading.validate(data, "table")
     before, found, expected = plans(study), {}, {}
     for key in keys_of(study):
         changed = copy.deepcopy(data)
         for name, value in changes_of(study, key, tmp_path).items():
             put(changed, name, value)
-        found[key] = first_changed(before, plans(loading.of_data(changed, "table")))
+        found[key] = first_changed(before, plans(loading.validate(changed, "table")))
         expected[key] = expected_of(key)
     assert found == expected
     assert len(found) > 150
@@ -377,24 +377,24 @@ def test_every_key_reruns_what_the_table_says(tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", ["datasets.own.file", "models.given.file"])
 def test_content_of_a_file_decides_and_its_name_does_not(key, tmp_path):
     data = study_data(tmp_path)
-    before = plans(loading.of_data(data, "table"))
-    path = Path(get(loading.of_data(data, "table"), key))
+    before = plans(loading.validate(data, "table"))
+    path = Path(get(loading.validate(data, "table"), key))
     moved = path.rename(path.with_stem("moved"))
     put(data, key, str(moved))
-    assert first_changed(before, plans(loading.of_data(data, "table"))) == "figures"
+    assert first_changed(before, plans(loading.validate(data, "table"))) == "figures"
     moved.write_bytes((tmp_path / f"changed{path.suffix}").read_bytes())
-    assert first_changed(before, plans(loading.of_data(data, "table"))) == "training"
+    assert first_changed(before, plans(loading.validate(data, "table"))) == "training"
 
 
 def test_published_numbers_redraw_the_figures(tmp_path):
     data = study_data(tmp_path)
-    before = plans(loading.of_data(data, "table"))
+    before = plans(loading.validate(data, "table"))
     (tmp_path / "paper.csv").write_text("other numbers")
-    assert first_changed(before, plans(loading.of_data(data, "table"))) == "figures"
+    assert first_changed(before, plans(loading.validate(data, "table"))) == "figures"
 
 
 def test_captions_redraw_the_figures(tmp_path):
-    study = loading.of_data(study_data(tmp_path), "table")
+    study = loading.validate(study_data(tmp_path), "table")
     caption = tmp_path / "main.rst"
     caption.write_text("one")
     before = fingerprints.figures(study, [caption]).plan
@@ -408,7 +408,7 @@ def evaluated(study, cell):
 
 def test_network_from_elsewhere_is_known_by_its_file_arch_and_data(tmp_path):
     data = study_data(tmp_path)
-    study = loading.of_data(data, "table")
+    study = loading.validate(data, "table")
     [cell] = [cell for cell in study.cells() if cell.method == "given"]
     before = (
         fingerprints.training(study, cell).plan,
@@ -422,7 +422,7 @@ def test_network_from_elsewhere_is_known_by_its_file_arch_and_data(tmp_path):
     }.items():
         changed = copy.deepcopy(data)
         put(changed, key, value[0])
-        other = loading.of_data(changed, "table")
+        other = loading.validate(changed, "table")
         assert (fingerprints.training(other, cell).plan != before[0]) == value[1], key
         assert evaluated(other, cell).plan != before[1], key
 
@@ -430,12 +430,12 @@ def test_network_from_elsewhere_is_known_by_its_file_arch_and_data(tmp_path):
 def test_another_surrogate_is_another_evaluation(tmp_path):
     """The weights that an attack transfers from decide its outcome."""
     data = study_data(tmp_path)
-    study = loading.of_data(data, "table")
+    study = loading.validate(data, "table")
     [cell] = [cell for cell in study.cells() if cell.method == "given"]
     before = fingerprints.evaluation(study, cell, "best_val").plan
     alone = fingerprints.evaluation(study, cell, "last").plan
     data["methods"]["dense"]["pretrain"]["lr"] = 0.07
-    study = loading.of_data(data, "table")
+    study = loading.validate(data, "table")
     assert fingerprints.evaluation(study, cell, "best_val").plan != before
     assert fingerprints.evaluation(study, cell, "last").plan == alone
 
@@ -518,7 +518,7 @@ def edit(monkeypatch):
 def test_every_file_reruns_what_the_table_says(repository, tmp_path, edit):
     data = study_data(tmp_path)
     data["machine"]["rerun_on_code_change"] = True
-    study = loading.of_data(data, "table")
+    study = loading.validate(data, "table")
     files = files_of_the_package(repository)
     before, found = plans(study), {}
     for name, path in files.items():
@@ -530,7 +530,7 @@ def test_every_file_reruns_what_the_table_says(repository, tmp_path, edit):
 def test_code_alone_starts_no_job_unless_the_study_says_so_but_the_figures(
     repository, tmp_path, edit
 ):
-    study = loading.of_data(study_data(tmp_path), "table")
+    study = loading.validate(study_data(tmp_path), "table")
     before, kept = plans(study), fingerprints.training(study, study.cells()[0]).code
     edit(repository / "robsparse" / "training" / "loop.py")
     assert first_changed(before, plans(study)) == NOTHING
@@ -543,7 +543,7 @@ def test_another_library_reruns_all_if_the_study_says_so(tmp_path, monkeypatch):
     data = study_data(tmp_path)
     for counted in (False, True):
         data["machine"]["rerun_on_code_change"] = counted
-        study = loading.of_data(data, "table")
+        study = loading.validate(data, "table")
         before = plans(study)
         with monkeypatch.context() as patch:
             patch.setattr(fingerprints.provenance, "libraries", lambda: "torch=9")

@@ -1,4 +1,4 @@
-"""A text of a config becomes part of a path or of a shell command only if it is safe there."""
+"""Names of a config are safe in paths and shell commands."""
 
 import copy
 import re
@@ -74,7 +74,7 @@ NASTY = [
 
 
 def texts(value, place=()):
-    """Every text in the study, and each key that the user has chosen."""
+    """Every text of the study, and every key that the user chooses."""
     if isinstance(value, str):
         yield place, "value"
     for key, below in enumerate(value) if isinstance(value, list) else ():
@@ -89,7 +89,7 @@ PLACES = sorted(texts(STUDY), key=str)
 
 
 def with_text(place, part, text):
-    """The study with one text replaced; a name is replaced everywhere it is used."""
+    """The study with one text replaced; a name is replaced in all places that use it."""
     data = copy.deepcopy(STUDY)
     *way, last = place
     inside = data
@@ -110,7 +110,7 @@ def with_text(place, part, text):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """loaded(data) -> the study and no errors, or None and a line for each error with the file."""
+    """loaded(data) returns the study and no errors, or None and the lines of the errors."""
     path = tmp_path_factory.mktemp("study") / "study.yaml"
 
     def load(data):
@@ -126,7 +126,7 @@ def loaded(tmp_path_factory):
 
 
 def parts_of_paths(study, root):
-    """Every part below `root` of every path that commands and rules make from a study."""
+    """All parts, below `root`, of all paths that commands and rules make from a study."""
     layout = Layout(root / study.study)
     paths = [layout.root / name for name in (*tables_of(study), *plots_of(study))]
     for cell in study.cells():
@@ -139,7 +139,7 @@ def parts_of_paths(study, root):
     return [part for path in paths for part in path.relative_to(root).parts]
 
 
-def test_the_study_itself_is_valid(loaded):
+def test_the_unchanged_study_is_valid(loaded):
     study, errors = loaded(STUDY)
     assert errors == []
     assert {cell.method for cell in study.cells()} >= {"lwm", "short", "made", "fetched", "given"}
@@ -147,7 +147,7 @@ def test_the_study_itself_is_valid(loaded):
 
 
 @given(st.sampled_from(PLACES), st.sampled_from(NASTY) | st.text(max_size=12))
-def test_a_text_is_refused_in_one_line_or_can_stand_in_a_path(loaded, place, text):
+def test_a_text_is_refused_in_one_line_or_is_safe_in_a_path(loaded, place, text):
     study, _ = loaded(with_text(*place, text))
     for part in parts_of_paths(study, Path("results")) if study else ():
         assert SAFE.fullmatch(part)
@@ -172,7 +172,7 @@ def test_harmful_text_is_refused_as_a_name(place, loaded):
 
 @pytest.mark.parametrize("text", ["a\nb", "a\0b", "a\u2028b", "\x1b[31m", "a\rb"])
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_no_text_holds_a_control_character(place, text, loaded):
+def test_texts_with_control_characters_are_refused(place, text, loaded):
     [line] = loaded(with_text(*place, text))[1]
     assert "expected text of one line without control characters" in line
 
@@ -190,7 +190,7 @@ def test_every_value_in_a_shell_command_of_a_rule_is_quoted(repository):
 @pytest.mark.parametrize(
     ("sparsity", "hint"), [(0.99995, "0.9999"), (0.999999, "0.9999"), (0.98765, "0.9877")]
 )
-def test_a_claimed_sparsity_has_a_key_that_can_be_read(sparsity, hint, loaded):
+def test_a_reported_sparsity_has_a_valid_key(sparsity, hint, loaded):
     data = copy.deepcopy(STUDY)
     data["models"]["made"]["sparsity"] = sparsity
     [line] = loaded(data)[1]
@@ -201,9 +201,9 @@ def test_a_claimed_sparsity_has_a_key_that_can_be_read(sparsity, hint, loaded):
 
 
 @pytest.mark.parametrize("key", ["mean", "match"])
-def test_what_only_a_file_has_is_refused_for_other_sources_not_ignored(key, loaded):
+def test_keys_of_a_file_are_refused_for_other_sources(key, loaded):
     data = copy.deepcopy(STUDY)
     data["models"]["made"] |= {"mean": [0.5], "std": [0.5]} if key == "mean" else {key: "order"}
     [line] = loaded(data)[1]
     assert f"models.made.{key} = " in line
-    assert ": expected it for a file alone" in line
+    assert ": expected it only beside a file" in line

@@ -1,4 +1,4 @@
-"""Overlap of masks by hand, by simulation, and from files."""
+"""Mask overlap: computed by hand, by simulation, and from files."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def masks(draw):
     return packed([rng.random(size) < draw(st.floats(0, 1)) for size in SIZES])
 
 
-def test_by_hand():
+def test_indices_equal_values_computed_by_hand():
     a = packed([np.arange(16) < 4, np.arange(40) < 2])
     b = packed([np.arange(16) < 8, np.arange(40) == 1])
     assert overlap.jaccard(a, b) == 5 / 10
@@ -39,7 +39,7 @@ def test_symmetric_and_between_zero_and_one(a, b):
     assert overlap.jaccard(a, a) == 1
 
 
-def test_chance_is_what_random_masks_have_in_common():
+def test_expected_index_is_that_of_random_masks():
     rng = np.random.default_rng(0)
     sizes, counts = (160, 400), ((40, 80), (100, 30))
 

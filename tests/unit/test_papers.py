@@ -24,7 +24,7 @@ LINE = "digits,small_cnn,bcs,at,0.9,clean,best,0.75,0.1,1000,none,Table 4,BCS-P,
 
 @pytest.fixture
 def source(tmp_path):
-    """source(*lines) -> a file of published numbers."""
+    """source(*lines) writes a file of published numbers and returns its path."""
 
     def write(*lines):
         path = tmp_path / "paper.csv"
@@ -36,7 +36,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def material(study_data, load_study, tmp_path):
-    """A study whose summary says 0.7 for BCS at 0.9 and nothing else."""
+    """A study with one accuracy in the summary: 0.7 for BCS at 0.9."""
     study_data["grid"] |= {"methods": ["bcs", "lwm"], "sparsities": [0.9, 0.99]}
     study = load_study(study_data)
     keys = ["dataset", "arch", "objective", "method", "sparsity", "selection"]
@@ -63,7 +63,7 @@ def spec(*files, **changes):
 
 
 @pytest.mark.parametrize("path", sorted(REFERENCE.glob("*.csv")), ids=lambda path: path.stem)
-def test_committed_numbers_are_valid_and_in_our_words(path):
+def test_committed_numbers_are_valid_and_use_our_names(path):
     table = published.read(path)
     assert set(table.dataset) <= {*registry.names("dataset")}
     assert set(table.arch) <= {*registry.names("arch")}
@@ -73,13 +73,13 @@ def test_committed_numbers_are_valid_and_in_our_words(path):
     assert (table["where"] != "").all()
 
 
-def test_no_number_of_the_bcs_paper_is_made_up():
+def test_numbers_of_the_bcs_paper_are_unknown():
     path = REFERENCE / "bcs_icml2021.csv"
     assert published.read(path).empty
     assert path.read_text().startswith("# ")
 
 
-def test_some_committed_numbers_by_hand():
+def test_some_committed_numbers_equal_the_printed_ones():
     hydra = published.read(REFERENCE / "hydra_neurips2020.csv")
     key = (hydra.dataset == "svhn") & (hydra.arch == "wrn28_4") & (hydra.sparsity == 0.99)
     found = hydra[key].set_index("method").accuracy.to_dict()
@@ -114,7 +114,7 @@ def test_some_committed_numbers_by_hand():
         (LINE.replace(",best,", ",final,"), "row 1: selection = 'final': expected 'best', 'last'"),
     ],
 )
-def test_bad_published_number_is_named(line, expected, source):
+def test_message_names_the_invalid_published_number(line, expected, source):
     with pytest.raises(UsageError, match=expected):
         published.read(source(line))
 
@@ -149,7 +149,7 @@ def test_ours_published_and_difference(material, source):
     assert text[".csv"].startswith("dataset,arch,method,objective,sparsity,attack,selection,ours")
 
 
-def test_several_publications_stand_side_by_side(material, source, tmp_path):
+def test_numbers_of_several_publications_are_in_one_field(material, source, tmp_path):
     other = tmp_path / "other.csv"
     other.write_text(source(LINE.replace("0.75", "0.6")).read_text())
     text = papers.contents(material, spec(source(LINE), other))[".md"]
@@ -223,14 +223,14 @@ def test_a_number_of_another_network_is_never_used(material, source):
     assert table.published.notna().sum() == 1
 
 
-def test_without_a_published_number_the_table_says_so(material, source):
+def test_without_a_published_number_the_table_has_a_message(material, source):
     text = papers.contents(material, spec(source()))[".md"]
     assert "No published number of these networks was found in" in text
     assert "paper.csv" in text
 
 
-def test_two_networks_in_one_place_are_an_error(material, source):
-    with pytest.raises(UsageError, match=r"'table4': rows and columns put .* in one place"):
+def test_two_networks_in_one_field_are_an_error(material, source):
+    with pytest.raises(UsageError, match=r"'table4': rows and columns put .* in one field"):
         papers.values(material, spec(source(), columns=["arch"]))
 
 

@@ -1,4 +1,4 @@
-"""Commit, changed files and libraries, as columns of a row."""
+"""Provenance: commit, changed files and libraries, as columns of a row."""
 
 import subprocess
 
@@ -31,7 +31,7 @@ def git(folder, *words):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A checkout of a package of two folders; provenance is asked of them."""
+    """A git repository with a package of two folders; provenance reads these folders."""
     folders = [tmp_path / "robsparse", tmp_path / "baselines"]
     for folder in folders:
         folder.mkdir()
@@ -46,7 +46,7 @@ def checkout(tmp_path, monkeypatch):
     provenance.current.cache_clear()
 
 
-def test_commit_of_the_code_is_recorded_and_is_clean(checkout):
+def test_commit_of_unchanged_code_is_recorded(checkout):
     (checkout / "notes.txt").write_text("not code")
     (checkout / "results.py").write_text("not in a folder of the package")
     found = provenance.current()
@@ -58,12 +58,12 @@ def test_commit_of_the_code_is_recorded_and_is_clean(checkout):
     "name",
     ["robsparse/__init__.py", "baselines/mine.py", "robsparse/new.py", "baselines/ignored.py"],
 )
-def test_changed_code_and_files_that_git_does_not_know_are_dirty(name, checkout):
+def test_code_with_changed_or_untracked_files_is_dirty(name, checkout):
     (checkout / name).write_text("x = 1\n")
     assert provenance.current()["code_dirty"]
 
 
-def test_commit_of_another_project_around_the_installed_package_is_not_ours(checkout):
+def test_commit_of_another_project_around_the_package_is_not_recorded(checkout):
     folder = checkout / ".venv" / "robsparse"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")
@@ -71,13 +71,13 @@ def test_commit_of_another_project_around_the_installed_package_is_not_ours(chec
     assert provenance._git_state([checkout / "robsparse"])[0]
 
 
-def test_repository_of_a_hook_that_runs_us_is_not_asked(checkout, tmp_path_factory, monkeypatch):
+def test_git_variables_of_a_hook_are_ignored(checkout, tmp_path_factory, monkeypatch):
     other = tmp_path_factory.mktemp("other")
     git(other, "init", "-q")
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     assert provenance._git_state([checkout / "robsparse"])[0]
 
 
-def test_code_of_every_package_counts(repository):
+def test_provenance_covers_the_code_of_every_package(repository):
     found = {folder.relative_to(repository).as_posix() for folder in provenance._code_folders()}
     assert found == {"robsparse", "method", "baselines", "eval", "figures"}

@@ -1,4 +1,4 @@
-"""The registry reads files without running them, and what it reads is what an import gives."""
+"""The registry reads files without running them, and reads the same values as an import."""
 
 import importlib
 import json
@@ -52,7 +52,7 @@ def stages(params):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """package({"file.py": text}) -> the name of a package of methods, the only one registered."""
+    """package({"file.py": text}) makes and registers a package of methods; returns its name."""
 
     def make(files):
         name = f"methods_{tmp_path.name}"
@@ -78,10 +78,10 @@ def refusal():
     return str(caught.value)
 
 
-# ---------------------------------------------------------------- what is here
+# ---------------------------------------------------------------- registered parts
 
 
-def test_everything_of_the_repository_is_found():
+def test_all_parts_of_the_repository_are_found():
     assert {"admm", "bcs", "dense", "hydra", "lwm"} < set(registry.names("method"))
     assert {"autoattack", "clean", "pgd"} <= set(registry.names("attack"))
     assert "digits" in registry.names("dataset")
@@ -89,7 +89,7 @@ def test_everything_of_the_repository_is_found():
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
-def test_params_read_from_the_text_are_those_of_the_import(kind, name):
+def test_params_read_from_the_text_equal_those_of_the_import(kind, name):
     read, imported = registry.entry(kind, name).params, registry.load(kind, name).Params
     assert read.model_json_schema() == imported.model_json_schema()
     if not any(field.is_required() for field in imported.model_fields.values()):
@@ -98,7 +98,7 @@ def test_params_read_from_the_text_are_those_of_the_import(kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
-def test_literals_read_from_the_text_are_those_of_the_import(kind, name):
+def test_literals_read_from_the_text_equal_those_of_the_import(kind, name):
     entry, module = registry.entry(kind, name), registry.load(kind, name)
     for key in ("LABEL", "STARTS_FROM", "DENSE", "NAMES"):
         assert entry.literals.get(key) == getattr(module, key, None)
@@ -122,7 +122,7 @@ def test_reading_registry_and_a_study_loads_no_torch(repository):
     assert json.loads(done.stdout) == []
 
 
-def test_unknown_name_gets_all_names_and_the_nearest():
+def test_message_about_an_unknown_name_lists_all_names_and_the_nearest():
     with pytest.raises(UsageError) as caught:
         registry.entry("method", "hydrra")
     known = ", ".join(registry.names("method"))
@@ -131,10 +131,10 @@ def test_unknown_name_gets_all_names_and_the_nearest():
     )
 
 
-# ---------------------------------------------------------------- files of one's own
+# ---------------------------------------------------------------- files of the user
 
 
-def test_file_is_a_method_named_after_it_and_is_not_run(package):
+def test_a_file_is_a_method_with_its_name_and_is_not_run(package):
     package({"mine.py": "raise_if_run = 1 / 1\nraise RuntimeError\n" + METHOD})
     entry = registry.entry("method", "mine")
     assert registry.names("method") == ["mine"]
@@ -143,7 +143,7 @@ def test_file_is_a_method_named_after_it_and_is_not_run(package):
     assert entry.params(kind="a").kind == "a"
 
 
-def test_file_may_hold_several_names(package):
+def test_a_file_may_define_several_names(package):
     package({"several.py": 'NAMES = ("two", "one")\n' + METHOD})
     assert registry.names("method") == ["one", "two"]
     assert registry.entry("method", "one").module.endswith(".several")
@@ -154,7 +154,7 @@ def test_files_that_start_with_an_underscore_are_no_entries(package):
     assert registry.names("method") == ["mine"]
 
 
-def test_constants_that_are_no_literals_are_passed_over(package):
+def test_constants_that_are_not_literals_are_ignored(package):
     package({"mine.py": METHOD + "\nTABLE = [x for x in range(3)]\nONE, TWO = 1, 2\n"})
     assert "TABLE" not in registry.entry("method", "mine").literals
 
@@ -186,8 +186,8 @@ def test_two_files_of_one_name_are_refused(package):
 
 
 @pytest.mark.parametrize("default", ["torch.pi", "LARGEST"])
-def test_params_that_need_more_than_may_be_read_are_one_line(default, package):
-    """A constant or a torch value as default is an easy slip in a file of one's own."""
+def test_error_about_params_that_cannot_be_read_is_one_line(default, package):
+    """A constant or a torch value as default is a likely error in a file of the user."""
     folder = package({"mine.py": METHOD.replace("PositiveInt = 3", f"PositiveInt = {default}")})
     message = refusal()
     assert message.startswith(str(folder / "mine.py"))
@@ -210,8 +210,8 @@ def with_validator(what):
 
 @pytest.mark.parametrize("name", ["math", "LIMIT", "torch", "helper"])
 @pytest.mark.parametrize("what", ["{} is None", "self is None or [{} for _ in range(3)]"])
-def test_validator_that_needs_more_than_may_be_read_is_one_line(name, what, package):
-    """It would be a NameError, and only when a config gets to it."""
+def test_error_about_a_validator_that_cannot_be_read_is_one_line(name, what, package):
+    """Without this check it would be a NameError, and only if a config uses the validator."""
     text = with_validator(what.format(name)).replace("\\g", 'kind: Literal["a", "b"] = "b"\n')
     folder = package({"mine.py": text})
     line = 1 + text.splitlines().index(f"        assert {what.format(name)}")
@@ -230,7 +230,9 @@ def test_validator_of_known_names_is_read(what, package):
 @pytest.mark.parametrize(
     ("what", "reported"), [("1 / 0", "ZeroDivisionError"), ("self.nothing", "AttributeError")]
 )
-def test_validator_that_fails_names_its_line(what, reported, package, study_data, load_study):
+def test_message_about_a_failing_validator_names_its_line(
+    what, reported, package, study_data, load_study
+):
     text = with_validator(what).replace("\\g", 'kind: Literal["a", "b"] = "b"\n')
     dense = "DENSE = True\n" + METHOD.replace('STARTS_FROM = "dense"', "")
     folder = package({"mine.py": text, "dense.py": dense})
@@ -243,58 +245,58 @@ def test_validator_that_fails_names_its_line(what, reported, package, study_data
 
 
 @pytest.mark.parametrize("value", ["3", '"mine"', '("mine", 3)', "{}"])
-def test_names_that_are_no_names_are_one_line(value, package):
+def test_error_about_an_invalid_name_is_one_line(value, package):
     folder = package({"mine.py": f"NAMES = {value}\n" + METHOD})
     assert refusal().startswith(f"{folder / 'mine.py'}: NAMES = ")
 
 
 @pytest.mark.parametrize("text", ["X = {[1]: 2}\n", "X = {1, [2]}\n", "X = b'a' + 1\n"])
-def test_constants_that_cannot_be_are_passed_over(text, package):
+def test_constants_that_cannot_be_evaluated_are_ignored(text, package):
     package({"mine.py": METHOD + text})
     assert "X" not in registry.entry("method", "mine").literals
 
 
 @pytest.mark.parametrize("text", ["x = 1\0\n", "(" * 3000, "x = " + "-" * 100000 + "1\n"])
-def test_file_that_python_cannot_read_is_one_line(text, package):
+def test_error_about_a_file_with_a_syntax_error_is_one_line(text, package):
     folder = package({"mine.py": METHOD})
     (folder / "broken.py").write_text(text + METHOD)
     assert refusal().startswith(f"{folder / 'broken.py'}: ")
 
 
-def test_file_that_is_not_utf8_is_one_line(package):
+def test_error_about_a_file_that_is_not_utf8_is_one_line(package):
     folder = package({"mine.py": METHOD})
     (folder / "latin.py").write_bytes('"""\xe4"""\n'.encode("latin-1") + METHOD.encode())
     assert str(folder / "latin.py") in refusal()
 
 
-def test_file_with_a_null_byte_is_one_line(package):
+def test_error_about_a_file_with_a_null_byte_is_one_line(package):
     folder = package({"mine.py": METHOD, "null.py": METHOD + "\0"})
     assert str(folder / "null.py") in refusal()
 
 
-def test_literals_may_carry_a_type(package):
+def test_literals_may_have_a_type_annotation(package):
     package({"mine.py": 'STARTS_FROM: str = "dense"\n' + METHOD})
     assert registry.entry("method", "mine").literals["STARTS_FROM"] == "dense"
 
 
-# ---------------------------------------------------------------- errors stay where they are
+# ---------------------------------------------------------------- errors in one file
 
 
-def test_a_wrong_file_stops_only_those_who_ask_for_it(package):
+def test_an_error_in_a_file_matters_only_if_the_file_is_used(package):
     package({"mine.py": METHOD, "broken.py": "def f(:"})
     assert registry.entry("method", "mine").name == "mine"
     with pytest.raises(UsageError, match=r"broken\.py: line 1"):
         registry.entry("method", "broken")
 
 
-def test_a_module_that_cannot_be_imported_is_one_line(package):
+def test_error_about_a_module_that_cannot_be_imported_is_one_line(package):
     package({"__init__.py": "", "mine.py": METHOD + "\nimport no_such_module\n"})
     registry.entry("method", "mine")
     with pytest.raises(UsageError, match=r"mine\.py, line \d+: ModuleNotFoundError: No module"):
         registry.load("method", "mine")
 
 
-def test_a_method_without_stages_is_one_line(package):
+def test_error_about_a_method_without_stages_is_one_line(package):
     package({"__init__.py": "", "mine.py": METHOD.partition("def stages")[0]})
     with pytest.raises(UsageError, match=r"mine\.py: no function stages\(params\)"):
         registry.load("method", "mine")
@@ -305,7 +307,7 @@ class Point:
         self.name, self.module = name, module
 
 
-def test_an_entry_point_is_a_method_under_its_own_name(package, monkeypatch):
+def test_an_entry_point_is_a_method_with_the_name_of_the_entry_point(package, monkeypatch):
     folder = package({"__init__.py": "", "mine.py": METHOD})
     module = f"{folder.name}.mine"
     points = [Point("theirs", module), Point("mine", module), Point("gone", "no_such_package.x")]

@@ -1,4 +1,4 @@
-"""Result rows, their intervals, and rows beside the outcomes of their images."""
+"""Result rows: intervals, and contradictions with the outcomes of single images."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_interval_equals_wilsons_formula(n):
 
 
 @pytest.mark.parametrize("n", range(1, 60))
-def test_interval_holds_the_share_and_stays_in_the_unit_interval(n):
+def test_interval_contains_the_share_and_is_in_0_1(n):
     for successes in range(n + 1):
         low, high = wilson_interval(successes, n)
         assert 0 <= low <= successes / n <= high <= 1
@@ -104,7 +104,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("column", ["", *WRONG])
-def test_row_that_its_images_contradict_names_the_column(column, row_values):
+def test_message_about_contradicting_outcomes_starts_with_the_column(column, row_values):
     low, high = wilson_interval(3, 4)
     right = {"accuracy": 0.75, "n_correct": 3, "n_examples": 4, "ci_low": low, "ci_high": high}
     right |= {"attack": "pgd", "component": "all"}

@@ -229,7 +229,7 @@ def test_targets_never_share_a_place(tmp_path):
     made = Target.as_built(tmp_path, Source("callable", "nets:linear"))
     assert made.weights is None
     assert made.record == tmp_path / "callable" / "nets.linear.evaluation.json"
-    given = Target.of_file(tmp_path / "w.pt", "order")
+    given = Target.beside_file(tmp_path / "w.pt", "order")
     assert (given.weights, given.match) == (tmp_path / "w.pt", "order")
     assert given.record.parent == given.flags.parent == tmp_path
 

@@ -1,4 +1,4 @@
-"""Intervals and p-values: by hand, beside scipy, by simulation, and never at odds."""
+"""Intervals and p-values: by hand, compared with scipy, by simulation; they never contradict."""
 
 import importlib.util
 import math
@@ -48,7 +48,7 @@ def test_variances_of_two_seeds_and_three_images_by_hand():
     assert of_images == pytest.approx((1 / 2 - 1 / 6) / 6)
 
 
-def test_variances_of_one_seed_are_of_images_alone():
+def test_variances_of_one_seed_are_only_of_images():
     of_seeds, of_images = statistics.variances(np.array([[1, 0, 0, 1]]))
     assert math.isnan(of_seeds)
     assert of_images == pytest.approx(1 / 3 / 4)
@@ -56,8 +56,8 @@ def test_variances_of_one_seed_are_of_images_alone():
         statistics.variances(np.zeros((0, 4)))
 
 
-def test_variances_are_those_of_the_analysis_of_variance():
-    """Slow sums, written out, for a random table."""
+def test_variances_equal_those_of_the_analysis_of_variance():
+    """Compare with plain loops over a random table."""
     values = np.random.default_rng(0).integers(-1, 2, size=(4, 7)).astype(float)
     mean = sum(values.ravel()) / 28
     rows = [sum(row) / 7 for row in values]
@@ -71,7 +71,7 @@ def test_variances_are_those_of_the_analysis_of_variance():
     assert statistics.variances(values) == pytest.approx(wanted)
 
 
-def test_an_interval_joins_both_parts_by_howes_rule():
+def test_an_interval_combines_both_variances_by_howes_rule():
     apart = Difference(0.1, seeds=3, images=11, of_seeds=0.0004, of_images=0.0009)
     half = math.sqrt(t.ppf(0.975, 2) ** 2 * 0.0004 + t.ppf(0.975, 10) ** 2 * 0.0009)
     assert apart.interval() == pytest.approx((0.1 - half, 0.1 + half))
@@ -84,7 +84,7 @@ def test_an_interval_joins_both_parts_by_howes_rule():
     assert apart.detectable == pytest.approx(found)
 
 
-def test_without_variance_of_images_it_is_the_t_test_of_the_seeds():
+def test_without_variance_of_images_p_is_that_of_the_t_test_of_seeds():
     ours, theirs = np.array([0.61, 0.57, 0.7, 0.66]), np.array([0.55, 0.56, 0.6, 0.67])
     apart = ours - theirs
     own = Difference(apart.mean(), 4, 100, apart.var(ddof=1) / 4, 0.0)
@@ -93,7 +93,7 @@ def test_without_variance_of_images_it_is_the_t_test_of_the_seeds():
     assert own.interval() == pytest.approx(tuple(wanted))
 
 
-def test_without_variance_of_seeds_it_is_the_t_test_of_the_images():
+def test_without_variance_of_seeds_p_is_that_of_the_t_test_of_images():
     apart = np.random.default_rng(1).integers(-1, 2, size=50)
     seeds = np.repeat(apart[None], 3, axis=0)
     found = statistics.difference(seeds > 0, seeds < 0)
@@ -113,22 +113,22 @@ def test_difference_pairs_images():
         statistics.difference(ours, theirs[:1])
 
 
-def test_few_images_cannot_feign_certainty():
+def test_the_variance_of_few_images_is_never_zero():
     same = np.ones((2, 40), dtype=bool)
     equal = statistics.difference(same, same)
     assert (equal.mean, equal.p) == (0, 1)
     half = t.ppf(0.975, 39) / 40
     assert equal.interval() == pytest.approx((-half, half))
-    # Each seed loses another image: the images' own share is estimated as negative.
+    # Each seed loses another image: the estimated variance of images is negative.
     ours = same.copy()
     ours[0, 0] = ours[1, 1] = False
     assert statistics.variances(ours.astype(int) - same)[1] < 1e-4
     assert statistics.difference(ours, same).of_images == pytest.approx(1 / 40**2)
-    # All outcomes differ: as uncertain as one image.
+    # All outcomes differ: the uncertainty is that of one image.
     assert statistics.difference(same, ~same).interval() == pytest.approx((1 - half, 1))
 
 
-def test_independent_outcomes_are_a_floor_of_the_images_part():
+def test_variance_of_images_is_at_least_that_of_independent_outcomes():
     rng = np.random.default_rng(0)
     ours, theirs = rng.random((2, 3, 500)) < 0.5
     apart = ours.astype(int) - theirs
@@ -156,20 +156,20 @@ def test_a_p_value_is_never_zero():
 
 
 def wilson_interval(successes, n, z):
-    """Wilson's interval with z in place of the quantile of the normal distribution."""
+    """Wilson's interval with a given quantile z."""
     return tuple(binomtest(successes, n).proportion_ci(1 - 2 * norm.sf(z), method="wilson"))
 
 
 @pytest.mark.parametrize("count", [0, 1, 60, 200])
-def test_interval_of_agreeing_seeds_is_wilsons_of_the_images(count):
+def test_interval_of_agreeing_seeds_is_wilsons_interval_over_images(count):
     outcomes = np.repeat((np.arange(200) < count)[None], 3, axis=0)
     wanted = wilson_interval(count, 200, z=t.ppf(0.975, 199))
     for seeds in (1, 3):
-        # The images' share has N - 1 in its denominator; no more images than N are counted.
+        # The variance of images has the denominator N - 1; the effective number is at most N.
         assert statistics.accuracy_interval(outcomes[:seeds]) == pytest.approx(wanted, abs=1e-12)
 
 
-def test_interval_of_seeds_that_share_nothing_counts_all_outcomes():
+def test_interval_of_independent_seeds_uses_all_outcomes():
     rng = np.random.default_rng(3)
     outcomes = rng.random((2, 4000)) < 0.4
     assert statistics.variances(outcomes)[1] < 0.24 / 8000
@@ -183,12 +183,12 @@ def test_interval_of_seeds_that_share_nothing_counts_all_outcomes():
     assert statistics.accuracy_interval(outcomes) == pytest.approx(wanted)
 
 
-def test_interval_of_very_different_seeds_leaves_everything_open():
+def test_interval_of_very_different_seeds_is_almost_0_to_1():
     outcomes = np.stack([np.ones(500), np.zeros(500)])
     assert statistics.accuracy_interval(outcomes) == (0.0, 1.0)
 
 
-def test_a_higher_level_is_a_wider_interval():
+def test_a_higher_level_gives_a_wider_interval():
     outcomes = np.random.default_rng(1).random((4, 60)) < 0.5
     low, high = statistics.accuracy_interval(outcomes, level=0.99)
     inner = statistics.accuracy_interval(outcomes)
@@ -199,7 +199,7 @@ def test_a_higher_level_is_a_wider_interval():
 
 
 @given(OUTCOMES)
-def test_an_interval_that_holds_zero_has_a_p_value_above_the_level(pair):
+def test_p_value_is_below_the_level_only_if_the_interval_excludes_zero(pair):
     found = statistics.difference(*pair)
     low, high = found.interval()
     assert -1 <= low <= found.mean <= high <= 1
@@ -210,7 +210,7 @@ def test_an_interval_that_holds_zero_has_a_p_value_above_the_level(pair):
 
 
 @given(OUTCOMES, st.sampled_from([0.5, 0.8, 0.99]))
-def test_that_holds_at_every_level(pair, level):
+def test_p_value_and_interval_agree_at_every_level(pair, level):
     found = statistics.difference(*pair)
     low, high = found.interval(level)
     if found.seeds > 1 and abs(found.p - (1 - level)) > 1e-9:
@@ -218,7 +218,7 @@ def test_that_holds_at_every_level(pair, level):
 
 
 @given(OUTCOMES)
-def test_the_interval_of_an_accuracy_holds_it_and_is_no_point(pair):
+def test_interval_of_an_accuracy_contains_it_and_has_a_positive_width(pair):
     low, high = statistics.accuracy_interval(pair[0])
     assert 0 <= low <= pair[0].mean() + 1e-12
     assert pair[0].mean() - 1e-12 <= high <= 1
@@ -226,7 +226,7 @@ def test_the_interval_of_an_accuracy_holds_it_and_is_no_point(pair):
 
 
 @given(OUTCOMES)
-def test_the_order_of_seeds_and_images_means_nothing(pair):
+def test_the_order_of_seeds_and_images_does_not_matter(pair):
     one = statistics.difference(*pair)
     other = statistics.difference(*pair[:, ::-1, ::-1])
     assert other.interval() == pytest.approx(one.interval())
@@ -236,8 +236,8 @@ def test_the_order_of_seeds_and_images_means_nothing(pair):
 
 
 @pytest.mark.parametrize("kind", ["none", "large"])
-def test_tests_and_intervals_keep_their_promise(simulation, kind):
-    """Within three standard errors; the older test does not: it takes the seeds as they are."""
+def test_rates_of_tests_and_intervals_are_the_nominal_ones(simulation, kind):
+    """Within three standard errors. The older test, which treats seeds as fixed, does not pass."""
     found = simulation.simulate(300, kinds=(kind,), seeds=(2, 5), images=(200,), usual=(0.6, 0.9))
     error = 3 * math.sqrt(0.05 * 0.95 / 300)
     assert (found["size"] <= 0.05 + error).all()
@@ -248,17 +248,17 @@ def test_tests_and_intervals_keep_their_promise(simulation, kind):
         assert found.accuracy_bootstrap.mean() < 0.93
 
 
-def test_more_seeds_find_more(simulation):
+def test_more_seeds_detect_more_differences(simulation):
     found = simulation.simulate(60, kinds=("small",), seeds=(2, 10), images=(200,), usual=(0.6,))
     assert found.power.tolist()[0] + 0.3 < found.power.tolist()[1]
     assert found.width.tolist()[0] > 2 * found.width.tolist()[1]
     assert "| small" in simulation.in_words(found)
 
 
-# ------------------------------------------------------------------ several at once
+# ------------------------------------------------------------------ multiple tests
 
 
-def test_holm_by_hand():
+def test_holm_equals_values_computed_by_hand():
     nan = float("nan")
     assert statistics.holm([0.01, nan, 0.04, 0.03]) == pytest.approx(
         [0.03, nan, 0.06, 0.06], nan_ok=True

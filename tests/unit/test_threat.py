@@ -42,13 +42,13 @@ def crafted(monkeypatch):
     return calls
 
 
-def of(study, method):
+def cell_of(study, method):
     return next(cell for cell in study.cells() if cell.method == method)
 
 
 def trained(study, folder):
     """Return all weights of the BCS network of the study after an epoch of training."""
-    cell, layout = of(study, "bcs"), Layout(folder)
+    cell, layout = cell_of(study, "bcs"), Layout(folder)
     train_cell(study, cell, layout, device="cpu")
     return load_file(layout.model(cell, "last"))
 
@@ -57,7 +57,7 @@ def trained(study, folder):
 
 
 @pytest.mark.parametrize("place", ["section", "block", "block over section"])
-def test_training_eps_is_what_training_and_validation_use(
+def test_training_and_validation_use_the_eps_of_training(
     place, study_data, load_study, tmp_path, crafted
 ):
     """Same bits as with a threat of this eps. Other bits than with the threat of the attacks."""
@@ -85,7 +85,7 @@ def test_training_eps_does_not_change_the_attacks(study_data, load_study, tmp_pa
     study = load_study(study_data)
     trained(study, tmp_path)
     crafted.clear()
-    cell, layout = of(study, "bcs"), Layout(tmp_path)
+    cell, layout = cell_of(study, "bcs"), Layout(tmp_path)
     evaluate.evaluate_cell(study, cell, "last", layout, device="cpu")
     assert {eps for _, eps, _ in crafted} == {0.15, 1.0}  # 1.0: a sanity check's
 
@@ -110,7 +110,7 @@ def test_each_attack_uses_its_eps_or_that_of_the_threat(study_data, load_study):
     names = ["clean", "pgd", "near", "round"]
     study_data["evaluation"]["selections"] = {"last": names}
     study = load_study(study_data)
-    cell = of(study, "bcs")
+    cell = cell_of(study, "bcs")
     splits = datasets.load("digits", study.datasets["digits"])
     model = construct.build(study, cell, splits.image_shape, splits.classes).eval()
     found = attack_model(
@@ -135,7 +135,7 @@ def test_a_planned_cell_has_all_threats(study_data, load_study):
     study_data["evaluation"]["attacks"] = {"pgd": {"steps": 2, "restarts": 1, "eps": 0.25}}
     study_data["evaluation"]["selections"] = {"last": ["pgd"], "best_val": ["fgsm"]}
     study = load_study(study_data)
-    planned = study.planned[of(study, "bcs")]
+    planned = study.planned[cell_of(study, "bcs")]
     assert planned.training_threat == Threat(eps=TRAINED)
     assert (planned.crafting.steps, planned.crafting.step_size) == (3, 0.02)
     found = {s: [(a.name, a.eps) for a in attacks] for s, attacks in planned.attacks.items()}
@@ -151,7 +151,7 @@ def test_a_variant_of_clean_perturbs_nothing(study_data, load_study):
     study_data["evaluation"]["selections"] = {"last": ["untouched"]}
     study = load_study(study_data)
     splits = datasets.load("digits", study.datasets["digits"])
-    model = construct.build(study, of(study, "bcs"), splits.image_shape, splits.classes)
+    model = construct.build(study, cell_of(study, "bcs"), splits.image_shape, splits.classes)
     found = attack_model(
         model.eval(),
         first_examples(splits.test, 8, splits.classes),
@@ -209,8 +209,7 @@ ERRORS = {
     ),
     "attack of another norm": (
         {"evaluation": {"attacks": {"pgd": {"norm": "L2"}}}},
-        "evaluation.attacks.pgd.eps: missing, expected the radius in L2; that of the threat is "
-        "another's",
+        "evaluation.attacks.pgd.eps: missing, expected a radius in L2; the threat has another norm",
     ),
     "attack of Linf in a study of L2": (
         {"threat": L2, "evaluation": {"attacks": {"pgd": {"norm": "Linf", "eps": 2}}}},
@@ -218,18 +217,18 @@ ERRORS = {
     ),
     "steps above eps": (
         {"training": {"crafting": {"step_size": 0.16}}},
-        "training.crafting.step_size = 0.16: expected at most the eps that is trained against; "
-        "nearest match: 0.15",
+        "training.crafting.step_size = 0.16: expected at most the eps of training; nearest "
+        "match: 0.15",
     ),
     "steps above the block's eps": (
         {"grid": {"training": {"eps": 0.05}}},
-        "grid.training.crafting.step_size = 0.1: expected at most the eps that is trained against; "
+        "grid.training.crafting.step_size = 0.1: expected at most the eps of training; "
         "nearest match: 0.05",
     ),
     "one step above two eps": (
         {"training": {"crafting": {"step_size": 0.31, "steps": 1}}},
-        "training.crafting.step_size = 0.31: expected at most twice the eps that is trained "
-        "against; nearest match: 0.3",
+        "training.crafting.step_size = 0.31: expected at most twice the eps of training; "
+        "nearest match: 0.3",
     ),
     "L2 of zero": ({"threat": {"norm": "L2", "eps": 0}}, "threat.eps = 0: expected a number above"),
 }
@@ -266,7 +265,7 @@ def test_l2_radii_may_be_above_one(study_data, load_study):
     study_data["training"]["crafting"]["step_size"] = 1.1
     study = load_study(study_data)
     assert study.threat == Threat(norm="L2", eps=1.5)
-    assert study.planned[of(study, "bcs")].training_threat == Threat(norm="L2", eps=1.25)
+    assert study.planned[cell_of(study, "bcs")].training_threat == Threat(norm="L2", eps=1.25)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Records of trainings: read back, and refused if another version wrote them."""
+"""Records of training: read them, and refuse those of another version."""
 
 import pytest
 
@@ -16,7 +16,7 @@ POINT = {"epoch": 1, "active_weights": 5}
         {"cost": None, "curve": []},  # an external model
     ],
 )
-def test_record_comes_back(content, tmp_path):
+def test_record_is_read(content, tmp_path):
     write_json(tmp_path / "training.json", content)
     assert read_training(tmp_path / "training.json") == content
 

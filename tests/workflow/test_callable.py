@@ -127,7 +127,7 @@ OPTIONS = {
     "eps above 1": ({"eps": "3/2"}, "threat.eps"),
     "too many images": ({"n-examples": "5000"}, "n_examples = 5000"),
     "attack": ({"attacks": "clean,pgdd"}, "nearest match: 'pgd'"),
-    "no surrogate": ({"attacks": "transfer"}, "no network of 'dense' to transfer from"),
+    "no surrogate": ({"attacks": "transfer"}, "no network of 'dense' as surrogate for"),
 }
 
 
