@@ -1,7 +1,7 @@
-"""What must be made again after which change: every key of a study, every file of the package.
+"""Tests of what runs again after a change of any key of a study or any file of the package.
 
-A row names the first of training, evaluation, collect and figures that runs again; what follows it
-then runs too. A key or a file without a row fails. docs/staleness.md is this table.
+A row names the first stage that runs again: training, evaluation, collect or figures. All later
+stages then run too. A key or a file without a row is an error. docs/staleness.md shows the tables.
 """
 
 import copy
@@ -27,7 +27,7 @@ ATTACKS = "evaluation.attacks"  # the key of a file; a study has them as attack_
 
 
 def study_data(folder: Path) -> dict:
-    """A study that reads every kind of key: variants, a file from elsewhere, a table of a paper."""
+    """A study with every kind of key: variants, an external model, a table of a paper."""
     data = yaml.safe_load((Path(__file__).parents[2] / "config" / "tiny.yaml").read_text())
     np.savez(
         folder / "own.npz",
@@ -104,7 +104,7 @@ def study_data(folder: Path) -> dict:
 
 
 def plans(study: Study) -> dict[str, dict[str, str]]:
-    """The parameters of jobs that Snakemake compares, stage by stage."""
+    """The parameters of jobs that Snakemake compares, for each stage."""
     cells = study.cells()
     return {
         "training": {cell.key: fingerprints.training(study, cell).plan for cell in cells},
@@ -126,7 +126,7 @@ def first_changed(before: dict, after: dict) -> str:
     return NOTHING
 
 
-# What a key is changed to, by its whole name or its last part; numbers that are not here grow by 1.
+# The changed value of a key, by its full name or its last part. Other numbers are increased by 1.
 VALUES = {
     "study": "another",
     "title": "Another",
@@ -201,7 +201,7 @@ VALUES = {
     "budget": {"unit": "epochs", "total": 12},
 }
 
-# Keys that change together with others, or to what depends on the folder.
+# Keys that change together with other keys, and values that depend on the folder.
 SETS = {
     "archs.small_cnn.mean": {"archs.small_cnn.mean": [0.5], "archs.small_cnn.std": [0.5]},
     "archs.small_cnn.std": {"archs.small_cnn.mean": [0.0], "archs.small_cnn.std": [0.5]},
@@ -297,14 +297,14 @@ def expected_of(key: str) -> str:
 
 
 def written_keys(value: Study | Block) -> set[str]:
-    """The keys that a file has for a study or a block of its grid."""
+    """The keys that a config file has for a study or for a block of its grid."""
     if isinstance(value, Study):
         return set(StudyFile.model_fields)
     return set(Grid.model_fields) - (set() if value.own_training else {"training"})
 
 
 def keys_of(value: object, prefix: str = "") -> list[str]:
-    """Every key of a study with its defaults, down to single values."""
+    """All keys of a study with defaults, down to single values."""
     parted = ("datasets", "archs", "methods", "models", ATTACKS)
     if isinstance(value, Study | Block):
         found = {name: getattr(value, name) for name in written_keys(value)}
@@ -359,8 +359,8 @@ def changes_of(study: Study, key: str, folder: Path) -> dict[str, object]:
     }
 
 
-def test_every_key_reruns_what_the_table_says(tmp_path, monkeypatch):
-    """One loop, so that the keys are those of the study and none can be forgotten."""
+def test_every_key_reruns_the_stage_in_the_table(tmp_path, monkeypatch):
+    """One loop over the keys of the study, so that no key is forgotten."""
     data = study_data(tmp_path)
     study = loading.validate(data, "table")
     before, found, expected = plans(study), {}, {}
@@ -375,7 +375,7 @@ def test_every_key_reruns_what_the_table_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["datasets.own.file", "models.given.file"])
-def test_content_of_a_file_decides_and_its_name_does_not(key, tmp_path):
+def test_content_of_a_file_counts_and_its_name_does_not(key, tmp_path):
     data = study_data(tmp_path)
     before = plans(loading.validate(data, "table"))
     path = Path(get(loading.validate(data, "table"), key))
@@ -386,14 +386,14 @@ def test_content_of_a_file_decides_and_its_name_does_not(key, tmp_path):
     assert first_changed(before, plans(loading.validate(data, "table"))) == "training"
 
 
-def test_published_numbers_redraw_the_figures(tmp_path):
+def test_changed_published_numbers_redraw_the_figures(tmp_path):
     data = study_data(tmp_path)
     before = plans(loading.validate(data, "table"))
     (tmp_path / "paper.csv").write_text("other numbers")
     assert first_changed(before, plans(loading.validate(data, "table"))) == "figures"
 
 
-def test_captions_redraw_the_figures(tmp_path):
+def test_changed_captions_redraw_the_figures(tmp_path):
     study = loading.validate(study_data(tmp_path), "table")
     caption = tmp_path / "main.rst"
     caption.write_text("one")
@@ -406,7 +406,7 @@ def evaluated(study, cell):
     return fingerprints.evaluation(study, cell, "last")
 
 
-def test_network_from_elsewhere_is_known_by_its_file_arch_and_data(tmp_path):
+def test_fingerprint_of_an_external_model_contains_file_arch_and_data(tmp_path):
     data = study_data(tmp_path)
     study = loading.validate(data, "table")
     [cell] = [cell for cell in study.cells() if cell.method == "given"]
@@ -427,8 +427,8 @@ def test_network_from_elsewhere_is_known_by_its_file_arch_and_data(tmp_path):
         assert evaluated(other, cell).plan != before[1], key
 
 
-def test_another_surrogate_is_another_evaluation(tmp_path):
-    """The weights that an attack transfers from decide its outcome."""
+def test_another_surrogate_changes_the_evaluation(tmp_path):
+    """The weights of the surrogate decide the outcome of a transfer attack."""
     data = study_data(tmp_path)
     study = loading.validate(data, "table")
     [cell] = [cell for cell in study.cells() if cell.method == "given"]
@@ -442,10 +442,10 @@ def test_another_surrogate_is_another_evaluation(tmp_path):
 
 # ---------------------------------------------------------------- code
 
-# The first stage that runs again when a file is edited and the study says rerun_on_code_change.
+# The first stage that runs again when a file is edited and rerun_on_code_change is true.
 # The study of this test uses the methods dense, lwm and bcs, the data sets digits and npz, the arch
-# small_cnn and the attacks clean, pgd, autoattack and transfer. collect and figures always count
-# their code.
+# small_cnn and the attacks clean, pgd, autoattack and transfer. The code of collect
+# and figures always counts.
 FILES = {
     "training": """
         baselines/__init__ baselines/dense baselines/lwm method/*
@@ -473,7 +473,7 @@ FILES = {
 
 
 def stage_of(file: str) -> str:
-    """What FILES says of a file: its own name first, then the pattern of its folder."""
+    """The stage of a file in FILES, by its name or else by the pattern of its folder."""
     name, folder = file.partition(".")[0], f"{file.rpartition('/')[0]}/*"
     for wanted in (name, folder):
         for stage, names in FILES.items():
@@ -483,7 +483,7 @@ def stage_of(file: str) -> str:
 
 
 def files_of_the_package(repository: Path) -> dict[str, Path]:
-    """Name in FILES -> path of all code, and of what is drawn with."""
+    """Paths of all code and of the plot style, by their names in FILES."""
     found = {}
     for package in ("robsparse", "method", "baselines", "eval", "figures"):
         paths = (repository / package).rglob("*.py")
@@ -495,7 +495,7 @@ def files_of_the_package(repository: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def edit(monkeypatch):
-    """edit(path): from here on, that file alone is another one."""
+    """edit(path): from now on, only this file has other content."""
     source, read, edited = source_code._source, source_code.read, []
 
     def parsed(path):
@@ -515,7 +515,7 @@ def edit(monkeypatch):
     forget()
 
 
-def test_every_file_reruns_what_the_table_says(repository, tmp_path, edit):
+def test_every_file_reruns_the_stage_in_the_table(repository, tmp_path, edit):
     data = study_data(tmp_path)
     data["machine"]["rerun_on_code_change"] = True
     study = loading.validate(data, "table")
@@ -527,7 +527,7 @@ def test_every_file_reruns_what_the_table_says(repository, tmp_path, edit):
     assert found == {name: stage_of(name) for name in files}
 
 
-def test_code_alone_starts_no_job_unless_the_study_says_so_but_the_figures(
+def test_a_change_of_code_reruns_only_figures_without_rerun_on_code_change(
     repository, tmp_path, edit
 ):
     study = loading.validate(study_data(tmp_path), "table")
@@ -539,7 +539,7 @@ def test_code_alone_starts_no_job_unless_the_study_says_so_but_the_figures(
     assert first_changed(before, plans(study)) == "figures"
 
 
-def test_another_library_reruns_all_if_the_study_says_so(tmp_path, monkeypatch):
+def test_another_library_reruns_all_with_rerun_on_code_change(tmp_path, monkeypatch):
     data = study_data(tmp_path)
     for counted in (False, True):
         data["machine"]["rerun_on_code_change"] = counted
@@ -564,7 +564,7 @@ def test_another_library_reruns_all_if_the_study_says_so(tmp_path, monkeypatch):
         ('import os\ndef f(x):\n    return "x + 1"\n', False),
     ],
 )
-def test_comments_docstrings_and_layout_are_no_code(text, same, tmp_path):
+def test_comments_docstrings_and_layout_do_not_count_as_code(text, same, tmp_path):
     one, other = tmp_path / "one.py", tmp_path / "other.py"
     one.write_text("import os\n\n\ndef f(x):\n    return x + 1\n")
     other.write_text(text)
@@ -586,13 +586,13 @@ IMPORTS = {
 }
 
 
-def test_entry_that_is_no_module_is_refused():
+def test_entry_that_is_not_a_module_is_refused():
     with pytest.raises(LookupError, match=r"robsparse\.nowhere: there is no such module"):
         source_code.digest("robsparse.nowhere")
 
 
 def closure_of(*entries):
-    """The closure as a new process finds it."""
+    """The closure without the caches of this process."""
     cached = (source_code.closure, source_code._places, source_code._imported, source_code.digest)
     for function in cached:
         function.cache_clear()
@@ -603,8 +603,8 @@ def closure_of(*entries):
 
 
 @pytest.mark.parametrize("line", IMPORTS)
-def test_imports_are_found_however_they_are_written(line, tmp_path, monkeypatch):
-    """In a package of the user, also where another module lies beside it."""
+def test_imports_of_all_forms_are_found(line, tmp_path, monkeypatch):
+    """In a package of the user, with another module in the same folder as the package."""
     (tmp_path / "own").mkdir()
     for name in ("own/__init__", "own/inner", "own/outside", "neighbour"):
         (tmp_path / f"{name}.py").write_text("")
@@ -618,7 +618,7 @@ def test_imports_are_found_however_they_are_written(line, tmp_path, monkeypatch)
     assert not any(name.startswith(("torch", "json")) for name in found)
 
 
-def test_module_of_a_nested_package_finds_what_lies_beside_the_package(tmp_path, monkeypatch):
+def test_module_of_a_nested_package_finds_modules_beside_the_package(tmp_path, monkeypatch):
     (tmp_path / "own" / "deep").mkdir(parents=True)
     for name in ("own/__init__", "own/deep/__init__", "neighbour"):
         (tmp_path / f"{name}.py").write_text("")
@@ -627,7 +627,7 @@ def test_module_of_a_nested_package_finds_what_lies_beside_the_package(tmp_path,
     assert "neighbour" in closure_of("own.deep.net")
 
 
-def test_installed_packages_do_not_count_as_code_of_one_another(tmp_path, monkeypatch):
+def test_installed_packages_are_not_followed(tmp_path, monkeypatch):
     site = tmp_path / "site-packages"
     site.mkdir()
     (site / "installed_net.py").write_text("import installed_library\n")
@@ -643,7 +643,7 @@ def test_compiled_module_has_no_source(tmp_path, monkeypatch):
     assert closure_of("compiled_net") == {}
 
 
-def test_content_of_a_folder_is_that_of_its_files_and_their_names(tmp_path):
+def test_digest_of_a_folder_depends_on_its_files_and_their_names(tmp_path):
     folder = tmp_path / "images"
     (folder / "cat").mkdir(parents=True)
     (folder / "cat" / "1.png").write_bytes(b"one")
@@ -659,7 +659,7 @@ def test_content_of_a_folder_is_that_of_its_files_and_their_names(tmp_path):
 
 
 def document() -> str:
-    """docs/staleness.md."""
+    """The text of docs/staleness.md."""
     keys = [f"| `{key}` | {stage} | {why} |" for key, (stage, why) in KEYS.items()]
     files = [f"| {stage} | {' '.join(names.split())} |" for stage, names in FILES.items()]
     return "\n".join([TOP, *keys, MIDDLE, *files, ""])
@@ -699,7 +699,7 @@ npz; small_cnn; clean, pgd, autoattack and transfer.
 |---|---|"""
 
 
-def test_document_is_the_table(repository):
+def test_document_shows_the_tables(repository):
     assert (repository / "docs" / "staleness.md").read_text() == document()
 
 

@@ -1,4 +1,4 @@
-"""Where networks come from: one answer for training, workflow, evaluation and figures."""
+"""Sources of networks, for training, workflow, evaluation and figures."""
 
 import dataclasses
 import sys
@@ -29,7 +29,7 @@ COMMON = {"dataset": "digits", "objective": "at"}
 
 @pytest.fixture
 def from_everywhere(study_data, load_study, tmp_path):
-    """A study with networks of every source, and its layout."""
+    """A study with networks from every source, and its layout."""
     torch.manual_seed(3)
     params = registry.entry("arch", "small_cnn").params(width=4)
     torch.save(models.build("small_cnn", params, (1, 8, 8), 10).state_dict(), tmp_path / "w.pt")
@@ -46,7 +46,7 @@ def from_everywhere(study_data, load_study, tmp_path):
 
 @pytest.fixture
 def own_nets(tmp_path, monkeypatch):
-    """A module of the user, importable in this test alone: own_nets(text)."""
+    """own_nets(text) writes a module of the user, which only this test can import."""
 
     def write(text):
         (tmp_path / "own_nets.py").write_text(text)
@@ -193,7 +193,7 @@ def cell_of(study, method):
     return cell
 
 
-def test_each_network_says_where_it_comes_from(from_everywhere, tmp_path):
+def test_each_network_has_its_source(from_everywhere, tmp_path):
     study, _ = from_everywhere
     file = tmp_path / "w.pt"
     assert study.source("given") == Source("file", str(file))
@@ -209,7 +209,7 @@ def test_each_network_says_where_it_comes_from(from_everywhere, tmp_path):
     assert str(found["made"]) == "callable own_nets:linear"
 
 
-def test_a_job_waits_for_the_network_that_it_starts_from_and_for_no_file_of_the_user(
+def test_inputs_of_a_job_are_the_network_that_it_starts_from_and_no_file_of_the_user(
     from_everywhere,
 ):
     study, layout = from_everywhere
@@ -225,7 +225,7 @@ def test_a_job_waits_for_the_network_that_it_starts_from_and_for_no_file_of_the_
     }
 
 
-def test_targets_never_share_a_place(tmp_path):
+def test_targets_have_different_paths(tmp_path):
     made = Target.as_built(tmp_path, Source("callable", "nets:linear"))
     assert made.weights is None
     assert made.record == tmp_path / "callable" / "nets.linear.evaluation.json"
@@ -234,7 +234,7 @@ def test_targets_never_share_a_place(tmp_path):
     assert given.record.parent == given.flags.parent == tmp_path
 
 
-def test_in_a_study_foreign_code_is_attacked_as_it_is(from_everywhere, own_nets, monkeypatch):
+def test_foreign_code_of_a_study_is_attacked_unchanged(from_everywhere, own_nets, monkeypatch):
     own_nets(LINEAR)
     study, layout = from_everywhere
     folded = {}
@@ -254,7 +254,7 @@ def test_in_a_study_foreign_code_is_attacked_as_it_is(from_everywhere, own_nets,
     assert folded == {0: True, 1: False}
 
 
-def test_record_of_a_network_without_a_file_names_its_weights_all_the_same(
+def test_record_of_a_network_without_a_file_has_a_checksum_of_its_weights(
     from_everywhere, own_nets, tmp_path
 ):
     own_nets(LINEAR)
@@ -279,7 +279,7 @@ def archs_of(study):
     return {cell.method: cell.arch for cell in study.cells() if study.source(cell.method).foreign}
 
 
-def test_foreign_code_is_a_row_among_the_networks_of_its_data_and_objective(
+def test_foreign_code_is_in_the_table_of_its_data_and_objective(
     from_everywhere, study_data, load_study
 ):
     study, _ = from_everywhere
@@ -297,12 +297,12 @@ def test_foreign_code_is_a_row_among_the_networks_of_its_data_and_objective(
         load_study(study_data)
 
 
-# ---------------------------------------------------------------- from take-in to the record
+# ---------------------------------------------------------------- from import to record
 
 
 @pytest.fixture
 def by_hand(own_nets, study_data, tmp_path, monkeypatch, capsys):
-    """by_hand(words, name) runs a command on a study of the function `name` alone."""
+    """by_hand(command, name) runs a command on a study with only the function `name`."""
     own_nets(NETS)
     monkeypatch.chdir(tmp_path)
     del study_data["grid"], study_data["methods"], study_data["archs"]
@@ -333,7 +333,7 @@ WHOLE = ["linear", "Net", "Bfloat", "Wrapped", "Normed", "Masked", "Matrix", "No
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_network_of_a_function_goes_from_its_import_to_the_record(name, by_hand, tmp_path):
+def test_a_network_of_a_function_is_imported_and_recorded(name, by_hand, tmp_path):
     assert by_hand("train", name)[:2] == (0, [])
     code, message, _ = by_hand("evaluate", name)
     assert (code, message) == (0, [])
@@ -349,7 +349,7 @@ def test_a_network_of_a_function_goes_from_its_import_to_the_record(name, by_han
     assert f"made (callable own_nets:{name})" in table
 
 
-def test_weights_that_are_drawn_anew_are_those_imported_and_the_record_says_so(by_hand, tmp_path):
+def test_random_weights_of_a_function_are_those_of_the_import(by_hand, tmp_path):
     assert by_hand("train", "drawn")[0] == 0
     found = []
     for _ in range(2):
@@ -367,7 +367,7 @@ def test_weights_that_are_drawn_anew_are_those_imported_and_the_record_says_so(b
     assert all(flags.tolist() == right.tolist() for flags in found)
 
 
-def test_state_outside_the_state_dict_is_told_before_any_attack(by_hand, tmp_path):
+def test_state_outside_the_state_dict_is_an_error_before_any_attack(by_hand, tmp_path):
     assert by_hand("train", "Hidden")[0] == 0
     code, [line], out = by_hand("evaluate", "Hidden")
     assert code == 2
@@ -386,7 +386,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_foreign_code_that_fails_is_one_line_when_it_is_imported(name, by_hand, tmp_path):
+def test_error_in_foreign_code_is_one_line_at_the_import(name, by_hand, tmp_path):
     code, [line], _ = by_hand("train", name)
     assert code == 2
     assert REFUSED[name] in line
@@ -395,7 +395,7 @@ def test_foreign_code_that_fails_is_one_line_when_it_is_imported(name, by_hand, 
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_failure_in_the_middle_of_an_attack_is_one_line_and_parts_are_kept(by_hand, tmp_path):
+def test_failure_during_an_attack_is_one_line_and_the_cache_is_kept(by_hand, tmp_path):
     assert by_hand("train", "Tires")[0] == 0
     code, [line], out = by_hand("evaluate", "Tires")
     assert code == 1
@@ -406,9 +406,7 @@ def test_failure_in_the_middle_of_an_attack_is_one_line_and_parts_are_kept(by_ha
     assert list((tmp_path / "results" / "tiny" / "resume" / "evaluations").rglob("*.npz"))
 
 
-def test_in_a_study_and_without_one_the_outcome_is_the_same_image_for_image(
-    by_hand, tmp_path, study_data
-):
+def test_outcomes_are_the_same_with_and_without_a_study(by_hand, tmp_path, study_data):
     study_data["evaluation"]["attacks"] = study_data["datasets"] = {}
     study_data["evaluation"]["selections"] = {"best_val": ["clean", "pgd", "fgsm", "square"]}
     assert by_hand("train", "Net")[0] == 0
@@ -427,7 +425,7 @@ def test_in_a_study_and_without_one_the_outcome_is_the_same_image_for_image(
         assert all((one[name] == other[name]).all() for name in names)
 
 
-def test_live_sets_of_foreign_code_are_compared_with_nobodys(from_everywhere, own_nets):
+def test_masks_of_foreign_code_are_not_compared(from_everywhere, own_nets):
     own_nets(LINEAR)
     study, layout = from_everywhere
     half = {
