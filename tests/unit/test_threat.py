@@ -292,7 +292,9 @@ def test_ratios_of_decimals_are_read_exactly(written, meant):
 # ---------------------------------------------------------------- the default of the comparison
 
 
-def test_agreement_with_the_original_package_runs_with_its_default_eps(repository, monkeypatch, capsys):
+def test_agreement_with_the_original_package_runs_with_its_default_eps(
+    repository, monkeypatch, capsys
+):
     """`python benchmarks/agreement.py shipped`, with replaced attacks and network."""
     where = repository / "benchmarks" / "agreement.py"
     spec = importlib.util.spec_from_file_location("agreement", where)
