@@ -63,10 +63,10 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def chosen_alike(theirs: pd.DataFrame, selection: Selection) -> pd.Series:
-    """Whether each published number is of an epoch that was chosen like ours (bool).
+    """Return whether each published number may be compared with our selection (bool).
 
-    `last` is compared with the last epoch. The others are compared with the best epoch, although
-    its authors chose it on images of their own, often the test images. A number whose epoch is not
-    stated is compared with every selection.
+    `last` is compared with numbers of the last epoch. The other selections are compared with
+    numbers of the best epoch, although the authors chose that epoch on other images, often the test
+    images. Numbers without a stated epoch are compared with every selection.
     """
     return theirs.selection.isin(["", "last" if selection == "last" else "best"])

@@ -58,13 +58,13 @@ class Grid(Strict):
 
 
 class Table(Strict):
-    """A table of a paper, filled from this study, with published numbers beside ours.
+    """A table of a paper with the results of this study and published numbers.
 
-    An empty list of datasets, archs, ... stands for all of the study. Every combination of the
-    `rows` axes that the study has is a line; the other axes must have one value or be columns.
-    On the axes `as_base`, a variant stands for what it is a variant of: it has the same line and
-    the same published numbers. So methods stand side by side that were trained with different
-    variants of a data set or an architecture.
+    An empty list of datasets, archs, ... means all of the study. Each combination of the axes in
+    `rows` is a line. Every other axis must be in `columns` or have only one value. On an axis in
+    `as_base`, a variant is printed in the line of its base and compared with the published numbers
+    of its base. So methods that use different variants of a data set or an architecture can be in
+    one line.
     """
 
     name: Name = Field(description="names tables/<name>.md, .tex and .csv")

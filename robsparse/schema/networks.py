@@ -10,7 +10,7 @@ Activation = Literal["relu", "silu"]
 
 
 class Activated(Normalised):
-    """Parameters of a network whose activation can be chosen.
+    """Parameters of a network with a choice of the activation.
 
     silu is x * sigmoid(x), also called swish. Source: Hendrycks and Gimpel (2016); Elfwing et al.
     (2018). Initial weights are those of the network with relu.

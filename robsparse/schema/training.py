@@ -25,8 +25,8 @@ class Fit(Strict):
         the same while lr is constant.
     decay: "coupled" adds weight_decay * w to the gradient (torch SGD). "sgdw" multiplies every
         trained tensor by 1 - weight_decay * lr / lr_0 before the step, as the optimiser of the BCS
-        authors does; the decay is not multiplied by lr. Both are equal in steady state when lr is
-        0.1 and momentum 0.9.
+        authors does; lr_0 is the initial lr. Both are equal in steady state when lr is 0.1 and
+        momentum 0.9.
     """
 
     epochs: PositiveInt
@@ -98,7 +98,7 @@ class Finetune(Fit):
 
 
 class WeightAveraging(Strict):
-    """Exponential moving average of the weights. It is what is validated, selected and exported."""
+    """Exponential moving average of the weights. It is validated, selected and exported."""
 
     decay: Share = Field(
         0.995, description="share of the old average that a step keeps, fewer in the first steps"

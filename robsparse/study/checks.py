@@ -125,7 +125,7 @@ def _extra_images(parts: Parts) -> Iterator[str]:
 
 
 def _synthetic_images(parts: Parts) -> Iterator[str]:
-    """Yield errors of synthetic images: no file, or an objective with further images of its own."""
+    """Synthetic images without a file, or with the objective rst, which has other images."""
     for key, training, blocks in _trainings(parts):
         path, where = training.synthetic_file, f"{key}.synthetic_file"
         if path is not None and not os.path.isfile(path):
@@ -135,7 +135,7 @@ def _synthetic_images(parts: Parts) -> Iterator[str]:
 
 
 def _label_smoothing(parts: Parts) -> Iterator[str]:
-    """Label smoothing of MART, whose loss nobody has published with it."""
+    """Label smoothing with MART: there is no published loss with both."""
     for key, training, blocks in _trainings(parts):
         if training.label_smoothing and any("mart" in block.objectives for block in blocks):
             value = training.label_smoothing

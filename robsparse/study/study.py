@@ -32,7 +32,7 @@ class Study(Parts):
         return list(self.planned)
 
     def saved_selections(self) -> list[Selection]:
-        """The selections whose weights training saves: best_clean only if it is attacked."""
+        """The selections that training saves: best_val, last, and best_clean if it is attacked."""
         listed: set[Selection] = {"best_val", "last", *self.evaluation.selections}
         return [selection for selection in get_args(Selection) if selection in listed]
 
@@ -62,7 +62,7 @@ class Study(Parts):
         return list(found.values())
 
     def place_in(self, table: Table, cell: Cell) -> dict[str, Any]:
-        """The axes of a network as a table shows them: a variant as its base where it says so."""
+        """The axes of a network in a table. On axes in `as_base`, the base replaces a variant."""
         place = {axis: getattr(cell, axis) for axis in AXES}
         for axis in table.as_base:
             if axis == "dataset" or cell.arch in self.archs:
