@@ -416,6 +416,11 @@ def test_harp_starts_at_its_initial_density():
         assert mask.share().item() == pytest.approx(0.05, abs=1e-4)
 
 
+def test_harp_finetunes_with_the_authors_learning_rate():
+    finetune = harp.Params().finetune
+    assert (finetune.lr, finetune.schedule, finetune.weight_decay) == (0.01, "cosine", 5e-4)
+
+
 def test_harp_share_gets_the_sum_of_the_masks_gradient():
     _, run = pruning()
     module, mask = harp.rated(run.model)[0]

@@ -14,6 +14,7 @@ from robsparse.figures.data.summary import Material
 from robsparse.figures.data.tidy import Outcomes, Tidy
 from robsparse.figures.tables import papers
 from robsparse.schema.grid import Table
+from robsparse.study import loading
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 HEADER = ",".join(published.COLUMNS)
@@ -103,6 +104,23 @@ def test_some_committed_numbers_equal_the_printed_ones():
     eed = published.read(REFERENCE / "eed_cvpr2025.csv")
     row = eed[(eed.method == "harp")].set_index("attack").accuracy.to_dict()
     assert row == {"clean": 0.8384, "autoattack": 0.4536}
+
+
+def test_the_leaderboard_study_trains_every_method_that_can_be_trained(repository):
+    """Everywhere on the leaderboard; the config and the documents name the other methods."""
+    study = loading.load(repository / "config" / "ap_leaderboard.yaml")
+    trained = {
+        (cell.dataset, cell.arch, cell.sparsity, study.base("method", cell.method))
+        for cell in study.cells()
+    }
+    board = published.read(REFERENCE / "ap_leaderboard.csv")
+    places = board[["dataset", "arch", "sparsity", "method"]].drop_duplicates()
+    missing = set(places.itertuples(index=False, name=None)) - trained
+    assert {method for *_, method in missing} == {"li20", "mad", "pwoa"}
+    assert {method for *_, method in missing} <= {*NOT_TRAINED}
+    for name in ("config/ap_leaderboard.yaml", "docs/baselines.md"):
+        text = (repository / name).read_text(encoding="utf-8")
+        assert [printed for printed in ("PwoA", "MAD", "Li20") if printed not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -237,7 +255,6 @@ def test_two_networks_in_one_field_are_an_error(material, source):
 def test_the_tables_of_the_paper_can_be_drawn_before_anything_is_measured(repository, tmp_path):
     from robsparse.figures.data.summary import summarise  # noqa: PLC0415
     from robsparse.records.rows import Row  # noqa: PLC0415
-    from robsparse.study import loading  # noqa: PLC0415
 
     study = loading.load(repository / "config" / "paper.yaml")
     empty = pd.DataFrame(columns=[*Row.model_fields, "budget"])
