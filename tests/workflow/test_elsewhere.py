@@ -93,7 +93,7 @@ def test_the_workflow_attacks_networks_of_functions_and_of_the_zoo(finished):
     project, done = finished
     rows = pd.read_csv(project.root / "results" / "elsewhere" / "results.csv")
     origin = rows.drop_duplicates("method").set_index("method").origin.to_dict()
-    assert origin.pop("drawn").startswith("callable nets:drawn, built with other weights each time")
+    assert origin.pop("drawn").startswith("callable nets:drawn, builds other weights each time")
     assert origin == {"made": "callable nets:conv", "fetched": "zoo Small-2.0"}
     assert set(rows.attack) == {"clean", "pgd"}
     assert rows.groupby("method").prunable.first().to_dict() == {

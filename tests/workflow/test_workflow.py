@@ -350,7 +350,7 @@ def test_bad_config_stops_with_one_line_before_anything_starts(study, project):
 def test_settings_beside_the_study_file_are_refused_not_ignored(words, project):
     done = project.run("snakemake", "-n", *words)
     assert done.returncode == 2
-    assert "a study is one file" in done.stderr
+    assert "a study is one complete file" in done.stderr
 
 
 def test_default_study_is_the_quick_one(project):
