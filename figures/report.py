@@ -75,6 +75,8 @@ how many were `active` with this age at the end |
 magnitudes in [`low`, `high`) |
 | `sanity_checks.csv` | one saved network | results of its sanity checks on the `examined` images, \
 see docs/evaluation.md |
+| `corruptions.csv` | one saved network on one common corruption at one severity | `source`: \
+generated corruptions or files; `n_correct` of `n_examples` images |
 | `failures.csv` | one network whose training failed | the cell, `reason` |
 | `overlap.csv` | two saved networks of the same size and sparsity | `jaccard`: Jaccard index of \
 their masks; `expected_jaccard`: the index to expect of random masks with as many nonzero weights \
@@ -205,6 +207,14 @@ def _group_sections(material: Material, group: Group) -> list[str]:
             "search does not break images that attacks with gradients leave correct. The "
             "reasons for a mark are below the main table.",
             study_tables.sanity_checks_table(material, group),
+        ),
+        *_section(
+            f"### Common corruptions: {group}",
+            f"Selection {material.primary}. Accuracy in % of all images of the evaluation, mean "
+            "over the severities 1 to 5 and over seeds; first the mean over all corruptions. A "
+            "corruption is no attack and no part of a robust accuracy. Generated corruptions are "
+            "not the images of CIFAR-10-C.",
+            study_tables.corruptions_table(material, group),
         ),
         *_section(
             f"### Cost of training: {group}",

@@ -14,7 +14,13 @@ import pandas as pd
 
 from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum, read_json
-from robsparse.records.columns import LIFETIME_COLUMNS, MANIFEST, OVERLAP_COLUMNS, STEP_COLUMNS
+from robsparse.records.columns import (
+    CORRUPTION_COLUMNS,
+    LIFETIME_COLUMNS,
+    MANIFEST,
+    OVERLAP_COLUMNS,
+    STEP_COLUMNS,
+)
 from robsparse.records.evaluation_record import read_flags
 from robsparse.records.rows import Row, contradiction
 from robsparse.study.cells import Cell, Layout
@@ -35,6 +41,7 @@ _COLUMNS = {
     "overlap.csv": [*OVERLAP_COLUMNS],
     "failures.csv": [*SEEDED, "reason"],
     "sanity_checks.csv": [*SEEDED, "selection"],
+    "corruptions.csv": [*SEEDED, "selection", *CORRUPTION_COLUMNS],
 }
 _WORDS = [
     "warnings",
@@ -81,6 +88,7 @@ class Tidy:
     overlap: pd.DataFrame
     failures: pd.DataFrame
     sanity_checks: pd.DataFrame
+    corruptions: pd.DataFrame
 
 
 def read(folder: Path) -> Tidy:

@@ -185,6 +185,30 @@ def sanity_checks_table(material: Material, group: Group) -> pd.DataFrame | None
     return pd.DataFrame(rows)
 
 
+def corruptions_table(material: Material, group: Group) -> pd.DataFrame | None:
+    """Accuracy in % on common corruptions, mean over severities; None if not measured."""
+    table = group.select(material.tidy.corruptions)
+    if table.empty:
+        return None
+    table = table.assign(accuracy=table.n_correct / table.n_examples)
+    rows = []
+    lines = group.select(material.summary)
+    for _, line in lines[lines.selection == material.primary].iterrows():
+        own = table[(table.method == line.method) & (table.sparsity == line.sparsity)]
+        own = own[own.selection == line.selection]
+        row = {
+            "Method": material.study.label("method", line.method),
+            "Sparsity": percent(line.sparsity),
+            "Images": join(own.n_examples),
+            "Source": join(own.source),
+            "Mean (%)": accuracy_percent(own.accuracy.mean()),
+        }
+        for name in table.corruption.unique():
+            row[f"{name} (%)"] = accuracy_percent(own[own.corruption == name].accuracy.mean())
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def rank_table(material: Material) -> pd.DataFrame | None:
     """Ranks over all cells as text; None if no cell has ranks."""
     table = compare.ranks(material)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic, file_checksum, write_json
-from robsparse.collection.gather import CELL_KEY, Gathered, gather
+from robsparse.collection.gather import CELL_KEY, NETWORK_KEY, Gathered, gather
 from robsparse.collection.overlap import mask_overlaps
 from robsparse.collection.plausibility import (
     find_contradictions,
@@ -16,6 +16,7 @@ from robsparse.collection.plausibility import (
 )
 from robsparse.records.columns import (
     COLLECTED,
+    CORRUPTION_COLUMNS,
     LIFETIME_COLUMNS,
     MANIFEST,
     OVERLAP_COLUMNS,
@@ -65,6 +66,9 @@ def _tables(gathered: Gathered, results: pd.DataFrame) -> dict[str, pd.DataFrame
         "curves.csv": pd.DataFrame(gathered.curves),
         "weights.csv": pd.DataFrame(gathered.histogram),
         "sanity_checks.csv": pd.DataFrame(gathered.sanity_checks),
+        "corruptions.csv": pd.DataFrame(
+            gathered.corruptions, columns=[*NETWORK_KEY, *CORRUPTION_COLUMNS]
+        ),
         "failures.csv": pd.DataFrame(gathered.failures, columns=[*CELL_KEY, "reason"]),
         "steps.parquet": _joined(gathered.steps, STEP_COLUMNS),
         "lifetimes.parquet": _joined(gathered.lifetimes, LIFETIME_COLUMNS),

@@ -35,6 +35,7 @@ class Gathered:
     layers: list[dict[str, Any]] = field(default_factory=list)
     histogram: list[dict[str, Any]] = field(default_factory=list)
     sanity_checks: list[dict[str, Any]] = field(default_factory=list)
+    corruptions: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     steps: list[pd.DataFrame] = field(default_factory=list)
     lifetimes: list[pd.DataFrame] = field(default_factory=list)
@@ -84,6 +85,7 @@ def _gather_evaluation(
     found.layers += [key | layer for layer in record.layers]
     found.histogram += [key | bin_ for bin_ in record.histogram]
     found.sanity_checks.append(key | _sanity_checks(record))
+    found.corruptions += [key | row for row in record.corruptions]
 
 
 def _check_weights(cell: Cell, selection: Selection, record: Record, layout: Layout) -> None:
@@ -118,6 +120,16 @@ def _check_outcomes(path: Path, flags: Path, record: Record) -> None:
     for row in record.rows:
         if wrong := contradiction(row, outcomes):
             raise UsageError(f"{path}: {row.attack} {row.component}: {wrong}")
+    for corrupted in record.corruptions:
+        name = f"{corrupted['corruption']}.{corrupted['severity']}"
+        seen = outcomes.get(f"corrupted.{name}", ())
+        counts = (int(sum(seen)), len(seen))
+        if counts != (corrupted["n_correct"], corrupted["n_examples"]):
+            raise UsageError(
+                f"{path}: corruption {name}: {corrupted['n_correct']} of "
+                f"{corrupted['n_examples']} images correct, but the outcomes of the images have "
+                f"{counts[0]} of {counts[1]}"
+            )
 
 
 def _other_code(

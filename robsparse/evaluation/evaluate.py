@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from robsparse.compute.machine import pick_device, prepare
+from robsparse.evaluation import corruptions, record, sanity_checks
 from robsparse.evaluation import job as jobs
-from robsparse.evaluation import record, sanity_checks
 from robsparse.evaluation.measure import measure_network
 from robsparse.evaluation.runner import attack_model, evaluation_errors
 from robsparse.schema.evaluation import Selection
@@ -51,6 +51,10 @@ def evaluate_cell(
         shutil.rmtree(job.cache, ignore_errors=True)
     with evaluation_errors("counting weights"):
         size = measure_network(job.model, job.splits.image_shape)
+    with evaluation_errors("corruptions"):
+        corrupted = corruptions.measure(
+            job.model, job.examples, study.evaluation, cell.dataset, where
+        )
     planned = study.planned[cell]
     results = attack_model(
         job.model,
@@ -67,6 +71,6 @@ def evaluate_cell(
         findings = sanity_checks.examine(
             job.model, job.examples, study.evaluation, planned.sanity_check_threat, where
         )
-    record.write(job, size, results, findings)
+    record.write(job, size, results, findings, corrupted)
     shutil.rmtree(job.cache, ignore_errors=True)
     return job.record

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from robsparse.base.files import atomic, file_checksum
 from robsparse.compute.machine import device_name
 from robsparse.datasets import Part
+from robsparse.evaluation.corruptions import Corrupted
 from robsparse.evaluation.job import Job
 from robsparse.evaluation.measure import NetworkSize
 from robsparse.evaluation.runner import AttackResult
@@ -21,9 +22,15 @@ from robsparse.records.rows import KEY, Row, wilson_interval
 from robsparse.records.training_record import read_training
 
 
-def write(job: Job, size: NetworkSize, results: list[AttackResult], findings: Findings) -> None:
+def write(
+    job: Job,
+    size: NetworkSize,
+    results: list[AttackResult],
+    findings: Findings,
+    corrupted: Corrupted,
+) -> None:
     """Write the outcome of each image, and the record with the checksum of this file."""
-    outcomes: dict[str, Any] = {}  # arrays
+    outcomes: dict[str, Any] = {**corrupted.outcomes()}  # arrays
     for result in results:
         outcomes |= image_outcomes(result, job.examples)
     with atomic(job.outcomes) as temporary, temporary.open("wb") as handle:
@@ -32,7 +39,7 @@ def write(job: Job, size: NetworkSize, results: list[AttackResult], findings: Fi
     common = network_columns(job) | size.columns | {"potentially_unreliable": reasons}
     rows = [row for result in results for row in result_rows(result, common)]
     checksum = file_checksum(job.outcomes)
-    record = Record(rows, size.layers, size.histogram, findings.numbers, checksum)
+    record = Record(rows, size.layers, size.histogram, findings.numbers, checksum, corrupted.rows())
     write_record(job.record, record)
 
 
@@ -144,7 +151,7 @@ def image_outcomes(result: AttackResult, examples: Part) -> dict[str, np.ndarray
 def summary(path: Path) -> str:
     """Return lines with the accuracies of a record, and its path."""
     rows = [row for row in read_record(path).rows if row.component == "all"]
-    first = rows[0]
+    first, corrupted = rows[0], read_record(path).corruptions
     reasons = first.potentially_unreliable
     lines = [f"{row.attack:12s} {100 * row.accuracy:6.2f} %{_version(row)}" for row in rows]
     return "\n".join(
@@ -153,9 +160,19 @@ def summary(path: Path) -> str:
             f"(sparsity {first.sparsity_reached:.4f}); first {first.n_examples} test images, "
             f"{rows[-1].norm} eps {rows[-1].eps:.5g}",
             *lines,
+            *([_corrupted(corrupted)] if corrupted else []),
             *([f"potentially unreliable: {reasons}"] if reasons else []),
             f"record: {path}",
         ]
+    )
+
+
+def _corrupted(rows: list[dict[str, Any]]) -> str:
+    """Return a line with the mean over corruptions and severities."""
+    mean = sum(row["n_correct"] / row["n_examples"] for row in rows) / len(rows)
+    return (
+        f"{'corruptions':12s} {100 * mean:6.2f} % ({rows[0]['source']}, mean over corruptions and "
+        "severities)"
     )
 
 

@@ -15,9 +15,12 @@ COLLECTED = (
     "weights.csv",
     "overlap.csv",
     "sanity_checks.csv",
+    "corruptions.csv",
     "failures.csv",
     MANIFEST,
 )
+# What a record has of each corruption at each severity.
+CORRUPTION_COLUMNS = ("corruption", "severity", "source", "n_correct", "n_examples")
 OVERLAP_COLUMNS = (
     "dataset",
     "arch",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class Record:
         with a magnitude in [low, high).
     sanity_checks: numbers of robsparse.evaluation.sanity_checks.
     outcomes: checksum of the flags file, which has the outcomes of single images.
+    corruptions: for each corruption and severity: corruption, severity, source, n_correct,
+        n_examples. Empty if the evaluation has none.
     """
 
     rows: list[Row]
@@ -30,6 +32,7 @@ class Record:
     histogram: list[dict[str, float]]
     sanity_checks: dict[str, float]
     outcomes: str
+    corruptions: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_record(path: Path, record: Record) -> None:

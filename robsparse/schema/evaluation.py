@@ -23,6 +23,19 @@ class SanityChecks(Strict):
     queries: PositiveInt = Field(500, description="queries of the black-box attack for each image")
 
 
+class Corruptions(Strict):
+    """Accuracy on common corruptions: `robsparse.evaluation.corruptions`.
+
+    Without a folder the corruptions of a data set are generated.
+    """
+
+    folders: dict[Name, str] = Field(
+        default_factory=dict,
+        description="by data set: a folder with labels.npy and one npy file for each corruption, "
+        "such as CIFAR-10-C",
+    )
+
+
 class Evaluation(Strict):
     """Which attacks run on which saved weights, and on how many test images."""
 
@@ -35,6 +48,9 @@ class Evaluation(Strict):
         "only if it is listed here",
     )
     sanity_checks: SanityChecks = SanityChecks()
+    corruptions: Corruptions | None = Field(
+        None, description="also measure the accuracy on common corruptions; null: do not"
+    )
 
     @field_validator("selections")
     @classmethod

@@ -24,6 +24,7 @@ def errors_in_parts(parts: Parts) -> list[str]:
     """Errors in the combination of the parts of a study, one line for each."""
     checks = (
         _attack_radii,
+        _corruptions,
         _training_radii,
         _extra_images,
         _label_smoothing,
@@ -85,6 +86,19 @@ def _attack_radii(parts: Parts) -> Iterator[str]:
             yield f"{key}: missing, expected a radius in {norm}; the threat has another norm"
         elif error := radius_error(norm, params.eps or parts.threat.eps):
             yield f"{key} = {params.eps}: {error}"
+
+
+def _corruptions(parts: Parts) -> Iterator[str]:
+    """Folders of corrupted images for no data set of the study, or that are not there."""
+    chosen = parts.evaluation.corruptions
+    for name, folder in chosen.folders.items() if chosen else ():
+        key = f"evaluation.corruptions.folders.{name}"
+        if name not in parts.datasets:
+            known = ", ".join(parts.datasets)
+            nearest = nearest_match(name, parts.datasets)
+            yield f"{key}: expected a data set of the study: {known}{nearest}"
+        elif not os.path.isfile(os.path.join(folder, "labels.npy")):
+            yield _line(key, folder, "a folder with labels.npy and a file for each corruption")
 
 
 def _training_radii(parts: Parts) -> Iterator[str]:

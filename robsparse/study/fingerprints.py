@@ -107,6 +107,9 @@ def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
         "sanity_checks": _settings(study.evaluation.sanity_checks),
         "surrogates": [training(study, other).settings for other in others],
     }
+    if (corruptions := study.evaluation.corruptions) is not None:
+        folder = corruptions.folders.get(cell.dataset)
+        settings["corruptions"] = content(folder) if folder else "generated"
     code = {f"{source_code.PACKAGE}.evaluation.evaluate"}
     code |= {study.entry("attack", attack.name).module for attack in attacks}
     code = code.union(*(_training_code(study, c) for c in (cell, *others)))

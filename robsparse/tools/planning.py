@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robsparse import datasets
 from robsparse.base import registry
 from robsparse.compute.machine import computing, device_name, pick_device, pick_precision, prepare
-from robsparse.evaluation import sanity_checks
+from robsparse.evaluation import corruptions, sanity_checks
 from robsparse.fast import folding
 from robsparse.networks import construct
 from robsparse.schema.evaluation import Selection
@@ -167,6 +167,8 @@ def evaluation_seconds(clock: Clock, cell: Cell, selection: Selection) -> float:
         gradients, forwards = registry.load("attack", attack.base).passes(attack.params)
         each = gradients * clock.gradient(cell) + forwards * clock.forward(cell)
         seconds += settings.n_examples * ROBUST_SHARE * each
+    corrupted = settings.n_examples * corruptions.passes(settings)
+    seconds += corrupted * clock.forward(cell)
     looked = min(settings.sanity_checks.n_examples, settings.n_examples)
     gradients, forwards = sanity_checks.passes(settings)
     each = gradients * clock.gradient(cell) + forwards * clock.forward(cell)

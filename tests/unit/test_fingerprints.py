@@ -195,6 +195,7 @@ VALUES = {
     "published": [],
     "kind": "crop",
     "activation": "silu",
+    "corruptions": {"folders": {}},
     "shift": 0.2,
     "training": {"batch_size": 10},
     "params": {"bcs": {"noise_scale": 0.01}},
@@ -456,6 +457,7 @@ FILES = {
     """,
     "evaluation": """
         eval/__init__ eval/autoattack eval/clean eval/pgd eval/transfer robsparse/evaluation/*
+        robsparse/datasets/_corruptions
         robsparse/records/evaluation_record robsparse/records/rows robsparse/study/targets
     """,
     "collect": "robsparse/collection/*",
