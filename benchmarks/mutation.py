@@ -51,7 +51,7 @@ from mutmut.mutation.pragma_handling import IgnoredCode
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTACKS = ("unit/test_attack_settings.py", "unit/test_agreement.py", "contract/test_attacks.py")
-EVALUATION = ("unit/test_evaluation.py", "unit/test_cache.py")
+EVALUATION = ("unit/test_evaluation.py", "unit/test_cache.py", "unit/test_sources.py")
 FIGURES = ("unit/test_statistics.py", "unit/test_figures.py")
 STUDY = ("unit/test_config.py", "unit/test_threat.py", "unit/test_cells.py")
 TRAINING = ("unit/test_training.py", "unit/test_threat.py", "contract/test_methods.py")

@@ -727,6 +727,15 @@ def test_message_about_a_too_small_budget_has_the_smallest_valid_one(study_data,
     )
 
 
+def test_smallest_valid_budget_gives_each_stage_one_epoch(study_data, load_study):
+    study_data["grid"] |= {"methods": ["dense", "hydra"], "seeds": [0], "sparsities": [0.9]}
+    study_data["methods"]["dense"] = {"pretrain": {"epochs": 3, "lr": 0.1}}
+    study_data["grid"]["budget"] = {"unit": "epochs", "total": 5}
+    study = load_study(study_data)
+    [planned] = [p for cell, p in study.planned.items() if cell.method == "hydra"]
+    assert [fit.epochs for fit in planned.stages.values()] == [1, 1]
+
+
 def test_stages_are_validated_after_a_budget_has_scaled_them(study_data, refused, load_study):
     """For example, a warm-up must not be longer than its stage."""
     study_data["grid"]["methods"] = ["bcs"]

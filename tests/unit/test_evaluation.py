@@ -15,7 +15,7 @@ from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum
 from robsparse.datasets import Part
 from robsparse.eval import autoattack, clean, pgd
-from robsparse.evaluation import sanity_checks
+from robsparse.evaluation import job, sanity_checks
 from robsparse.evaluation.attacks import AttackContext, Outcome
 from robsparse.evaluation.evaluate import evaluate_cell
 from robsparse.evaluation.job import first_examples
@@ -639,6 +639,28 @@ def test_evaluation_of_other_weights_does_not_touch_the_cache_of_the_cell(
         evaluate_cell(study, cell, "last", layout, target=target, device="cpu", fresh=fresh)
         assert cached.exists()
     assert not target.cache.exists()
+
+
+def test_surrogate_of_a_transfer_attack_is_the_other_network_of_that_selection(
+    study_data, load_study, tmp_path
+):
+    study_data["evaluation"] |= {"n_examples": 4, "batch_size": 4}
+    study_data["evaluation"]["attacks"]["transfer"] = {"surrogate": "dense", "steps": 1}
+    study_data["evaluation"]["selections"] = {"last": ["transfer"], "best_val": ["clean"]}
+    study_data["grid"]["seeds"] = [0, 1]
+    study = load_study(study_data)
+    layout = Layout(tmp_path / "run")
+    cell = next(cell for cell in study.cells() if cell.method == "bcs" and cell.seed == 0)
+    dense = next(cell for cell in study.cells() if cell.method == "dense" and cell.seed == 1)
+    for seed, (one, selection) in enumerate(
+        (one, selection) for one in (cell, dense) for selection in ("last", "best_val")
+    ):
+        weights.save(layout.model(one, selection), small_cnn(seed=seed).state_dict())
+    found = job.resolve(study, cell, "last", layout, target=None, device=torch.device("cpu"))
+    surrogate = found.surrogate("dense")
+    assert not surrogate.training
+    for name, value in small_cnn(seed=2).state_dict().items():
+        assert torch.equal(surrogate.state_dict()[name], value)
 
 
 def test_magnitudes_are_counted_in_tenths_of_a_decade():
