@@ -156,7 +156,7 @@ NONSENSE = {
         {"tables": [TABLE | {"selection": "best_val"}]},
         'tables.0.selection = "best_val": expected one of the study\'s: last',
     ),
-    "networks in one place of a table": (
+    "networks in one field of a table": (
         {"grid": {"sparsities": [0.9, 0.95]}, "tables": [TABLE | {"rows": ["arch"]}]},
         "tables.0: 'table4': rows and columns put digits/small_cnn/bcs/at/s0.9000/seed0 and ",
     ),

@@ -174,7 +174,7 @@ def test_numbers_of_several_publications_are_in_one_field(material, source, tmp_
     assert "70.0 / 75.0(a), 60.0(b) / −5.0, +10.0" in text
 
 
-def test_variants_stand_in_the_line_of_their_base(study_data, load_study, source, tmp_path):
+def test_variants_are_in_the_line_of_their_base(study_data, load_study, source, tmp_path):
     """Another method on a variant of data set and architecture, beside the plain one."""
     study_data["grid"] = [
         study_data["grid"] | {"methods": ["bcs"], "sparsities": [0.9]},
@@ -205,7 +205,7 @@ def test_variants_stand_in_the_line_of_their_base(study_data, load_study, source
     assert len([row for row in apart.splitlines() if "90 %" in row]) == 2
     assert "80.0 / n/a / n/a" in apart
     two = spec(source(LINE), methods=[], rows=["arch"], columns=["objective"], as_base=["arch"])
-    with pytest.raises(UsageError, match=r"rows and columns put .* in one place"):
+    with pytest.raises(UsageError, match=r"rows and columns put .* in one field"):
         papers.values(made, two)
 
 
