@@ -225,6 +225,13 @@ def test_inputs_of_a_job_are_the_network_that_it_starts_from_and_no_file_of_the_
     }
 
 
+def test_external_model_is_dense_if_its_sparsity_is_zero(from_everywhere, study_data, load_study):
+    study_data["models"]["sparse"] = study_data["models"]["given"] | {"sparsity": 0.5}
+    study = load_study(study_data)
+    assert study.is_dense("given")
+    assert not study.is_dense("sparse")
+
+
 def test_targets_have_different_paths(tmp_path):
     made = Target.as_built(tmp_path, Source("callable", "nets:linear"))
     assert made.weights is None
