@@ -166,6 +166,7 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
         f"{NONE}: not known or not measured. Ours: first {study.evaluation.n_examples} test "
         f"images, mean over seeds, selection {spec.selection}, eps {study.threat.eps:.5g}.",
     ]
+    notes += _variant_notes(study, spec)
     if (table.potentially_unreliable != "").any():
         notes.append(f"{UNRELIABLE} potentially unreliable; the reasons are below the main table.")
     excluded = [study.label("attack", name) for name in spec.attacks if study.qualifier(name)]
@@ -179,6 +180,20 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
     for letter, source in zip(_LETTERS, sources, strict=False):
         notes.append(f"({letter}) {source}: {_differs(study, files[source], table)}.")
     return notes
+
+
+def _variant_notes(study: Study, spec: Table) -> list[str]:
+    """Sentences on the variants that stand in the line of their base: one for each method."""
+    variants: dict[str, list[str]] = {}
+    for cell in study.cells_of(spec):
+        place = study.place_in(spec, cell)
+        for axis in spec.as_base:
+            if (name := getattr(cell, axis)) != place[axis]:
+                variants.setdefault(cell.method, []).append(study.label(axis, name))
+    return [
+        f"{study.label('method', method)} is trained with {join(labels)}."
+        for method, labels in variants.items()
+    ]
 
 
 def _differs(study: Study, theirs: pd.DataFrame, table: pd.DataFrame) -> str:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -534,6 +535,14 @@ def test_notes_name_networks_attacked_without_the_folded_view(tmp_path):
     assert message not in " ".join(notes.table_notes(material, group))
     results.loc[results.method == "lwm", "attacked_on"] = "network"
     assert f"{message}: LWM." in notes.table_notes(material, group)
+
+
+def test_note_on_validation_images_that_were_trained_on(material, group):
+    assert "train_on_validation" not in " ".join(notes.table_notes(material, group))
+    shared = {group.dataset: SimpleNamespace(train_on_validation=True)}
+    study = dataclasses.replace(material.study, datasets=shared)
+    text = " ".join(notes.table_notes(dataclasses.replace(material, study=study), group))
+    assert "Networks were also trained on the validation images (train_on_validation)." in text
 
 
 def test_notes_describe_the_measurement(material, group):

@@ -44,7 +44,7 @@ def material(study_data, load_study, tmp_path):
     line = ["digits", "small_cnn", "at", "bcs", 0.9, "best_val", "", 0.7]
     summary = pd.DataFrame([line], columns=[*keys, "potentially_unreliable", "clean_accuracy"])
     nothing = pd.DataFrame()
-    return Material(study, Tidy(*[nothing] * 9), Outcomes(tmp_path), summary)
+    return Material(study, Tidy(*[nothing] * 10), Outcomes(tmp_path), summary)
 
 
 def spec(*files, **changes):
@@ -194,13 +194,14 @@ def test_variants_are_in_the_line_of_their_base(study_data, load_study, source, 
         ["few", "wide", "at", "mine", 0.9, "best_val", "", 0.8],
     ]
     summary = pd.DataFrame(lines, columns=[*keys, "potentially_unreliable", "clean_accuracy"])
-    made = Material(study, Tidy(*[pd.DataFrame()] * 9), Outcomes(tmp_path), summary)
+    made = Material(study, Tidy(*[pd.DataFrame()] * 10), Outcomes(tmp_path), summary)
     values = {"methods": [], "rows": ["dataset", "arch", "sparsity"]}
     together = spec(source(LINE), **values, as_base=["dataset", "arch"])
     text = papers.contents(made, together)[".md"]
     [line] = [row for row in text.splitlines() if "90 %" in row]
     assert "70.0 / 75.0(a) / −5.0" in line
     assert "80.0 / 75.0(a) / +5.0" in line
+    assert "Mine is trained with Few, Wide." in text
     apart = papers.contents(made, spec(source(LINE), **values))[".md"]
     assert len([row for row in apart.splitlines() if "90 %" in row]) == 2
     assert "80.0 / n/a / n/a" in apart
@@ -258,7 +259,7 @@ def test_the_tables_of_the_paper_can_be_drawn_before_anything_is_measured(reposi
 
     study = loading.load(repository / "config" / "paper.yaml")
     empty = pd.DataFrame(columns=[*Row.model_fields, "budget"])
-    tidy = Tidy(empty, *[pd.DataFrame()] * 8)
+    tidy = Tidy(empty, *[pd.DataFrame()] * 9)
     material = Material(study, tidy, Outcomes(tmp_path), summarise(study, tidy, Outcomes(tmp_path)))
     drawn = {}
     for each in study.tables:
@@ -294,7 +295,7 @@ def test_a_part_of_autoattack_is_compared_with_no_published_number(
                 *("potentially_unreliable", "autoattack_accuracy"),
             ],
         )
-        material = Material(study, Tidy(*[pd.DataFrame()] * 9), Outcomes(tmp_path), table)
+        material = Material(study, Tidy(*[pd.DataFrame()] * 10), Outcomes(tmp_path), table)
         chosen = spec(source(line), attacks=["autoattack"], selection="last")
         found[part] = papers.contents(material, chosen)[".md"]
     assert "70.0 / n/a / n/a" in found[True]
