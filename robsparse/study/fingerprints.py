@@ -96,7 +96,7 @@ def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
     others = study.surrogates(cell, selection)
     planned = study.planned[cell]
     attacks = planned.attacks[selection]
-    settings = {
+    settings: dict[str, Any] = {
         "training": training(study, cell).settings,
         "selection": selection,
         "evaluation": study.evaluation.model_dump(
