@@ -53,8 +53,20 @@ ROOT = Path(__file__).resolve().parent.parent
 ATTACKS = ("unit/test_attack_settings.py", "unit/test_agreement.py", "contract/test_attacks.py")
 EVALUATION = ("unit/test_evaluation.py", "unit/test_cache.py", "unit/test_sources.py")
 FIGURES = ("unit/test_statistics.py", "unit/test_figures.py")
-STUDY = ("unit/test_config.py", "unit/test_threat.py", "unit/test_cells.py")
-TRAINING = ("unit/test_training.py", "unit/test_threat.py", "contract/test_methods.py")
+STUDY = (
+    "unit/test_config.py",
+    "unit/test_threat.py",
+    "unit/test_cells.py",
+    "unit/test_sources.py",
+    "unit/test_broken_studies.py",
+)
+TRAINING = (
+    "unit/test_training.py",
+    "unit/test_threat.py",
+    "unit/test_averaging.py",
+    "unit/test_weight_perturbation.py",
+    "contract/test_methods.py",
+)
 # Module (below robsparse) -> test files (below tests/) that are about it, besides
 # unit/test_<module>.py. A file that does not exist is left out.
 MODULES: dict[str, tuple[str, ...]] = {
