@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robsparse.base.errors import UsageError
-from robsparse.schema import Activation, Normalised
+from robsparse.schema import Activation, Normalised, Residual
 
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -86,6 +86,41 @@ class BasicBlock(nn.Module):
         return self.activation(out + self.shortcut(x_NCHW))
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions with BN, added to the input.
+
+    x_NCHW -> (N, 4*width, H/stride, W/stride). The 3x3 convolution has the stride.
+    Source: He et al. (CVPR 2016), figure 5, right.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        padding: str = "symmetric",
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__()
+        self.activation = FUNCTIONS[activation]
+        outputs = self.expansion * width
+        self.conv1 = conv1x1(inputs, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride, padding)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = conv1x1(width, outputs)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = shortcut(inputs, outputs, stride)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        out = self.activation(self.bn1(self.conv1(x_NCHW)))
+        out = self.activation(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.activation(out + self.shortcut(x_NCHW))
+
+
 class PreActivationBlock(nn.Module):
     """BN, activation and a 3x3 convolution, twice; the result is added to the shortcut.
 
@@ -141,6 +176,22 @@ def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+
+
+def stage(
+    block: type[BasicBlock | Bottleneck | PreActivationBlock],
+    inputs: int,
+    width: int,
+    *,
+    depth: int,
+    stride: int,
+    params: Residual,
+) -> nn.Sequential:
+    """Return `depth` residual blocks; the first one takes `inputs` channels and has the stride."""
+    blocks = nn.Sequential()
+    for channels, its_stride in [(inputs, stride), *[(block.expansion * width, 1)] * (depth - 1)]:
+        blocks.append(block(channels, width, its_stride, params.padding, params.activation))
+    return blocks
 
 
 def mean_and_classify(features: int, classes: int) -> dict[str, nn.Module]:

@@ -21,6 +21,7 @@ from robsparse.models._layers import (
     mean_and_classify,
     network,
     require_size,
+    stage,
 )
 from robsparse.schema import Residual
 
@@ -46,9 +47,8 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
     layers: dict[str, nn.Module] = {"conv1": conv3x3(image_shape[0], channels)}
     for number in (1, 2, 3, 4):
         width, stride = 32 * 2**number, 1 if number == 1 else 2
-        layers[f"stage{number}"] = nn.Sequential(
-            PreActivationBlock(channels, width, stride, params.padding, params.activation),
-            PreActivationBlock(width, width, 1, params.padding, params.activation),
+        layers[f"stage{number}"] = stage(
+            PreActivationBlock, channels, width, depth=2, stride=stride, params=params
         )
         channels = width
     layers |= {"bn1": nn.BatchNorm2d(channels), "relu": MODULES[params.activation]()}

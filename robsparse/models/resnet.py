@@ -9,20 +9,19 @@ Differs from the authors' code:
 - the last mean is over the whole map for images of any size.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
 from robsparse.models._layers import (
-    FUNCTIONS,
     MODULES,
     BasicBlock,
-    conv1x1,
+    Bottleneck,
     conv3x3,
     mean_and_classify,
     network,
     require_size,
-    shortcut,
+    stage,
 )
-from robsparse.schema import Activation, Residual
+from robsparse.schema import Residual
 
 NAMES = ("resnet18", "resnet34", "resnet50")
 SMALLEST = 8  # pixels a side of the images
@@ -30,41 +29,6 @@ SMALLEST = 8  # pixels a side of the images
 
 class Params(Residual):
     """The padding, the activation and the normalisation of the images."""
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions with BN, added to the input.
-
-    x_NCHW -> (N, 4*width, H/stride, W/stride). The 3x3 convolution has the stride.
-    Source: He et al. (CVPR 2016), figure 5, right.
-    """
-
-    expansion = 4
-
-    def __init__(
-        self,
-        inputs: int,
-        width: int,
-        stride: int,
-        padding: str = "symmetric",
-        activation: Activation = "relu",
-    ) -> None:
-        super().__init__()
-        self.activation = FUNCTIONS[activation]
-        outputs = self.expansion * width
-        self.conv1 = conv1x1(inputs, width)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv3x3(width, width, stride, padding)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = conv1x1(width, outputs)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.shortcut = shortcut(inputs, outputs, stride)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        out = self.activation(self.bn1(self.conv1(x_NCHW)))
-        out = self.activation(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.activation(out + self.shortcut(x_NCHW))
 
 
 # The kind of block, and the number of blocks in each of the four stages.
@@ -93,10 +57,8 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
     }
     for number, depth in enumerate(depths, start=1):
         width, stride = 32 * 2**number, 1 if number == 1 else 2
-        stage = nn.Sequential()
-        for step in range(depth):
-            first = stride if step == 0 else 1
-            stage.append(block(channels, width, first, params.padding, params.activation))
-            channels = block.expansion * width
-        layers[f"stage{number}"] = stage
+        layers[f"stage{number}"] = stage(
+            block, channels, width, depth=depth, stride=stride, params=params
+        )
+        channels = block.expansion * width
     return network(name, params, image_shape[0], layers | mean_and_classify(channels, classes))

@@ -18,6 +18,7 @@ from robsparse.models._layers import (
     mean_and_classify,
     network,
     require_size,
+    stage,
 )
 from robsparse.schema import Residual
 
@@ -47,13 +48,14 @@ def build(name: str, params: Params, image_shape: tuple[int, int, int], classes:
     layers: dict[str, nn.Module] = {"conv1": conv3x3(image_shape[0], channels)}
     for number in (1, 2, 3):
         width, stride = 8 * 2**number * factor, 1 if number == 1 else 2
-        block = nn.Sequential()
-        for step in range((depth - 4) // 6):
-            first = stride if step == 0 else 1
-            block.append(
-                PreActivationBlock(channels, width, first, params.padding, params.activation)
-            )
-            channels = width
-        layers[f"block{number}"] = block
+        layers[f"block{number}"] = stage(
+            PreActivationBlock,
+            channels,
+            width,
+            depth=(depth - 4) // 6,
+            stride=stride,
+            params=params,
+        )
+        channels = width
     layers |= {"bn1": nn.BatchNorm2d(channels), "relu": MODULES[params.activation]()}
     return network(name, params, image_shape[0], layers | mean_and_classify(channels, classes))

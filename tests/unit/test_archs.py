@@ -229,7 +229,7 @@ def silenced(layer):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: _layers.BasicBlock(8, 8, 1, "symmetric"), lambda: resnet.Bottleneck(8, 2, 1, "")],
+    [lambda: _layers.BasicBlock(8, 8, 1, "symmetric"), lambda: _layers.Bottleneck(8, 2, 1, "")],
 )
 def test_residual_block_with_a_silent_branch_is_a_relu(make):
     block, x = make().eval(), torch.randn(2, 8, 5, 5)
@@ -349,12 +349,12 @@ def test_unknown_activation_is_told_in_one_line(study_data, load_study):
 
 
 def test_bottleneck_strides_in_its_3x3_convolution():
-    block = resnet.Bottleneck(64, 16, 2, "symmetric")
+    block = _layers.Bottleneck(64, 16, 2, "symmetric")
     layers = (block.conv1, block.conv2, block.conv3, block.shortcut[0])
     assert [layer.kernel_size[0] for layer in layers] == [1, 3, 1, 1]
     assert [layer.stride[0] for layer in layers] == [1, 2, 1, 2]
     assert [layer.out_channels for layer in layers] == [16, 16, 64, 64]
-    assert resnet.Bottleneck(64, 16, 1, "symmetric").conv3.out_channels == 64
+    assert _layers.Bottleneck(64, 16, 1, "symmetric").conv3.out_channels == 64
 
 
 def test_pre_activation_block_adds_the_input_as_it_came():
