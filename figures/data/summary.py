@@ -38,7 +38,7 @@ class Material:
 
     def line(self, group: Group, method: str, sparsity: float) -> pd.Series | None:
         """The summary of a method in the primary selection; dense methods ignore `sparsity`."""
-        place = (method, 0.0 if self.study.is_dense(method) else sparsity, self.primary)
+        place = (method, self.study.sparsity_of(method, sparsity), self.primary)
         rows = group.select(self.summary)
         for name, value in zip(("method", "sparsity", "selection"), place, strict=True):
             rows = rows[rows[name] == value]

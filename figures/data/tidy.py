@@ -163,7 +163,7 @@ def cells(study: Study, group: Group | None = None) -> list[Cell]:
 
 def cells_at(study: Study, group: Group, method: str, sparsity: float) -> list[Cell]:
     """Cells of a method at a sparsity, for all seeds; dense methods ignore `sparsity`."""
-    place = (method, 0.0 if study.is_dense(method) else sparsity)
+    place = (method, study.sparsity_of(method, sparsity))
     return [cell for cell in cells(study, group) if (cell.method, cell.sparsity) == place]
 
 

@@ -132,7 +132,7 @@ def weight_magnitudes(material: Material) -> Figure:
     handles: dict[str, Line2D] = {}
     for group, sparsity, panel in panels:
         for name, look in style.looks(material.study).items():
-            at = 0.0 if material.study.is_dense(name) else sparsity
+            at = material.study.sparsity_of(name, sparsity)
             own = _select(group.select(table), name, at)
             if own.empty:
                 continue

@@ -55,7 +55,7 @@ def _active_panel(
     looks = style.looks(material.study)
     handles = {}
     for index, (name, look) in enumerate(looks.items()):
-        at = 0.0 if material.study.is_dense(name) else sparsity
+        at = material.study.sparsity_of(name, sparsity)
         own = curves[(curves.method == name) & (curves.sparsity == at)]
         epochs, active, starts = active_by_epoch(own)
         points = _APART * ((len(looks) - 1) / 2 - index)

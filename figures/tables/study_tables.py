@@ -3,7 +3,7 @@
 Import path: robsparse.figures.tables.study_tables
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -164,19 +164,12 @@ def sanity_checks_table(material: Material, group: Group) -> pd.DataFrame | None
 
     robsparse.evaluation.sanity_checks describes each number.
     """
-    study, checks = material.study, group.select(material.tidy.sanity_checks)
+    checks = group.select(material.tidy.sanity_checks)
     if "examined" not in checks or checks.examined.isna().all():
         return None
     rows = []
-    lines = group.select(material.summary)
-    for _, line in lines[lines.selection == material.primary].iterrows():
-        own = checks[(checks.method == line.method) & (checks.sparsity == line.sparsity)]
-        own = own[own.selection == line.selection]
-        row = {
-            "Method": study.label("method", line.method),
-            "Sparsity": percent(line.sparsity),
-            "Images": join(own.examined),
-        }
+    for line, own, row in _primary_lines(material, group, checks):
+        row["Images"] = join(own.examined)
         for column, (title, form) in _SANITY_CHECKS.items():
             value = own[column].min() if column.startswith("pgd") else own[column].max()
             row[title] = NONE if np.isnan(value) else form(value)
@@ -192,13 +185,8 @@ def corruptions_table(material: Material, group: Group) -> pd.DataFrame | None:
         return None
     table = table.assign(accuracy=table.n_correct / table.n_examples)
     rows = []
-    lines = group.select(material.summary)
-    for _, line in lines[lines.selection == material.primary].iterrows():
-        own = table[(table.method == line.method) & (table.sparsity == line.sparsity)]
-        own = own[own.selection == line.selection]
-        row = {
-            "Method": material.study.label("method", line.method),
-            "Sparsity": percent(line.sparsity),
+    for _, own, row in _primary_lines(material, group, table):
+        row |= {
             "Images": join(own.n_examples),
             "Source": join(own.source),
             "Mean (%)": accuracy_percent(own.accuracy.mean()),
@@ -207,6 +195,18 @@ def corruptions_table(material: Material, group: Group) -> pd.DataFrame | None:
             row[f"{name} (%)"] = accuracy_percent(own[own.corruption == name].accuracy.mean())
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _primary_lines(
+    material: Material, group: Group, table: pd.DataFrame
+) -> Iterator[tuple[pd.Series, pd.DataFrame, dict[str, str]]]:
+    """For each line of the primary selection: the line, its rows of a table, its first columns."""
+    lines = group.select(material.summary)
+    for _, line in lines[lines.selection == material.primary].iterrows():
+        keys = ("method", "sparsity", "selection")
+        own = table[np.logical_and.reduce([table[key] == line[key] for key in keys])]
+        label = material.study.label("method", line.method)
+        yield line, own, {"Method": label, "Sparsity": percent(line.sparsity)}
 
 
 def rank_table(material: Material) -> pd.DataFrame | None:

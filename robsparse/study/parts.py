@@ -139,6 +139,10 @@ class Parts:
             return self.models[method].sparsity == 0
         return self.entry("method", method).literals.get("DENSE", False)
 
+    def sparsity_of(self, method: str, sparsity: float) -> float:
+        """The sparsity of a method's networks in a comparison at `sparsity`: 0 if it is dense."""
+        return 0.0 if self.is_dense(method) else sparsity
+
     def start_method(self, method: str) -> str | None:
         """The method that trains the networks that `method` starts from; None if there is none."""
         return None if method in self.models else start_of(self.methods, method)

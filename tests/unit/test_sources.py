@@ -230,6 +230,7 @@ def test_external_model_is_dense_if_its_sparsity_is_zero(from_everywhere, study_
     study = load_study(study_data)
     assert study.is_dense("given")
     assert not study.is_dense("sparse")
+    assert [study.sparsity_of(name, 0.9) for name in ("given", "sparse", "bcs")] == [0, 0.9, 0.9]
 
 
 def test_targets_have_different_paths(tmp_path):
