@@ -37,7 +37,7 @@ class CraftedOnce(Attacker):
     statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)
 
     @classmethod
-    def of(cls, attacker: Attacker, model: nn.Module) -> "CraftedOnce":
+    def from_attacker(cls, attacker: Attacker, model: nn.Module) -> "CraftedOnce":
         """Return such an attacker with the settings and random numbers of another one."""
         made = cls(**{f.name: getattr(attacker, f.name) for f in fields(attacker)})
         made.statistics[:] = _statistics(model)
@@ -85,7 +85,7 @@ def perturbed_weights(
     if not gamma:
         yield attacker
         return
-    once = CraftedOnce.of(attacker, model)
+    once = CraftedOnce.from_attacker(attacker, model)
     weights = [m.weight for m in prunable(model).values() if m.weight.requires_grad]
     gradients = torch.autograd.grad(objective(model, *batch, once), weights, allow_unused=True)
     before = [weight.detach().clone() for weight in weights]
