@@ -1,5 +1,6 @@
 # Two commands. Each one installs what it needs:
-#   make reproduce   train, attack and report the default study (config/quick.yaml)
+#   make reproduce   train, attack and report the default study (config/quick.yaml), and compare
+#                    its results with results/reference/quick
 #   make test        run every test and check
 # Others: make style (the checks of style, imports and types), make types, make install,
 # make reference (copies a finished run to results/reference), make clean. PYTHON=python3.12 chooses
@@ -15,6 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 reproduce: $(INSTALLED)
 	snakemake --cores all
+	robsparse compare results/quick results/reference/quick
 
 test: $(INSTALLED)
 	python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
@@ -42,7 +44,8 @@ STUDY ?= quick
 reference:
 	mkdir -p results/reference/$(STUDY)
 	cp results/$(STUDY)/report.md results/reference/$(STUDY)/README.md
-	cd results/$(STUDY) && cp -r tables plots results.csv layers.csv ../reference/$(STUDY)/
+	cd results/$(STUDY) && \
+	  cp -r tables plots results.csv outcomes.parquet layers.csv ../reference/$(STUDY)/
 
 clean:
 	rm -rf $(VENV) results/quick results/tiny

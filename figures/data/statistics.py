@@ -80,6 +80,7 @@ class Difference:
     """Mean of outcomes paired by seed and image, and the parts of its variance.
 
     of_seeds, of_images: the parts of its variance, see `variances`; of_seeds is nan for one seed.
+    freedom: degrees of freedom of of_seeds if it is estimated from several means; None: seeds - 1.
     """
 
     mean: float
@@ -87,6 +88,7 @@ class Difference:
     images: int
     of_seeds: float
     of_images: float
+    freedom: int | None = None
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Low and high end, in [-1, 1]. With one seed, the interval is over images only."""
@@ -116,7 +118,8 @@ class Difference:
     def _reach(self, p: float, power: float | None = None) -> float:
         """The mean that has this p-value; with `power`, the true mean that is found with it."""
         parts = [(self.of_images, max(self.images - 1, 1))]
-        parts += [(self.of_seeds, self.seeds - 1)] if self.seeds > 1 else []
+        if self.seeds > 1:
+            parts.append((self.of_seeds, self.freedom or self.seeds - 1))
         found = 0.0
         for variance, freedom in parts:
             steps = _quantile(p / 2, freedom) + (_quantile(1 - power, freedom) if power else 0)

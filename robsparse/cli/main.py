@@ -11,10 +11,11 @@ from pathlib import Path
 
 from robsparse import __version__
 from robsparse.base.errors import RunError, UsageError
-from robsparse.cli import evaluate, results, studies, tools, train
+from robsparse.cli import evaluate, lists, results, studies, tools, train
 from robsparse.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Command
 
 COMMANDS: tuple[Command, ...] = (
+    *lists.COMMANDS,
     *studies.COMMANDS,
     *train.COMMANDS,
     *evaluate.COMMANDS,

@@ -1,9 +1,19 @@
-"""Commands on finished records: collect, figures and export."""
+"""Commands on finished records: collect, figures, compare and export."""
 
 import argparse
 import importlib
+from pathlib import Path
+from typing import get_args
 
-from robsparse.cli.arguments import Command, add_cell, add_selection, find_cell, load_study
+from robsparse.cli.arguments import (
+    EXIT_FAILED,
+    Command,
+    add_cell,
+    add_selection,
+    find_cell,
+    load_study,
+)
+from robsparse.schema.evaluation import Selection
 
 
 def add_partial(command: argparse.ArgumentParser) -> None:
@@ -25,6 +35,30 @@ def _figures(arguments: argparse.Namespace) -> None:
     study, layout = load_study(arguments)
     report = importlib.import_module("robsparse.figures.report")
     print(report.write(study, layout, layout.tables(arguments.partial)))
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    for name in ("a", "b"):
+        command.add_argument(
+            name, type=Path, metavar=name.upper(), help="folder with results.csv of a run"
+        )
+    command.add_argument(
+        "--selection",
+        choices=get_args(Selection),
+        help="which saved weights (default: the first selection of A)",
+    )
+    command.add_argument(
+        "--all",
+        action="store_true",
+        help="print every attack; else, of each row the attack that is most apart",
+    )
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    module = importlib.import_module("robsparse.figures.data.agreement")
+    found = module.agreement(arguments.a, arguments.b, arguments.selection)
+    print(found.text(every=arguments.all))
+    return 0 if found.holds else EXIT_FAILED
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
@@ -56,6 +90,17 @@ COMMANDS = (
         "draw tables and plots from the collected results",
         "Writes report.md, tables/ and plots/ to DIR/STUDY.",
         add_arguments=add_partial,
+    ),
+    Command(
+        "compare",
+        _compare,
+        "compare two runs: which rows agree within their intervals",
+        "A row is a method at a sparsity. It agrees if the interval of the difference A - B "
+        "contains 0 for every attack. Differences are paired by seed and image. Exit code: 0 if "
+        "every row of both runs agrees, else 1.",
+        config="none",
+        results=False,
+        add_arguments=_add_compare,
     ),
     Command(
         "export",

@@ -19,6 +19,7 @@ from robsparse.records.columns import (
     CORRUPTION_COLUMNS,
     LIFETIME_COLUMNS,
     MANIFEST,
+    OUTCOME_COLUMNS,
     OVERLAP_COLUMNS,
     STEP_COLUMNS,
 )
@@ -62,6 +63,9 @@ def _tables(gathered: Gathered, results: pd.DataFrame) -> dict[str, pd.DataFrame
     return {
         "results.csv": results,
         "results.parquet": results,
+        "outcomes.parquet": pd.DataFrame(
+            gathered.outcomes, columns=[*NETWORK_KEY, *OUTCOME_COLUMNS]
+        ),
         "layers.csv": pd.DataFrame(gathered.layers),
         "curves.csv": pd.DataFrame(gathered.curves),
         "weights.csv": pd.DataFrame(gathered.histogram),

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum
+from robsparse.records.columns import OUTCOME_COLUMNS
 from robsparse.records.evaluation_record import Record, read_flags, read_record
 from robsparse.records.rows import KEY, Row, contradiction
 from robsparse.records.training_record import read_training
@@ -32,6 +34,7 @@ class Gathered:
 
     rows: list[Row] = field(default_factory=list)
     other_code: list[str] = field(default_factory=list)
+    outcomes: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     histogram: list[dict[str, Any]] = field(default_factory=list)
     sanity_checks: list[dict[str, Any]] = field(default_factory=list)
@@ -78,9 +81,10 @@ def _gather_evaluation(
     if record.rows[0].settings_digest != present.digest:
         raise UsageError(f"{path}: made with other settings; run snakemake first")
     _check_weights(cell, selection, record, layout)
-    _check_outcomes(path, layout.flags(cell, selection), record)
+    outcomes = _read_outcomes(path, layout.flags(cell, selection), record)
     key = _cell_key(cell) | {"selection": selection}
     found.rows += record.rows
+    found.outcomes += [key | row for row in _packed(record, outcomes)]
     found.other_code += [_other_code(study, cell, record, present, layout)] * len(record.rows)
     found.layers += [key | layer for layer in record.layers]
     found.histogram += [key | bin_ for bin_ in record.histogram]
@@ -109,8 +113,23 @@ def _check_weights(cell: Cell, selection: Selection, record: Record, layout: Lay
         raise UsageError(f"{training}: training and attack used different data sets")
 
 
-def _check_outcomes(path: Path, flags: Path, record: Record) -> None:
-    """Raise UsageError unless the rows agree with the outcomes of the single images."""
+def _packed(record: Record, outcomes: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row with OUTCOME_COLUMNS for each attack."""
+    found = []
+    for row in record.rows:
+        if row.component == "all":
+            bits = np.packbits(outcomes[f"{row.attack}.all"].astype(bool)).tobytes()
+            values = (row.attack, row.n_examples, bits)
+            found.append(dict(zip(OUTCOME_COLUMNS, values, strict=True)))
+    return found
+
+
+def _read_outcomes(path: Path, flags: Path, record: Record) -> dict[str, Any]:
+    """Read the outcomes of the single images.
+
+    Raises:
+        UsageError: unless the rows agree with them.
+    """
     if not flags.exists() or file_checksum(flags) != record.outcomes:
         raise UsageError(
             f"{flags}: missing, or not the outcomes that belong to the record; "
@@ -130,6 +149,7 @@ def _check_outcomes(path: Path, flags: Path, record: Record) -> None:
                 f"{corrupted['n_examples']} images correct, but the outcomes of the images have "
                 f"{counts[0]} of {counts[1]}"
             )
+    return outcomes
 
 
 def _other_code(

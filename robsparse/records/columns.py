@@ -8,6 +8,7 @@ MANIFEST = "collected.json"
 COLLECTED = (
     "results.csv",
     "results.parquet",
+    "outcomes.parquet",
     "layers.csv",
     "curves.csv",
     "steps.parquet",
@@ -19,6 +20,9 @@ COLLECTED = (
     "failures.csv",
     MANIFEST,
 )
+# Columns of outcomes.parquet, beside those of the network: an attack, the number of images, and one
+# bit for each image (numpy.packbits), 1 if the image is correct under all components of the attack.
+OUTCOME_COLUMNS = ("attack", "n_examples", "correct")
 # What a record has of each corruption at each severity.
 CORRUPTION_COLUMNS = ("corruption", "severity", "source", "n_correct", "n_examples")
 OVERLAP_COLUMNS = (

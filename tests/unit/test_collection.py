@@ -407,6 +407,17 @@ def test_files_that_match_are_collected(study, finished, dense_only):
     assert set(pd.read_csv(finished.root / "results.csv").other_code.fillna("")) == {""}
 
 
+def test_outcomes_of_all_networks_are_in_one_table(study, finished, dense_only):
+    collect.collect(study, finished, finished.root)
+    table = pd.read_parquet(finished.root / "outcomes.parquet")
+    assert len(table) == len(MODELS) * 3  # attacks
+    for row in table.itertuples():
+        [cell] = [c for c in study.cells() if (c.method, c.seed) == (row.method, row.seed)]
+        with np.load(finished.flags(cell, "last")) as flags:
+            seen = np.unpackbits(np.frombuffer(row.correct, np.uint8), count=row.n_examples)
+            assert seen.tolist() == flags[f"{row.attack}.all"].tolist()
+
+
 def test_weights_with_one_changed_byte_are_refused(study, finished, dense_only):
     path = finished.model(study.cells()[0], "last")
     path.write_bytes(b"weightt")
