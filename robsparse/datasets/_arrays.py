@@ -16,11 +16,12 @@ from robsparse.schema.imagesets import shapes_in_npz
 def split_validation(part: Part, params: Images, name: str) -> tuple[Part, Part]:
     """Split images into training and validation images, stratified by class.
 
-    With `train_on_validation` the training images are all of them.
+    With `train_on_validation` the training images are all of them; with `train_examples` only some
+    of the others. The images are drawn in a random order, so the first ones are a fair sample.
 
     Args:
         part: the images to split.
-        params: number of validation images, and the seed that draws them.
+        params: numbers of validation and training images, and the seed that draws them.
         name: of the data set, for messages.
 
     Raises:
@@ -38,10 +39,22 @@ def split_validation(part: Part, params: Images, name: str) -> tuple[Part, Part]
             f"datasets.{name}.validation_examples = {params.validation_examples}: cannot split "
             f"{len(part)} training images like this ({error})"
         ) from None
-    kept, held = torch.tensor(train), torch.tensor(validation)
+    wanted = params.train_examples
+    if wanted is not None and wanted > len(train):
+        raise UsageError(
+            f"datasets.{name}.train_examples = {wanted}: expected at most the {len(train)} images "
+            "that are not held out"
+        )
+    kept, held = torch.tensor(train[:wanted]), torch.tensor(validation)
     if params.train_on_validation:
         kept = torch.arange(len(part))
     return Part(part.x_NCHW[kept], part.y_N[kept]), Part(part.x_NCHW[held], part.y_N[held])
+
+
+def shuffled(part: Part) -> Part:
+    """Return the same images in another order, which is always the same for their number."""
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
+    return Part(part.x_NCHW[order], part.y_N[order])
 
 
 def as_part(images: np.ndarray, labels: np.ndarray, where: str, classes: int | None = None) -> Part:

@@ -11,14 +11,13 @@ from typing import Annotated, Any
 
 import filelock
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic
-from robsparse.datasets import Part, Splits
-from robsparse.datasets._arrays import as_part, split_validation
+from robsparse.datasets import Splits
+from robsparse.datasets._arrays import as_part, shuffled, split_validation
 from robsparse.schema import CONTENT, PLACE, Augmentation, Images
 
 NEEDED = ("data_dir",)  # parameters with a path that must exist
@@ -52,9 +51,8 @@ def load(params: Params) -> Splits:
         as_part(arrays[f"{part}_images"], arrays[f"{part}_labels"], str(root / part))
         for part in files
     )
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
-    test = Part(test.x_NCHW[order], test.y_N[order])
-    return Splits(*split_validation(train, params, "imagefolder"), test, classes=len(classes))
+    parts = split_validation(train, params, "imagefolder")
+    return Splits(*parts, shuffled(test), classes=len(classes))
 
 
 def _classes(root: Path) -> list[str]:

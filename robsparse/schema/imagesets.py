@@ -8,7 +8,8 @@ import zipfile
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from robsparse.schema.fields import PLACE, Strict
 
@@ -51,12 +52,25 @@ class Images(Strict):
     train_on_validation: whether networks are trained on all training images, also on the held-out
         ones. The selections `best_val` and `best_clean` are then made on images of the training;
         `last` needs no selection.
+    train_examples: number of training images that are used, drawn with `split_seed` from those that
+        are not held out; null: all of them.
     """
 
     validation_examples: int = Field(2000, ge=10)
     train_on_validation: bool = False
+    train_examples: PositiveInt | None = None
     split_seed: NonNegativeInt = 0
     augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _trains_on_all_or_some(self) -> "Images":
+        if self.train_on_validation and self.train_examples is not None:
+            raise PydanticCustomError(
+                "train_examples",
+                "expected null beside train_on_validation, which trains on all images",
+                {"key": "train_examples"},
+            )
+        return self
 
     def description(self) -> Description | None:
         """Sizes that are known before the images are read, or None."""
@@ -68,6 +82,7 @@ class Images(Strict):
         """Make a description; `train` counts all training images, with those held out."""
         held_out = self.validation_examples
         trained = train if self.train_on_validation else train - held_out
+        trained = min(trained, self.train_examples or trained)
         return Description(image_shape, classes, trained, held_out, test)
 
 

@@ -162,7 +162,12 @@ def _data(parts: Parts) -> Iterator[str]:
         if (found := _describe(parts, name)) is None:
             continue
         each, held_out = found.classes or 1, found.validation_examples
-        if found.train_examples < each or held_out < each:
+        wanted, most = getattr(parts.datasets[name], "train_examples", None), found.train_examples
+        if wanted is not None and not each <= wanted <= most:
+            few = f"at least one for each of the {each} classes"
+            expected = few if wanted < each else f"at most the {most} images that are not held out"
+            yield _line(f"datasets.{name}.train_examples", wanted, expected)
+        elif found.train_examples < each or held_out < each:
             shared = getattr(parts.datasets[name], "train_on_validation", False)
             total = found.train_examples + (0 if shared else held_out)
             key = f"datasets.{name}.validation_examples"

@@ -296,6 +296,15 @@ DATA = {
         "datasets.cifar100.validation_examples = 99: expected 100 to 49900 of the 50000 images "
         "that are not for tests",
     ),
+    "more training images than there are": (
+        {"grid": {"datasets": ["cifar100"]}, "datasets": {"cifar100": {"train_examples": 48_001}}},
+        "datasets.cifar100.train_examples = 48001: expected at most the 48000 images that are not "
+        "held out",
+    ),
+    "fewer training images than classes": (
+        {"grid": {"datasets": ["cifar100"]}, "datasets": {"cifar100": {"train_examples": 99}}},
+        "datasets.cifar100.train_examples = 99: expected at least one for each of the 100 classes",
+    ),
     "small images": (
         {"grid": {"archs": ["vgg16"]}},
         "archs.vgg16: expected images of at least 16x16 pixels, but 'digits' has images of 8x8",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from robsparse import datasets
 from robsparse.base import registry
@@ -84,6 +85,23 @@ def test_description_counts_all_images_where_they_are_trained_on():
     params = registry.entry("dataset", "cifar10").params
     assert params().description().train_examples == 48_000
     assert params(train_on_validation=True).description().train_examples == 50_000
+    assert params(train_examples=6_000).description().train_examples == 6_000
+
+
+def test_some_of_the_images_that_are_not_held_out_are_trained_on(read):
+    """Those of the whole training part, in its order; held-out and test images stay the same."""
+    whole, some = read(), read(train_examples=12)
+    assert torch.equal(some.train.x_NCHW, whole.train.x_NCHW[:12])
+    assert torch.equal(some.train.y_N, whole.train.y_N[:12])
+    assert 0 < some.train.y_N.sum() < 12  # not one class only
+    assert torch.equal(some.validation.x_NCHW, whole.validation.x_NCHW)
+    assert torch.equal(some.test.x_NCHW, whole.test.x_NCHW)
+    with pytest.raises(
+        UsageError, match=r"imagefolder\.train_examples = 31: expected at most the 30"
+    ):
+        read(train_examples=31)
+    with pytest.raises(ValidationError, match="expected null beside train_on_validation"):
+        read(train_examples=12, train_on_validation=True)
 
 
 def test_images_are_decoded_once_and_again_when_one_changes(read, folder, monkeypatch, tmp_path):

@@ -165,6 +165,7 @@ VALUES = {
     "rst_file": "weights.pt",
     "rst_fraction": 0.25,
     "train_on_validation": True,
+    "train_examples": 20,
     "as_base": ["arch"],
     "synthetic_fraction": 0.25,
     "n_examples": 10,
