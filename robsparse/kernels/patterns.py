@@ -1,0 +1,190 @@
+"""Sparse convolutions on a CPU: only the active weights are multiplied.
+
+A `Pattern` has the active positions of a layer for one size of maps, sorted for the kernels. A
+`SparseConvolution` is a pattern with values; it computes the three products of a convolution.
+
+Maps are tensors x_NCHW in the layout of the kernels: images innermost in memory, then width, height
+and channels (`images_innermost`). The type is float32 or float64. Every sum has a fixed order. So a
+repeated run gives the same bits, with any number of threads.
+"""
+
+import functools
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robsparse.kernels.geometry import Geometry, Side, channel_rows
+from robsparse.kernels.library import library
+
+_ENTRY = {
+    torch.float32: np.dtype([("row", np.int32), ("value", np.float32)], align=True),
+    torch.float64: np.dtype([("row", np.int32), ("value", np.float64)], align=True),
+}
+
+
+def images_innermost(x_NCHW: Tensor) -> Tensor:
+    """Return x_NCHW in the layout of the kernels. It is copied if it has another one."""
+    if is_innermost(x_NCHW):
+        return x_NCHW
+    _, c, h, w = x_NCHW.shape
+    return empty_map(x_NCHW, c, (h, w)).copy_(x_NCHW)
+
+
+def is_innermost(x_NCHW: Tensor) -> bool:
+    """Return whether x_NCHW has the layout of the kernels."""
+    n, _, h, w = x_NCHW.shape
+    return x_NCHW.stride() == (1, channel_rows(h, w) * n, w * n, n)
+
+
+def empty_map(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """Return an empty map for the images of `like` in the layout of the kernels."""
+    n, (h, w) = len(like), size
+    rows = channel_rows(h, w)
+    memory = like.new_empty(channels * rows * n)
+    return memory.as_strided((n, channels, h, w), (1, rows * n, w * n, n))
+
+
+class Lists:
+    """The active positions, sorted for one side of a geometry.
+
+    segments: first entry of each segment. slots: number of the position of each entry.
+    """
+
+    def __init__(
+        self, side: Side, positions: Tensor, weight: tuple[int, ...], dtype: torch.dtype, *,
+        transposed: bool,
+    ) -> None:  # fmt: skip
+        self.side = side
+        self.segments = np.empty(side.segments + 1, dtype=np.int32)
+        self.slots = np.empty(len(positions), dtype=np.int32)
+        self.entries = np.zeros(len(positions), dtype=_ENTRY[dtype])
+        _kernels().index(
+            positions.data_ptr(), len(positions), weight[1], weight[2] * weight[3], transposed,
+            side.channel_step, side.tap_segment.ctypes.data, side.tap_stride.ctypes.data,
+            side.tap_row.ctypes.data, self.segments.ctypes.data, side.segments,
+            self.entries.ctypes.data, dtype == torch.float64, self.slots.ctypes.data,
+        )  # fmt: skip
+
+    def filled(self, values: Tensor) -> np.ndarray:
+        """Return a copy of the entries with these values, one for each position."""
+        entries = self.entries.copy()
+        double = values.dtype == torch.float64
+        _kernels().fill(
+            entries.ctypes.data, values.data_ptr(), self.slots.ctypes.data, len(entries), double
+        )
+        return entries
+
+
+class Pattern:
+    """The active positions of a layer, for maps of one size.
+
+    positions: int64, increasing indices into the flat weight (outputs, inputs, height, width).
+    """
+
+    def __init__(self, geometry: Geometry, positions: Tensor, dtype: torch.dtype) -> None:
+        self.geometry, self.positions, self.dtype = geometry, positions.contiguous(), dtype
+
+    @functools.cached_property
+    def forward(self) -> Lists:
+        """The lists of the output."""
+        g = self.geometry
+        return Lists(g.forward, self.positions, g.weight, self.dtype, transposed=False)
+
+    @functools.cached_property
+    def backward(self) -> Lists:
+        """The lists of the gradient of the input."""
+        g = self.geometry
+        return Lists(g.backward, self.positions, g.weight, self.dtype, transposed=True)
+
+
+class SparseConvolution:
+    """A pattern with values: the three products of a sparse convolution.
+
+    values: one value for each position of the pattern.
+    """
+
+    def __init__(self, pattern: Pattern, values: Tensor) -> None:
+        self.pattern, self.values = pattern, values.contiguous()
+
+    @functools.cached_property
+    def _forward(self) -> np.ndarray:
+        return self.pattern.forward.filled(self.values)
+
+    @functools.cached_property
+    def _backward(self) -> np.ndarray:
+        return self.pattern.backward.filled(self.values)
+
+    def output(
+        self,
+        x_NCHW: Tensor,
+        bias: Tensor | None = None,
+        other: Tensor | None = None,
+        *,
+        rectified: bool = False,
+    ) -> Tensor:
+        """Return the convolution of x plus bias plus another map, followed by a ReLU if asked for.
+
+        Args:
+            x_NCHW, other: maps with images innermost in memory.
+            bias: (outputs).
+            rectified: apply the ReLU.
+        """
+        g = self.pattern.geometry
+        out = empty_map(x_NCHW, g.weight[0], g.out)
+        _kernels().gather(
+            *self._shared(self.pattern.forward, self._forward, x_NCHW, out), out.data_ptr(),
+            _address(bias), _address(other), 0, rectified,
+        )  # fmt: skip
+        return out
+
+    def input_gradient(
+        self, upstream: Tensor, other: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """Return the gradient of the input, plus another gradient.
+
+        Args:
+            upstream, other: gradients with images innermost in memory.
+            gate: a map like the input. The gradient is 0 where it is 0 or less: the backward pass
+                of a ReLU that made it.
+        """
+        g = self.pattern.geometry
+        out = empty_map(upstream, g.weight[1], g.size)
+        _kernels().gather(
+            *self._shared(self.pattern.backward, self._backward, upstream, out), out.data_ptr(),
+            0, _address(other), _address(gate), False,
+        )  # fmt: skip
+        return out
+
+    def weight_gradient(self, x_NCHW: Tensor, upstream: Tensor) -> Tensor:
+        """Return the gradient of each value. Both maps have images innermost in memory."""
+        g, lists = self.pattern.geometry, self.pattern.forward
+        gradient = np.zeros(len(lists.slots), dtype=_ENTRY[self.pattern.dtype]["value"])
+        _kernels().weight_gradient(
+            *self._shared(lists, self._forward, x_NCHW, upstream), upstream.data_ptr(),
+            g.weight[1], gradient.ctypes.data,
+        )  # fmt: skip
+        by_position = np.empty_like(gradient)
+        by_position[lists.slots] = gradient
+        return torch.from_numpy(by_position)
+
+    def _shared(
+        self, lists: Lists, entries: np.ndarray, x: Tensor, out: Tensor
+    ) -> tuple[object, ...]:
+        return (
+            len(x), x.shape[2], x.shape[3], out.shape[1], out.shape[2], out.shape[3],
+            entries.ctypes.data, lists.segments.ctypes.data, lists.side.phases.ctypes.data,
+            lists.side.count, self.pattern.dtype == torch.float64, torch.get_num_threads(),
+            x.data_ptr(),
+        )  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _kernels() -> ModuleType:
+    kernels = library()
+    assert kernels is not None  # callers ask `library` before they make a pattern
+    return kernels
