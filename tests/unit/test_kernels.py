@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from robsparse.kernels.geometry import Geometry
 from robsparse.kernels.library import library
 from robsparse.kernels.patterns import Pattern, SparseConvolution, images_innermost
