@@ -35,7 +35,7 @@ typedef struct {
     void *gradient;
     const void *entries;
     const int32_t *segments;
-    long images, in_height, in_width, out_channels, out_height, out_width;
+    long images, in_channels, in_height, in_width, out_channels, out_height, out_width;
     int relu;
 } Gather;
 
@@ -228,11 +228,10 @@ static void gather_all(const Gather *g, const Phase *phases, int count, int doub
 /* A part of the input that fits into the cache of a core, in bytes. */
 #define CACHED 1500000
 
-static void weights_all(const Gather *g, const Phase *p, long in_channels, int double_,
-                        int threads) {
+static void weights_all(const Gather *g, const Phase *p, int double_, int threads) {
     const Instructions *use = chosen;
     const long size = double_ ? 8 : 4;
-    long line = in_channels * g->in_width * p->in_y_step * size * BLOCK;
+    long line = g->in_channels * g->in_width * p->in_y_step * size * BLOCK;
     long together = CACHED / (line ? line : 1) - p->lines + 1;
     if (together < 1) together = 1;
 #ifdef _OPENMP
@@ -254,25 +253,26 @@ static void weights_all(const Gather *g, const Phase *p, long in_channels, int d
 
 static void *address(PyObject *number) { return PyLong_AsVoidPtr(number); }
 
-/* Read the arguments that gather and weight_gradient share: images, in_height, in_width,
- * out_channels, out_height, out_width, entries, segments, phases, number of phases, double,
+/* Read the arguments that gather and weight_gradient share: images, in_channels, in_height,
+ * in_width, out_channels, out_height, out_width, entries, segments, phases, number of phases, double,
  * threads, x. */
-#define SHARED 13
+#define SHARED 14
 
 static int read_shared(PyObject *const *args, Gather *g, Phase *phases, int *count, int *double_,
                        int *threads) {
-    long number[6];
+    long number[7];
     memset(g, 0, sizeof *g);
-    for (int i = 0; i < 6; i++) number[i] = PyLong_AsLong(args[i]);
-    g->images = number[0], g->in_height = number[1], g->in_width = number[2];
-    g->out_channels = number[3], g->out_height = number[4], g->out_width = number[5];
-    g->entries = address(args[6]);
-    g->segments = address(args[7]);
-    const int32_t *list = address(args[8]);
-    *count = (int)PyLong_AsLong(args[9]);
-    *double_ = (int)PyLong_AsLong(args[10]);
-    *threads = (int)PyLong_AsLong(args[11]);
-    g->x = address(args[12]);
+    for (int i = 0; i < 7; i++) number[i] = PyLong_AsLong(args[i]);
+    g->images = number[0];
+    g->in_channels = number[1], g->in_height = number[2], g->in_width = number[3];
+    g->out_channels = number[4], g->out_height = number[5], g->out_width = number[6];
+    g->entries = address(args[7]);
+    g->segments = address(args[8]);
+    const int32_t *list = address(args[9]);
+    *count = (int)PyLong_AsLong(args[10]);
+    *double_ = (int)PyLong_AsLong(args[11]);
+    *threads = (int)PyLong_AsLong(args[12]);
+    g->x = address(args[13]);
     if (PyErr_Occurred()) return 0;
     if (*count > MOST_PHASES) {
         PyErr_SetString(PyExc_ValueError, "too many phases");
@@ -293,7 +293,7 @@ static PyObject *py_gather(PyObject *self, PyObject *const *args, Py_ssize_t giv
     Phase phases[MOST_PHASES];
     int count, double_, threads;
     if (given != SHARED + 5) {
-        PyErr_SetString(PyExc_TypeError, "gather takes 18 arguments");
+        PyErr_SetString(PyExc_TypeError, "gather takes 19 arguments");
         return NULL;
     }
     if (!read_shared(args, &g, phases, &count, &double_, &threads)) return NULL;
@@ -309,50 +309,48 @@ static PyObject *py_gather(PyObject *self, PyObject *const *args, Py_ssize_t giv
     Py_RETURN_NONE;
 }
 
-/* weight_gradient(shared..., gradient of y, in_channels, gradient of the entries (set to 0)) */
+/* weight_gradient(shared..., gradient of y, gradient of the entries (set to 0)) */
 static PyObject *py_weight_gradient(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     Gather g;
     Phase phases[MOST_PHASES];
     int count, double_, threads;
-    if (given != SHARED + 3) {
+    if (given != SHARED + 2) {
         PyErr_SetString(PyExc_TypeError, "weight_gradient takes 16 arguments");
         return NULL;
     }
     if (!read_shared(args, &g, phases, &count, &double_, &threads)) return NULL;
     g.y = address(args[SHARED]);
-    const long in_channels = PyLong_AsLong(args[SHARED + 1]);
-    g.gradient = address(args[SHARED + 2]);
+    g.gradient = address(args[SHARED + 1]);
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    weights_all(&g, phases, in_channels, double_, threads);
+    weights_all(&g, phases, double_, threads);
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }
 
-/* index(positions, count, in_channels, taps, transposed, channel_step, tap_segment, tap_stride,
- *       tap_row, segments, number of segments, entries, double, slots)
+/* index(positions, count, in_channels, taps, transposed, tap_segment, tap_stride, tap_row, segments,
+ *       number of segments, entries, double, slots)
  *
  * Sort the active weights into segments. positions (int64): indices into (outputs, inputs, taps),
  * increasing. The segment of a weight is tap_segment[tap] + channel * tap_stride[tap], where
- * channel is its output, or its input if transposed. Its row is tap_row[tap] plus channel_step
- * times the other channel. segments has one entry more than there are segments. slots[k] becomes
+ * channel is its output, or its input if transposed. Its row is tap_row[tap] plus the other
+ * channel. segments has one entry more than there are segments. slots[k] becomes
  * the number of the weight of entry k in `positions`. */
 static PyObject *py_index(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    if (given != 14) {
-        PyErr_SetString(PyExc_TypeError, "index takes 14 arguments");
+    if (given != 13) {
+        PyErr_SetString(PyExc_TypeError, "index takes 13 arguments");
         return NULL;
     }
     const int64_t *positions = address(args[0]);
     const long count = PyLong_AsLong(args[1]), in_channels = PyLong_AsLong(args[2]);
     const long taps = PyLong_AsLong(args[3]), transposed = PyLong_AsLong(args[4]);
-    const long channel_step = PyLong_AsLong(args[5]);
-    const int32_t *tap_segment = address(args[6]), *tap_stride = address(args[7]);
-    const int32_t *tap_row = address(args[8]);
-    int32_t *segments = address(args[9]);
-    const long n_segments = PyLong_AsLong(args[10]);
-    char *entries = address(args[11]);
-    const long double_ = PyLong_AsLong(args[12]);
-    int32_t *slots = address(args[13]);
+    const int32_t *tap_segment = address(args[5]), *tap_stride = address(args[6]);
+    const int32_t *tap_row = address(args[7]);
+    int32_t *segments = address(args[8]);
+    const long n_segments = PyLong_AsLong(args[9]);
+    char *entries = address(args[10]);
+    const long double_ = PyLong_AsLong(args[11]);
+    int32_t *slots = address(args[12]);
     if (PyErr_Occurred()) return NULL;
     Py_BEGIN_ALLOW_THREADS;
     const long size = double_ ? sizeof(entry_double_plain) : sizeof(entry_float_plain);
@@ -367,7 +365,7 @@ static PyObject *py_index(PyObject *self, PyObject *const *args, Py_ssize_t give
                 place[1]++;
             } else {
                 const long at = (*place)++;
-                *(int32_t *)(entries + at * size) = (int32_t)(other * channel_step) + tap_row[tap];
+                *(int32_t *)(entries + at * size) = (int32_t)other + tap_row[tap];
                 slots[at] = (int32_t)k;
             }
         }

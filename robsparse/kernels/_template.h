@@ -7,7 +7,7 @@
  *   TARGET   attribute that selects the instruction set
  *   NAME(x)  x with a suffix for the pair
  *
- * Maps are (channels, height, width, images) in memory. A row has the values of all images at one
+ * Maps are (height, width, channels, images) in memory. A row has the values of all images at one
  * channel and pixel. An active weight multiplies a row, so neighbouring images are computed in the
  * lanes of a vector. A weight of 0 costs nothing. Every sum has a fixed order, which does not
  * depend on the number of threads.
@@ -89,19 +89,20 @@ INLINE void NAME(few)(const Gather *g, const Runs *runs, SCALAR bias, long in, l
  * `vectors` vectors, or `few` images. */
 INLINE void NAME(pixels)(const Gather *g, const Phase *p, long j, long i, Taps taps, long n,
                          const int pixels, const int vectors, long few) {
-    const long in = (j * p->in_y_step * g->in_width + i * p->in_x_step) * g->images + n;
+    const long in_row = (j * p->in_y_step * g->in_width + i * p->in_x_step) * g->in_channels;
     const long y = p->y_first + j * p->y_step, x = p->x_first + i * p->x_step;
-    const long map = (g->out_height * g->out_width | 1) * g->images;
-    long out = (y * g->out_width + x) * g->images + n;
-    for (long o = 0; o < g->out_channels; o++, out += map) {
+    const long in_step = p->in_x_step * g->in_channels * g->images;
+    const long out_step = p->x_step * g->out_channels * g->images;
+    const long in = in_row * g->images + n;
+    long out = (y * g->out_width + x) * g->out_channels * g->images + n;
+    for (long o = 0; o < g->out_channels; o++, out += g->images) {
         Runs runs;
         find_runs(g->segments, p, o, taps, &runs);
         const SCALAR bias = g->bias ? ((const SCALAR *)g->bias)[o] : 0;
         if (few)
             NAME(few)(g, &runs, bias, in, out, few);
         else
-            NAME(sums)(g, &runs, bias, in, p->in_x_step * g->images, out, p->x_step * g->images,
-                       pixels, vectors);
+            NAME(sums)(g, &runs, bias, in, in_step, out, out_step, pixels, vectors);
     }
 }
 
@@ -155,13 +156,12 @@ INLINE SCALAR NAME(dot)(const SCALAR *a, long a_step, const SCALAR *b, long b_st
  * j to j_end and the images n to n_end. g->y: the gradient of the output. */
 static TARGET void NAME(weights)(const Gather *g, const Phase *p, long o, long j, long j_end,
                                  long n, long n_end) {
-    const long map = g->out_height * g->out_width | 1;
-    const long step = p->in_x_step * g->images;
+    const long x_step = p->in_x_step * g->in_channels * g->images;
+    const long y_step = g->out_channels * g->images;
     const ENTRY *entries = g->entries;
     SCALAR *gradient = g->gradient;
-    const SCALAR *y = (const SCALAR *)g->y + o * map * g->images + n;
+    const SCALAR *y = (const SCALAR *)g->y + o * g->images + n;
     const SCALAR *x = (const SCALAR *)g->x + n;
-    const int whole = p->in_x_step == 1 && n_end - n == g->images;
     for (long a = 0; a < p->lines; a++)
         for (long b = 0; b < p->columns; b++) {
             const Range js = range_inside(p->dy[a], p->in_y_step, g->in_height, j, j_end);
@@ -170,12 +170,11 @@ static TARGET void NAME(weights)(const Gather *g, const Phase *p, long o, long j
             for (int32_t k = segment[0]; k < segment[1]; k++) {
                 SCALAR sum = 0;
                 for (long line = js.first; line < js.last; line++) {
-                    const SCALAR *dy = y + (line * g->out_width + is.first) * g->images;
                     const long pixel =
                         line * p->in_y_step * g->in_width + is.first * p->in_x_step;
-                    const SCALAR *dx = x + (entries[k].row + pixel) * g->images;
-                    sum += whole ? NAME(dot)(dy, 0, dx, 0, 1, (is.last - is.first) * g->images)
-                                 : NAME(dot)(dy, g->images, dx, step, is.last - is.first, n_end - n);
+                    const SCALAR *dx = x + (entries[k].row + pixel * g->in_channels) * g->images;
+                    const SCALAR *dy = y + (line * g->out_width + is.first) * y_step;
+                    sum += NAME(dot)(dy, y_step, dx, x_step, is.last - is.first, n_end - n);
                 }
                 gradient[k] += sum;
             }

@@ -36,8 +36,7 @@ class Side:
     phases: for each phase, the numbers of a `Phase` in `_kernels.c`, then dy and dx.
     segments: number of segments. A segment has the active weights of one output channel and tap.
     tap_segment, tap_stride: tap t of channel c has segment tap_segment[t] + c * tap_stride[t].
-    tap_row: row of tap t in its channel, relative to the first tap of pixel (0, 0).
-    channel_step: rows of a channel of the read map.
+    tap_row: first row of the pixel of tap t, relative to that of pixel (0, 0).
     """
 
     phases: np.ndarray
@@ -46,7 +45,6 @@ class Side:
     tap_segment: np.ndarray
     tap_stride: np.ndarray
     tap_row: np.ndarray
-    channel_step: int
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,13 @@ class Geometry:
     def forward(self) -> Side:
         """The lists of the output."""
         axes = [[self._forward_axis(axis)] for axis in (0, 1)]
-        return _side(axes[0], axes[1], self.weight[0], self.weight[2:], self.size)
+        return _side(axes[0], axes[1], self.weight[:2], self.weight[2:], self.size[1])
 
     @functools.cached_property
     def backward(self) -> Side:
         """The lists of the gradient of the input."""
         axes = [self._backward_axes(axis) for axis in (0, 1)]
-        return _side(axes[0], axes[1], self.weight[1], self.weight[2:], self.out)
+        return _side(axes[0], axes[1], self.weight[1::-1], self.weight[2:], self.out[1])
 
     def _forward_axis(self, axis: int) -> Axis:
         taps = tuple(
@@ -97,16 +95,11 @@ class Geometry:
         return axes
 
 
-def channel_rows(height: int, width: int) -> int:
-    """Return the rows from one channel of a map to the next: an odd number.
+def _side(ys: list[Axis], xs: list[Axis], channels: Pair, kernel: Pair, width: int) -> Side:
+    """Return the lists of a sum with these phases.
 
-    With an even number, the same pixel of many channels would use the same sets of a cache.
+    channels: of the written and of the read map. kernel: its size. width: of the read map.
     """
-    return height * width | 1
-
-
-def _side(ys: list[Axis], xs: list[Axis], channels: int, kernel: Pair, read: Pair) -> Side:
-    """Return the lists of a sum with these phases. kernel: its size. read: size of the read map."""
     tables = [np.zeros(kernel, dtype=np.int32) for _ in range(3)]
     tap_segment, tap_stride, tap_row = tables
     phases: list[int] = []
@@ -118,9 +111,9 @@ def _side(ys: list[Axis], xs: list[Axis], channels: int, kernel: Pair, read: Pai
         for (a, (ky, dy)), (b, (kx, dx)) in itertools.product(enumerate(y.taps), enumerate(x.taps)):
             tap_segment[ky, kx] = segment + a * shape[1] + b
             tap_stride[ky, kx] = shape[0] * shape[1]
-            tap_row[ky, kx] = dy * read[1] + dx
-        segment += channels * shape[0] * shape[1]
+            tap_row[ky, kx] = (dy * width + dx) * channels[1]
+        segment += channels[0] * shape[0] * shape[1]
     return Side(
         np.array(phases, dtype=np.int32), len(ys) * len(xs), segment, tap_segment.ravel(),
-        tap_stride.ravel(), tap_row.ravel(), channel_rows(*read),
+        tap_stride.ravel(), tap_row.ravel(),
     )  # fmt: skip

@@ -3,8 +3,8 @@
 A `Pattern` has the active positions of a layer for one size of maps, sorted for the kernels. A
 `SparseConvolution` is a pattern with values; it computes the three products of a convolution.
 
-Maps are tensors x_NCHW in the layout of the kernels: images innermost in memory, then width, height
-and channels (`images_innermost`). The type is float32 or float64. Every sum has a fixed order. So a
+Maps are tensors x_NCHW in the layout of the kernels: (height, width, channels, images) in
+memory (`images_innermost`). The type is float32 or float64. Every sum has a fixed order. So a
 repeated run gives the same bits, with any number of threads.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robsparse.kernels.geometry import Geometry, Side, channel_rows
+from robsparse.kernels.geometry import Geometry, Side
 from robsparse.kernels.library import library
 
 _ENTRY = {
@@ -26,24 +26,17 @@ _ENTRY = {
 
 def images_innermost(x_NCHW: Tensor) -> Tensor:
     """Return x_NCHW in the layout of the kernels. It is copied if it has another one."""
-    if is_innermost(x_NCHW):
-        return x_NCHW
-    _, c, h, w = x_NCHW.shape
-    return empty_map(x_NCHW, c, (h, w)).copy_(x_NCHW)
+    return x_NCHW.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
 def is_innermost(x_NCHW: Tensor) -> bool:
     """Return whether x_NCHW has the layout of the kernels."""
-    n, _, h, w = x_NCHW.shape
-    return x_NCHW.stride() == (1, channel_rows(h, w) * n, w * n, n)
+    return x_NCHW.permute(2, 3, 1, 0).is_contiguous()
 
 
 def empty_map(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     """Return an empty map for the images of `like` in the layout of the kernels."""
-    n, (h, w) = len(like), size
-    rows = channel_rows(h, w)
-    memory = like.new_empty(channels * rows * n)
-    return memory.as_strided((n, channels, h, w), (1, rows * n, w * n, n))
+    return like.new_empty((*size, channels, len(like))).permute(3, 2, 0, 1)
 
 
 class Lists:
@@ -62,7 +55,7 @@ class Lists:
         self.entries = np.zeros(len(positions), dtype=_ENTRY[dtype])
         _kernels().index(
             positions.data_ptr(), len(positions), weight[1], weight[2] * weight[3], transposed,
-            side.channel_step, side.tap_segment.ctypes.data, side.tap_stride.ctypes.data,
+            side.tap_segment.ctypes.data, side.tap_stride.ctypes.data,
             side.tap_row.ctypes.data, self.segments.ctypes.data, side.segments,
             self.entries.ctypes.data, dtype == torch.float64, self.slots.ctypes.data,
         )  # fmt: skip
@@ -127,7 +120,7 @@ class SparseConvolution:
         """Return the convolution of x plus bias plus another map, followed by a ReLU if asked for.
 
         Args:
-            x_NCHW, other: maps with images innermost in memory.
+            x_NCHW, other: maps in the layout of the kernels.
             bias: (outputs).
             rectified: apply the ReLU.
         """
@@ -145,7 +138,7 @@ class SparseConvolution:
         """Return the gradient of the input, plus another gradient.
 
         Args:
-            upstream, other: gradients with images innermost in memory.
+            upstream, other: gradients in the layout of the kernels.
             gate: a map like the input. The gradient is 0 where it is 0 or less: the backward pass
                 of a ReLU that made it.
         """
@@ -158,12 +151,12 @@ class SparseConvolution:
         return out
 
     def weight_gradient(self, x_NCHW: Tensor, upstream: Tensor) -> Tensor:
-        """Return the gradient of each value. Both maps have images innermost in memory."""
-        g, lists = self.pattern.geometry, self.pattern.forward
+        """Return the gradient of each value. Both maps have the layout of the kernels."""
+        lists = self.pattern.forward
         gradient = np.zeros(len(lists.slots), dtype=_ENTRY[self.pattern.dtype]["value"])
         _kernels().weight_gradient(
             *self._shared(lists, self._forward, x_NCHW, upstream), upstream.data_ptr(),
-            g.weight[1], gradient.ctypes.data,
+            gradient.ctypes.data,
         )  # fmt: skip
         by_position = np.empty_like(gradient)
         by_position[lists.slots] = gradient
@@ -173,7 +166,7 @@ class SparseConvolution:
         self, lists: Lists, entries: np.ndarray, x: Tensor, out: Tensor
     ) -> tuple[object, ...]:
         return (
-            len(x), x.shape[2], x.shape[3], out.shape[1], out.shape[2], out.shape[3],
+            *x.shape, out.shape[1], out.shape[2], out.shape[3],
             entries.ctypes.data, lists.segments.ctypes.data, lists.side.phases.ctypes.data,
             lists.side.count, self.pattern.dtype == torch.float64, torch.get_num_threads(),
             x.data_ptr(),
