@@ -33,7 +33,8 @@ def compare(material: Material, group: Group) -> pd.DataFrame:
         sparsity. Accuracies and differences are fractions; they are nan if one side has no result.
         Columns:
         ours_accuracy, ours_low, ours_high, theirs_*: mean accuracy and its interval.
-        ours_potentially_unreliable, theirs_*: the reasons as text.
+        ours_potentially_unreliable, ours_budget, theirs_*: the reasons as text, and which sparsity
+            was missed.
         seeds: number of seeds that both methods have.
         difference, low, high: difference of the means and its interval, paired by seed and image;
             nan unless both have the same seeds.
@@ -154,10 +155,11 @@ def _pair(
     for side, (method, at) in sides.items():
         line = material.line(group, method, at)
         if line is None or f"{STRONGEST}_accuracy" not in line:
-            line = pd.Series({"potentially_unreliable": ""})
+            line = pd.Series({"potentially_unreliable": "", "budget": ""})
         for name in ("accuracy", "low", "high"):
             pair[f"{side}_{name}"] = line.get(f"{STRONGEST}_{name}", np.nan)
-        pair[f"{side}_potentially_unreliable"] = line.potentially_unreliable
+        for name in ("potentially_unreliable", "budget"):
+            pair[f"{side}_{name}"] = line[name]
     pair["difference"] = pair["ours_accuracy"] - pair["theirs_accuracy"]
     paired = _paired(material, group, *sides.values())
     if paired is None:

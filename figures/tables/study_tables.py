@@ -41,7 +41,7 @@ def main(material: Material, group: Group) -> pd.DataFrame:
     for _, line in group.select(material.summary).iterrows():
         row = {
             "Method": material.study.label("method", line.method),
-            "Sparsity": percent(line.sparsity),
+            "Sparsity": _sparsity(line),
             "Selection": line.selection,
             "Seeds": _seeds(line),
         }
@@ -53,6 +53,12 @@ def main(material: Material, group: Group) -> pd.DataFrame:
         row["Peak active weights"] = _count(line.peak_active_weights)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _sparsity(line: pd.Series) -> str:
+    """The requested sparsity, and the reached one (mean over seeds) if it is another."""
+    reached = f" ({100 * (1 - line.nonzero / line.prunable):.1f} % reached)" if line.budget else ""
+    return percent(line.sparsity) + reached
 
 
 def _seeds(line: pd.Series) -> str:
@@ -119,12 +125,12 @@ def _pairs_as_text(
             "Sparsity": percent(pair.sparsity),
             ours: study.label("method", pair.ours),
             "Accuracy (%)": _with_interval(pair.ours_accuracy, pair.ours_low, pair.ours_high)
-            + f" {UNRELIABLE}" * bool(pair.ours_potentially_unreliable),
+            + _marks(pair.ours_potentially_unreliable, pair.ours_budget),
             theirs: study.label("method", pair.theirs),
             f"{theirs} accuracy (%)": _with_interval(
                 pair.theirs_accuracy, pair.theirs_low, pair.theirs_high
             )
-            + f" {UNRELIABLE}" * bool(pair.theirs_potentially_unreliable),
+            + _marks(pair.theirs_potentially_unreliable, pair.theirs_budget),
             "Difference (points)": _with_interval(pair.difference, pair.low, pair.high, "+"),
             "Detectable (points)": accuracy_percent(pair.detectable),
             "p": _p_value(pair.p, pair.seeds),
@@ -134,6 +140,10 @@ def _pairs_as_text(
         for pair in table.itertuples()
     ]
     return pd.DataFrame(rows)
+
+
+def _marks(potentially_unreliable: str, budget: str) -> str:
+    return f" {UNRELIABLE}" * bool(potentially_unreliable) + f" {MISSED}" * bool(budget)
 
 
 def _p_value(p: float, seeds: int) -> str:
@@ -149,7 +159,7 @@ def cost_table(material: Material, group: Group) -> pd.DataFrame:
     for _, line in lines[lines.selection == material.primary].iterrows():
         row = {
             "Method": material.study.label("method", line.method),
-            "Sparsity": percent(line.sparsity),
+            "Sparsity": _sparsity(line),
         }
         for name, column in _COSTS.items():
             row[name] = _count(line[column])
@@ -206,7 +216,7 @@ def _primary_lines(
         keys = ("method", "sparsity", "selection")
         own = table[np.logical_and.reduce([table[key] == line[key] for key in keys])]
         label = material.study.label("method", line.method)
-        yield line, own, {"Method": label, "Sparsity": percent(line.sparsity)}
+        yield line, own, {"Method": label, "Sparsity": _sparsity(line)}
 
 
 def rank_table(material: Material) -> pd.DataFrame | None:

@@ -146,7 +146,12 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name, None) for name in _HOOKS)
+    """Return whether the module has a hook that may change a pass.
+
+    A hook with the attribute `only_reads` changes none. The pass of a view does not call it.
+    """
+    hooks = (hook for name in _HOOKS for hook in (getattr(module, name, None) or {}).values())
+    return any(not getattr(hook, "only_reads", False) for hook in hooks)
 
 
 class _Is:

@@ -15,7 +15,7 @@ from robsparse.schema.imagesets import (
 )
 from robsparse.schema.networks import Activated, Activation, Residual
 from robsparse.schema.threat import AttackParams
-from robsparse.schema.training import Finetune, Fit, FromScratch
+from robsparse.schema.training import Finetune, Fit, FlyingBirdParams, FromScratch
 
 __all__ = [
     "CONTENT",
@@ -28,6 +28,7 @@ __all__ = [
     "Downloaded",
     "Finetune",
     "Fit",
+    "FlyingBirdParams",
     "FromScratch",
     "Images",
     "Name",

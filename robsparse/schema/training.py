@@ -97,6 +97,24 @@ class Finetune(Fit):
     lr: PositiveFloat = 0.01
 
 
+class FlyingBirdParams(Strict):
+    """Settings of Flying Bird and Flying Bird+. The defaults are the authors'.
+
+    train: how the network is trained.
+    """
+
+    train: FromScratch = FromScratch()
+    init: Literal["quotas", "erk"] = Field(
+        "quotas", description="densities of layers: ideal gas quotas, or Erdos-Renyi-Kernel"
+    )
+    growth: Literal["random", "gradient"] = Field(
+        "random", description="where weights are grown: at random, or where gradients are largest"
+    )
+    death_rate: float = Field(0.5, gt=0, lt=1, description="share of each layer exchanged at first")
+    update_every: PositiveInt = Field(900, description="steps between exchanges, first half")
+    late_update_every: PositiveInt = Field(1200, description="steps between exchanges, second half")
+
+
 class WeightAveraging(Strict):
     """Exponential moving average of the weights. It is validated, selected and exported."""
 

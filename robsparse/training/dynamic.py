@@ -1,23 +1,25 @@
 """Dynamic sparse training: at some steps, new weights replace the smallest weights of a mask.
 
-The methods that prune and regrow at intervals use it (SET, RigL, Flying Bird, gradual magnitude
-pruning). BCS does not use it, because BCS rewires at every step and by other rules.
+The methods that prune and regrow at intervals use it (SET, RigL, Flying Bird, Flying Bird+, gradual
+magnitude pruning). BCS does not use it, because BCS rewires at every step and by other rules.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robsparse.schema.training import Fit
-from robsparse.sparsity.budgets import erk_keep_counts
+from robsparse.schema.training import Fit, FlyingBirdParams
+from robsparse.sparsity.budgets import erk_keep_counts, quota_keep_counts
 from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.layers import gradient, parametrisation, prunable, trained_weight
 from robsparse.sparsity.masks import random_masks, require_finite
 from robsparse.training.stages import Run, Stage
 
 NEW_WEIGHT = 1e-12
+LOWEST_RATE = 0.005  # Flying Bird's share of exchanged weights at the end of training
 
 
 class _PassGradient(torch.autograd.Function):
@@ -78,7 +80,7 @@ class MaskedStage(Stage):
 
 
 class DynamicStage(MaskedStage):
-    """At some steps, drop the smallest weights of each layer and grow the same number of others.
+    """At some steps, drop the smallest weights of each layer and grow others.
 
     A method defines the steps (`due`), the number (`fraction`) and the new positions
     (`growth_scores`). New weights have no momentum and the value NEW_WEIGHT. This value is too
@@ -114,6 +116,13 @@ class DynamicStage(MaskedStage):
     def dropped_count(self, run: Run, mask: Tensor) -> int:
         """Return the number of active weights of a layer that an update drops, rounded down."""
         return int(self.fraction(run) * int(mask.sum()))
+
+    def grown_count(self, run: Run, mask: Tensor, dropped: int) -> int:
+        """Return the number of weights of a layer that an update grows: as many as it drops.
+
+        `mask` is the mask before the update.
+        """
+        return dropped
 
     def to_drop(self, run: Run, weight: Tensor, mask: Tensor) -> Tensor:
         """Return the flat positions of the active weights to drop: the smallest weights."""
@@ -160,11 +169,11 @@ class DynamicStage(MaskedStage):
     ) -> tuple[Tensor, Tensor]:
         """Update the mask of one layer. Return the pruned and the regrown positions."""
         dropped = self.to_drop(run, require_finite(weight), mask)
-        old = mask.flatten().clone()
+        old, count = mask.flatten().clone(), self.grown_count(run, mask, len(dropped))
         mask.view(-1)[dropped] = False
         scores = require_finite(self.growth_scores(run, gradient))
         scores = torch.where(mask, -torch.inf, scores).flatten()
-        grown = scores.topk(len(dropped)).indices
+        grown = scores.topk(count).indices
         mask.view(-1)[grown] = True
         new = mask.flatten()
         if not self.restarts_regrown:
@@ -175,6 +184,36 @@ class DynamicStage(MaskedStage):
         if velocity is not None:
             velocity.view(-1)[torch.cat([dropped, grown])] = 0.0
         return _positions(old & ~new), _positions(new & ~old)
+
+
+class FlyingBirdStage(DynamicStage):
+    """Exchange connections after some steps, fewer and fewer, as Flying Bird does."""
+
+    def __init__(self, params: FlyingBirdParams) -> None:
+        super().__init__(params.train)
+        self.params = params
+
+    def initial_masks(self, run: Run) -> dict[str, Tensor]:
+        counts = quota_keep_counts if self.params.init == "quotas" else erk_keep_counts
+        return random_masks(run.model, counts(run.model, run.sparsity), run.generator)
+
+    def due(self, run: Run) -> bool:
+        late = run.epoch > self.fit.epochs / 2
+        every = self.params.late_update_every if late else self.params.update_every
+        return (run.step + 1) % every == 0 and run.step + 1 < run.steps
+
+    def fraction(self, run: Run) -> float:
+        falling = (1 + math.cos(math.pi * (run.step + 1) / run.steps)) / 2
+        return LOWEST_RATE + (self.params.death_rate - LOWEST_RATE) * falling
+
+    def dropped_count(self, run: Run, mask: Tensor) -> int:
+        """Return how many weights a layer drops, rounded up as in the authors' code."""
+        return math.ceil(self.fraction(run) * int(mask.sum()))
+
+    def growth_scores(self, run: Run, gradient: Tensor) -> Tensor:
+        if self.params.growth == "gradient":
+            return gradient.abs()
+        return torch.rand(gradient.shape, generator=run.generator, device=gradient.device)
 
 
 def masked_layers(model: nn.Module) -> list[tuple[str, nn.Parameter, OpenMask]]:

@@ -26,6 +26,7 @@ from robsparse.training.recorder import Recorder, write_results
 from robsparse.training.resuming import Position, RunState
 from robsparse.training.session import Session, prepare_session, stage_errors
 from robsparse.training.stages import Run, Stage, end_stage
+from robsparse.training.validation import last_logits
 from robsparse.training.weight_perturbation import perturbed_weights
 
 
@@ -109,15 +110,15 @@ def train(session: Session, state: RunState, stop: StopRequest) -> None:
                     attacker = attacker_at(session, position)
                     loss = compute_gradients(run, stage, session.objective, attacker, batch)
                     update(run, stage)
-                    position.end_step(loss)
+                    position.end_step(loss, run.train_accuracy)
                     recorder.end_step(stage)
                     if (signum := stop.after_step()) is not None:
                         recorder.stop_clock()
                         state.save(stage)
                         raise Interrupted(signum, state.checkpoint.path)
-                mean_loss = position.read_loss() / batches.steps
+                sums = position.read_loss(), position.accuracy_sum
                 _check_finite(run.model)
-                recorder.end_epoch(stage, mean_loss)
+                recorder.end_epoch(stage, *(float(total) / batches.steps for total in sums))
                 recorder.stop_clock()
                 position.end_epoch()
                 if record.failure:
@@ -155,13 +156,16 @@ def compute_gradients(
             attacker = step.enter_context(
                 perturbed_weights(run.model, objective, attacker, batch, run.gamma)
             )
-            loss = objective(run.model, x_NCHW, y_N, attacker)
+            with last_logits(run.model, stage.follows_overfitting) as logits:
+                loss = objective(run.model, x_NCHW, y_N, attacker)
             _pass_clean(run.model, x_NCHW, stage.fit.clean_passes > 1)
         penalty = stage.penalty(run)
         if penalty is not None:
             loss = loss + penalty
         run.optimizer.zero_grad()
         loss.backward()
+    if logits:
+        run.train_accuracy = (logits[0].argmax(1) == y_N).double().mean()
     return loss.detach()
 
 

@@ -77,10 +77,11 @@ class Recorder:
         record.backward_passes += backward
         record.crafted_on = sorted({*record.crafted_on, *session.attacker.crafted_on})
 
-    def end_epoch(self, stage: Stage, loss: float) -> None:
+    def end_epoch(self, stage: Stage, loss: float, accuracy: float) -> None:
         """Add a point to the curve, and store the weights if they are the best so far.
 
-        If the training has collapsed, `record.failure` is set. `loss` is the mean of the epoch.
+        If the training has collapsed, `record.failure` is set. `loss` and `accuracy` are the means
+        of the epoch; the curve has the accuracy only if the stage follows overfitting.
         """
         session, record, run = self.session, self.record, self.session.run
         active = stage.active_weights(run)
@@ -93,8 +94,11 @@ class Recorder:
             "loss": loss,
             "active_weights": active,
         }
+        if stage.follows_overfitting:
+            point["train_accuracy"] = accuracy
         if run.epoch % validation.every == 0 or run.epoch + 1 == stage.fit.epochs:
-            point |= validate(run.exported, session.held_out, session.attacker, validation.steps)
+            checked = session.held_out, session.attacker, validation.steps
+            point |= validate(run.exported, *checked, stage.follows_overfitting)
             self._keep_best(stage, point)
             self._check_collapse(point)
         record.curve.append(point)

@@ -26,22 +26,25 @@ PLACE = ("epoch", "step", "steps", "lr", "lr_factor")
 class Position:
     """The position of a run: stage and epoch (from 0), and the finished steps of the epoch.
 
-    `loss_sum` is the sum of the losses of these steps. A GPU may still be computing it.
+    `loss_sum` is the sum of the losses of these steps, and `accuracy_sum` that of the accuracies in
+    their passes. A GPU may still be computing them.
     """
 
     stage: int = 0
     epoch: int = 0
     step: int = 0
     loss_sum: float | Tensor = 0.0
+    accuracy_sum: float | Tensor = 0.0
 
-    def end_step(self, loss: Tensor) -> None:
-        """Count a step and its loss.
+    def end_step(self, loss: Tensor, accuracy: float | Tensor) -> None:
+        """Count a step, its loss and its accuracy.
 
         Raises:
             TrainingError: if a loss on a CPU is not finite.
         """
         self.step += 1
         self.loss_sum += loss.double()
+        self.accuracy_sum += accuracy
         if loss.device.type == "cpu":
             self.read_loss()
 
@@ -51,14 +54,15 @@ class Position:
         Raises:
             TrainingError: if the sum is not finite.
         """
-        self.loss_sum = float(self.loss_sum)
+        self.loss_sum, self.accuracy_sum = float(self.loss_sum), float(self.accuracy_sum)
         if not math.isfinite(self.loss_sum):
             raise TrainingError(f"the loss is {self.loss_sum}")
         return self.loss_sum
 
     def end_epoch(self) -> None:
         """Go to the first step of the next epoch."""
-        self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sum = self.accuracy_sum = 0.0
 
     def end_stage(self) -> None:
         """Go to the first epoch of the next stage."""
@@ -100,7 +104,9 @@ class RunState:
         if saved:
             self._restore(saved["before_stage"])
         self.before_stage = copy.deepcopy(self._state())
+        session.run.curve = []
         begin_stage(session.run, stage, stage.fit.epochs * session.batches.steps)
+        session.run.curve = self.record.curve
         if saved:
             self._restore(saved["now"])
             session.run.optimizer.load_state_dict(saved["optimizer"])

@@ -35,6 +35,9 @@ class Run:
     optimizer: is created after before_fit. In before_fit there is none.
     connections: a stage that rewires sets this log in before_fit and records each step in it.
     log_every: the number of steps for one row of the log.
+    curve: the points of the curve so far, one for each epoch of the cell. Empty in before_fit.
+    train_accuracy: share of the images of the last step that the network classified correctly in
+        the pass of training. Only if the stage follows overfitting.
     awp: settings of the adversarial weight perturbation, or None.
     average: the moving average of the weights, or None. Hooks do not change it, and the next stage
         continues from the trained weights.
@@ -50,6 +53,8 @@ class Run:
     arch: str = ""
     precision: str = "fp32"
     log_every: int = 1
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    train_accuracy: float | Tensor = 0.0
     connections: ConnectionLog | None = None
     awp: WeightPerturbation | None = None
     average: WeightAverage | None = None
@@ -77,10 +82,13 @@ class Stage:
     name: the name in curves: pretrain, prune, finetune, train, ...
     selectable: whether the network has its target sparsity in all epochs. Then the weights of any
         epoch may be exported as `best_val` or `best_clean`.
+    follows_overfitting: whether the curve also has `train_accuracy`, the accuracy in the passes of
+        training, and `val_loss`, the loss on validation images under attack.
     """
 
     name = "train"
     selectable = True
+    follows_overfitting = False
 
     def __init__(self, fit: Fit) -> None:
         self.fit = fit

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from pydantic import BaseModel
 
 from robsparse import datasets, models
 from robsparse.base import registry
@@ -25,6 +24,7 @@ from robsparse.study.study import Study
 from robsparse.training import loop
 
 EPOCHS = 2
+EPOCHS_TO_ADAPT = 5  # a method that adapts its sparsity needs a few validations first
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,12 +32,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def shrink(params: type[BaseModel]) -> dict[str, Any]:
+def shrink(entry: registry.Entry) -> dict[str, Any]:
     """Return small Params of a method: EPOCHS epochs for each stage, periods of one epoch."""
     values: dict[str, Any] = {}
-    for name, default in params():
+    epochs = EPOCHS_TO_ADAPT if entry.literals.get("ADAPTS_SPARSITY") else EPOCHS
+    for name, default in entry.params():
         if isinstance(default, Fit):
-            values[name] = {"epochs": EPOCHS}
+            values[name] = {"epochs": epochs}
         elif name.endswith("_every"):
             values[name] = 1
     return values
@@ -126,7 +127,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
                 "precision": "fp32",  # the same results on every machine
                 "validation": {"steps": 2},
             },
-            "methods": {name: shrink(registry.entry("method", name).params) for name in names},
+            "methods": {name: shrink(registry.entry("method", name)) for name in names},
             "evaluation": {"n_examples": 10, "selections": {"last": ["clean"]}},
         }
         if objective == "rst":

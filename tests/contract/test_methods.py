@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import json
 import math
 from collections import Counter
@@ -34,6 +35,10 @@ CPU = torch.device("cpu")
 
 def is_dense(method):
     return registry.entry("method", method).literals.get("DENSE", False)
+
+
+def adapts_sparsity(method):
+    return registry.entry("method", method).literals.get("ADAPTS_SPARSITY", False)
 
 
 def record_of(case, layout):
@@ -86,7 +91,21 @@ def test_export_has_the_requested_number_of_nonzero_weights(method, sparsity, se
     model = case.network(layout, selection)
     asked = keep_count(weight_count(model), case.cell.sparsity)
     slack = 0 if method in EXACT or is_dense(method) else len(prunable(model))
+    if adapts_sparsity(method):
+        record = record_of(case, layout)
+        active = {point["epoch"]: point["active_weights"] for point in record["curve"]}
+        asked, slack = active[record["selected"][selection]["epoch"]], 0
     assert abs(nonzero_count(model) - asked) <= slack
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if adapts_sparsity(name)])
+def test_a_method_that_adapts_its_sparsity_does_so(method, trained):
+    """Otherwise, the tests of resuming would not see it."""
+    case, layout = trained(method)
+    active = [point["active_weights"] for point in record_of(case, layout)["curve"]]
+    first = keep_count(weight_count(case.network(layout, "last")), case.cell.sparsity)
+    assert active[0] == first
+    assert active[-1] != first
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,8 +161,10 @@ def test_best_val_is_the_first_of_the_best_epochs_at_the_target_sparsity(method,
     best = record["selected"]["best_val"]
     own = record["curve"][-case.steps // case.batches :]
     candidates = [point for point in own if point["active_weights"] == nonzero]
-    if not registry.entry("method", method).literals.get("TRAINS_WEIGHTS", True):
-        candidates = own  # it always stores all weights, and uses the requested number
+    if adapts_sparsity(method) or not registry.entry("method", method).literals.get(
+        "TRAINS_WEIGHTS", True
+    ):
+        candidates = own  # any epoch can be selected
     first = max(candidates, key=lambda point: point["val_robust"])  # the first of equal ones
     assert (best["epoch"], best["val_robust"]) == (first["epoch"], first["val_robust"])
 
@@ -181,6 +202,8 @@ def test_peak_active_weights_are_those_of_the_training(method, trained):
 def test_every_objective_ends_at_the_same_sparsity(method, objective, trained):
     case, layout = trained(method, objective=objective)
     reference, reference_layout = trained(method)
+    if adapts_sparsity(method):
+        pytest.skip("its sparsity depends on the course of training")
     assert nonzero_count(case.network(layout, "last")) == nonzero_count(
         reference.network(reference_layout, "last")
     )
@@ -213,6 +236,7 @@ def seen(stage, run):
         "place": (run.epoch, run.step, run.steps, run.lr, run.lr_factor),
         "optimizer": hasattr(run, "optimizer"),
         "connections": run.connections and run.connections.step,
+        "curve": copy.deepcopy(run.curve),
         "model": digest(run.model.state_dict()),
         "stage": digest(stage.state()),
         "random": (digest({"own": run.generator.get_state()}), digest(randomness.state(CPU))),
@@ -396,4 +420,6 @@ def test_every_method_trains_under_every_objective(method, objective, trained):
     assert all(math.isfinite(point["loss"]) for point in record["curve"])
     model = case.network(layout, "last")
     asked = keep_count(weight_count(model), case.cell.sparsity)
+    if adapts_sparsity(method):
+        asked = record["curve"][-1]["active_weights"]
     assert abs(nonzero_count(model) - asked) <= len(prunable(model))

@@ -13,6 +13,7 @@ from robsparse.base.errors import TrainingError
 from robsparse.baselines import (
     admm,
     flyingbird,
+    flyingbird_plus,
     global_magnitude,
     gmp,
     harp,
@@ -125,6 +126,9 @@ DYNAMIC = {
     "flyingbird by gradient": lambda: flyingbird.FlyingBirdStage(
         flyingbird.Params(update_every=1, late_update_every=1, init="erk", growth="gradient")
     ),
+    "flyingbird_plus": lambda: flyingbird_plus.FlyingBirdPlusStage(
+        flyingbird_plus.Params(update_every=1, late_update_every=1)
+    ),  # without validations it is Flying Bird
 }
 
 
@@ -288,6 +292,102 @@ def test_flying_bird_updates_fewer_weights_and_later_less_often():
     assert due == [*range(10, 151, 10), 160, 180]
     assert shares == sorted(shares, reverse=True)
     assert shares[9] == pytest.approx(0.005 + 0.495 * (1 + math.cos(math.pi / 2)) / 2)
+
+
+# ---------------------------------------------------------------- Flying Bird+
+
+FALLS, RISES, SAME = [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], [1, 1, 1, 1, 1]
+
+
+def plus(gaps, losses, epoch=60, net=0, sparsity=0.7, **params):
+    """A stage of 100 epochs before an update, after validations with these gaps and losses."""
+    params = {"update_every": 1, "late_update_every": 1, "init": "erk"} | params
+    values = flyingbird_plus.Params(train={"epochs": 100}, **params)
+    stage, run = started(flyingbird_plus.FlyingBirdPlusStage(values), sparsity, net)
+    run.optimizer.step = lambda: None  # only the update of the mask
+    run.epoch = epoch
+    run.curve = [
+        {"train_accuracy": 0.5 + 0.01 * gap, "val_robust": 0.5, "val_loss": loss}
+        for gap, loss in zip(gaps, losses, strict=True)
+    ]
+    return stage, run
+
+
+@pytest.mark.parametrize(
+    ("gaps", "losses", "epoch", "prunes", "grows"),
+    [
+        (FALLS, FALLS, 60, False, False),
+        (RISES, FALLS, 60, True, False),
+        (FALLS, RISES, 60, False, True),
+        (RISES, RISES, 60, True, True),
+        (RISES, RISES, 50, True, True),  # from the 51st of 100 epochs on
+        (RISES, RISES, 49, False, False),
+        ([9, 1, 2, 3, 2, 1], [9, 1, 2, 3, 2, 1], 60, True, True),  # two of the last four
+        ([1, 2, 3, 2, 1, 0], [1, 2, 3, 2, 1, 0], 60, False, False),  # one of the last four
+        (SAME, SAME, 60, False, True),  # an equal gap did not rise; an equal loss did not fall
+        ([1, 2], [1, 2], 60, True, True),
+        ([1], [1], 60, False, False),
+        ([], [], 60, False, False),
+    ],
+)
+def test_flying_bird_plus_prunes_and_grows_more_while_it_overfits(
+    gaps, losses, epoch, prunes, grows
+):
+    """Compared with lists: which weights are dropped, and which are grown by their gradient."""
+    stage, run = plus(gaps, losses, epoch, growth="gradient", death_rate=0.9, growth_ratio=0.3)
+    torch.manual_seed(3)
+    gradients = {name: torch.randn_like(weight) for name, weight, _ in masked_layers(run.model)}
+    weights = {n: w.detach().abs().flatten().tolist() for n, w, _ in masked_layers(run.model)}
+    old = masks(run)
+    step(stage, run, 20, lambda name, weight: gradients[name].clone())
+    share = 0.005 + (0.9 - 0.005) * (1 + math.cos(math.pi * 21 / 100)) / 2
+    for name, mask in masks(run).items():
+        active = old[name].flatten().nonzero().flatten().tolist()
+        usual = math.ceil(share * len(active))
+        more = math.ceil(share * 0.4 * len(active)) if prunes else 0
+        dropped = sorted(active, key=lambda i: weights[name][i])[: usual + more]
+        free = [i for i in range(mask.numel()) if i not in active or i in dropped]
+        score = gradients[name].abs().flatten().tolist()
+        count = int(usual * 1.3) if grows else usual
+        grown = sorted(free, key=lambda i: -score[i])[:count]
+        expected = sorted({*active} - {*dropped} | {*grown})
+        assert mask.flatten().nonzero().flatten().tolist() == expected
+    if not (prunes and grows):
+        changed = stage.active_weights(run) - keep_count(153, 0.7)
+        assert (changed < 0, changed > 0) == (prunes, grows)
+    log = run.connections.steps()
+    assert log[log.step == 1].active.sum() == stage.active_weights(run)
+
+
+def test_flying_bird_plus_has_the_numbers_of_the_authors_by_default():
+    params = flyingbird_plus.Params()
+    assert (params.compared, params.threshold, params.adapt_from) == (4, 0.5, 0.5)
+    assert (params.prune_ratio, params.growth_ratio) == (0.4, 0.05)
+    assert flyingbird.Params() == flyingbird.Params(
+        **{key: getattr(params, key) for key in flyingbird.Params.model_fields}
+    )
+
+
+@pytest.mark.parametrize("net", [0, 1])
+@pytest.mark.parametrize("growth", ["random", "gradient"])
+def test_flying_bird_plus_never_empties_a_layer_and_leaves_dense_layers_alone(growth, net):
+    stage, run = plus(RISES, FALLS, net=net, sparsity=0.2, growth=growth)
+    before = {name: weight.detach().clone() for name, weight, _ in masked_layers(run.model)}
+    dense = [name for name, mask in masks(run).items() if mask.all()]
+    assert dense
+    for at in range(99):
+        step(stage, run, at)
+    for name, weight, layer in masked_layers(run.model):
+        assert layer.mask.any()
+        assert (weight[~layer.mask] == 0).all()
+        assert name not in dense or torch.equal(weight, before[name])
+    run.curve[:] = [
+        {"train_accuracy": 1 - i, "val_robust": 0.5, "val_loss": 1} for i in range(5)
+    ]  # only growth, until nothing is masked
+    for at in range(99):
+        stage.params = stage.params.model_copy(update={"growth_ratio": 2.0})
+        step(stage, run, at)
+    assert stage.active_weights(run) == weight_count(run.model)
 
 
 # ---------------------------------------------------------------- gradual magnitude pruning

@@ -882,7 +882,25 @@ def test_a_missed_budget_is_marked(tmp_path):
     assert not study_tables.main(material, group)["Clean (%)"].str.contains(formats.MISSED).any()
     material.summary.loc[2, "budget"] = "seed 0: 50 nonzero weights, 40 asked"
     assert "50 nonzero weights, 40 asked" in " ".join(notes.marks(material, group))
-    assert study_tables.main(material, group)["Clean (%)"][2].endswith(formats.MISSED)
+    main = study_tables.main(material, group)
+    assert main["Clean (%)"][2].endswith(formats.MISSED)
+    line = material.summary.loc[2]
+    reached = f"({100 * (1 - line.nonzero / line.prunable):.1f} % reached)"
+    assert main["Sparsity"][2] == f"{formats.percent(line.sparsity)} {reached}"
+    assert not main["Sparsity"].drop(2).str.contains("reached").any()
+    costs = study_tables.cost_table(material, group)
+    assert [reached in text for text in costs["Sparsity"]].count(True) == 1
+
+
+def test_a_missed_budget_is_marked_in_comparisons(tmp_path):
+    material = prepare(tmp_path, layers=[("0", 40), ("3", 160), ("11", 201)])
+    [group] = tidy.groups(material.study)
+    missed = (material.summary.method == "lwm") & (material.summary.sparsity == 0.95)
+    material.summary.loc[missed, "budget"] = "seed 0: 50 nonzero weights, 40 asked"
+    table = study_tables.comparison_table(material, group)
+    marked = table["Baseline accuracy (%)"].str.endswith(formats.MISSED)
+    assert table[marked][["Sparsity", "Baseline"]].to_numpy().tolist() == [["95 %", "LWM"]]
+    assert not table["Accuracy (%)"].str.contains(formats.MISSED).any()
 
 
 def test_variants_are_compared_with_the_plain_method(tmp_path):

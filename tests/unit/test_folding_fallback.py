@@ -380,6 +380,25 @@ def test_view_follows_a_change_of_structure(change):
     assert agree(model, folding.folded_view(model, X), X)
 
 
+def test_a_hook_that_only_reads_leaves_the_view():
+    model, read = build(Net), []
+
+    def keep(module, x, y):
+        read.append(y)
+
+    keep.only_reads = True
+    model.register_forward_hook(keep)
+    view = folding.folded_view(model, X)
+    assert folding.runs_on(view) == "view"
+    read.clear()
+    view(X)
+    assert not read
+    model(X)
+    assert len(read) == 1
+    add_hook(model)
+    assert folding.folded_view(model, X) is model
+
+
 def test_hook_on_all_modules_is_noticed():
     model = build(Net)
     assert folding.runs_on(folding.folded_view(model, X)) == "view"

@@ -430,7 +430,10 @@ def test_validation_equals_a_slow_one(one, monkeypatch):
     model, splits = fresh(study, cell)
     part, threat = splits.validation, study.threat
     attacker = Attacker(threat.eps, study.training.crafting, torch.Generator(), "L2")
-    found = validate(model, part, attacker, 3)
+    found = validate(model, part, attacker, 3, True)
+    assert validate(model, part, attacker, 3) == {
+        name: found[name] for name in ("val_clean", "val_robust")
+    }
     generator = torch.Generator().manual_seed(derive_seed("validate", len(part)))
     model.eval()
     start = perturb.uniform_start(part.x_NCHW, threat.eps, generator, "L2")
@@ -448,9 +451,72 @@ def test_validation_equals_a_slow_one(one, monkeypatch):
         right = (model(x).argmax(1) == part.y_N).sum().item()
         assert found[name] == right / len(part)
         torch.testing.assert_close(seen.pop(0), x)
+    with torch.no_grad():
+        assert found["val_loss"] == pytest.approx(float(F.cross_entropy(model(images), part.y_N)))
 
 
 # ---------------------------------------------------------------- selection and active weights
+
+
+@pytest.mark.parametrize("bn_mode", ["eval", "train"])
+@pytest.mark.parametrize("objective", ["natural", "at", "mat", "trades", "mart"])
+def test_a_stage_that_follows_overfitting_gets_the_accuracy_of_its_training_passes(
+    objective, bn_mode, study_data, one, monkeypatch
+):
+    """Compared with an objective that notes the logits of its passes; images are still viewed."""
+    study_data["training"]["crafting"] |= {"bn_mode": bn_mode}
+    study_data["methods"]["flyingbird_plus"] = {"train": {"epochs": 2}}
+    study, cell, layout = one("flyingbird_plus", objectives=[objective])
+    noted, seen = [], []
+
+    def noting(model, x, y, attacker, beta):
+        passes = []
+
+        class Noting(torch.nn.Module):
+            def __call__(self, images):
+                passes.append(model(images))
+                return passes[-1]
+
+        class Attacking:
+            def attack_labels(self, _, *given):
+                return attacker.attack_labels(model, *given)
+
+            def attack_outputs(self, _, x):
+                return attacker.attack_outputs(model, x)
+
+        loss = ordinary(Noting(), x, y, Attacking(), beta)
+        noted.append(float((passes[-1].argmax(1) == y).double().mean()))
+        return loss
+
+    ordinary = objectives.OBJECTIVES[objective]
+    monkeypatch.setitem(objectives.OBJECTIVES, objective, noting)
+    made = training_session.make_stages
+
+    def make_stages(*given):
+        (stage,) = made(*given)
+        before_epoch = stage.before_epoch
+        stage.before_epoch = lambda run: (seen.append(list(run.curve)), before_epoch(run))
+        return [stage]
+
+    monkeypatch.setattr(training_session, "make_stages", make_stages)
+    loop.train_cell(study, cell, layout, device="cpu")
+    record = json.loads(layout.training(cell).read_text())
+    curve, steps = record["curve"], len(noted) // 2
+    for epoch, point in enumerate(curve):
+        own = noted[epoch * steps : (epoch + 1) * steps]
+        assert point["train_accuracy"] == pytest.approx(sum(own) / steps)
+        assert 0 < point["val_loss"] < 10
+    assert [len(points) for points in seen] == [0, 1]
+    assert seen[1] == curve[:1]
+    expected = {"natural": None}.get(objective, "view" if bn_mode == "eval" else "network")
+    assert record["crafted_on"] == expected
+
+
+def test_no_other_stage_measures_its_training_passes(one):
+    study, cell, layout = one("dense")
+    loop.train_cell(study, cell, layout, device="cpu")
+    for point in json.loads(layout.training(cell).read_text())["curve"]:
+        assert not {"train_accuracy", "val_loss"} & {*point}
 
 
 def test_curve_has_the_mean_loss_and_the_first_learning_rate_of_each_epoch(
