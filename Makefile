@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KERNELS := $(wildcard robsparse/kernels/*.c robsparse/kernels/*.h) robsparse/kernels/sources.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: reproduce test style types install reference clean
@@ -31,7 +32,7 @@ install: $(INSTALLED)
 
 # torch is pinned without a build label. So pip installs a CPU-only build if the package index offers
 # one, and the ordinary build otherwise.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "robsparse needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)

@@ -17,7 +17,14 @@
 
 /* Images that are computed together: rows of one block stay in the cache. Measured: docs/speed.md. */
 #define BLOCK 64
+/* geometry.py has the same two limits: lines of taps, and phases. */
 #define MOST_TAPS 64
+#define MOST_PHASES 256
+
+/* Digest of the sources, from setup.py. */
+#ifndef SOURCES
+#define SOURCES ""
+#endif
 
 typedef struct {
     /* Output pixels (y_first + j * y_step, x_first + i * x_step) for j < height, i < width. */
@@ -192,8 +199,6 @@ static int choose(const char *name) {
 }
 
 /* ------------------------------------------------------------------ all lines of a map */
-
-#define MOST_PHASES 64
 
 #define NUMBERS 11
 
@@ -429,5 +434,7 @@ static struct PyModuleDef MODULE = {.m_base = PyModuleDef_HEAD_INIT,
 
 PyMODINIT_FUNC PyInit__kernels(void) {
     choose("");
-    return PyModule_Create(&MODULE);
+    PyObject *module = PyModule_Create(&MODULE);
+    if (module && PyModule_AddStringConstant(module, "sources", SOURCES) < 0) Py_CLEAR(module);
+    return module;
 }

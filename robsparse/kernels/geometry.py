@@ -13,6 +13,11 @@ import numpy as np
 
 Pair = tuple[int, int]
 
+# Limits of `_kernels.c`.
+MOST_LINES = 64  # lines of a kernel
+MOST_PHASES = 256  # products of the two strides
+MOST_ROWS = 2**31 - 1  # rows of a map, and weights: their numbers are int32
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -63,6 +68,28 @@ class Geometry:
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: if a number is out of its range, or too large for the kernels.
+        """
+        outputs, inputs, lines, columns = self.weight
+        positive = (*self.weight, *self.size, *self.out, *self.stride, *self.dilation)
+        if min(positive) < 1 or min(self.padding) < 0:
+            raise ValueError(f"sparse convolution: {self}: numbers must be positive")
+        reach = max(self.padding) + max(lines, columns) * max(self.dilation)
+        rows = (max(self.size + self.out) + reach) ** 2 * max(inputs, outputs)
+        limits = {
+            "lines of a kernel": (lines, MOST_LINES),
+            "product of the strides": (self.stride[0] * self.stride[1], MOST_PHASES),
+            "rows of a map": (rows, MOST_ROWS),
+            "weights": (outputs * inputs * lines * columns, MOST_ROWS),
+        }
+        for what, (found, most) in limits.items():
+            if found > most:
+                raise ValueError(f"sparse convolution: {self}: {what}: at most {most:,}")
 
     @functools.cached_property
     def forward(self) -> Side:

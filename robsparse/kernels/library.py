@@ -4,17 +4,37 @@ import functools
 import importlib
 from types import ModuleType
 
-_MISSING = (
-    "sparse kernels: not built, so every network is computed on the dense path; "
-    "install a C compiler (e.g. gcc) and install robsparse again"
-)
+from robsparse.kernels import sources
 
 
 @functools.cache
 def library() -> ModuleType | None:
     """Return the compiled module, or None. The first call without it prints one line."""
-    try:
-        return importlib.import_module("robsparse.kernels._kernels")
-    except ImportError:
-        print(_MISSING, flush=True)
+    found = _find()
+    if isinstance(found, str):
+        print(
+            f"sparse kernels: {found}, so every network is computed on the dense path; install "
+            "a C compiler (e.g. gcc), then install robsparse again (`make install`)",
+            flush=True,
+        )
         return None
+    return found
+
+
+def _find() -> ModuleType | str:
+    """Return the compiled module, or the reason why there is none."""
+    try:
+        module = importlib.import_module("robsparse.kernels._kernels")
+    except ModuleNotFoundError:
+        return "not built"
+    except ImportError as error:
+        return f"not loaded ({error})"
+    if module.sources != sources.digest():
+        return "built from other sources than those of this version"
+    return module
+
+
+def instructions() -> str:
+    """Return the instruction set in use, for records: avx512, avx2 or plain; "" without kernels."""
+    module = library()
+    return module.instructions() if module else ""

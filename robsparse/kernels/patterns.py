@@ -9,6 +9,7 @@ repeated run gives the same bits, with any number of threads.
 """
 
 import functools
+import math
 from types import ModuleType
 
 import numpy as np
@@ -74,10 +75,33 @@ class Pattern:
     """The active positions of a layer, for maps of one size.
 
     positions: int64, increasing indices into the flat weight (outputs, inputs, height, width).
+    dtype: float32 or float64.
     """
 
     def __init__(self, geometry: Geometry, positions: Tensor, dtype: torch.dtype) -> None:
+        """Check the positions.
+
+        Raises:
+            ValueError: if there is no kernel for the type, or if the positions are not increasing
+                indices on the CPU.
+        """
+        if dtype not in _ENTRY:
+            raise ValueError(f"sparse convolution: float32 or float64 is needed, not {dtype}")
+        if positions.dtype != torch.int64 or positions.ndim != 1 or not positions.is_cpu:
+            raise ValueError(
+                "sparse convolution: positions must be a list of int64 on the CPU, "
+                f"not {_description(positions)}"
+            )
         self.geometry, self.positions, self.dtype = geometry, positions.contiguous(), dtype
+        if len(positions) and not (
+            positions[0] >= 0
+            and positions[-1] < math.prod(geometry.weight)
+            and bool((positions[1:] > positions[:-1]).all())
+        ):
+            raise ValueError(
+                "sparse convolution: positions must be increasing indices into a weight of shape "
+                f"{geometry.weight}"
+            )
 
     @functools.cached_property
     def forward(self) -> Lists:
@@ -95,10 +119,12 @@ class Pattern:
 class SparseConvolution:
     """A pattern with values: the three products of a sparse convolution.
 
-    values: one value for each position of the pattern.
+    values: one value for each position of the pattern, of the type of the pattern.
+    All methods raise ValueError if a map has another type, shape or layout.
     """
 
     def __init__(self, pattern: Pattern, values: Tensor) -> None:
+        _check_list("values", values, len(pattern.positions), pattern.dtype)
         self.pattern, self.values = pattern, values.contiguous()
 
     @functools.cached_property
@@ -125,6 +151,12 @@ class SparseConvolution:
             rectified: apply the ReLU.
         """
         g = self.pattern.geometry
+        self._check_map("the input", x_NCHW, len(x_NCHW), g.weight[1], g.size)
+        if bias is not None:
+            _check_list("the bias", bias, g.weight[0], self.pattern.dtype)
+            bias = bias.contiguous()
+        if other is not None:
+            self._check_map("the other map", other, len(x_NCHW), g.weight[0], g.out)
         out = empty_map(x_NCHW, g.weight[0], g.out)
         _kernels().gather(
             *self._shared(self.pattern.forward, self._forward, x_NCHW, out), out.data_ptr(),
@@ -142,7 +174,11 @@ class SparseConvolution:
             gate: a map like the input. The gradient is 0 where it is 0 or less: the backward pass
                 of a ReLU that made it.
         """
-        g = self.pattern.geometry
+        g, images = self.pattern.geometry, len(upstream)
+        self._check_map("the gradient", upstream, images, g.weight[0], g.out)
+        for name, given in (("the other gradient", other), ("the gate", gate)):
+            if given is not None:
+                self._check_map(name, given, images, g.weight[1], g.size)
         out = empty_map(upstream, g.weight[1], g.size)
         _kernels().gather(
             *self._shared(self.pattern.backward, self._backward, upstream, out), out.data_ptr(),
@@ -152,7 +188,9 @@ class SparseConvolution:
 
     def weight_gradient(self, x_NCHW: Tensor, upstream: Tensor) -> Tensor:
         """Return the gradient of each value. Both maps have the layout of the kernels."""
-        lists = self.pattern.forward
+        g, lists = self.pattern.geometry, self.pattern.forward
+        self._check_map("the input", x_NCHW, len(x_NCHW), g.weight[1], g.size)
+        self._check_map("the gradient", upstream, len(x_NCHW), g.weight[0], g.out)
         gradient = np.zeros(len(lists.slots), dtype=_ENTRY[self.pattern.dtype]["value"])
         _kernels().weight_gradient(
             *self._shared(lists, self._forward, x_NCHW, upstream), upstream.data_ptr(),
@@ -161,6 +199,21 @@ class SparseConvolution:
         by_position = np.empty_like(gradient)
         by_position[lists.slots] = gradient
         return torch.from_numpy(by_position)
+
+    def _check_map(
+        self, name: str, x_NCHW: Tensor, images: int, channels: int, size: tuple[int, int]
+    ) -> None:
+        expected = (images, channels, *size)
+        if (
+            x_NCHW.shape != expected
+            or x_NCHW.dtype != self.pattern.dtype
+            or not x_NCHW.is_cpu
+            or not is_innermost(x_NCHW)
+        ):
+            raise ValueError(
+                f"sparse convolution: {name} must be {self.pattern.dtype} of shape {expected} on "
+                f"the CPU with images innermost in memory, not {_description(x_NCHW)}"
+            )
 
     def _shared(
         self, lists: Lists, entries: np.ndarray, x: Tensor, out: Tensor
@@ -171,6 +224,21 @@ class SparseConvolution:
             lists.side.count, self.pattern.dtype == torch.float64, torch.get_num_threads(),
             x.data_ptr(),
         )  # fmt: skip
+
+
+def _check_list(name: str, values: Tensor, count: int, dtype: torch.dtype) -> None:
+    if values.shape != (count,) or values.dtype != dtype or not values.is_cpu:
+        raise ValueError(
+            f"sparse convolution: {name} must be {count} numbers of {dtype} on the CPU, "
+            f"not {_description(values)}"
+        )
+
+
+def _description(tensor: Tensor) -> str:
+    return (
+        f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} "
+        f"with strides {tensor.stride()}"
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
