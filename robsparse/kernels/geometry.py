@@ -79,8 +79,8 @@ class Geometry:
         positive = (*self.weight, *self.size, *self.out, *self.stride, *self.dilation)
         if min(positive) < 1 or min(self.padding) < 0:
             raise ValueError(f"sparse convolution: {self}: numbers must be positive")
-        reach = max(self.padding) + max(lines, columns) * max(self.dilation)
-        rows = (max(self.size + self.out) + reach) ** 2 * max(inputs, outputs)
+        beyond = max(self.padding) + max(lines, columns) * max(self.dilation)  # pixels outside
+        rows = (max(self.size + self.out) + beyond) ** 2 * max(inputs, outputs)
         limits = {
             "lines of a kernel": (lines, MOST_LINES),
             "product of the strides": (self.stride[0] * self.stride[1], MOST_PHASES),
