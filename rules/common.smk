@@ -9,6 +9,7 @@ from robsparse.schema.evaluation import Selection
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.loading import load
+from robsparse.base import gpus
 from robsparse.base.errors import UsageError
 from robsparse.figures import REPORT, plots_of, tables_of
 
@@ -78,8 +79,32 @@ def of_figures(wildcards):
     return fingerprints.figures(STUDY, captions).plan
 
 
-def gpus_per_job():
-    return int(STUDY.machine.device == "cuda")
+# True in the run that submits jobs to a cluster, and in those jobs.
+CLUSTER = workflow.nodes is not None or not workflow.is_main_process
+
+
+def gpu_of_job():
+    """Return the number of GPUs that a job requests, as a resource of a rule.
+
+    `device: auto` uses a GPU of this machine if there is one. What a cluster has is not known here:
+    a job gets the number in `default-resources` of the profile.
+    """
+    if CLUSTER and STUDY.machine.device == "auto":
+        return {}
+    wanted = {"cpu": False, "cuda": True, "auto": bool(gpus.visible())}
+    return {"gpu": int(wanted[STUDY.machine.device])}
+
+
+# Jobs on this machine share its GPUs; `--resources gpu=N` changes the number. The scope is local:
+# jobs that are submitted to a cluster do not wait for each other, and a group of jobs that is
+# submitted together uses one GPU.
+resource_scopes:
+    gpu="local",
+
+
+if "gpu" not in workflow.global_resources:
+    places = 1 if CLUSTER else len(gpus.visible()) * STUDY.machine.jobs_per_gpu
+    workflow.register_resource("gpu", max(1, places))
 
 
 def print_result():

@@ -6,6 +6,8 @@ rule collect:
         [f"{ROOT}/{name}" for name in COLLECTED],
     log:
         f"{ROOT}/logs/collect.log",
+    resources:
+        gpu=0,
     params:
         fingerprint=lambda _: fingerprints.collected(STUDY).plan,
     message:
@@ -31,6 +33,8 @@ rule figures:
         report=f"{ROOT}/{REPORT}",
     log:
         f"{ROOT}/logs/figures.log",
+    resources:
+        gpu=0,
     params:
         fingerprint=of_figures,
     message:

@@ -21,9 +21,9 @@ rule train:
         f"{ROOT}/logs/train/{CELL}.benchmark.tsv"
     threads: STUDY.machine.threads
     resources:
-        gpu=gpus_per_job(),
-        mem_mb=STUDY.machine.memory_mb,
-        runtime=STUDY.machine.minutes,
+        **gpu_of_job(),
+        mem_mb=lambda _, attempt: attempt * STUDY.machine.memory_mb,
+        runtime=lambda _, attempt: attempt * STUDY.machine.minutes,
     params:
         cell=CELL,
         fingerprint=of_training,

@@ -2,10 +2,12 @@
 
 import argparse
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from robsparse.base import gpus
 from robsparse.base.errors import UsageError, nearest_match
 from robsparse.schema.evaluation import Selection
 from robsparse.schema.machine import MOST_THREADS
@@ -60,6 +62,13 @@ def add_machine(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU threads (default: the study's machine.threads)",
     )
+
+
+def reserved_gpu(arguments: argparse.Namespace, study: Study) -> AbstractContextManager[None]:
+    """Return a context in which this process has a GPU, if it may use one (`gpus.one_reserved`)."""
+    if (arguments.device or study.machine.device) == "cpu":
+        return nullcontext()
+    return gpus.one_reserved(study.machine.jobs_per_gpu)
 
 
 def add_cell(command: argparse.ArgumentParser) -> None:

@@ -12,8 +12,11 @@ from robsparse.cli.arguments import (
     find_cell,
     load_study,
     positive,
+    reserved_gpu,
 )
-from robsparse.study.cells import Layout
+from robsparse.schema.evaluation import Selection
+from robsparse.study.cells import Cell, Layout
+from robsparse.study.study import Study
 from robsparse.study.targets import Target
 
 
@@ -107,18 +110,31 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     source, target = study.source(cell.method), None
     if arguments.model is not None:
         target = Target.beside_file(arguments.model, source.match)
-    evaluation = importlib.import_module("robsparse.evaluation.evaluate")
-    record = evaluation.evaluate_cell(
-        study,
-        cell,
-        arguments.selection,
-        layout,
-        target=target,
-        fresh=arguments.fresh,
-        device=arguments.device,
-        threads=arguments.threads,
-    )
+    record = _attack(arguments, study, cell, arguments.selection, layout, target)
     print(f"evaluated {cell.key}: {record}")
+
+
+def _attack(
+    arguments: argparse.Namespace,
+    study: Study,
+    cell: Cell,
+    selection: Selection,
+    layout: Layout,
+    target: Target | None,
+) -> Path:
+    evaluation = importlib.import_module("robsparse.evaluation.evaluate")
+    with reserved_gpu(arguments, study):
+        path: Path = evaluation.evaluate_cell(
+            study,
+            cell,
+            selection,
+            layout,
+            target=target,
+            fresh=arguments.fresh,
+            device=arguments.device,
+            threads=arguments.threads,
+        )
+    return path
 
 
 def _evaluate_single(arguments: argparse.Namespace) -> None:
@@ -144,17 +160,8 @@ def _evaluate_single(arguments: argparse.Namespace) -> None:
         target = Target.as_built(arguments.results, source)
     else:
         target = Target.beside_file(source.file, source.match)
-    evaluation = importlib.import_module("robsparse.evaluation.evaluate")
-    path = evaluation.evaluate_cell(
-        study,
-        cell,
-        "last",
-        Layout(arguments.results / study.study),
-        target=target,
-        fresh=arguments.fresh,
-        device=arguments.device,
-        threads=arguments.threads,
-    )
+    layout = Layout(arguments.results / study.study)
+    path = _attack(arguments, study, cell, "last", layout, target)
     print(importlib.import_module("robsparse.evaluation.record").summary(path))
 
 

@@ -13,6 +13,7 @@ from robsparse.cli.arguments import (
     add_machine,
     find_cell,
     load_study,
+    reserved_gpu,
 )
 
 
@@ -26,8 +27,10 @@ def _train(arguments: argparse.Namespace) -> int:
     cell = find_cell(study, arguments.cell)
     training = importlib.import_module("robsparse.training.loop")
     checkpoints = importlib.import_module("robsparse.training.checkpoints")
+    options = {"device": arguments.device, "threads": arguments.threads}
     try:
-        training.train_cell(study, cell, layout, device=arguments.device, threads=arguments.threads)
+        with reserved_gpu(arguments, study):
+            training.train_cell(study, cell, layout, **options)
     except checkpoints.Interrupted as stopped:
         print(f"robsparse: {stopped}", file=sys.stderr)
         return EXIT_INTERRUPTED if stopped.signum == signal.SIGINT else EXIT_RESUME

@@ -18,9 +18,16 @@ class Machine(Strict):
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    jobs_per_gpu: PositiveInt = Field(
+        1, description="jobs that share one GPU at a time, if the jobs run on this machine"
+    )
     threads: PositiveInt = Field(1, le=MOST_THREADS, description="CPU threads of one job")
-    memory_mb: PositiveInt = Field(2000, description="memory that a job requests on a cluster")
-    minutes: PositiveInt = Field(60, description="run time that a job requests on a cluster")
+    memory_mb: PositiveInt = Field(
+        2000, description="memory that a job requests on a cluster; more at each further attempt"
+    )
+    minutes: PositiveInt = Field(
+        60, description="run time that a job requests on a cluster; more at each further attempt"
+    )
     rerun_on_code_change: bool = Field(
         False, description="run jobs again when the code of training or attacks has changed"
     )

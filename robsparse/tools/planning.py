@@ -132,7 +132,7 @@ def _total(study: Study, clock: Clock, total: float, longest: float, cores: int)
     assumed = f"assumes that {ROBUST_SHARE:.0%} of the images survive each attack"
     lines = [f"{hours:.3g} {unit} on {device_name(clock.device)}; {assumed}"]
     if on_gpu:
-        return [*lines, "start it: snakemake --cores N --resources gpu=NUMBER_OF_GPUS"]
+        return [*lines, "start it: snakemake --cores N"]
     at_once = max(1, cores // study.machine.threads)
     wall = max(total / at_once, longest)
     return [

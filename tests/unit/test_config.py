@@ -619,6 +619,7 @@ CHANGES = {
     "study": ("another", set(), set()),
     "small": (False, set(), set()),
     "machine.device": ("cpu", set(), set()),
+    "machine.jobs_per_gpu": (2, set(), set()),
     "machine.threads": (2, set(), set()),
     "machine.memory_mb": (1, set(), set()),
     "machine.minutes": (1, set(), set()),

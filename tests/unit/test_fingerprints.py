@@ -465,7 +465,8 @@ FILES = {
     "figures": "figures/* figures/data/* figures/plots/* figures/tables/* figures/text/*",
     "nothing": """
         robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/study/checks
-        robsparse/study/loading robsparse/study/resolving robsparse/schema/study_file
+        robsparse/base/gpus robsparse/study/loading robsparse/study/resolving
+        robsparse/schema/study_file
         robsparse/sparsity/scores
         robsparse/training/dynamic
         robsparse/evaluation/fast_minimum_norm robsparse/models/resnet robsparse/models/vgg
