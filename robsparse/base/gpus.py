@@ -69,10 +69,8 @@ def _wait_for_place(names: list[str], jobs_per_gpu: int) -> tuple[filelock.BaseF
     return found
 
 
-def _free_place(
-    names: list[str], jobs_per_gpu: int
-) -> tuple[filelock.BaseFileLock, str] | None:
-    """Lock the first free place: first one on each GPU, then a second one on each. None: no place."""
+def _free_place(names: list[str], jobs_per_gpu: int) -> tuple[filelock.BaseFileLock, str] | None:
+    """Lock the first free place: one on each GPU, then a second one on each. None: no place."""
     folder = Path(tempfile.gettempdir(), f"robsparse-gpus-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     for place, name in itertools.product(range(jobs_per_gpu), names):

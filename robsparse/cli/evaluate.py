@@ -110,7 +110,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     source, target = study.source(cell.method), None
     if arguments.model is not None:
         target = Target.beside_file(arguments.model, source.match)
-    record = _attack(arguments, study, cell, arguments.selection, layout, target)
+    record = _attack(arguments, study, cell, arguments.selection, layout=layout, target=target)
     print(f"evaluated {cell.key}: {record}")
 
 
@@ -119,6 +119,7 @@ def _attack(
     study: Study,
     cell: Cell,
     selection: Selection,
+    *,
     layout: Layout,
     target: Target | None,
 ) -> Path:
@@ -161,7 +162,7 @@ def _evaluate_single(arguments: argparse.Namespace) -> None:
     else:
         target = Target.beside_file(source.file, source.match)
     layout = Layout(arguments.results / study.study)
-    path = _attack(arguments, study, cell, "last", layout, target)
+    path = _attack(arguments, study, cell, "last", layout=layout, target=target)
     print(importlib.import_module("robsparse.evaluation.record").summary(path))
 
 
