@@ -6,6 +6,7 @@ lock when the job ends, also after a kill.
 
 import itertools
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
-import pynvml
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _SECONDS = 1.0  # between two looks for a free GPU
@@ -73,8 +73,9 @@ def _free_place(names: list[str], jobs_per_gpu: int) -> tuple[filelock.BaseFileL
     """Lock the first free place: one on each GPU, then a second one on each. None: no place."""
     folder = Path(tempfile.gettempdir(), f"robsparse-gpus-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
+    identities = _identities(names)
     for place, name in itertools.product(range(jobs_per_gpu), names):
-        lock = filelock.FileLock(folder / f"{_identity(name)}.{place}.lock")
+        lock = filelock.FileLock(folder / f"{identities[name]}.{place}.lock")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -83,17 +84,17 @@ def _free_place(names: list[str], jobs_per_gpu: int) -> tuple[filelock.BaseFileL
     return None
 
 
-def _identity(name: str) -> str:
-    """Return the UUID of a GPU. In two containers, the same number may be two different GPUs."""
-    uuids = _uuids()
-    return uuids[int(name)] if name.isdecimal() and int(name) < len(uuids) else name
+def _identities(names: list[str]) -> dict[str, str]:
+    """Return the UUIDs of GPUs. In two containers, the same number may be two different GPUs."""
+    numbered = {str(number): uuid for number, uuid in enumerate(_uuids())}
+    return {name: numbered.get(name, name) for name in names}
 
 
 def _uuids() -> list[str]:
     """Return the UUIDs of the NVIDIA GPUs in the order of the driver; none without a driver."""
+    words = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     try:
-        pynvml.nvmlInit()
-        numbers = range(pynvml.nvmlDeviceGetCount())
-        return [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in numbers]
-    except pynvml.NVMLError:
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         return []
+    return done.stdout.split()

@@ -7,7 +7,6 @@ import tempfile
 from argparse import Namespace
 from contextlib import ExitStack
 
-import pynvml
 import pytest
 
 from robsparse.base import gpus
@@ -22,17 +21,22 @@ def own_locks(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def driver(monkeypatch):
-    """driver(uuids): the NVIDIA driver reports these GPUs."""
+def driver(tmp_path, monkeypatch):
+    """driver(uuids): the tool of the NVIDIA driver reports these GPUs."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
 
     def report(uuids):
-        monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(uuids))
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: uuids[handle])
+        tool.write_text("#!/bin/sh\n" + "".join(f"echo {uuid}\n" for uuid in uuids))
+        tool.chmod(0o755)
 
     report([])
     return report
+
+
+def locks(folder):
+    return [path.name for path in folder.glob("robsparse-gpus-*/*")]
 
 
 @pytest.mark.parametrize(
@@ -57,14 +61,15 @@ def test_without_the_variable_all_gpus_of_the_driver_are_visible(driver):
     assert gpus.visible() == ["0", "1"]
 
 
-def test_without_a_driver_there_is_no_gpu_and_no_lock(monkeypatch, tmp_path):
-    def missing():
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
-
-    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+@pytest.mark.parametrize("tool", [None, "#!/bin/sh\nexit 9\n"])
+def test_without_a_driver_there_is_no_gpu_and_no_lock(tool, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if tool:  # installed, but it finds no driver
+        (tmp_path / "nvidia-smi").write_text(tool)
+        (tmp_path / "nvidia-smi").chmod(0o755)
     with gpus.one_reserved(1):
         assert gpus.VISIBLE not in os.environ
-    assert list(tmp_path.iterdir()) == []
+    assert locks(tmp_path) == []
 
 
 def test_a_single_named_gpu_is_left_alone(monkeypatch, tmp_path):
@@ -72,14 +77,14 @@ def test_a_single_named_gpu_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.setenv(gpus.VISIBLE, "3")
     with gpus.one_reserved(1), gpus.one_reserved(1):
         assert os.environ[gpus.VISIBLE] == "3"
-    assert list(tmp_path.iterdir()) == []
+    assert locks(tmp_path) == []
 
 
 def test_a_single_gpu_that_nobody_named_is_locked(driver, tmp_path):
     driver(["GPU-a"])
     with gpus.one_reserved(1):
         assert os.environ[gpus.VISIBLE] == "0"
-        assert [path.name for path in tmp_path.glob("*/*")] == ["GPU-a.0.lock"]
+        assert locks(tmp_path) == ["GPU-a.0.lock"]
     assert gpus.VISIBLE not in os.environ
 
 
