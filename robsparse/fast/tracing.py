@@ -24,6 +24,7 @@ from robsparse.fast.folded_layers import (
     fold,
     require_plain,
 )
+from robsparse.models._layers import Normalise
 
 _SUMS = (operator.add, torch.add)
 
@@ -64,10 +65,10 @@ def trace(model: nn.Module, x_NCHW: Tensor) -> Program:
 
 
 class _Tracer(fx.Tracer):
-    """Traces each layer with weights as one call, also if it is parametrised."""
+    """Traces each layer with weights or constants as one call, also if it is parametrised."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        weighted = isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
+        weighted = isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d | Normalise)
         return weighted or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -117,6 +117,8 @@ def test_crafted_images_change_in_the_same_direction(name, dtype, steps):
 
 def test_normalised_images():
     model = build("resnet18", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)).double()
+    view = folding.folded_view(model, torch.rand(2, 3, 32, 32, dtype=torch.float64))
+    assert folding.runs_on(view) == "view"
     assert largest_difference(model, torch.rand(2, 3, 32, 32, dtype=torch.float64)) < 1e-10
 
 
