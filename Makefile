@@ -37,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(KERNELS)
 	  { echo "robsparse needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
-	  --constraint constraints.txt --editable '.[robustbench,dev]'
+	  --constraint constraints.txt --editable '.[robustbench,onnx,dev]'
 	@touch $@
 
 # STUDY=ablation_bcs copies another study.

@@ -15,6 +15,8 @@ from robsparse.cli.arguments import (
 )
 from robsparse.schema.evaluation import Selection
 
+_FORMATS = ("compact", "onnx", "robustbench")
+
 
 def add_partial(command: argparse.ArgumentParser) -> None:
     command.add_argument(
@@ -64,15 +66,22 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _add_export(command: argparse.ArgumentParser) -> None:
     add_cell(command)
     add_selection(command)
+    command.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=_FORMATS,
+        help="may be repeated (default: compact, and onnx if its libraries are installed)",
+    )
 
 
 def _export(arguments: argparse.Namespace) -> None:
     study, layout = load_study(arguments)
     cell = find_cell(study, arguments.cell)
     export = importlib.import_module("robsparse.tools.export")
-    path = export.model_info(study, cell, arguments.selection, layout)
-    print(f"{path}: fill in link, name, authors and venue")
-    print(f"{export.copy_weights(cell, arguments.selection, layout)}: the weights")
+    one = export.Exported(study, cell, arguments.selection, layout)
+    for line in export.export(one, arguments.format):
+        print(line)
 
 
 COMMANDS = (
@@ -105,9 +114,10 @@ COMMANDS = (
     Command(
         "export",
         _export,
-        "write a result as an entry for RobustBench",
-        "Writes SELECTION.model_info.json and SELECTION.safetensors (the weights) to "
-        "DIR/STUDY/export/KEY.",
+        "write a network for use elsewhere: a compact file, ONNX, RobustBench",
+        "Writes to DIR/STUDY/export/KEY: SELECTION.compact.safetensors, the nonzero weights, which "
+        "robsparse.load opens in Python; SELECTION.onnx; and for RobustBench "
+        "SELECTION.model_info.json with SELECTION.safetensors.",
         add_arguments=_add_export,
     ),
 )

@@ -15,7 +15,7 @@ from robsparse.evaluation.job import Job
 from robsparse.evaluation.measure import NetworkSize
 from robsparse.evaluation.runner import AttackResult
 from robsparse.evaluation.sanity_checks import Findings
-from robsparse.networks import weights
+from robsparse.networks import compact, weights
 from robsparse.records import provenance
 from robsparse.records.evaluation_record import Record, read_record, write_record
 from robsparse.records.rows import KEY, Row, wilson_interval
@@ -50,7 +50,7 @@ def network_columns(job: Job) -> dict[str, Any]:
         "selection": job.selection,
         "origin": job.origin,
         **(_training_columns(job.training, job.selection) if job.training else {}),
-        "model_bytes": weights.bytes_without_zeros(job.model.state_dict()),
+        "model_bytes": compact.size(job.model.state_dict()),
         "model_checksum": _checksum(job.model, job.weights),
         "data_checksum": job.splits.checksum(),
         **chance_columns(job.splits.test, job.splits.classes),

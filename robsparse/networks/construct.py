@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from robsparse import models
@@ -35,11 +36,17 @@ def build(study: Study, cell: Cell, image_shape: tuple[int, int, int], classes: 
         return zoo.load(source.name, study.base("dataset", cell.dataset), study.threat.norm)
     if source.kind == "callable":
         return call(source.name)
-    params, external = study.archs[cell.arch], study.models.get(cell.method)
-    if external is not None and external.mean is not None:
-        changed = params.model_dump() | {"mean": external.mean, "std": external.std}
-        params = type(params).model_validate(changed)
+    params = arch_params(study, cell)
     return models.build(study.base("arch", cell.arch), params, image_shape, classes)
+
+
+def arch_params(study: Study, cell: Cell) -> BaseModel:
+    """Return the parameters of the arch of a cell; an external model may normalise its images."""
+    params, external = study.archs[cell.arch], study.models.get(cell.method)
+    if external is None or external.mean is None:
+        return params
+    changed = params.model_dump() | {"mean": external.mean, "std": external.std}
+    return type(params).model_validate(changed)
 
 
 def with_weights(

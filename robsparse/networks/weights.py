@@ -32,17 +32,6 @@ def checksum(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def bytes_without_zeros(state: dict[str, Tensor]) -> int:
-    """Return how many bytes the tensors need if each is stored in the smaller of two forms.
-
-    One form has all values. The other has the nonzero values and a position of 4 bytes for each.
-    """
-    return sum(
-        min(value.nbytes, int(value.count_nonzero()) * (value.element_size() + 4))
-        for value in state.values()
-    )
-
-
 def as_bytes(value: Tensor) -> bytes:
     """Return the bytes of a tensor of any type, also of types that NumPy does not have."""
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -62,10 +51,17 @@ def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
         UsageError: if the file is missing or damaged, would run code, has missing, unexpected or
             differently shaped entries, or holds NaN or infinite values. The network is unchanged.
     """
+    fill(model, _read(Path(path)), path, match)
+
+
+def fill(
+    model: nn.Module, tensors: dict[str, Tensor], path: str | Path, match: str = "names"
+) -> None:
+    """Fill a plain network with tensors by name; path: where they come from. See `load_into`."""
     own = model.state_dict()
     state = {
         name if name in own else name.removeprefix("module."): value
-        for name, value in _read(Path(path)).items()
+        for name, value in tensors.items()
     }
     if not any(name.endswith(_COUNTER) for name in state):
         # Outputs do not depend on the counters of batch norm, and some files lack them.

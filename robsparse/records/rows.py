@@ -70,7 +70,7 @@ class Row(BaseModel):
     sparse_macs: NonNegativeInt
     model_bytes: int = Field(
         ge=0,
-        description="bytes of all tensors, each as nonzero values with positions or as all values",
+        description="bytes of all tensors in the compact file that `robsparse export` writes",
     )
 
     selected_epoch: int | None = None

@@ -1,15 +1,17 @@
-"""What is AutoAttack, what is called so, and what leaves the project under that name."""
+"""What leaves the project: what is called AutoAttack, compact files, ONNX."""
 
 import pytest
 import torch
 
-from robsparse.base.errors import UsageError
-from robsparse.base.files import read_json
+from robsparse.base.errors import RunError, UsageError
+from robsparse.base.files import file_checksum, read_json, read_tensors, write_json
+from robsparse.cli import results
 from robsparse.eval.autoattack import Params
 from robsparse.evaluation import record
-from robsparse.networks import weights
+from robsparse.networks import compact, construct, weights
 from robsparse.records.evaluation_record import Record, write_record
 from robsparse.records.rows import Row
+from robsparse.sparsity.layers import prunable
 from robsparse.study.cells import Layout
 from robsparse.tools import export
 
@@ -110,13 +112,13 @@ def recorded(study_data, load_study, tmp_path):
 def test_only_the_standard_version_is_exported_as_autoattack(recorded, version):
     study, cell, layout = recorded(version)
     with pytest.raises(UsageError, match=r"version = .*expected standard"):
-        export.model_info(study, cell, "last", layout)
+        export.model_info(export.Exported(study, cell, "last", layout))
     assert not (layout.root / "export").exists()
 
 
 def test_the_standard_version_is_exported(recorded):
     study, cell, layout = recorded("standard")
-    info = read_json(export.model_info(study, cell, "last", layout))
+    info = read_json(export.model_info(export.Exported(study, cell, "last", layout)))
     assert info["autoattack_acc"] == "50.00"
 
 
@@ -129,8 +131,125 @@ def test_the_accuracies_of_a_record_say_what_ran(recorded):
 
 
 def test_weights_are_copied_beside_the_model_info(recorded):
-    _, cell, layout = recorded("standard")
+    study, cell, layout = recorded("standard")
     weights.save(layout.model(cell, "last"), {"w": torch.eye(3)})
-    path = export.copy_weights(cell, "last", layout)
+    path = export.copy_weights(export.Exported(study, cell, "last", layout))
     assert path.parent == layout.root / "export" / cell.key
     assert path.read_bytes() == layout.model(cell, "last").read_bytes()
+
+
+# ---------------------------------------------------------------- compact files and ONNX
+
+
+@pytest.fixture
+def saved(study_data, load_study, tmp_path):
+    """saved(arch, **params) -> a saved network of a study at sparsity 0.9, to be exported."""
+
+    def save(arch="small_cnn", **params):
+        study_data["grid"]["archs"] = [arch]
+        study_data["archs"] = {arch: params}
+        study, layout = load_study(study_data), Layout(tmp_path / "results")
+        cell = next(cell for cell in study.cells() if cell.method == "lwm")
+        network = construct.build(study, cell, (1, 8, 8), 10)
+        network(torch.rand(16, 1, 8, 8))  # statistics of batch norm
+        with torch.no_grad():
+            for layer in prunable(network).values():
+                layer.weight.mul_(torch.rand_like(layer.weight) < 0.1)
+        path = layout.model(cell, "last")
+        weights.save(path, network.state_dict())
+        record = {"code_version": "1", "settings_digest": "d", "cost": None}
+        write_json(layout.training(cell), record)
+        return export.Exported(study, cell, "last", layout)
+
+    return save
+
+
+def test_compact_file_is_the_network_of_the_cell(saved):
+    one = saved(width=4)
+    [line] = export.export(one, ["compact"])
+    path = one.path("compact.safetensors")
+    assert path == one.layout.root / "export" / one.cell.key / "last.compact.safetensors"
+    back, description = compact.read(path)
+    state = read_tensors(one.layout.model(one.cell, "last"), "pt")
+    assert all(torch.equal(back.state_dict()[name], value) for name, value in state.items())
+    assert line.startswith(f"{path}: {compact.size(state):,} bytes of tensors, ")
+    assert description.dataset == "digits"
+    assert description.provenance == {
+        "study": "tiny",
+        "cell": one.cell.key,
+        "selection": "last",
+        "model_checksum": file_checksum(one.layout.model(one.cell, "last")),
+        "code_version": "1",
+        "settings_digest": "d",
+    }
+
+
+def test_network_of_foreign_code_has_no_compact_file(study_data, load_study, tmp_path):
+    study_data["models"] = {
+        "made": {"callable": "torch.nn:Identity", "dataset": "digits", "objective": "at"}
+    }
+    study = load_study(study_data)
+    [cell] = [cell for cell in study.cells() if cell.method == "made"]
+    one = export.Exported(study, cell, "last", Layout(tmp_path / "results"))
+    with pytest.raises(UsageError, match="expected an arch of this suite for a compact file"):
+        export.export(one, ["compact"])
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arch", "params"),
+    [
+        ("small_cnn", {"width": 4, "mean": [0.4], "std": [0.3]}),
+        ("small_resnet", {"width": 4, "activation": "silu"}),
+        ("preactresnet18", {"padding": "tensorflow"}),
+    ],
+)
+def test_onnx_gives_the_logits_of_the_network_for_any_number_of_images(saved, arch, params):
+    onnx = pytest.importorskip("onnx")
+    one = saved(arch, **params)
+    [line] = export.export(one, ["onnx"])
+    assert line.endswith("equal to the network on 8 test images in onnxruntime")
+    network, splits = one.load()
+    run = export.onnx_session(one.path("onnx"))
+    for images in (splits.test.x_NCHW[:1], splits.test.x_NCHW[:33].contiguous()):
+        expected = network(images)
+        assert (run(images) - expected).abs().max() < 1e-5 * expected.abs().max()
+    graph = onnx.load(one.path("onnx")).graph
+    assert [value.name for value in (*graph.input, *graph.output)] == ["images", "logits"]
+    kinds = {node.op_type for node in graph.node}
+    assert ("BatchNormalization" in kinds) == (arch == "preactresnet18")
+    assert sorted(path.name for path in one.path("onnx").parent.iterdir()) == ["last.onnx"]
+
+
+def test_onnx_file_with_other_logits_is_not_left(saved, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    one = saved(width=4)
+    real = export.onnx_session
+    monkeypatch.setattr(export, "onnx_session", lambda path: lambda x: real(path)(x) * 1.001)
+    with pytest.raises(RunError, match="onnxruntime gives other logits than the network"):
+        export.export(one, ["onnx"])
+    assert list(one.path("onnx").parent.iterdir()) == []
+
+
+def test_without_the_libraries_only_the_compact_file_is_written(saved, monkeypatch):
+    one = saved(width=4)
+    monkeypatch.setattr(export, "_ONNX", ("no_such_library",))
+    lines = export.export(one, [])
+    assert lines[-1] == (
+        "no ONNX file: no_such_library not installed; pip install 'robsparse[onnx]'"
+    )
+    assert [path.name for path in one.path("onnx").parent.iterdir()] == ["last.compact.safetensors"]
+    with pytest.raises(UsageError, match="not installed"):
+        export.export(one, ["onnx"])
+
+
+def test_both_files_are_written_where_the_libraries_are(saved):
+    pytest.importorskip("onnxruntime")
+    one = saved(width=4)
+    assert len(export.export(one, [])) == 2
+    names = {path.name for path in one.path("onnx").parent.iterdir()}
+    assert names == {"last.compact.safetensors", "last.onnx"}
+
+
+def test_formats_of_the_command_line_are_those_of_the_tool():
+    assert set(results._FORMATS) == set(export.FORMATS)

@@ -458,13 +458,13 @@ FILES = {
     """,
     "evaluation": """
         eval/__init__ eval/autoattack eval/clean eval/pgd eval/transfer robsparse/evaluation/*
-        robsparse/datasets/_corruptions
+        robsparse/datasets/_corruptions robsparse/networks/compact
         robsparse/records/evaluation_record robsparse/records/rows robsparse/study/targets
     """,
     "collect": "robsparse/collection/*",
     "figures": "figures/* figures/data/* figures/plots/* figures/tables/* figures/text/*",
     "nothing": """
-        robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/study/checks
+        robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/api/* robsparse/study/checks
         robsparse/base/gpus robsparse/study/loading robsparse/study/resolving
         robsparse/schema/study_file
         robsparse/sparsity/scores

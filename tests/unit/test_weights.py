@@ -64,15 +64,6 @@ def test_files_are_plain_safetensors_and_the_same_bits_come_back(tmp_path):
     assert {name: value.tolist() for name, value in read_tensors(path).items()} == {
         name: value.tolist() for name, value in state.items()
     }
-    assert weights.bytes_without_zeros(state) < 1e6 < path.stat().st_size
-
-
-def test_bytes_without_zeros_by_hand():
-    sparse, dense = torch.zeros(5, 4), torch.ones(3)
-    sparse[0, 0] = sparse[4, 3] = -1.0
-    # 2 values of 4 bytes with 2 positions of 4, and 3 values of 4 bytes: positions would double it
-    assert weights.bytes_without_zeros({"sparse": sparse, "dense": dense}) == 2 * (4 + 4) + 3 * 4
-    assert weights.bytes_without_zeros({"half": sparse.half(), "int": torch.tensor(7)}) == 12 + 8
 
 
 def test_packed_weights_of_an_older_version_are_refused_in_one_line(tmp_path):

@@ -206,9 +206,8 @@ def test_the_same_command_tries_the_failed_cells_again(finished, package):
 def test_a_result_is_exported_in_the_form_of_robustbench(finished, package):
     project, _ = finished
     cell = "digits/small_cnn/lwm/at/s0.9000/seed0"
-    done = project.run(
-        "robsparse", "export", "config/tiny.yaml", "--cell", cell, PYTHONPATH=str(package)
-    )
+    words = ("export", "config/tiny.yaml", "--cell", cell, "--format", "robustbench")
+    done = project.run("robsparse", *words, PYTHONPATH=str(package))
     assert done.returncode == 0, done.stderr
     path = project.root / "results/tiny/export" / cell / "best_val.model_info.json"
     info = json.loads(path.read_text())

@@ -1,0 +1,3 @@
+from robsparse.api.loading import load as load
+
+__version__: str
