@@ -1,4 +1,4 @@
-"""The command line: check, plan, train, evaluate, collect, figures, export, new-method, bench.
+"""The command line. Each module of this package has one group of commands.
 
 Exit codes: 0 done, 1 a run failed, 2 bad input (one line describes it), 75 stopped by a signal, 130
 stopped by Ctrl-C. After 75 or 130 the same command continues the run. Only commands that need torch
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="robsparse",
         description="Train, attack and compare sparse robust networks.",
-        epilog="`snakemake --cores N` calls these commands for a whole study.",
+        epilog="`robsparse run CONFIG` and `snakemake` call these commands for a whole study.",
     )
     parser.add_argument("--version", action="version", version=f"robsparse {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

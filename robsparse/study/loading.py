@@ -31,7 +31,7 @@ def load(path: str | Path) -> Study:
     Raises:
         UsageError: one line for each error: file, key, value, what was expected, nearest match.
     """
-    return validate(_read(Path(path)), str(path))
+    return validate(read(Path(path)), str(path))
 
 
 def validate(data: Any, path: str) -> Study:
@@ -52,7 +52,7 @@ def validate(data: Any, path: str) -> Study:
     raise UsageError("\n".join(f"{path}: {line}" for line in lines))
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
     """The content of a YAML file.
 
     Raises:
