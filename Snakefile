@@ -31,6 +31,7 @@ onsuccess:
 # snakemake runs the failed jobs again.
 onerror:
     shell(
-        "robsparse collect {STUDY_FILE:q} --partial > /dev/null 2>&1"
+        "unset ROBSPARSE_PARENT;"
+        " robsparse collect {STUDY_FILE:q} --partial > /dev/null 2>&1"
         " && robsparse figures {STUDY_FILE:q} --partial || true"
     )

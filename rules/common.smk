@@ -11,14 +11,21 @@ from robsparse.study.cells import Cell, Layout
 from robsparse.study.loading import load
 from robsparse.base import gpus
 from robsparse.base.errors import UsageError
+from robsparse.base.runs import begin_run
 from robsparse.figures import REPORT, plots_of, tables_of
 
 # A study is one file, so this is the configfile of the command line and not the merged `config`.
 # The file name is not a parameter of a rule: only the content decides what runs again.
 STUDY_FILE = os.path.relpath((workflow.configfiles or ["config/quick.yaml"])[0])
 
-# Jobs use the `robsparse` of this Python, even if its environment is not activated.
-shell.prefix(f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH; ")
+# Jobs use the `robsparse` of this Python, even if its environment is not activated. They end with
+# this process; therefore rules call `exec robsparse`, with no shell in between.
+shell.prefix(
+    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH ROBSPARSE_PARENT=$PPID; "
+)
+
+if workflow.is_main_process:
+    RUN = begin_run(Path(".snakemake"))
 
 
 def load_study():

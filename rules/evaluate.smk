@@ -31,6 +31,6 @@ rule evaluate:
     message:
         "attack {params.cell} ({wildcards.selection})"
     shell:
-        "robsparse evaluate {STUDY_FILE:q} --cell {params.cell:q}"
+        "exec robsparse evaluate {STUDY_FILE:q} --cell {params.cell:q}"
         " --selection {wildcards.selection:q}"
         " --threads {threads} > {log:q} 2>&1"

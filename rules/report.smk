@@ -13,7 +13,7 @@ rule collect:
     message:
         "collect the records of {STUDY.study}"
     shell:
-        "robsparse collect {STUDY_FILE:q} > {log:q} 2>&1"
+        "exec robsparse collect {STUDY_FILE:q} > {log:q} 2>&1"
 
 
 rule figures:
@@ -40,4 +40,4 @@ rule figures:
     message:
         "draw the tables and plots of {STUDY.study}"
     shell:
-        "robsparse figures {STUDY_FILE:q} > {log:q} 2>&1"
+        "exec robsparse figures {STUDY_FILE:q} > {log:q} 2>&1"

@@ -30,4 +30,4 @@ rule train:
     message:
         "train {params.cell}"
     shell:
-        "robsparse train {STUDY_FILE:q} --cell {params.cell:q} --threads {threads} > {log:q} 2>&1"
+        "exec robsparse train {STUDY_FILE:q} --cell {params.cell:q} --threads {threads} > {log:q} 2>&1"

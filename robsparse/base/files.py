@@ -1,4 +1,4 @@
-"""Atomic writing of files, JSON, safetensors and checksums. This module does not import torch."""
+"""Atomic writing, locks, JSON, safetensors and checksums. This module does not import torch."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 from safetensors import safe_open
 
 from robsparse.base.errors import UsageError
@@ -50,6 +51,28 @@ def check_writable(folder: Path) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:
     return UsageError(f"{folder}: cannot write results here ({error.strerror})")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of the folder inside the block.
+
+    Raises:
+        UsageError: if another process is running the same job, or the folder is not writable.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UsageError(f"{folder}: another process is running the same job") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

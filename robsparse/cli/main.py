@@ -11,6 +11,7 @@ from pathlib import Path
 
 from robsparse import __version__
 from robsparse.base.errors import RunError, UsageError
+from robsparse.base.parent import end_with_parent
 from robsparse.cli import evaluate, lists, results, studies, tools, train
 from robsparse.cli.arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Command
 
@@ -26,6 +27,7 @@ COMMANDS: tuple[Command, ...] = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
+    end_with_parent()
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0

@@ -5,6 +5,7 @@ An interrupted evaluation continues from its cache.
 
 import hashlib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robsparse.base import registry
 from robsparse.base.files import atomic
 from robsparse.compute import perturb, randomness
 from robsparse.compute.machine import device_name
@@ -55,21 +55,36 @@ class Cache:
         with atomic(path) as temporary, temporary.open("wb") as handle:
             np.savez_compressed(handle, **arrays)
 
+    def keep(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
+        """Return the arrays of a result. If it is not finished, compute and store it."""
+        found = self.get(name)
+        if found is None:
+            found = {key: np.asarray(value) for key, value in compute().items()}
+            self.put(name, **found)
+        return found
+
+    def clear(self) -> None:
+        """Remove all results from the folder, of any basis."""
+        if self.folder is not None:
+            for path in self.folder.glob("*.npz"):
+                path.unlink()
+
     def _path(self, folder: Path, name: str) -> Path:
         digest = hashlib.sha256(f"{self.basis}\x1f{name}".encode()).hexdigest()[:24]
         return folder / f"{digest}.npz"
 
 
-def cache_basis(network: str, attack: str, device: torch.device, **decided: Any) -> str:
+def cache_basis(network: str, module: str, device: torch.device, **decided: Any) -> str:
     """Return a digest of everything that decides the results of one attack, but its parameters.
+
+    The sanity checks count as one attack.
 
     Args:
         network: `network_digest` of the attacked network and the images.
-        attack: the registered name of the attack. The digest includes its code.
+        module: the module of the attack. The digest includes its code.
         device: the device of the attack. The digest includes the name of a GPU.
         decided: all other values, such as norm, eps, seed and batch size.
     """
-    module = registry.entry("attack", attack).module
     name = "cpu" if device.type == "cpu" else device_name(device)
     return fingerprints.cached_attack(network, module, device=name, **decided)
 

@@ -6,9 +6,11 @@ It uses only a plain torch model and test images, never a method.
 import shutil
 from pathlib import Path
 
+from robsparse.base.files import locked
 from robsparse.compute.machine import pick_device, prepare
 from robsparse.evaluation import corruptions, record, sanity_checks
 from robsparse.evaluation import job as jobs
+from robsparse.evaluation.cache import Cache
 from robsparse.evaluation.measure import measure_network
 from robsparse.evaluation.runner import attack_model, evaluation_errors
 from robsparse.schema.evaluation import Selection
@@ -41,36 +43,49 @@ def evaluate_cell(
 
     Raises:
         UsageError: if the weights are missing or damaged, the images are not what an attack
-            expects, or the network does not map them to logits. Nothing is written then.
+            expects, the network does not map them to logits, or another process evaluates the
+            same network. Nothing is written then.
         EvaluationError: if the evaluation fails later. The cache then has the finished parts.
     """
     prepare(threads or study.machine.threads)
     where = pick_device(device or study.machine.device)
     job = jobs.resolve(study, cell, selection, layout, target=target, device=where)
-    if fresh:
+    with locked(job.cache):
+        if fresh:
+            Cache(job.cache).clear()
+        _measure(job)
         shutil.rmtree(job.cache, ignore_errors=True)
+    return job.record
+
+
+def _measure(job: jobs.Job) -> None:
+    """Attack the network of a job, and write the results. Finished parts go to the cache."""
+    study, cell, device = job.study, job.cell, job.device
     with evaluation_errors("counting weights"):
         size = measure_network(job.model, job.splits.image_shape)
     with evaluation_errors("corruptions"):
         corrupted = corruptions.measure(
-            job.model, job.examples, study.evaluation, cell.dataset, where
+            job.model, job.examples, study.evaluation, cell.dataset, device
         )
     planned = study.planned[cell]
     results = attack_model(
         job.model,
         job.examples,
-        planned.attacks[selection],
+        planned.attacks[job.selection],
         seed=study.evaluation.seed,
         batch_size=study.evaluation.batch_size,
-        device=where,
+        device=device,
         cache=job.cache,
         surrogate=job.surrogate,
         folded=not study.source(cell.method).foreign,
     )
     with evaluation_errors("sanity checks"):
         findings = sanity_checks.examine(
-            job.model, job.examples, study.evaluation, planned.sanity_check_threat, where
+            job.model,
+            job.examples,
+            study.evaluation,
+            planned.sanity_check_threat,
+            device,
+            folder=job.cache,
         )
     record.write(job, size, results, findings, corrupted)
-    shutil.rmtree(job.cache, ignore_errors=True)
-    return job.record

@@ -168,7 +168,7 @@ class _Run:
             other = network_digest(self.surrogate(attack.surrogate), self.examples, self.device)
         basis = cache_basis(
             self.digest,
-            attack.base,
+            registry.entry("attack", attack.base).module,
             self.device,
             norm=context.norm,
             eps=context.eps,

@@ -7,7 +7,10 @@ Sources: Athalye et al., ICML 2018, section 3.1 (signs of obfuscated gradients);
 evaluating adversarial robustness", 2019; the checks of AutoAttack (Croce and Hein, ICML 2020).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from robsparse.compute import perturb
 from robsparse.datasets import Part
 from robsparse.evaluation.attacks import Outcome
+from robsparse.evaluation.cache import Cache, cache_basis, network_digest
 from robsparse.evaluation.random_search import random_search
 from robsparse.evaluation.tally import in_batches
 from robsparse.schema.evaluation import Evaluation
@@ -56,26 +60,68 @@ def passes(settings: Evaluation) -> tuple[int, int]:
 
 
 def examine(
-    model: nn.Module, examples: Part, settings: Evaluation, threat: Threat, device: torch.device
+    model: nn.Module,
+    examples: Part,
+    settings: Evaluation,
+    threat: Threat,
+    device: torch.device,
+    *,
+    folder: Path | None = None,
 ) -> Findings:
-    """Run the sanity checks on the first images. The network is not changed."""
+    """Run the sanity checks on the first images. The network is not changed.
+
+    folder: folder of the cache, or None for no cache. Checks that have finished are taken from it.
+    """
     n = min(settings.sanity_checks.n_examples, len(examples))
     if not n:
         return Findings()
     part = Part(examples.x_NCHW[:n], examples.y_N[:n])
     checks = _Checks(model, part, settings.batch_size, device)
+    cache = _cache(folder, model, part, settings, threat=threat, device=device)
+
+    def kept(name: str, compute: Callable[[], Tensor]) -> Tensor:
+        return torch.from_numpy(cache.keep(name, lambda: {"value": compute().numpy()})["value"])
+
     with perturb.no_parameter_gradients(model):
         numbers = {"examined": float(n), **checks.outputs()}
-        numbers["zero_gradient"] = checks.zero_gradients() / max(1, int(checks.correct.sum()))
-        numbers["huge_eps"] = float(checks.survive_pgd(HUGE, HUGE_STEPS).float().mean())
+        flat = kept("zero gradient", checks.zero_gradients)
+        numbers["zero_gradient"] = int(flat.sum()) / max(1, int(checks.correct.sum()))
+        survive = kept("huge eps", lambda: checks.survive_pgd(HUGE, HUGE_STEPS))
+        numbers["huge_eps"] = float(survive.float().mean())
         for steps in STEPS:
-            survive = checks.survive_pgd(threat.eps, steps, threat.norm)
+            survive = kept(
+                f"pgd {steps}", partial(checks.survive_pgd, threat.eps, steps, threat.norm)
+            )
             numbers[f"pgd_{steps}"] = float(survive.float().mean())
-        broken = checks.broken_by_search(
-            survive, threat, settings.sanity_checks.queries, settings.seed
-        )
-        numbers["black_box_only"] = float(broken) / n
+        queries, seed = settings.sanity_checks.queries, settings.seed
+        broken = kept("search", lambda: checks.broken_by_search(survive, threat, queries, seed))
+        numbers["black_box_only"] = float(broken.sum()) / n
     return Findings(numbers, tuple(_reasons(numbers)))
+
+
+def _cache(
+    folder: Path | None,
+    model: nn.Module,
+    part: Part,
+    settings: Evaluation,
+    *,
+    threat: Threat,
+    device: torch.device,
+) -> Cache:
+    """Return the cache of the checks on one network, or one that stores nothing."""
+    if folder is None:
+        return Cache(None)
+    basis = cache_basis(
+        network_digest(model, part, device),
+        __name__,
+        device,
+        norm=threat.norm,
+        eps=threat.eps,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        queries=settings.sanity_checks.queries,
+    )
+    return Cache(folder, basis)
 
 
 def _reasons(numbers: dict[str, float]) -> list[str]:
@@ -137,20 +183,19 @@ class _Checks:
         found["chance"] = int(self.part.y_N.bincount().max()) / len(self.part)
         return found
 
-    def zero_gradients(self) -> int:
-        """Return the number of correct images with a gradient of 0."""
-        count = 0
+    def zero_gradients(self) -> Tensor:
+        """Return which correct images have a gradient of 0 (bool N)."""
+        found = torch.zeros_like(self.correct)
 
         def check(where: slice) -> None:
-            nonlocal count
             x = self.part.x_NCHW[where].to(self.device).requires_grad_(True)
             y = self.part.y_N[where].to(self.device)
             (gradient,) = torch.autograd.grad(perturb.cross_entropy_of(y)(self.model(x)), x)
             flat = gradient.flatten(1).abs().amax(1).cpu() == 0
-            count += int((self.correct[where] & flat).sum())
+            found[where] = self.correct[where] & flat
 
         in_batches(len(self.part), self.size, check, print)
-        return count
+        return found
 
     def survive_pgd(self, eps: float, steps: int, norm: str = "Linf") -> Tensor:
         """Return which images stay correct under PGD from one random start (bool N)."""
@@ -176,13 +221,12 @@ class _Checks:
         in_batches(len(self.part), self.size, check, print)
         return survive
 
-    def broken_by_search(self, among: Tensor, threat: Threat, queries: int, seed: int) -> int:
-        """Return how many of the images `among` (bool N) random search breaks."""
+    def broken_by_search(self, among: Tensor, threat: Threat, queries: int, seed: int) -> Tensor:
+        """Return which of the images `among` (bool N) random search breaks (bool N)."""
         index = among.nonzero().squeeze(1)
-        broken = 0
+        broken = torch.zeros_like(among)
 
         def check(where: slice) -> None:
-            nonlocal broken
             x, y = self.part.x_NCHW[index[where]], self.part.y_N[index[where]]
             x, y = x.to(self.device), y.to(self.device)
             found = random_search(
@@ -196,7 +240,7 @@ class _Checks:
                 seed=seed,
             )
             with torch.no_grad():
-                broken += int((self.model(found).argmax(1) != y).sum())
+                broken[index[where]] = (self.model(found).argmax(1) != y).cpu()
 
         in_batches(len(index), self.size, check, print)
         return broken

@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
-from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic
 
 _SUM = hashlib.sha256().digest_size
@@ -60,28 +58,6 @@ class StopRequest:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of the folder inside the block.
-
-    Raises:
-        UsageError: if another process is running the same job, or the folder is not writable.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot write results here ({error.strerror})") from None
-    lock = filelock.FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UsageError(f"{folder}: another process is running the same job") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Checkpoint:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from robsparse.base.errors import TrainingError, UsageError
-from robsparse.base.files import atomic
+from robsparse.base.files import atomic, locked
 from robsparse.compute.machine import computing, pick_device, prepare
 from robsparse.networks import external
 from robsparse.sparsity.masks import effective_weights
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
-from robsparse.training.checkpoints import Interrupted, StopRequest, locked
+from robsparse.training.checkpoints import Interrupted, StopRequest
 from robsparse.training.objectives import Attacker, Objective
 from robsparse.training.recorder import Recorder, write_results
 from robsparse.training.resuming import Position, RunState

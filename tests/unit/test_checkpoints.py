@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from robsparse.base.errors import UsageError
-from robsparse.training.checkpoints import Checkpoint, Interrupted, StopRequest, locked
+from robsparse.base.files import locked
+from robsparse.training.checkpoints import Checkpoint, Interrupted, StopRequest
 
 # ---------------------------------------------------------------- the lock
 
@@ -42,7 +43,7 @@ def test_lock_is_released_after_the_block(fails, tmp_path):
 def test_second_process_is_refused_and_a_killed_process_leaves_no_lock(tmp_path):
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from robsparse.training.checkpoints import locked\n"
+        "from robsparse.base.files import locked\n"
         "with locked(Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"

@@ -612,15 +612,40 @@ def test_cache_is_deleted_after_the_record_is_written_or_before_with_fresh(
     (parts / "kept.npz").write_bytes(b"of a killed run")
     examine = sanity_checks.examine
 
-    def looking(*words):
-        seen.extend(path.name for path in parts.iterdir())
-        return examine(*words)
+    def looking(*words, **options):
+        seen.extend(path.name for path in parts.glob("*.npz"))
+        return examine(*words, **options)
 
     monkeypatch.setattr(sanity_checks, "examine", looking)
     evaluate_cell(study, cell, "last", layout, device="cpu", fresh=fresh)
     assert ("kept.npz" in seen) != fresh
     assert len(seen) == 2 + ("kept.npz" in seen)
     assert not parts.exists()
+
+
+def test_second_evaluation_of_a_network_that_is_being_attacked_ends_in_one_line(
+    study_data, load_study, tmp_path, monkeypatch
+):
+    study_data["evaluation"] |= {"n_examples": 4, "batch_size": 4}
+    study_data["evaluation"]["selections"] = {"last": ["clean"]}
+    study = load_study(study_data)
+    cell, layout = study.cells()[0], Layout(tmp_path / "run")
+    weights.save(layout.model(cell, "last"), small_cnn().state_dict())
+    examine, refused = sanity_checks.examine, []
+
+    def meanwhile(*words, **options):
+        """A second evaluation starts while the first one has finished its attacks."""
+        for fresh in (False, True):
+            with pytest.raises(UsageError, match="another process is running the same job"):
+                evaluate_cell(study, cell, "last", layout, device="cpu", fresh=fresh)
+            refused.append(len([*layout.cache(cell, "last").glob("*.npz")]))
+        return examine(*words, **options)
+
+    monkeypatch.setattr(sanity_checks, "examine", meanwhile)
+    evaluate_cell(study, cell, "last", layout, device="cpu")
+    assert refused == [1, 1]  # the finished attack is still in the cache of the first one
+    monkeypatch.setattr(sanity_checks, "examine", examine)
+    evaluate_cell(study, cell, "last", layout, device="cpu")  # the lock was released
 
 
 def test_evaluation_of_other_weights_does_not_touch_the_cache_of_the_cell(

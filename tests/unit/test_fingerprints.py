@@ -465,7 +465,8 @@ FILES = {
     "figures": "figures/* figures/data/* figures/plots/* figures/tables/* figures/text/*",
     "nothing": """
         robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/api/* robsparse/study/checks
-        robsparse/base/gpus robsparse/study/loading robsparse/study/resolving
+        robsparse/base/gpus robsparse/base/parent robsparse/base/runs
+        robsparse/study/loading robsparse/study/resolving
         robsparse/schema/study_file
         robsparse/sparsity/scores
         robsparse/training/dynamic

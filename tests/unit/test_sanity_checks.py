@@ -19,14 +19,14 @@ EPS = 0.1
 IMAGES = 100
 
 
-def examine(model: nn.Module, part: Part, **changes) -> sanity_checks.Findings:
+def examine(model: nn.Module, part: Part, folder=None, **changes) -> sanity_checks.Findings:
     settings = Evaluation(
         n_examples=len(part),
         batch_size=64,
         selections={"last": ["clean"]},
         sanity_checks=SanityChecks(**{"n_examples": IMAGES, "queries": 300} | changes),
     )
-    return sanity_checks.examine(model.eval(), part, settings, Threat(eps=EPS), CPU)
+    return sanity_checks.examine(model.eval(), part, settings, Threat(eps=EPS), CPU, folder=folder)
 
 
 class Wrapped(nn.Module):
@@ -181,6 +181,73 @@ def test_network_that_is_always_wrong_is_not_flagged(known_network):
     assert found.numbers["pgd_10"] == 0
 
 
+# ---------------------------------------------------------------- an interrupted evaluation
+
+
+class Killed(BaseException):
+    """Like KeyboardInterrupt, nothing catches it."""
+
+
+@pytest.fixture
+def steps_of_pgd(monkeypatch):
+    """Each call appends the steps of PGD, or "search"; `stop_at` raises Killed there."""
+    called, stop_at = [], []
+    ascend, search = perturb.ascend, sanity_checks.random_search
+
+    def counted(name, function, *words, **options):
+        called.append(name)
+        if name in stop_at:
+            raise Killed
+        return function(*words, **options)
+
+    monkeypatch.setattr(perturb, "ascend", lambda *w, **o: counted(o["steps"], ascend, *w, **o))
+    monkeypatch.setattr(
+        sanity_checks, "random_search", lambda *w, **o: counted("search", search, *w, **o)
+    )
+    return called, stop_at
+
+
+@pytest.mark.parametrize("killed_in", [20, 50, 200, "search"])
+def test_finished_checks_of_a_killed_evaluation_are_not_done_again(
+    killed_in, known_network, steps_of_pgd, tmp_path
+):
+    model, part = known_network
+    called, stop_at = steps_of_pgd
+    expected = examine(model, part)
+    order = list(dict.fromkeys(called))
+    assert order == [20, 10, 50, 200, "search"]
+    stop_at.append(killed_in)
+    with pytest.raises(Killed):
+        examine(model, part, tmp_path)
+    stop_at.clear()
+    called.clear()
+    assert examine(model, part, tmp_path) == expected
+    assert list(dict.fromkeys(called)) == order[order.index(killed_in) :]
+    called.clear()
+    assert examine(model, part, tmp_path) == expected
+    assert called == []
+
+
+@pytest.mark.parametrize("change", ["queries", "images", "network", "eps"])
+def test_checks_of_another_network_or_setting_are_not_taken_from_the_cache(
+    change, known_network, steps_of_pgd, tmp_path, monkeypatch
+):
+    model, part = known_network
+    called, _ = steps_of_pgd
+    examine(model, part, tmp_path)
+    called.clear()
+    options = {"queries": 301} if change == "queries" else {}
+    if change == "images":
+        options["n_examples"] = IMAGES - 1
+    if change == "network":
+        model = copy.deepcopy(model)
+        next(model.parameters()).data += 1e-3
+    if change == "eps":
+        monkeypatch.setitem(globals(), "EPS", 0.11)
+    examine(model, part, tmp_path, **options)
+    assert set(called) == {20, 10, 50, 200, "search"}
+
+
 # ---------------------------------------------------------------- numbers and limits by hand
 
 HONEST = {
@@ -279,11 +346,11 @@ def test_images_without_a_gradient_are_counted_among_the_correct_ones():
     checks = sanity_checks._Checks(Steps(), SLOPED, 3, CPU)
     checks.outputs()
     assert checks.correct.tolist() == [False, True, True, True]
-    assert checks.zero_gradients() == 0
+    assert checks.zero_gradients().tolist() == [False] * 4
     flat = Part(SLOPED.x_NCHW * 0.8, SLOPED.y_N)  # no pixel of the first three images is above 0.45
     checks = sanity_checks._Checks(Steps(), flat, 3, CPU)
     checks.outputs()
-    assert checks.zero_gradients() == 2
+    assert int(checks.zero_gradients().sum()) == 2
 
 
 def test_sum_of_pgd_steps_is_two_and_a_half_times_eps(monkeypatch):
@@ -310,7 +377,8 @@ def test_random_search_attacks_only_the_survivors(monkeypatch):
     monkeypatch.setattr(sanity_checks, "random_search", search)
     checks = sanity_checks._Checks(Slope(), SLOPED, 2, CPU)
     among = torch.tensor([False, True, True, True])
-    assert checks.broken_by_search(among, Threat(norm="L2", eps=0.3), 7, 5) == 3
+    broken = checks.broken_by_search(among, Threat(norm="L2", eps=0.3), 7, 5)
+    assert broken.tolist() == among.tolist()
     options = {"norm": "L2", "eps": 0.3, "queries": 7, "restarts": 1, "seed": 5}
     assert seen == [(2, [1, 1], options), (1, [1], options)]
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -407,6 +408,34 @@ def print_and_wait(*words, plain=print, **options):
 if "train" in sys.orig_argv:
     builtins.print = print_and_wait
 """
+
+
+def test_killed_snakemake_takes_its_job_with_it_and_the_same_command_goes_on(study, project):
+    """SIGKILL: Snakemake can neither stop its job nor remove its lock."""
+    study["grid"]["methods"] = ["dense"]
+    project.write(study)
+    command = ("snakemake", "--cores", "1", "trained", "--configfile", STUDY)
+    (project.root / "sitecustomize.py").write_text(WAIT_AFTER_THE_FIRST_LINE)
+    held = project.root / "held"
+    os.mkfifo(held)
+    environment = {"PYTHONPATH": str(project.root)}
+    process = project.start(*command, environment=environment)
+    with held.open("w"):  # opens when the job opens its end, after its first line
+        process.kill()
+        process.wait()
+        held.unlink()
+    key = "digits/small_cnn/dense/at/s0.0000/seed0"
+    with filelock.FileLock(project.root / f"results/tiny/resume/{key}/lock"):
+        pass  # the job has ended
+    process.communicate()
+    log = project.root / f"results/tiny/logs/train/{key}.log"
+    assert "stopped by SIGTERM" in log.read_text()
+    assert list(project.root.glob(".snakemake/locks/*.lock"))
+    done = project.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "removed the lock of a run that was killed" in done.stderr
+    assert log.read_text().startswith(f"resuming {key}")
+    assert not list(project.root.glob(".snakemake/locks/*.lock"))
 
 
 def test_ctrl_c_leaves_nothing_half_written_and_the_same_command_goes_on(study, project):
