@@ -56,7 +56,12 @@ class HarpFinetune(Finetune):
 
 
 class Params(Strict):
-    """prune: training of scores and shares. finetune: training of the weights that are kept."""
+    """Hyperparameters.
+
+    prune: training of scores and shares.
+    finetune: training of the weights that are kept.
+    score_init: scores that the training starts with: scaled |w| as in HYDRA, or random.
+    """
 
     prune: Prune = Prune()
     finetune: HarpFinetune = HarpFinetune()

@@ -25,6 +25,8 @@ class Params(Strict):
 
     Every stage has a Fit: epochs, lr, schedule, weight decay. FromScratch and Finetune are Fits
     with common defaults.
+
+    finetune: the stage.
     """
 
     finetune: Finetune = Finetune()

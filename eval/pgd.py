@@ -24,6 +24,8 @@ LABEL = "PGD"
 class Params(AttackParams):
     """The first step has the length relative_step * eps / steps.
 
+    steps, restarts: numbers of steps, and of starts for each image.
+    relative_step: length of all steps together, as a multiple of eps.
     rule: later steps have the same length, or it falls to 0 along a cosine.
     start: drawn uniformly from the ball, or the clean image.
     """

@@ -15,7 +15,11 @@ LABEL = "Square"
 
 
 class Params(AttackParams):
-    """queries: forward passes for each image and restart."""
+    """Budget of the search.
+
+    queries: forward passes for each image and restart.
+    restarts: number of searches for each image.
+    """
 
     queries: PositiveInt = 5000
     restarts: PositiveInt = 1

@@ -19,7 +19,11 @@ LABEL = "Black-box transfer attack"
 
 
 class Params(AttackParams):
-    """Each step has the length relative_step * eps / steps. The start is uniform and random."""
+    """Each step has the length relative_step * eps / steps. The start is uniform and random.
+
+    steps: number of steps.
+    relative_step: length of all steps together, as a multiple of eps.
+    """
 
     surrogate: Name = Field(
         "dense",

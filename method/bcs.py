@@ -69,7 +69,10 @@ class Train(Fit):
 
 
 class Params(Strict):
-    """Hyperparameters. The defaults are the authors', except for `init` and `waking`."""
+    """Hyperparameters. The defaults are the authors', except for `init` and `waking`.
+
+    train: the only stage.
+    """
 
     train: Train = Train()
     init: Literal["strict", "authors", "erk", "uniform"] = Field(

@@ -1,12 +1,15 @@
-"""Commands that say what there is: list."""
+"""Commands that say what there is and what a config may hold: list and schema."""
 
 import argparse
 import ast
+import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
+from robsparse.base.files import atomic
 from robsparse.cli.arguments import Command
 from robsparse.study import loading
 
@@ -65,6 +68,33 @@ def _studies(folder: Path) -> Iterator[tuple[str, str]]:
             yield str(path), f"{study.title} ({len(study.cells())} networks)"
 
 
+def _add_schema(command: argparse.ArgumentParser) -> None:
+    form = command.add_mutually_exclusive_group()
+    form.add_argument(
+        "--page", action="store_true", help="print the reference page of all keys in Markdown"
+    )
+    form.add_argument(
+        "--write",
+        action="store_true",
+        help="write config/schema.json and docs/config.md in this folder",
+    )
+
+
+def _schema(arguments: argparse.Namespace) -> None:
+    schema = importlib.import_module("robsparse.schema.json_schema").build()
+    text = f"{json.dumps(schema, indent=1)}\n"
+    page = importlib.import_module("robsparse.tools.config_page").page()
+    if not arguments.write:
+        print(page if arguments.page else text, end="")
+        return
+    for path, content in ((Path("config/schema.json"), text), (Path("docs/config.md"), page)):
+        if not path.parent.is_dir():
+            raise UsageError(f"{path.parent}: no such folder; expected to run in the repository")
+        with atomic(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+        print(f"written: {path}")
+
+
 COMMANDS = (
     Command(
         "list",
@@ -74,5 +104,14 @@ COMMANDS = (
         config="none",
         results=False,
         add_arguments=_add_list,
+    ),
+    Command(
+        "schema",
+        _schema,
+        "print the JSON schema of a config",
+        "Editors use it to complete keys and to mark wrong values. `check` finds more errors.",
+        config="none",
+        results=False,
+        add_arguments=_add_schema,
     ),
 )

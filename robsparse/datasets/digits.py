@@ -13,7 +13,12 @@ from robsparse.schema import Augmentation, Description, Strict
 
 
 class Params(Strict):
-    """Sizes of validation and test parts (stratified by class), and the seed that draws them."""
+    """Sizes of the parts, which are stratified by class.
+
+    validation_examples, test_examples: number of images.
+    split_seed: random numbers of the splits; the seed of a network does not decide them.
+    augmentation: random changes of the training images.
+    """
 
     validation_examples: int = Field(200, ge=10, le=800)
     test_examples: int = Field(400, ge=10, le=800)

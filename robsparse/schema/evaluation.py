@@ -37,7 +37,12 @@ class Corruptions(Strict):
 
 
 class Evaluation(Strict):
-    """Which attacks run on which saved weights, and on how many test images."""
+    """Which attacks run on which saved weights, and on how many test images.
+
+    batch_size: images that are attacked at once.
+    seed: random numbers of the attacks. An attack has the same for all networks.
+    sanity_checks: checks of every network for gradient masking.
+    """
 
     n_examples: PositiveInt = Field(description="number of test images, from the first")
     batch_size: PositiveInt = 250
@@ -61,6 +66,9 @@ class Evaluation(Strict):
 
 
 class EvaluationSection(Evaluation):
-    """The section as the file has it: the parameters of attacks are still mappings."""
+    """The section as the file has it: the parameters of attacks are still mappings.
+
+    attacks: parameters by name; an attack without an entry has its defaults.
+    """
 
     attacks: dict[Name, Any] = Field(default_factory=dict)

@@ -69,9 +69,10 @@ def _is_function(text: str) -> bool:
 class External(Strict):
     """An external model. It is attacked and printed like all other networks, but never trained.
 
-    There are three sources. `file`: weights for an arch of the study (safetensors, or a state dict
-    that torch saved). `zoo`: a model of RobustBench. `callable`: a Python function that returns
-    the network with its weights.
+    There are three sources: a file, RobustBench's zoo, and a Python function.
+
+    file: weights for an arch of the study: safetensors, or a state dict that torch saved.
+    dataset: name in the section datasets, or of a registered data set.
     """
 
     file: Annotated[str | None, CONTENT] = None

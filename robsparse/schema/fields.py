@@ -1,7 +1,9 @@
 """Types of the values of a config, with the messages for wrong values."""
 
+import inspect
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Self
@@ -13,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -24,6 +27,40 @@ LARGEST = 2**31  # of any number in a configuration
 SPARSITY_DECIMALS = 4
 
 
+def _describe_keys(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Complete a JSON schema: a docstring with `key: text` describes keys without a description.
+
+    The docstrings of the bases are read too. The descriptions leave the text of the model.
+    """
+    properties = schema.get("properties", {})
+    for base in model.__mro__:
+        own = vars(base).get("__doc__") if issubclass(base, BaseModel) else None
+        text, found = key_descriptions(inspect.cleandoc(own or ""), properties)
+        for key, description in found.items():
+            properties[key].setdefault("description", description)
+        if base is model and own:
+            schema["description"] = text
+
+
+def key_descriptions(text: str, keys: Collection[str]) -> tuple[str, dict[str, str]]:
+    """Split a docstring into the text on the whole and the descriptions of keys.
+
+    A description is `key: text` or `key, key: text` at the start of a line or of a sentence; its
+    further lines are indented.
+    """
+    rest: list[str] = []
+    found: dict[str, str] = {}
+    for line in re.sub(r"\n {4,}", " ", text).splitlines():
+        parts = re.split(r"(?:^|(?<=\. ))([a-z_]+(?:, [a-z_]+)*): ", line)
+        named = [part.split(", ") for part in parts[1::2]]
+        if parts[0] or not named or not all(set(own) <= set(keys) for own in named):
+            rest.append(line)
+            continue
+        for own, description in zip(named, parts[2::2], strict=True):
+            found |= dict.fromkeys(own, description.strip().rstrip("."))
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(rest)).strip(), found
+
+
 class Strict(BaseModel):
     """Base of every section of a config: unknown keys are errors, values never change.
 
@@ -31,7 +68,11 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        json_schema_extra=_describe_keys,
     )
 
     @model_validator(mode="before")
@@ -66,8 +107,8 @@ class Strict(BaseModel):
 class Normalised(Strict):
     """Parameters of a network that may normalise its images itself; attacks still work in [0,1].
 
-    If mean and std are given, the first layer is (x - mean) / std for images x in [0,1]. Both have
-    one value for each channel.
+    mean, std: one value for each channel; the first layer is then (x - mean) / std for images x in
+        [0,1].
     """
 
     mean: tuple[float, ...] | None = None
@@ -182,10 +223,21 @@ def _claimed(value: Any) -> Any:
     return 0.0 if _number(value) == 0 else _sparsity(value)
 
 
+# The JSON schemas of these types describe what a file may have, before it is read.
+_RADIUS = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": f"^{_RATIO.pattern}$"},
+    ]
+}
+_BELOW_1 = {"type": "number", "exclusiveMaximum": 1}
+
 Name = Annotated[str, AfterValidator(_name)]  # name of a part, a file or a folder
-Radius = Annotated[float, BeforeValidator(radius)]
-Sparsity = Annotated[float, BeforeValidator(_sparsity)]
-Claimed = Annotated[float, BeforeValidator(_claimed)]
+Radius = Annotated[float, BeforeValidator(radius), WithJsonSchema(_RADIUS)]
+Sparsity = Annotated[
+    float, BeforeValidator(_sparsity), WithJsonSchema({**_BELOW_1, "exclusiveMinimum": 0})
+]
+Claimed = Annotated[float, BeforeValidator(_claimed), WithJsonSchema({**_BELOW_1, "minimum": 0})]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 

@@ -20,8 +20,11 @@ class Budget(Strict):
 
     All stages of a method are lengthened or shortened by the same factor until the training costs
     `total`. The cost includes the dense network that the method starts from; the epochs of that
-    network do not change. The unit `epochs` counts epochs. The unit `passes` counts forward and
-    backward passes over each training image: expensive objectives then get fewer epochs.
+    network do not change.
+
+    unit: epochs, or forward and backward passes over each training image; with passes, expensive
+        objectives get fewer epochs.
+    total: the number of units.
     """
 
     unit: Literal["epochs", "passes"]
@@ -29,7 +32,14 @@ class Budget(Strict):
 
 
 class Grid(Strict):
-    """A block of cells: all combinations of these lists. Dense is trained once for each seed."""
+    """A block of cells: all combinations of these lists. Dense is trained once for each seed.
+
+    datasets, archs, methods: names of registered parts or of variants.
+    objectives: losses of the training.
+    sparsities: shares of prunable weights that are zero at the end, at most four decimals.
+    seeds: one network is trained for each seed.
+    budget: the same cost of training for all sparse networks; null: the epochs of each method.
+    """
 
     datasets: list[Name] = Field(min_length=1)
     archs: list[Name] = Field(min_length=1)
@@ -60,11 +70,16 @@ class Grid(Strict):
 class Table(Strict):
     """A table of a paper with the results of this study and published numbers.
 
-    An empty list of datasets, archs, ... means all of the study. Each combination of the axes in
-    `rows` is a line. Every other axis must be in `columns` or have only one value. On an axis in
-    `as_base`, a variant is printed in the line of its base and compared with the published numbers
-    of its base. So methods that use different variants of a data set or an architecture can be in
-    one line.
+    On an axis in `as_base`, a variant is printed in the line of its base and compared with the
+    published numbers of its base. So methods that use different variants of a data set or an
+    architecture can be in one line.
+
+    title: printed over the table.
+    datasets, archs, objectives, methods: what the table shows; an empty list: all of the study.
+    rows: each combination of these axes is a line.
+    columns: axes with a column for each value. An axis in neither must have only one value.
+    attacks: accuracies that are printed.
+    selection: which saved weights.
     """
 
     name: Name = Field(description="names tables/<name>.md, .tex and .csv")

@@ -48,6 +48,8 @@ class Description:
 class Images(Strict):
     """Settings of every data set that has a training part and a test part.
 
+    split_seed: random numbers of the splits; the seed of a network does not decide them.
+    augmentation: random changes of the training images.
     validation_examples: number of training images that are held out, stratified by class.
     train_on_validation: whether networks are trained on all training images, also on the held-out
         ones. The selections `best_val` and `best_clean` are then made on images of the training;

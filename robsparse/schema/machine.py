@@ -12,6 +12,8 @@ MOST_THREADS = 1024
 class Machine(Strict):
     """The device, threads, memory and time that a job may use.
 
+    device: where networks are trained and attacked; auto: on a GPU if there is one.
+
     These are not settings of a network or an attack, so no fingerprint contains them. But another
     device or another number of threads adds floating-point numbers in another order. Results then
     differ by rounding, and after many steps by more.

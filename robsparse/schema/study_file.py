@@ -20,8 +20,16 @@ OWN_FOLDERS = ("reference", "published", "callable", "zoo")
 class StudyFile(Strict):
     """One config file as it is written: named parts are still mappings.
 
-    `grid` is one block or a list of blocks. In datasets, archs, methods and evaluation.attacks, a
-    new name defines a variant of a registered part: {base: NAME, label: TEXT, parameters...}.
+    In datasets, archs, methods and evaluation.attacks, a new name defines a variant of a registered
+    part: {base: NAME, label: TEXT, parameters...}.
+
+    title: printed over tables and plots.
+    grid: the networks: one block, or a list of blocks.
+    datasets, archs, methods: parameters by name; a part without an entry has its defaults.
+    threat: norm and radius of the adversary.
+    training: settings of training that all methods share.
+    evaluation: attacks, and the weights and images that they attack.
+    machine: where jobs run, and what they may use.
 
     robsparse.study.resolving makes a Study from it. All other code reads the Study.
     """

@@ -15,7 +15,10 @@ Backend = Literal["auto", "eager", "compiled", "graph"]
 
 
 class Threat(Strict):
-    """Norm and radius of the adversary, in training and in attacks."""
+    """Norm and radius of the adversary, in training and in attacks.
+
+    norm: norm of a perturbation: the largest change of a pixel, or the length of all changes.
+    """
 
     norm: Norm = "Linf"
     eps: Radius = Field(
@@ -51,7 +54,11 @@ class AttackParams(Strict):
 
 
 class Crafting(Strict):
-    """Inner maximisation of training: PGD with `steps` steps of `step_size`."""
+    """Inner maximisation of training with PGD.
+
+    steps: number of steps.
+    step_size: length of a step in pixel units, a number or a ratio like 2/255.
+    """
 
     steps: PositiveInt = 10
     step_size: Radius

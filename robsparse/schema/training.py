@@ -17,6 +17,11 @@ MOST_EPOCHS, LARGEST_LR = 100_000, 1000
 class Fit(Strict):
     """How one stage is optimised: SGD with momentum, a learning-rate schedule, weight decay.
 
+    epochs: passes over the training images.
+    lr: initial learning rate.
+    momentum: share of the old velocity that a step keeps.
+    weight_decay: strength of the weight decay; see decay.
+    milestones: step schedule: shares of all steps after which lr drops.
     schedule: "cosine" lowers lr at every step. "cosine_epochs" lowers it once for each epoch, and
         one epoch late, as HYDRA's authors do: in epoch e = 0, 1, ... of E, lr is multiplied by
         (1 + cos(pi (e - 1) / E)) / 2.
@@ -136,6 +141,8 @@ class Validation(Strict):
     """Accuracy on held-out training images; it selects the weights.
 
     `best_val` is the epoch with the best accuracy under PGD, `best_clean` that without attack.
+
+    steps: steps of PGD, with one random start.
     """
 
     steps: PositiveInt = 10
@@ -143,7 +150,12 @@ class Validation(Strict):
 
 
 class Training(Strict):
-    """Settings of training that all methods share."""
+    """Settings of training that all methods share.
+
+    batch_size: images of a step.
+    crafting: how adversarial images are made.
+    validation: how networks are validated on held-out images.
+    """
 
     batch_size: PositiveInt = 128
     crafting: Crafting

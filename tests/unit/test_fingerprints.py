@@ -465,9 +465,9 @@ FILES = {
     "figures": "figures/* figures/data/* figures/plots/* figures/tables/* figures/text/*",
     "nothing": """
         robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/api/* robsparse/study/checks
-        robsparse/base/gpus robsparse/base/parent robsparse/base/runs
+        robsparse/base/gpus robsparse/base/parent robsparse/base/runs robsparse/kernels/*
         robsparse/study/loading robsparse/study/resolving
-        robsparse/schema/study_file
+        robsparse/schema/study_file robsparse/schema/json_schema figures/data/agreement
         robsparse/sparsity/scores
         robsparse/training/dynamic
         robsparse/evaluation/fast_minimum_norm robsparse/models/resnet robsparse/models/vgg
