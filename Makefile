@@ -40,13 +40,16 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(KERNELS)
 	  --constraint constraints.txt --editable '.[robustbench,onnx,dev]'
 	@touch $@
 
-# STUDY=ablation_bcs copies another study.
+# STUDY=ablation_bcs copies another study. PARTIAL=1 copies the results that exist so far.
+# CONFIG=config/photos_more.yaml names the file of the study, if its name is not that of the study.
 STUDY ?= quick
+CONFIG ?= config/$(STUDY).yaml
+FROM = results/$(STUDY)$(if $(PARTIAL),/partial)
 reference:
+	$(if $(PARTIAL),robsparse collect $(CONFIG) --partial && robsparse figures $(CONFIG) --partial)
 	mkdir -p results/reference/$(STUDY)
-	cp results/$(STUDY)/report.md results/reference/$(STUDY)/README.md
-	cd results/$(STUDY) && \
-	  cp -r tables plots results.csv outcomes.parquet layers.csv ../reference/$(STUDY)/
+	cp $(FROM)/report.md results/reference/$(STUDY)/README.md
+	cd $(FROM) && cp -r tables plots results.csv layers.csv $(CURDIR)/results/reference/$(STUDY)/
 
 clean:
 	rm -rf $(VENV) results/quick results/tiny

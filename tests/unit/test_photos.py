@@ -1,5 +1,9 @@
 """The studies of docs/protocol.md say what the protocol says, and agree with each other."""
 
+import os
+import re
+import subprocess
+
 import pytest
 
 from robsparse.study import fingerprints
@@ -98,3 +102,24 @@ def test_scale_study_has_both_widths_and_both_lengths_and_the_networks_of_the_st
     for cell in scale.cells():
         if cell in study.planned:  # rates of the study at 99 %, once they are chosen
             assert scale.planned[cell] == study.planned[cell], cell.key
+
+
+def test_script_for_a_gpu_names_each_network_once_the_dense_one_first(repository):
+    """Its commands, as it prints them without running them: training, then attacks."""
+    done = subprocess.run(
+        ["bash", repository / "benchmarks" / "gpu.sh", "40"],
+        env=os.environ | {"DRY": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    study = load(repository / "config" / "cifar10_gpu.yaml")
+    named = re.findall(r"robsparse (train|evaluate) (\S+) --cell (\S+)", done.stdout)
+    keys = [cell.key for cell in study.cells()]
+    for command in ("train", "evaluate"):
+        cells = [cell for word, _, cell in named if word == command]
+        assert sorted(cells) == sorted(keys)
+        assert "/dense/" in cells[0]
+    assert {config for _, config, _ in named} == {"config/cifar10_gpu.yaml"}
+    limits = [int(seconds) for seconds in re.findall(r"at most (\d+) s", done.stdout)]
+    assert max(limits) <= 40 * 60
