@@ -40,6 +40,7 @@ class Side:
 
     phases: for each phase, the numbers of a `Phase` in `_kernels.c`, then dy and dx.
     segments: number of segments. A segment has the active weights of one output channel and tap.
+        The last one has those of taps that no pixel uses: with a map smaller than the stride.
     tap_segment, tap_stride: tap t of channel c has segment tap_segment[t] + c * tap_stride[t].
     tap_row: first row of the pixel of tap t, relative to that of pixel (0, 0).
     """
@@ -140,7 +141,8 @@ def _side(ys: list[Axis], xs: list[Axis], channels: Pair, kernel: Pair, width: i
             tap_stride[ky, kx] = shape[0] * shape[1]
             tap_row[ky, kx] = (dy * width + dx) * channels[1]
         segment += channels[0] * shape[0] * shape[1]
+    tap_segment[tap_stride == 0] = segment
     return Side(
-        np.array(phases, dtype=np.int32), len(ys) * len(xs), segment, tap_segment.ravel(),
+        np.array(phases, dtype=np.int32), len(ys) * len(xs), segment + 1, tap_segment.ravel(),
         tap_stride.ravel(), tap_row.ravel(),
     )  # fmt: skip
