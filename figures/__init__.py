@@ -7,11 +7,15 @@ TABLES = tuple(
     f"tables/{name}"
     for name in ("main.md", "main.tex", "main.csv", "per_class.csv", "disagreements.csv")
 )
+# Each plot for the screen, for a column and a page of a paper, and its caption.
+SUFFIXES = (".png", "-column.pdf", "-page.pdf", ".caption.md")
 PLOTS = tuple(
-    f"plots/{name}.{suffix}"
+    f"plots/{name}{suffix}"
     for name in (
+        "pareto",
         "robust_accuracy",
         "cost",
+        "training_curves",
         "active_weights",
         "layer_density",
         "density_over_training",
@@ -22,7 +26,7 @@ PLOTS = tuple(
         "per_class",
         "pictures",
     )
-    for suffix in ("png", "pdf")
+    for suffix in SUFFIXES
 )
 REPORT = "report.md"
 
@@ -50,4 +54,4 @@ def plots_of(study: Study) -> tuple[str, ...]:
         "accuracy_against_eps": bool(measures_distances(study)),
     }
     names = [name for name, wanted in further.items() if wanted]
-    return (*PLOTS, *(f"plots/{name}.{suffix}" for name in names for suffix in ("png", "pdf")))
+    return (*PLOTS, *(f"plots/{name}{suffix}" for name in names for suffix in SUFFIXES))

@@ -3,15 +3,15 @@
 Import path: robsparse.figures.report
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 import yaml
-from matplotlib.figure import Figure
 
 from robsparse.base.files import atomic
-from robsparse.figures import REPORT, TABLES, plots_of
+from robsparse.figures import REPORT, SUFFIXES, TABLES, plots_of
 from robsparse.figures.data import tidy
 from robsparse.figures.data.summary import STRONGEST, Material, make_material
 from robsparse.figures.data.tidy import Group, groups, seeds, sparsities
@@ -25,6 +25,7 @@ from robsparse.figures.plots import (
     leaderboard,
     style,
 )
+from robsparse.figures.plots.style import Plot
 from robsparse.figures.tables import papers, study_tables
 from robsparse.figures.text.captions import interval_note
 from robsparse.figures.text.formats import SMALL, code, device, join, percent
@@ -33,9 +34,11 @@ from robsparse.figures.text.notes import table_notes
 from robsparse.study.cells import Layout
 from robsparse.study.study import Study
 
-_DRAW: dict[str, tuple[Callable[[Material], Figure], str]] = {
+_DRAW: dict[str, tuple[Callable[[Material], Plot], str]] = {
+    "pareto": (costs.pareto, "Robust accuracy against active weights held in training"),
     "robust_accuracy": (finals.robust_accuracy, "Robust accuracy against sparsity"),
-    "cost": (costs.cost, "Robust accuracy against the cost of training"),
+    "cost": (costs.cost, "Robust accuracy and the cost of training"),
+    "training_curves": (curves.training_curves, "Robust accuracy during training"),
     "active_weights": (curves.active_weights, "Active weights during training"),
     "layer_density": (finals.layer_density, "Nonzero weights of each layer"),
     "density_over_training": (
@@ -108,8 +111,8 @@ def write(study: Study, layout: Layout, folder: Path) -> str:
     tidy.check(collected, layout, folder)
     material = make_material(study, layout, collected)
     _write_tables(material, folder)
-    _write_plots(material, folder)
-    _write_text(folder / REPORT, report(material))
+    captions = _write_plots(material, folder)
+    _write_text(folder / REPORT, report(material, captions))
     return f"main table: {folder / TABLES[0]}\nreport: {folder / REPORT}"
 
 
@@ -128,16 +131,26 @@ def _write_tables(material: Material, root: Path) -> None:
             _write_text(root / "tables" / f"{spec.name}{suffix}", text)
 
 
-def _write_plots(material: Material, root: Path) -> None:
-    with style.applied():
-        wanted = plots_of(material.study)
-        figures = {name: _DRAW[name][0](material) for name in _plot_names(material.study)}
-        for name in wanted:
-            style.save(figures[Path(name).stem], root / name)
+def _write_plots(material: Material, root: Path) -> dict[str, tuple[str, ...]]:
+    """Write every plot in every size; return the captions by name."""
+    captions = {}
+    for name in _plot_names(material.study):
+        draw, title = _DRAW[name]
+        with style.applied():
+            figure = draw(material)
+            style.save(figure, root / f"plots/{name}.png")
+        for size, inches in style.WIDTHS.items():
+            with style.applied(inches):
+                style.save(draw(material), root / f"plots/{name}-{size}.pdf")
+        captions[name] = figure.caption
+        text = "\n\n".join([f"**{title}.**", *figure.caption])
+        _write_text(root / f"plots/{name}.caption.md", text + "\n")
+    return captions
 
 
 def _plot_names(study: Study) -> list[str]:
-    return list(dict.fromkeys(Path(name).stem for name in plots_of(study)))
+    files = (Path(name).name for name in plots_of(study))
+    return [name.removesuffix(SUFFIXES[0]) for name in files if name.endswith(SUFFIXES[0])]
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -145,8 +158,13 @@ def _write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def report(material: Material) -> str:
-    """Return the report as Markdown. Links to plots are relative to results/<study>."""
+def report(material: Material, captions: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
+    """Return the report as Markdown. Links to plots are relative to results/<study>.
+
+    Args:
+        material: the data of the report.
+        captions: paragraphs of the caption of each plot; without them, only the plots are shown.
+    """
     study = material.study
     parts = [
         f"# {study.title}",
@@ -155,16 +173,20 @@ def report(material: Material) -> str:
         *_ranks(material),
         *(papers.contents(material, spec)[".md"] for spec in study.tables),
         "## Plots",
-        *(_plot(name) for name in _plot_names(study)),
+        *(_plot(name, captions.get(name, ())) for name in _plot_names(study)),
         f"## Files\n\nBeside this report:\n\n{_FILES}",
         _reproduce(material),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _plot(name: str) -> str:
+def _plot(name: str, caption: Sequence[str]) -> str:
     title = _DRAW[name][1]
-    return f"### {title}\n\n![{title}](plots/{name}.png)\n\n([PDF](plots/{name}.pdf))"
+    sizes = ", ".join(
+        f"[{inches:g} inches](plots/{name}-{size}.pdf)" for size, inches in style.WIDTHS.items()
+    )
+    text = "\n\n".join(caption)
+    return f"### {title}\n\n![{title}](plots/{name}.png)\n\n{text}\n\nPDF: {sizes}."
 
 
 def _section(heading: str, text: str, table: pd.DataFrame | None) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from robsparse.figures.data import statistics
+from robsparse.figures.data.reliability import FINE
 from robsparse.figures.data.summary import STRONGEST, Material, stack
 from robsparse.figures.data.tidy import GROUP, Group, lines, methods, sparsities
 from robsparse.study.study import Study
@@ -33,8 +34,8 @@ def compare(material: Material, group: Group) -> pd.DataFrame:
         sparsity. Accuracies and differences are fractions; they are nan if one side has no result.
         Columns:
         ours_accuracy, ours_low, ours_high, theirs_*: mean accuracy and its interval.
-        ours_potentially_unreliable, ours_budget, theirs_*: the reasons as text, and which sparsity
-            was missed.
+        ours_reliability, ours_budget, theirs_*: the grade, see data/reliability.py, and which
+            sparsity was missed.
         seeds: number of seeds that both methods have.
         difference, low, high: difference of the means and its interval, paired by seed and image;
             nan unless both have the same seeds.
@@ -155,10 +156,10 @@ def _pair(
     for side, (method, at) in sides.items():
         line = material.line(group, method, at)
         if line is None or f"{STRONGEST}_accuracy" not in line:
-            line = pd.Series({"potentially_unreliable": "", "budget": ""})
+            line = pd.Series({"reliability": FINE, "budget": ""})
         for name in ("accuracy", "low", "high"):
             pair[f"{side}_{name}"] = line.get(f"{STRONGEST}_{name}", np.nan)
-        for name in ("potentially_unreliable", "budget"):
+        for name in ("reliability", "budget"):
             pair[f"{side}_{name}"] = line[name]
     pair["difference"] = pair["ours_accuracy"] - pair["theirs_accuracy"]
     paired = _paired(material, group, *sides.values())

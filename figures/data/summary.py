@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from robsparse.base.errors import UsageError
-from robsparse.figures.data import statistics
+from robsparse.figures.data import reliability, statistics
 from robsparse.figures.data.tidy import LINE, Group, Outcomes, Tidy, attacks, groups, lines, seeds
 from robsparse.schema.evaluation import Selection
 from robsparse.study.cells import Cell, Layout
@@ -73,6 +73,7 @@ def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
         <attack>_accuracy, _spread: mean and sample standard deviation over seeds.
         <attack>_low, _high: 95 % interval, see data/statistics.py.
         nonzero, prunable, peak_active_weights, COSTS: means over seeds.
+        reliability: the worst grade of the seeds, see data/reliability.py.
         potentially_unreliable, failure, budget: as text with the seeds: why the network is
             potentially unreliable, why training failed, which sparsity was missed.
     """
@@ -117,6 +118,8 @@ def _line(
         line |= {f"{attack}_{name}": v for name, v in zip(names, values, strict=True)}
     for column in ("nonzero", "prunable", "peak_active_weights", *COSTS):
         line[column] = models[column].mean() if len(models) else np.nan
+    reasons = zip(models.potentially_unreliable, models.n_examples, strict=True)
+    line["reliability"] = reliability.worst(reliability.grade(*pair) for pair in reasons)
     for column in ("potentially_unreliable", "failure", "budget"):
         filled = models[models[column] != ""]
         texts = (f"seed {row.seed}: {row[column]}" for _, row in filled.iterrows())
@@ -166,7 +169,7 @@ def components(material: Material, group: Group) -> pd.DataFrame:
 
     Returns:
         One row for each (method, sparsity, selection) with this attack. Columns:
-        `potentially_unreliable`, and one for each component in the order in which they ran.
+        `reliability`, and one for each component in the order in which they ran.
     """
     rows = group.select(material.tidy.results)
     rows = rows[(rows.attack == STRONGEST) & (rows.component != "all")]
@@ -175,5 +178,5 @@ def components(material: Material, group: Group) -> pd.DataFrame:
     means = rows.groupby([*keys, "component"]).accuracy.mean().unstack("component")
     asked = [s for s, names in material.study.evaluation.selections.items() if STRONGEST in names]
     lines = group.select(material.summary)
-    lines = lines.loc[lines.selection.isin(asked), [*keys, "potentially_unreliable"]]
+    lines = lines.loc[lines.selection.isin(asked), [*keys, "reliability"]]
     return lines.join(means.reindex(columns=order), on=keys)

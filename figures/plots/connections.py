@@ -7,20 +7,25 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from robsparse.figures.data.statistics import survival_curve
 from robsparse.figures.data.summary import Material
-from robsparse.figures.data.tidy import Group, groups, methods, sparsities
+from robsparse.figures.data.tidy import GROUP, Group, groups, methods, sparsities
 from robsparse.figures.plots import style
+from robsparse.figures.plots.style import Plot
 from robsparse.figures.text.captions import plot_caption
 from robsparse.figures.text.formats import percent
 
+_LEAST_CELL = 0.27  # inches; a smaller cell has no room for its numbers
+_LABELS = 0.9  # inches beside a panel, for names and the scale of colours
+_MOST_LAYERS = 8  # entries in a legend of layers
 _NO_LOG = "No method of this study rewires: a fixed mask prunes and regrows nothing."
 
 
-def density_over_training(material: Material) -> Figure:
+def density_over_training(material: Material) -> Plot:
     """Density of every layer from the first to the last step, for each method that rewires."""
     general = plot_caption(material, attacked=False, selected=False)
     steps = material.tidy.steps
@@ -49,12 +54,31 @@ def density_over_training(material: Material) -> Figure:
         panel.axhline(100 * (1 - sparsity), color="0.45", linestyle="--", linewidth=1.0)
         label = material.study.label("method", method)
         several = f"{group}\n" * (len(groups(material.study)) > 1)
-        panel.set_title(f"{several}{label}, {percent(sparsity)}", fontsize=8)
-        panel.set_xlabel("share of training steps")
-        if style.is_leftmost(panel):
-            panel.set_ylabel("density of the layer (%)")
+        panel.set_title(f"{several}{label}, {percent(sparsity)}")
         panel.set_yscale("log")
-    return style.finish(figure, [], caption)
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    style.name_axes(figure, "share of training steps", "density of the layer (%)")
+    sizes = pd.concat([_layer_sizes(material, group) for group in groups(material.study)])
+    return style.finish(figure, _layer_handles(sizes), caption)
+
+
+def _layer_handles(sizes: pd.Series) -> list[Line2D]:
+    """Legend of the layers; of many layers, the first, the last and some between them.
+
+    Args:
+        sizes: prunable weights by layer, in forward order, for all groups one after the other.
+    """
+    sizes = sizes[~sizes.index.duplicated()]
+    kept = np.unique(np.linspace(0, len(sizes) - 1, min(len(sizes), _MOST_LAYERS)).astype(int))
+    shades = _shades(len(sizes))
+    return [
+        Line2D([], [], color=shades[i], label=f"layer {i + 1}: {sizes.iloc[i]:,} weights")
+        for i in kept
+    ]
+
+
+def _shades(count: int) -> np.ndarray:
+    return colormaps["cividis"](np.linspace(0, 0.9, max(count, 2)))
 
 
 def _select(table: pd.DataFrame, method: str, sparsity: float) -> pd.DataFrame:
@@ -77,7 +101,7 @@ def _selected_at(material: Material, rows: pd.DataFrame) -> float:
 
 def _density_lines(panel: Axes, rows: pd.DataFrame, sizes: pd.Series, selected: float) -> None:
     names = [name for name in sizes.index if name in set(rows.layer)]
-    shades = colormaps["cividis"](np.linspace(0, 0.9, max(len(names), 2)))
+    shades = _shades(len(sizes))[[sizes.index.get_loc(name) for name in names]]
     mean = rows.groupby(["layer", "step"], observed=True).active.mean()
     for name, shade in zip(names, shades, strict=False):
         density = 100 * mean.loc[name] / sizes[name]
@@ -90,7 +114,7 @@ def _density_lines(panel: Axes, rows: pd.DataFrame, sizes: pd.Series, selected: 
                 panel.plot(at, value, marker=marker, color=shade, markersize=6, linestyle="none")
 
 
-def survival(material: Material) -> Figure:
+def survival(material: Material) -> Plot:
     """Share of regrown connections that are still active at each age in steps."""
     general = plot_caption(material, attacked=False, selected=False)
     table = material.tidy.lifetimes
@@ -109,9 +133,9 @@ def survival(material: Material) -> Figure:
             handles[name] = panel.plot(ages, 100 * active, drawstyle="steps-post", **options)[0]
         panel.set_xscale("log")
         panel.set_ylim(0, 100)
-        panel.set_xlabel("age (training steps)")
-        if style.is_leftmost(panel):
-            panel.set_ylabel("regrown connections still active (%)")
+        if not panel.lines:
+            style.no_data(panel)
+    style.name_axes(figure, "age (training steps)", "regrown connections still active (%)")
     caption = [
         "Kaplan-Meier estimate over all regrown connections of all seeds. A connection that is "
         "active at the end of training counts as censored at its age. Connections of the initial "
@@ -121,7 +145,7 @@ def survival(material: Material) -> Figure:
     return style.finish(figure, handles.values(), caption)
 
 
-def weight_magnitudes(material: Material) -> Figure:
+def weight_magnitudes(material: Material) -> Plot:
     """Histogram of |w| of the nonzero weights of the selected networks."""
     general = plot_caption(material, attacked=False, selected=True)
     table = material.tidy.weights
@@ -146,10 +170,11 @@ def weight_magnitudes(material: Material) -> Figure:
             heights = np.where(found, heights, 0)
             handles[name] = panel.step(10.0**places, heights, where="mid", **line)[0]
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(numticks=5))
         panel.set_ylim(bottom=0)
-        panel.set_xlabel("|w| of nonzero weights")
-        if style.is_leftmost(panel):
-            panel.set_ylabel("share of nonzero weights (%)")
+        if not panel.lines:
+            style.no_data(panel)
+    style.name_axes(figure, "|w| of nonzero weights", "share of nonzero weights (%)")
     caption = [
         "Shares in bins of 0.3 decades, all layers and seeds together. Weights near 1e-12 are "
         "regrown connections that training has not changed.",
@@ -158,7 +183,7 @@ def weight_magnitudes(material: Material) -> Figure:
     return style.finish(figure, handles.values(), caption)
 
 
-def mask_overlap(material: Material) -> Figure:
+def mask_overlap(material: Material) -> Plot:
     """Jaccard index of the masks of two methods, mean over pairs of seeds."""
     general = plot_caption(material, attacked=False, selected=True)
     table = material.tidy.overlap
@@ -166,12 +191,16 @@ def mask_overlap(material: Material) -> Figure:
     table = table[same]
     if table.empty:
         return style.empty("The study has no two sparse networks to compare.", [general])
-    count = len([n for n in methods(material.study) if not material.study.is_dense(n)])
-    side = max(2.9, 0.62 * count + 1.6)
+    names = [n for n in methods(material.study) if not material.study.is_dense(n)]
+    side = max(2.6, 0.45 * len(names) + 1.2)
     figure, panels = style.grid(material, width=side, height=side)
+    pairs = table.groupby([*GROUP, "sparsity", "method_a", "method_b"]).jaccard
+    top, picture = 100 * float(pairs.mean().max()), None
     for group, sparsity, panel in panels:
         if sparsity:
-            _overlap_panel(panel, material, group, sparsity, table)
+            own = group.select(table)
+            own = own[own.sparsity == sparsity]
+            picture = _overlap_panel(panel, material, group, own, max(top, 1.0))
         else:
             panel.set_visible(False)
     caption = [
@@ -181,32 +210,47 @@ def mask_overlap(material: Material) -> Figure:
         "many nonzero weights in each layer.",
         general,
     ]
-    return style.finish(figure, [], caption)
+    figure = style.finish(figure, [], caption)
+    if picture is not None:
+        shown = [panel for panel in figure.axes if panel.get_visible()]
+        figure.colorbar(picture, ax=shown, shrink=0.7, label="Jaccard index (%)")
+    return figure
 
 
 def _overlap_panel(
-    panel: Axes, material: Material, group: Group, sparsity: float, table: pd.DataFrame
-) -> None:
-    study = material.study
-    names = [n for n in methods(study, group) if not study.is_dense(n)]
-    own = group.select(table)
-    own = own[own.sparsity == sparsity]
+    panel: Axes,
+    material: Material,
+    group: Group,
+    table: pd.DataFrame,
+    top: float,
+) -> AxesImage:
+    names = [n for n in methods(material.study, group) if not material.study.is_dense(n)]
+    values = _overlaps(table, names)
+    picture = panel.imshow(values[0], cmap="cividis", vmin=0, vmax=top)
+    place = panel.get_subplotspec()
+    width, columns = panel.figure.get_size_inches()[0], place.get_gridspec().ncols if place else 1
+    if (width / columns - _LABELS) / len(names) > _LEAST_CELL:
+        for i, j in np.argwhere(np.isfinite(values[0])):
+            colour = "white" if values[0, i, j] < 0.55 * top else "black"
+            text = f"{values[0, i, j]:.0f}\n({values[1, i, j]:.0f})"
+            panel.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
+    labels = [material.study.label("method", name) for name in names]
+    panel.set_xticks(range(len(names)), labels, rotation=45, ha="right", rotation_mode="anchor")
+    panel.set_yticks(range(len(names)), labels)
+    panel.tick_params(labelsize=7)
+    panel.grid(visible=False)
+    return picture
+
+
+def _overlaps(table: pd.DataFrame, names: list[str]) -> np.ndarray:
+    """Mean index and expected index in % of each two methods (2×M×M); nan without a pair."""
     values = np.full((2, len(names), len(names)), np.nan)
     for i, a in enumerate(names):
         for j, b in enumerate(names):
-            pair = own[
-                ((own.method_a == a) & (own.method_b == b))
-                | ((own.method_a == b) & (own.method_b == a))
+            pair = table[
+                ((table.method_a == a) & (table.method_b == b))
+                | ((table.method_a == b) & (table.method_b == a))
             ]
             if len(pair):
                 values[:, i, j] = 100 * pair.jaccard.mean(), 100 * pair.expected_jaccard.mean()
-    panel.imshow(values[0], cmap="cividis", vmin=0, vmax=100)
-    for i, j in np.ndindex(values.shape[1:]):
-        if np.isfinite(values[0, i, j]):
-            colour = "white" if values[0, i, j] < 55 else "black"
-            text = f"{values[0, i, j]:.0f}\n({values[1, i, j]:.0f})"
-            panel.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-    labels = [study.label("method", name) for name in names]
-    panel.set_xticks(range(len(names)), labels, rotation=45, ha="right", fontsize=7)
-    panel.set_yticks(range(len(names)), labels, fontsize=7)
-    panel.grid(visible=False)
+    return values

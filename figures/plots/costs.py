@@ -1,92 +1,203 @@
-"""Plot of robust accuracy against the cost of training and its peak of active weights.
+"""Plots of robust accuracy and of what it costs: active weights and passes in training.
 
 Import path: robsparse.figures.plots.costs
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import ScaledTranslation
 
+from robsparse.figures.data.reliability import UNRELIABLE
 from robsparse.figures.data.summary import STRONGEST, Material
-from robsparse.figures.data.tidy import groups, sparsities
+from robsparse.figures.data.tidy import Group, groups, methods, sparsities
 from robsparse.figures.plots import style
-from robsparse.figures.text.captions import interval_note, plot_caption, unreliable_note
+from robsparse.figures.plots.style import Plot
+from robsparse.figures.text.captions import grades_note, interval_note, plot_caption
 from robsparse.figures.text.formats import percent
 
-_APART = 6.0  # points between markers that would coincide
-_AXES = {
-    "passes": "training cost: passes over a batch",
-    "peak_active_weights": "peak active weights in training",
-}
+_ACCURACY, _LOW, _HIGH = (f"{STRONGEST}_{name}" for name in ("accuracy", "low", "high"))
+_LETTERS = 6.5  # points, of the labels in the summary
 
 
-def cost(material: Material) -> Figure:
-    """Plot accuracy under the strongest attack against passes and against peak active weights."""
+def pareto(material: Material) -> Plot:
+    """Accuracy under the strongest attack against active weights in training, with its front."""
     study = material.study
     label = study.label("attack", STRONGEST)
     caption = [
-        f"{label} accuracy, mean over seeds; {interval_note(material)}. Passes: forward and "
-        "backward passes over batches, including crafting and pretraining. Peak active weights: "
-        "the largest number of active weights during training. Markers of equal cost are "
-        "drawn side by side; the cost table has the numbers. The dense network is the same in "
-        "every column.",
-        *unreliable_note(material),
+        f"{label} accuracy of every network, mean over seeds, against the active weights that its "
+        "training holds: the largest number in any epoch, mean over seeds. Each marker is at its "
+        "exact place, with its sparsity beside it. Line: Pareto front, the networks that no other "
+        "network surpasses in accuracy with as few or fewer active weights; unreliable networks "
+        f"are not on it. Bars: {interval_note(material)}, on the front only; networks outside the "
+        "front may differ less from it than these intervals are wide.",
+        *grades_note(material, filling=True),
         plot_caption(material, attacked=True, selected=True),
     ]
-    column = f"{STRONGEST}_accuracy"
     rows = material.summary[material.summary.selection == material.primary]
-    if column not in rows or rows[[column, "forward_passes"]].isna().any(axis=1).all():
+    if _ACCURACY not in rows or rows[[_ACCURACY, "peak_active_weights"]].isna().any(axis=1).all():
+        message = f"No network has a {label} accuracy and a number of active weights."
+        return style.empty(message, caption[-1:])
+    found = groups(study)
+    figure, axes = style.panels(len(found), 1, width=6.4, height=3.8)
+    handles: dict[str, Line2D] = {}
+    for group, [panel] in zip(found, axes, strict=True):
+        handles |= _pareto_panel(panel, material, group.select(rows))
+        panel.set_title(str(group))
+    x = "active weights held in training (peak)"
+    style.name_axes(figure, x, f"{label} accuracy (%)")
+    return style.finish(
+        figure, [*handles.values(), *style.grade_handles(rows.reliability)], caption
+    )
+
+
+def front(rows: pd.DataFrame) -> pd.DataFrame:
+    """The Pareto front: no other row has a higher accuracy with as few or fewer active weights.
+
+    Rows without a number, of a failed training or with the grade "unreliable" are left out.
+
+    Returns:
+        The rows of the front, from few to many active weights.
+    """
+    known = rows.dropna(subset=[_ACCURACY, "peak_active_weights"])
+    known = known[(known.reliability != UNRELIABLE) & (known.failure == "")]
+    known = known.sort_values(["peak_active_weights", _ACCURACY], ascending=[True, False])
+    best = known[_ACCURACY].cummax().shift(fill_value=-np.inf)
+    return known[known[_ACCURACY] > best]
+
+
+def _pareto_panel(panel: Axes, material: Material, rows: pd.DataFrame) -> dict[str, Line2D]:
+    rows = rows.dropna(subset=[_ACCURACY, "peak_active_weights"])
+    ahead, looks = front(rows), style.looks(material.study)
+    steps = {"drawstyle": "steps-post", "color": "0.55", "linewidth": 1.0, "zorder": 1}
+    panel.plot(ahead.peak_active_weights, 100 * ahead[_ACCURACY], **steps)
+    handles = {}
+    for index, row in rows.iterrows():
+        look, x, y = looks[row.method], row.peak_active_weights, 100 * row[_ACCURACY]
+        if index in ahead.index and not np.isnan(row[_LOW]):
+            ends = (100 * row[_LOW], 100 * row[_HIGH])
+            panel.vlines(x, *ends, color=look.color, linewidth=1.0, gid=look.gid)
+        line = panel.plot([x], [y], **look.points(row.reliability))[0]
+        handles.setdefault(row.method, line)
+    panel.set_xscale("log")
+    least, most = rows.peak_active_weights.min(), rows.peak_active_weights.max()
+    panel.set_xlim(least / 1.6, most * (most / least) ** 0.25 * 1.6)  # space for the labels
+    high = rows.loc[ahead.index, _HIGH].fillna(rows[_ACCURACY]).max() if len(ahead) else 1
+    low = min(rows[_ACCURACY].min(), rows.loc[ahead.index, _LOW].min())
+    panel.set_ylim(max(0.0, 100 * low - 8), min(100.0, 100 * high + 4))
+    _label_points(panel, material, rows, ahead)
+    order = [name for name in looks if name in handles]
+    return {name: Line2D([], [], **looks[name].line | {"linestyle": "none"}) for name in order}
+
+
+def _label_points(panel: Axes, material: Material, rows: pd.DataFrame, ahead: pd.DataFrame) -> None:
+    """Write the sparsity beside each marker, and the method too if it is on the front."""
+    low, high = panel.get_ylim()
+    inches = panel.get_position().height * panel.figure.get_size_inches()[1]
+    gap = 1.15 * _LETTERS / 72 * (high - low) / inches
+    looks = style.looks(material.study)
+    for x, column in rows.sort_values(_ACCURACY).groupby("peak_active_weights"):
+        places = spread((100 * column[_ACCURACY]).tolist(), gap)
+        for (index, row), y in zip(column.iterrows(), places, strict=True):
+            look, end, place = looks[row.method], y, {"xytext": (6, 0), "va": "center"}
+            named, text = index in ahead.index, percent(row.sparsity)
+            if material.study.is_dense(row.method):
+                text = look.label
+            elif named:
+                text = f"{look.label} {text}"
+            if named and len(column) == 1:  # above or below the bar, in turn
+                above = ahead.index.get_loc(index) % 2 == 0
+                end = min(100 * row[_HIGH], high) if above else 100 * row[_LOW]
+                place = {"xytext": (0, 5 if above else -6), "va": "center", "ha": "center"}
+            letters = {"fontsize": _LETTERS, "fontweight": "bold" if named else "normal"}
+            where = {"textcoords": "offset points", "color": look.color, "gid": look.gid}
+            panel.annotate(text, (x, end), **place, **letters, **where)
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Move ascending values apart until neighbours differ by `gap`, as little as possible.
+
+    The sum of squares of the moves is the smallest (pool adjacent violators).
+    """
+    blocks: list[list[float]] = []  # mean and number of the values of each block
+    for index, value in enumerate(values):
+        blocks.append([value - gap * index, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [[(a * n + b * m) / (n + m), n + m]]
+    level = [mean for mean, count in blocks for _ in range(int(count))]
+    return [mean + gap * index for index, mean in enumerate(level)]
+
+
+def cost(material: Material) -> Plot:
+    """Accuracy under the strongest attack, passes and peak active weights of each method."""
+    study = material.study
+    label = study.label("attack", STRONGEST)
+    caption = [
+        f"One line for each method. Left: {label} accuracy, mean over seeds; bars: "
+        f"{interval_note(material)}. Middle: forward and backward passes over batches, including "
+        "crafting and pretraining. Right: the largest number of active weights during training. "
+        "The dense network is the same at every sparsity.",
+        *grades_note(material, filling=True),
+        plot_caption(material, attacked=True, selected=True),
+    ]
+    rows = material.summary[material.summary.selection == material.primary]
+    if _ACCURACY not in rows or rows[[_ACCURACY, "forward_passes"]].isna().any(axis=1).all():
         return style.empty(f"No network has a {label} accuracy and a cost.", caption[-1:])
     rows = rows.assign(passes=rows.forward_passes + rows.backward_passes)
-    found, columns = groups(study), sparsities(study)
-    figure, axes = style.panels(2 * len(found), len(columns), sharey="row", sharex="row")
-    handles: dict[str, Line2D] = {}
-    for index, panels in enumerate(axes):
-        group, x = found[index // 2], list(_AXES)[index % 2]
-        for sparsity, panel in zip(columns, panels, strict=True):
-            if sparsity not in sparsities(study, group):
-                panel.set_visible(False)
-                continue
-            own = group.select(rows)
-            own = own[own.sparsity.eq(sparsity) | own.method.map(study.is_dense)]
-            handles |= _panel(figure, panel, material, own, x)
-            panel.set_title(f"{group}\n" * (len(found) > 1) + f"sparsity {percent(sparsity)}")
-            panel.set_xlabel(_AXES[x])
-        _limits(panels[0], group.select(rows), x)
-        panels[0].set_ylabel(f"{label} accuracy (%)")
-    return style.finish(figure, handles.values(), caption)
+    places = [(group, s) for group in groups(study) for s in sparsities(study, group)]
+    most = max(len(methods(study, group)) for group in groups(study))
+    height = 0.55 + 0.17 * most
+    figure, axes = style.panels(
+        len(places), 3, width=2.9, height=height, unbroken=True, scaled=False
+    )
+    for (group, sparsity), panels in zip(places, axes, strict=True):
+        own = group.select(rows)
+        own = own[own.sparsity.eq(sparsity) | own.method.map(study.is_dense)]
+        _cost_row(panels, material, group, own)
+        several = f"{group}, " * (len(groups(study)) > 1)
+        panels[0].set_title(f"{several}sparsity {percent(sparsity)}", loc="left")
+    names = (f"{label} accuracy (%)", "passes over a batch", "peak active weights")
+    for panel, name in zip(axes[-1], names, strict=True):
+        panel.set_xlabel(style.fill(name, figure.get_size_inches()[0] / 3))
+    for panels, (_, limit) in zip(zip(*axes, strict=True), _cost_limits(rows), strict=True):
+        for panel in panels:
+            panel.set_xlim(*limit)
+    return style.finish(figure, style.grade_handles(rows.reliability), caption)
 
 
-def _panel(
-    figure: Figure, panel: Axes, material: Material, rows: pd.DataFrame, x: str
-) -> dict[str, Line2D]:
-    looks, handles = style.looks(material.study), {}
-    level = 2 if x == "passes" else 3  # digits that two costs must share to be drawn as equal
-    places = {name: f"{value:.{level}g}" for name, value in zip(rows.method, rows[x], strict=True)}
-    for name, look in looks.items():
-        own = rows[(rows.method == name) & rows[x].notna()]
-        same = [other for other in looks if places.get(other) == places.get(name)]
-        points = _APART * (same.index(name) - (len(same) - 1) / 2)
-        moved = panel.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
-        mean, low, high = (
-            100 * own[f"{STRONGEST}_{column}"] for column in ("accuracy", "low", "high")
-        )
-        panel.vlines(own[x], low, high, color=look.color, linewidth=0.9, transform=moved)
-        drawn = look.line | {"linestyle": "none"}
-        handles[name] = panel.plot(own[x], mean, **drawn, transform=moved)[0]
-        for place, level, reasons in zip(own[x], mean, own.potentially_unreliable, strict=True):
-            style.mark_unreliable(panel, place, level, reasons, xycoords=moved)
-    return handles
+def _cost_limits(rows: pd.DataFrame) -> list[tuple[str, tuple[float, float]]]:
+    active = rows.peak_active_weights.dropna()
+    high = min(100.0, 105 * rows[_HIGH].fillna(rows[_ACCURACY]).max())
+    return [
+        (_ACCURACY, (0, high)),
+        ("passes", (0, 1.1 * rows.passes.max())),
+        ("peak_active_weights", (active.min() / 2, active.max() * 2)),
+    ]
 
 
-def _limits(panel: Axes, rows: pd.DataFrame, x: str) -> None:
-    """Set the limits: automatic limits ignore markers that are shifted by points."""
-    known, heights = rows[x].dropna(), 100 * rows[f"{STRONGEST}_high"].dropna()
-    if x == "passes":
-        panel.set_xlim(0, 1.3 * known.max())
-    else:
-        panel.set_xscale("log")
-        panel.set_xlim(known.min() / 2.5, known.max() * 4)
-    panel.set_ylim(0, min(100, 1.08 * heights.max()) if len(heights) else 100)
+def _cost_row(panels: list[Axes], material: Material, group: Group, rows: pd.DataFrame) -> None:
+    """Draw the three panels of one group and sparsity; each method has its own line."""
+    looks = style.looks(material.study)
+    order = [name for name in methods(material.study, group) if name in set(rows.method)]
+    accuracies, passes, active = panels
+    active.set_xscale("log")
+    style.counts_axis(passes)
+    for y, name in enumerate(order):
+        row, look = rows[rows.method == name].iloc[0], looks[name]
+        if not np.isnan(row[_LOW]):
+            bar = (100 * row[_LOW], 100 * row[_HIGH])
+            accuracies.hlines(y, *bar, color=look.color, linewidth=1.1, gid=look.gid)
+        points = look.points(row.reliability)
+        accuracies.plot([100 * row[_ACCURACY]], [y], **points)
+        plain = look.line | {"linestyle": "none"}
+        passes.hlines(y, 0, row.passes, color=look.color, linewidth=0.8, alpha=0.5, gid=look.gid)
+        passes.plot([row.passes], [y], **plain)
+        active.plot([row.peak_active_weights], [y], **plain)
+    for panel in panels:
+        panel.set_yticks(range(len(order)), [looks[name].label for name in order])
+        panel.set_ylim(len(order) - 0.4, -0.6)
+        panel.grid(visible=False, axis="y")
+        panel.tick_params(axis="y", length=0, labelleft=panel is accuracies)

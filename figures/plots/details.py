@@ -8,23 +8,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from robsparse.figures import measures_distances
+from robsparse.figures.data.reliability import FINE
+from robsparse.figures.data.statistics import accuracy_interval
 from robsparse.figures.data.summary import STRONGEST, Material
 from robsparse.figures.data.tidy import Group, cells_at, groups, methods, sparsities
 from robsparse.figures.plots import style
-from robsparse.figures.text.captions import plot_caption, unreliable_note
-from robsparse.figures.text.formats import UNRELIABLE, percent, radius
+from robsparse.figures.plots.style import Plot
+from robsparse.figures.text.captions import grades_note, interval_note, plot_caption
+from robsparse.figures.text.formats import marked, percent, radius
 from robsparse.study.cells import Cell
 
+_BAND_POINTS = 13  # values of eps with an interval, for each network
 _FEW_CLASSES = 10
 _BEYOND = 1e3  # an eps that is larger than the limit of every panel
 
 
-def accuracy_against_eps(material: Material) -> Figure:
+def accuracy_against_eps(material: Material) -> Plot:
     """Upper bound of robust accuracy at every eps, from all attacks of one norm together."""
     study = material.study
     general = plot_caption(material, attacked=True, selected=True)
@@ -37,8 +41,10 @@ def accuracy_against_eps(material: Material) -> Figure:
         f"Share of test images for which {names} found no perturbation of length eps or less, mean "
         "over seeds. This is an upper bound of robust accuracy at every eps. Dotted: the eps of "
         f"the study, {radius(study.threat.eps)}, and chance. Markers: "
-        f"{study.label('attack', STRONGEST)} only. The dense network is the same in every panel.",
-        *unreliable_note(material),
+        f"{study.label('attack', STRONGEST)} only. Band: {interval_note(material)}, for each of "
+        f"{_BAND_POINTS} eps alone, joined by straight lines. The dense network is the same in "
+        "every panel.",
+        *grades_note(material, filling=True),
         general,
     ]
     figure, panels = style.grid(material, sharey=True, sharex=True)
@@ -48,13 +54,16 @@ def accuracy_against_eps(material: Material) -> Figure:
         found, largest = _eps_panel(panel, material, group, sparsity, norm)
         handles |= found
         farthest = max(farthest, largest)
-        if style.is_leftmost(panel):
-            panel.set_ylabel("robust accuracy (%), upper bound")
-        panel.set_xlabel(f"eps ({norm}, pixels in [0,1])")
         panel.set_ylim(0, 100)
+        if not found:
+            style.no_data(panel)
     for panel in figure.axes:
         panel.set_xlim(0, max(farthest, 1.5 * study.threat.eps))
-    return style.finish(figure, handles.values(), caption)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
+    style.name_axes(figure, f"eps ({norm}, pixels in [0,1])", "robust accuracy (%), upper bound")
+    marked_lines = material.summary[material.summary.selection == material.primary]
+    entries = [*handles.values(), *style.grade_handles(marked_lines.reliability)]
+    return style.finish(figure, entries, caption)
 
 
 def _eps_panel(
@@ -67,7 +76,7 @@ def _eps_panel(
     """
     handles, largest = {}, 0.0
     grey: dict[str, Any] = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
-    for place, (name, look) in enumerate(style.looks(material.study).items()):
+    for name, look in style.looks(material.study).items():
         found = [
             lengths
             for cell in cells_at(material.study, group, name, sparsity)
@@ -76,6 +85,7 @@ def _eps_panel(
         if not found:
             continue
         eps, share = curve(np.stack(found))
+        _band(panel, look, np.stack(found))
         shown = vars(look) | {"marker": ""}
         # The last accuracy is drawn up to the edge of the panel.
         eps, share = np.r_[eps, _BEYOND], np.r_[share, share[-1]]
@@ -84,19 +94,30 @@ def _eps_panel(
         line = material.line(group, name, sparsity)
         if norm == material.study.threat.norm and line is not None:
             level = 100 * line.get(f"{STRONGEST}_accuracy", np.nan)
-            marker = look.line | {"linestyle": "none", "label": "_strongest"}
+            marker = look.points(line.reliability) | {"label": "_strongest"}
             panel.plot(material.study.threat.eps, level, **marker)
-            # All markers have the same x: their daggers are drawn side by side.
-            beside = {"xytext": (4 + 5 * place, -3)}
-            style.mark_unreliable(
-                panel, material.study.threat.eps, level, line.potentially_unreliable, **beside
-            )
+    if not handles:
+        return {}, 0.0
     if norm == material.study.threat.norm:
         panel.axvline(material.study.threat.eps, **grey)
     chance = material.chance(group)
     if chance is not None:
         handles["chance"] = panel.axhline(100 * chance, **grey, label="chance")
     return handles, largest
+
+
+def _band(panel: Axes, look: style.Look, lengths: np.ndarray) -> None:
+    """Draw the interval of the robust accuracy at some values of eps, for each eps alone.
+
+    Args:
+        panel: the panel.
+        look: how the method is drawn.
+        lengths: smallest perturbations that break each image (S×N, inf where none was found).
+    """
+    places = np.linspace(0, np.quantile(lengths[np.isfinite(lengths)], 0.99), _BAND_POINTS)
+    low, high = np.transpose([accuracy_interval(lengths > eps) for eps in places])
+    fill: dict[str, Any] = {"color": look.color, "alpha": 0.1, "linewidth": 0}
+    panel.fill_between(places, 100 * low, 100 * high, **fill, gid=look.gid)
 
 
 def _attacks_of(material: Material, norm: str) -> list[str]:
@@ -153,7 +174,7 @@ def curve(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return eps, 1 - broken / lengths.size
 
 
-def per_class(material: Material) -> Figure:
+def per_class(material: Material) -> Plot:
     """Plot robust accuracy of each class under the strongest attack, one row for each method."""
     study, label = material.study, material.study.label("attack", STRONGEST)
     table, general = (
@@ -165,15 +186,15 @@ def per_class(material: Material) -> Figure:
     caption = [
         f"{label} accuracy in % of the attacked test images of each class, mean over seeds. A "
         f"class has {table.images.min()} to {table.images.max()} attacked images.",
-        *unreliable_note(material),
+        *grades_note(material, filling=False),
         general,
     ]
     found, columns = groups(study), sparsities(study)
     classes = int(table.label.max()) + 1
     height = 0.7 + 0.24 * max(len(methods(study, group)) for group in found)
     width = max(3.0, 1.2 + 0.27 * min(classes, 30))
-    figure, axes = style.panels(len(found), len(columns), width=width, height=height)
-    picture = None
+    figure, axes = style.panels(len(found), len(columns), width=width, height=height, scaled=False)
+    picture: AxesImage | None = None
     for group, row in zip(found, axes, strict=True):
         for sparsity, panel in zip(columns, row, strict=True):
             own = group.select(table)
@@ -184,7 +205,8 @@ def per_class(material: Material) -> Figure:
             picture = _class_panel(panel, material, own)
             panel.set_title(f"{group}\n" * (len(found) > 1) + f"sparsity {percent(sparsity)}")
     if picture is not None:
-        figure.colorbar(picture, ax=figure.axes, shrink=0.8, label=f"{label} accuracy (%)")
+        shown = [panel for panel in figure.axes if panel.get_visible()]
+        figure.colorbar(picture, ax=shown, shrink=0.8, label=f"{label} accuracy (%)")
     return style.finish(figure, [], caption)
 
 
@@ -193,7 +215,7 @@ def class_accuracies(material: Material) -> pd.DataFrame:
 
     Returns:
         One row for each (group, method, sparsity, class `label`). Columns: `accuracy` (fraction,
-        mean over seeds), `images` (attacked images of the class), `potentially_unreliable`.
+        mean over seeds), `images` (attacked images of the class), `reliability`.
     """
     rows: dict[tuple[str | float, ...], list[np.ndarray]] = {}
     for cell in material.study.cells():
@@ -212,7 +234,7 @@ def class_accuracies(material: Material) -> pd.DataFrame:
     ]
     table = pd.DataFrame(found, columns=[*names, "accuracy", "images"])
     lines = material.summary[material.summary.selection == material.primary]
-    return table.merge(lines[[*names[:-1], "potentially_unreliable"]], how="left", on=names[:-1])
+    return table.merge(lines[[*names[:-1], "reliability"]], how="left", on=names[:-1])
 
 
 def _class_panel(panel: Axes, material: Material, table: pd.DataFrame) -> AxesImage:
@@ -220,8 +242,8 @@ def _class_panel(panel: Axes, material: Material, table: pd.DataFrame) -> AxesIm
     wide = 100 * table.pivot_table(index="method", columns="label", values="accuracy")
     wide = wide.reindex([name for name in methods(study) if name in wide.index])
     picture = panel.imshow(wide, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    unreliable = set(table.method[table.potentially_unreliable != ""])
-    labels = [study.label("method", n) + f" {UNRELIABLE}" * (n in unreliable) for n in wide.index]
+    grades = table.set_index("method").reliability.fillna(FINE).to_dict()
+    labels = [marked(study.label("method", name), grades[name]) for name in wide.index]
     panel.set_yticks(range(len(wide)), labels)
     panel.grid(visible=False)
     panel.set_xlabel("class")

@@ -8,26 +8,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from robsparse.figures.data.reliability import FINE
 from robsparse.figures.data.summary import STRONGEST, Material
 from robsparse.figures.data.tidy import Group, groups, methods, sparsities
 from robsparse.figures.plots import style
-from robsparse.figures.text.captions import interval_note, plot_caption, unreliable_note
+from robsparse.figures.plots.style import Plot
+from robsparse.figures.text.captions import grades_note, interval_note, plot_caption
 from robsparse.figures.text.formats import percent
 
 _BAND = 0.36  # methods of a category are spread over this share of its width
 
 
-def robust_accuracy(material: Material) -> Figure:
+def robust_accuracy(material: Material) -> Plot:
     """Accuracy under the strongest attack against sparsity, with intervals; dense as a band."""
     label = material.study.label("attack", STRONGEST)
     caption = [
         f"{label} accuracy: worst case per image over its components, mean over seeds. "
         f"{interval_note(material)}. Dashed line and band: the dense network. Methods are drawn "
         "side by side so that their intervals do not overlap. A cross marks a failed training.",
-        *unreliable_note(material),
+        *grades_note(material, filling=True),
         plot_caption(material, attacked=True, selected=True),
     ]
     column = f"{STRONGEST}_accuracy"
@@ -41,7 +42,8 @@ def robust_accuracy(material: Material) -> Figure:
         handles |= _accuracy_panel(panel, material, group, group.select(rows))
         panel.set_ylabel(f"{label} accuracy (%)")
     axes[-1][0].set_xlabel("sparsity: share of prunable weights that are zero")
-    return style.finish(figure, handles.values(), caption)
+    entries = [*handles.values(), *style.grade_handles(rows.reliability)]
+    return style.finish(figure, entries, caption)
 
 
 def _accuracy_panel(
@@ -78,12 +80,11 @@ def dodge(index: int, count: int) -> float:
 def _dense_band(panel: Axes, look: style.Look, line: pd.Series) -> Line2D:
     level = 100 * line[f"{STRONGEST}_accuracy"]
     low, high = 100 * line[f"{STRONGEST}_low"], 100 * line[f"{STRONGEST}_high"]
-    style.mark_unreliable(
-        panel, 0.99, level, line.potentially_unreliable, xycoords=("axes fraction", "data")
-    )
     if not np.isnan(low):
-        panel.axhspan(low, high, color=look.color, alpha=0.09, linewidth=0)
-    return panel.axhline(level, color=look.color, linestyle=look.linestyle, label=look.label)
+        panel.axhspan(low, high, color=look.color, alpha=0.09, linewidth=0, gid=look.gid)
+    if line.reliability != FINE and not np.isnan(level):
+        panel.plot([-0.5], [level], **look.points(line.reliability) | {"clip_on": False})
+    return panel.axhline(level, **vars(look) | {"marker": ""})
 
 
 def _method_line(panel: Axes, look: style.Look, rows: pd.DataFrame, shift: float) -> Line2D:
@@ -94,16 +95,17 @@ def _method_line(panel: Axes, look: style.Look, rows: pd.DataFrame, shift: float
     )
     # Rounding may put a mean at the end of its interval slightly outside it.
     arms = np.clip([mean - low, high - mean], 0, None)
-    panel.errorbar(x, mean, yerr=arms, fmt="none", ecolor=look.color, elinewidth=1.1)
+    panel.errorbar(x, mean, yerr=arms, fmt="none", ecolor=look.color, elinewidth=1.1, gid=look.gid)
     line = panel.plot(x, mean, **look.line)[0]
     failed = (rows.failure.fillna("") != "").to_numpy()
-    panel.plot(x[failed], mean[failed], "x", color="black", markersize=9, zorder=5)
-    for place, level, reasons in zip(x, mean, rows.potentially_unreliable.fillna(""), strict=True):
-        style.mark_unreliable(panel, place, level, reasons)
+    panel.plot(x[failed], mean[failed], "x", color="black", markersize=9, zorder=5, gid=look.gid)
+    for place, level, grade in zip(x, mean, rows.reliability.fillna(FINE), strict=True):
+        if grade != FINE:
+            panel.plot([place], [level], **look.points(grade) | {"label": "_grade"})
     return line
 
 
-def layer_density(material: Material) -> Figure:
+def layer_density(material: Material) -> Plot:
     """Share of nonzero weights of each layer of the selected networks, mean over seeds."""
     caption = [
         "Layers in forward order, each with its number of prunable weights. Dotted line: target "
@@ -126,9 +128,12 @@ def layer_density(material: Material) -> Figure:
         if not sparsity:
             panel.set_visible(False)
             continue
-        handles |= _density_panel(panel, material, group.select(layers), sparsity, floor)
+        found = _density_panel(panel, material, group.select(layers), sparsity, floor)
+        handles |= found
         style.log_axis(panel, floor / 1.2, top, "{x:g}")
-    _label_density_axes(figure)
+        if not found:
+            style.no_data(panel)
+    style.name_axes(figure, "layer, and its size", "density of the layer (%)")
     return style.finish(figure, handles.values(), caption)
 
 
@@ -141,6 +146,8 @@ def _density_panel(
     handles = {}
     for index, (name, look) in enumerate(looks.items()):
         own = layers[(layers.method == name) & (layers.sparsity == sparsity)]
+        if own.empty:
+            continue
         density = 100 * own.groupby("layer").density.mean().reindex(order.layer).to_numpy()
         x = np.arange(len(order)) + dodge(index, len(looks))
         handles[name] = panel.plot(x, np.where(density > 0, density, np.nan), **look.line)[0]
@@ -157,15 +164,8 @@ def _density_panel(
 
 
 def _name_layers(panel: Axes, sizes: list[int]) -> None:
-    many = len(sizes) > 6
+    place = panel.get_subplotspec()
+    columns = place.get_gridspec().ncols if place else 1
+    many = len(sizes) > 2.2 * panel.figure.get_size_inches()[0] / columns
     names = [f"{i}: {n:,}" if many else f"{i}\n{n:,}" for i, n in enumerate(sizes, 1)]
     panel.set_xticks(range(len(sizes)), names, rotation=90 if many else 0, fontsize=7)
-
-
-def _label_density_axes(figure: Figure) -> None:
-    for panel in figure.axes:
-        panel.label_outer(remove_inner_ticks=False)
-        if style.is_leftmost(panel):
-            panel.set_ylabel("density of the layer (%)")
-        if style.is_lowest(panel):
-            panel.set_xlabel("layer, and its size")

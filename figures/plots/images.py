@@ -6,7 +6,6 @@ Import path: robsparse.figures.plots.images
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from robsparse.figures.data.summary import STRONGEST, Material
 from robsparse.figures.data.tidy import (
@@ -20,8 +19,9 @@ from robsparse.figures.data.tidy import (
     sparsities,
 )
 from robsparse.figures.plots import style
-from robsparse.figures.text.captions import plot_caption, unreliable_note
-from robsparse.figures.text.formats import UNRELIABLE, join, percent, radius
+from robsparse.figures.plots.style import Plot
+from robsparse.figures.text.captions import grades_note, plot_caption
+from robsparse.figures.text.formats import join, marked, percent
 from robsparse.study.cells import Cell
 
 _KEYS = ["dataset", "arch", "objective", "sparsity", "seed", "image", "label"]
@@ -87,22 +87,23 @@ def _labels(material: Material, group: Group) -> np.ndarray:
     return next(labels for labels in found if labels is not None)
 
 
-def pictures(material: Material) -> Figure:
+def pictures(material: Material) -> Plot:
     """Draw some of the images of `disagreements`: clean, adversarial, and the difference."""
-    study, label = material.study, material.study.label("attack", STRONGEST)
+    label = material.study.label("attack", STRONGEST)
     caption = [
         f"Test images that {label} breaks for one method and not for another, at the highest "
         "sparsity. The images with the most equal numbers of robust and broken methods are shown. "
-        "Left: clean image; middle: adversarial image for the method above it; right: difference, "
-        f"from black (-{radius(study.threat.eps)}) over grey (0) to white "
-        f"(+{radius(study.threat.eps)}). All such images: tables/disagreements.csv.",
-        *unreliable_note(material),
+        "Left: clean image; middle: adversarial image for the method above it; right: change of "
+        "each pixel, from black (largest decrease) over grey (none) to white (largest increase); "
+        "the largest change of a pixel of the image is above it. All such images: "
+        "tables/disagreements.csv.",
+        *grades_note(material, filling=False),
         plot_caption(material, attacked=True, selected=True),
     ]
     shown = _chosen(material)
     if not shown:
         return style.empty(f"All methods agree on every image under {label}.", caption[-1:])
-    figure, axes = style.panels(len(shown), 4, width=1.6, height=1.8)
+    figure, axes = style.panels(len(shown), 4, width=1.6, height=1.8, unbroken=True)
     for row, (place, method, broken) in zip(axes, shown, strict=True):
         _draw(row, material, place, method, broken)
     return style.finish(figure, [], caption)
@@ -136,14 +137,15 @@ def _picture(material: Material, group: Group, place: pd.Series) -> tuple[str, B
 
 
 def _labels_of(material: Material, place: pd.Series) -> dict[str, str]:
-    """Printed names of the methods by method, with a dagger if potentially unreliable."""
+    """Printed names of the methods by method, with the mark of their grade."""
     lines = material.summary[material.summary.selection == material.primary]
     keys = ["dataset", "arch", "objective"]
     lines = lines[np.logical_and.reduce([lines[k] == place[k] for k in keys])]
     lines = lines[lines.sparsity.isin([0.0, place.sparsity])]
     return {
-        line.method: material.study.label("method", line.method)
-        + f"\N{NO-BREAK SPACE}{UNRELIABLE}" * bool(line.potentially_unreliable)
+        line.method: marked(material.study.label("method", line.method), line.reliability).replace(
+            " ", "\N{NO-BREAK SPACE}"
+        )
         for line in lines.itertuples()
     }
 
@@ -151,20 +153,22 @@ def _labels_of(material: Material, place: pd.Series) -> dict[str, str]:
 def _draw(
     row: list[Axes], material: Material, place: pd.Series, method: str, broken: Broken
 ) -> None:
-    eps = material.study.threat.eps
     change = broken.perturbed.astype(np.float32) - broken.clean
+    # In norms other than L-inf, a pixel changes by much less than eps.
+    largest = float(np.abs(change).max()) or 1.0
     for panel, image in zip(
-        row, (broken.clean, broken.perturbed, 0.5 + change / (2 * eps)), strict=False
+        row, (broken.clean, broken.perturbed, 0.5 + change / (2 * largest)), strict=False
     ):
         drawn = np.clip(np.moveaxis(image.astype(np.float32), 0, -1), 0, 1)
         panel.imshow(
             drawn.squeeze(-1) if drawn.shape[-1] == 1 else drawn, cmap="gray", vmin=0, vmax=1
         )
         style.bare(panel)
+        panel.spines[:].set(visible=True, color="0.8")
     labels = _labels_of(material, place)
-    row[0].set_title(f"image {place.image}: class {place.label}", fontsize=7)
-    row[1].set_title(f"{labels[method]}: class {broken.predicted}", fontsize=7)
-    row[2].set_title("difference", fontsize=7)
+    row[0].set_title(f"image {place.image}\nclass {place.label}", fontsize=7)
+    row[1].set_title(f"{labels[method]}\nclass {broken.predicted}", fontsize=7)
+    row[2].set_title(f"change\nat most {largest:.2g}", fontsize=7)
     names = {
         kind: join(labels[n] for n in place[kind].split())
         for kind in ("robust", "broken", "misclassified")
@@ -172,5 +176,6 @@ def _draw(
     words = [f"{place.dataset}, {place.arch},", f"{place.objective}, {percent(place.sparsity)}"]
     words += [f"{kind}: {text}" for kind, text in names.items() if text != "n/a"]
     style.bare(row[3])
-    text = "\n".join(line for part in words for line in style.wrap(part, 28))
+    letters = int(row[3].figure.get_size_inches()[0] / 4 * 72 / (0.57 * 6.5))
+    text = "\n".join(line for part in words for line in style.wrap(part, letters))
     row[3].text(0, 0.5, text, fontsize=6.5, va="center", transform=row[3].transAxes)

@@ -9,21 +9,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from robsparse.figures.data import published as files
+from robsparse.figures.data.reliability import FINE
 from robsparse.figures.data.summary import STRONGEST, Material
 from robsparse.figures.plots import style
-from robsparse.figures.text.captions import interval_note, plot_caption, unreliable_note
-from robsparse.figures.text.formats import percent, radius
+from robsparse.figures.plots.style import Plot
+from robsparse.figures.text.captions import grades_note, interval_note, plot_caption
+from robsparse.figures.text.formats import marked, percent, radius
 from robsparse.study.study import Study
 
 _PLACE = ["dataset", "arch", "sparsity"]
 _OURS, _THEIRS = "#D55E00", "0.35"
 
 
-def published(material: Material) -> Figure:
+def published(material: Material) -> Plot:
     """Plot the accuracy of our and of published networks under the strongest attack.
 
     There is one panel for each data set, architecture and sparsity.
@@ -40,7 +41,7 @@ def published(material: Material) -> Figure:
         "papers; each file has the eps of its numbers. The eps of our numbers is "
         f"{radius(study.threat.eps)}. "
         "Dotted: published networks of other architectures, for comparison.",
-        *unreliable_note(material),
+        *grades_note(material, filling=False),
         plot_caption(material, attacked=True, selected=True),
     ]
     places = rows[rows.known].drop_duplicates(_PLACE)[_PLACE]
@@ -48,7 +49,9 @@ def published(material: Material) -> Figure:
         return style.empty("No published number of these networks is known.", caption[-1:])
     columns = min(3, len(places))
     height = 0.9 + 0.19 * int(rows[rows.known].groupby(_PLACE).size().max())
-    figure, axes = style.panels(-(-len(places) // columns), columns, width=4.0, height=height)
+    figure, axes = style.panels(
+        -(-len(places) // columns), columns, width=4.0, height=height, scaled=False
+    )
     panels = [panel for row in axes for panel in row]
     for panel in panels[len(places) :]:
         panel.set_visible(False)
@@ -66,7 +69,7 @@ def entries(material: Material) -> pd.DataFrame:
 
     Columns: dataset, arch, sparsity, label, accuracy, low, high (fractions), ours (bool), known
     (bool: the study has a sparse network of this data set, arch and sparsity),
-    potentially_unreliable. A published number that is not known is one of RobustBench.
+    reliability. A published number that is not known is one of RobustBench.
     """
     ours = _our_entries(material)
     names = dict.fromkeys(name for table in material.study.tables for name in table.published)
@@ -76,7 +79,7 @@ def entries(material: Material) -> pd.DataFrame:
         numbers = numbers[files.chosen_alike(numbers, material.primary)]
     found = ours + _published_entries(numbers, ours)
     columns = [*_PLACE, "label", "accuracy", "low", "high", "ours", "known"]
-    table = pd.DataFrame(found, columns=[*columns, "potentially_unreliable"])
+    table = pd.DataFrame(found, columns=[*columns, "reliability"])
     return table.astype({"ours": bool, "known": bool})
 
 
@@ -92,7 +95,7 @@ def _our_entries(material: Material) -> list[dict[str, Any]]:
             "high": getattr(line, f"{STRONGEST}_high", np.nan),
             "ours": True,
             "known": True,
-            "potentially_unreliable": line.potentially_unreliable,
+            "reliability": line.reliability,
         }
         for line in lines.itertuples()
         if not study.is_dense(line.method)
@@ -111,7 +114,7 @@ def _published_entries(numbers: pd.DataFrame, ours: list[dict[str, Any]]) -> lis
         if known or row.source == "robustbench":
             extra = f", {row.extra_data}" if row.extra_data else ""
             values = {"label": f"{row.printed_as}{extra}", "accuracy": row.accuracy}
-            values |= {"low": np.nan, "high": np.nan, "potentially_unreliable": ""}
+            values |= {"low": np.nan, "high": np.nan, "reliability": FINE}
             found.append(place | values | {"ours": False, "known": known})
     return found
 
@@ -125,10 +128,12 @@ def _panel(panel: Axes, study: Study, rows: pd.DataFrame, others: pd.DataFrame) 
             if not np.isnan(row.low):
                 panel.hlines(y, 100 * row.low, 100 * row.high, color=_OURS, linewidth=1.2)
             panel.plot(100 * row.accuracy, y, "o", color=_OURS, markersize=6)
-            style.mark_unreliable(panel, 100 * row.accuracy, y, row.potentially_unreliable)
         elif measured:
             panel.plot(100 * row.accuracy, y, "o", color=_THEIRS, markerfacecolor="none")
-        labels.append(f"{row.label}, ours{'' if measured else ': n/a'}" if row.ours else row.label)
+        ours = (
+            marked(f"{row.label}, ours", row.reliability) if measured else f"{row.label}, ours: n/a"
+        )
+        labels.append(ours if row.ours else row.label)
     for other in others.itertuples():
         panel.axvline(100 * other.accuracy, color="0.45", linestyle=(0, (1, 2)), linewidth=1.2)
         panel.text(

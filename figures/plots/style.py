@@ -1,27 +1,41 @@
 """Style of all plots: colours, markers and lines of methods, panels, captions, files.
 
+A plot is drawn for the screen, or for paper with the width of a column or of a page. A drawing
+function does not know for which: `panels` chooses the size, and `applied` the size of letters.
+
 Import path: robsparse.figures.plots.style
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import matplotlib.style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import (
+    EngFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    StrMethodFormatter,
+)
 
 from robsparse.base.files import atomic
+from robsparse.figures.data.reliability import FINE, LOOK, UNRELIABLE
 from robsparse.figures.data.summary import Material
 from robsparse.figures.data.tidy import Group, groups, methods, sparsities
-from robsparse.figures.text.formats import UNRELIABLE, percent
+from robsparse.figures.text.formats import percent
 from robsparse.study.study import Study
 
 # Colours of Okabe and Ito, which colour-blind readers can distinguish. Pale yellow is the last.
@@ -33,8 +47,24 @@ LINES: tuple[Any, ...] = ((0, (6, 2)), "-", (0, (4, 1.2)), (0, (3, 1, 1, 1)), (0
 # These methods look the same in every study.
 _FIRST = ("dense", "bcs", "lwm", "admm", "hydra")
 
-_CAPTION_POINTS = 7.0
-_POINTS_PER_INCH = 72
+WIDTHS = {"column": 3.25, "page": 6.75}  # inches; of one and of two columns of a paper
+_PAPER = {
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 7),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 6.5),
+    "lines.linewidth": 1.0,
+    "lines.markersize": 4.0,
+    "legend.handlelength": 2.8,
+    "errorbar.capsize": 1.5,
+}
+_width: ContextVar[float | None] = ContextVar("width", default=None)  # None: for the screen
+_LEAST = 0.45  # a panel may shrink to this share of its width before a row of panels is broken
+_LOW = 1.4  # a panel of at most this height (inches) keeps its height when its width shrinks
+
+
+class Plot(Figure):
+    """A figure and its caption, which is written beside the picture and not into it."""
+
+    caption: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,51 +75,100 @@ class Look:
     color: str
     marker: str
     linestyle: Any
+    gid: str  # name of the method in an SVG file, by which the page shows and hides it
 
     @property
     def line(self) -> dict[str, Any]:
         """Keyword arguments of `Axes.plot`; markers have a white edge."""
         return vars(self) | {"markeredgecolor": "white", "markeredgewidth": 0.6}
 
+    def points(self, grade: str) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot` for markers alone: the filling shows the grade.
+
+        Full: fine. Upper half white: look. White: unreliable.
+        """
+        edge = {"markeredgecolor": self.color, "markeredgewidth": 0.9, "linestyle": "none"}
+        if grade == FINE:
+            return self.line | {"linestyle": "none"}
+        filling = {"fillstyle": "bottom", "markerfacecoloralt": "white"}
+        return vars(self) | edge | (filling if grade == LOOK else {"markerfacecolor": "white"})
+
 
 def looks(study: Study) -> dict[str, Look]:
     """The look of every method of a study, in the order of tables and legends."""
     others = [name for name in methods(study) if name not in _FIRST]
     position = {name: index for index, name in enumerate([*_FIRST, *others])}
-    return {name: _look(study.label("method", name), position[name]) for name in methods(study)}
+    return {
+        name: _look(study.label("method", name), position[name], name) for name in methods(study)
+    }
 
 
-def _look(label: str, index: int) -> Look:
+def _look(label: str, index: int, name: str) -> Look:
     colour, marker, line = (choices[index % len(choices)] for choices in (COLOURS, MARKERS, LINES))
-    return Look(label, colour, marker, line)
+    return Look(label, colour, marker, line, f"method:{name}")
 
 
 @contextmanager
-def applied() -> Iterator[None]:
-    """Use robsparse.mplstyle in a with block; restore the settings of the caller after it."""
-    with matplotlib.style.context(["default", Path(__file__).with_name("robsparse.mplstyle")]):
-        yield
+def applied(width: float | None = None) -> Iterator[None]:
+    """Use robsparse.mplstyle in a with block; restore the settings of the caller after it.
+
+    Args:
+        width: width of a plot for paper in inches; None: for the screen, as wide as it needs.
+    """
+    files = ["default", Path(__file__).with_name("robsparse.mplstyle")]
+    with matplotlib.style.context([*files, *([] if width is None else [_PAPER])]):
+        token = _width.set(width)
+        try:
+            yield
+        finally:
+            _width.reset(token)
 
 
 def panels(
-    rows: int, columns: int, *, width: float = 3.1, height: float = 2.9, **shared: Any
-) -> tuple[Figure, list[list[Axes]]]:
+    rows: int,
+    columns: int,
+    *,
+    width: float = 3.1,
+    height: float = 2.9,
+    unbroken: bool = False,
+    scaled: bool = True,
+    **shared: Any,
+) -> tuple[Plot, list[list[Axes]]]:
     """Make a figure with panels, without the global state of pyplot.
 
     Args:
         rows: rows of panels.
         columns: columns of panels.
-        width: width of a panel in inches.
-        height: height of a panel in inches.
-        shared: keyword arguments of `Figure.subplots`.
+        width: width of a panel in inches. On paper it may be smaller.
+        height: height of a panel in inches. On paper it may be smaller.
+        unbroken: keep each row in one line. Otherwise, a row that is too wide for the paper
+            continues in the next line.
+        scaled: a panel that becomes narrower also becomes lower.
+        shared: `sharex` and `sharey` of `Figure.subplots`: True or False.
+
+    Returns:
+        The figure and its panels (rows × columns).
     """
-    figure = Figure(figsize=(max(6.2, width * columns), height * rows + 1.1))
+    paper, lines, each = _width.get(), 1, columns
+    if paper is not None:
+        if not unbroken:
+            lines = math.ceil(columns / max(1, int(paper / (_LEAST * width))))
+        each = math.ceil(columns / lines)
+        height = min(height, max(_LOW, height * paper / each / width)) if scaled else height
+    inches = max(6.2, width * columns) if paper is None else paper
+    figure = Plot(figsize=(inches, height * rows * lines))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **shared)
-    return figure, [list(row) for row in axes]
+    axes = figure.subplots(rows * lines, each, squeeze=False, **shared)
+    found = [
+        [panel for line in axes[lines * i : lines * (i + 1)] for panel in line] for i in range(rows)
+    ]
+    for row in found:
+        for panel in row[columns:]:
+            panel.remove()
+    return figure, [row[:columns] for row in found]
 
 
-def grid(material: Material, **options: Any) -> tuple[Figure, Iterator[tuple[Group, float, Axes]]]:
+def grid(material: Material, **options: Any) -> tuple[Plot, Iterator[tuple[Group, float, Axes]]]:
     """Make a row of panels for each group and a column for each sparsity; options: see `panels`."""
     study = material.study
     found, columns = groups(study), sparsities(study)
@@ -108,16 +187,40 @@ def grid(material: Material, **options: Any) -> tuple[Figure, Iterator[tuple[Gro
     return figure, each()
 
 
-def is_leftmost(panel: Axes) -> bool:
-    """Whether a panel is in the first column of its figure, where axes have their labels."""
-    place = panel.get_subplotspec()
-    return place is not None and place.is_first_col()
+def name_axes(figure: Figure, x: str, y: str) -> None:
+    """Name x below the lowest panels, and y beside the leftmost ones.
+
+    If all panels have the same axis, only these panels have numbers on it.
+    """
+    shown = [p for p in figure.axes if p.get_visible() and p.get_subplotspec() is not None]
+    places = {panel: _place(panel) for panel in shown}
+    lowest = {
+        column: max(r for r, c in places.values() if c == column) for _, column in places.values()
+    }
+    leftmost = {row: min(c for r, c in places.values() if r == row) for row, _ in places.values()}
+    rows, columns = (1 + max(found) for found in zip(*places.values(), strict=True))
+    width, height = figure.get_size_inches()
+    x, y = fill(x, width / columns), fill(y, height / rows)
+    for panel, (row, column) in places.items():
+        low, left = row == lowest[column], column == leftmost[row]
+        panel.set_xlabel(x if low else "")
+        panel.set_ylabel(y if left else "")
+        if len(panel.get_shared_x_axes().get_siblings(panel)) > 1:
+            panel.tick_params(labelbottom=low)
+        if len(panel.get_shared_y_axes().get_siblings(panel)) > 1:
+            panel.tick_params(labelleft=left)
 
 
-def is_lowest(panel: Axes) -> bool:
-    """Whether a panel is in the last row of its figure."""
+def fill(text: str, inches: float) -> str:
+    """Break the name of an axis of so many inches into lines."""
+    letters = int(0.75 * inches * 72 / (0.6 * float(mpl.rcParams["axes.labelsize"])))
+    return textwrap.fill(text, max(letters, 10))
+
+
+def _place(panel: Axes) -> tuple[int, int]:
     place = panel.get_subplotspec()
-    return place is not None and place.is_last_row()
+    assert place is not None
+    return place.rowspan.start, place.colspan.start
 
 
 def log_axis(panel: Axes, low: float, high: float, form: str) -> None:
@@ -130,46 +233,51 @@ def log_axis(panel: Axes, low: float, high: float, form: str) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def mark_unreliable(panel: Axes, x: float, y: float, reasons: str, **where: Any) -> None:
-    """Draw a dagger at a number if `reasons` (why it is potentially unreliable) is not empty."""
-    if reasons and not math.isnan(y):
-        offset = {"xytext": (4, 3), "textcoords": "offset points"}
-        panel.annotate(UNRELIABLE, (x, y), **offset | where, fontsize=8, zorder=6)
+def counts_axis(panel: Axes) -> None:
+    """Print the numbers of a linear x axis short ("40k"), and few of them, so that none overlap."""
+    panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def finish(figure: Figure, handles: Iterable[Artist], caption: Sequence[str]) -> Figure:
-    """Add one legend above the panels and the caption below them, and lay everything out.
+def grade_handles(grades: Iterable[str]) -> list[Line2D]:
+    """Legend entries for the grades that occur in a plot, without "fine"."""
+    look, found = Look("", "0.35", "o", "", ""), set(grades)
+    shown = {LOOK: "look", UNRELIABLE: "unreliable"}
+    return [
+        Line2D([], [], **look.points(grade) | {"label": text, "gid": None})
+        for grade, text in shown.items()
+        if grade in found
+    ]
+
+
+def finish(figure: Plot, handles: Iterable[Artist], caption: Sequence[str]) -> Plot:
+    """Add one legend above the panels, lay everything out, and keep the caption.
 
     Args:
         figure: the figure with its panels drawn.
         handles: legend entries.
-        caption: paragraphs; each is wrapped to the width of the figure.
+        caption: paragraphs.
     """
-    width, height = figure.get_size_inches()
-    # The mean width of a letter is about 0.57 times the font size.
-    letters = int((width - 0.3) * _POINTS_PER_INCH / (0.57 * _CAPTION_POINTS))
-    lines = [line for part in caption for line in textwrap.wrap(part, letters)]
-    inches = (len(lines) * 1.35 * _CAPTION_POINTS + 8) / _POINTS_PER_INCH
-    height += inches
-    figure.set_size_inches(width, height)
-    figure.set_layout_engine("constrained", rect=(0, inches / height, 1, 1 - inches / height))
-    figure.text(
-        0.15 / width,
-        4 / _POINTS_PER_INCH / height,
-        "\n".join(lines),
-        fontsize=_CAPTION_POINTS,
-        linespacing=1.3,
-        va="bottom",
-        color="0.25",
-    )
+    figure.caption = tuple(caption)
     entries = list(handles)
     if entries:
-        # Width of an entry in inches: its line and its letters.
-        longest = 0.55 + 0.075 * max(len(str(entry.get_label())) for entry in entries)
-        rows = math.ceil(len(entries) / max(1, int(width / max(1.4, longest))))
+        width, height = figure.get_size_inches()
+        points = float(mpl.rcParams["legend.fontsize"])
+        # Width of an entry: its line, the gaps and its letters, which are 0.6 points wide.
+        longest = max(len(str(entry.get_label())) for entry in entries)
+        inches = points * (mpl.rcParams["legend.handlelength"] + 2.8 + 0.6 * longest) / 72
+        rows = math.ceil(len(entries) / max(1, int(width / inches)))
+        figure.set_size_inches(width, height + (rows * 1.7 * points + 8) / 72)
         columns = math.ceil(len(entries) / rows)
         figure.legend(handles=entries, loc="outside upper center", ncols=columns)
+    figure.set_layout_engine("constrained")
     return figure
+
+
+def no_data(panel: Axes, message: str = "no data") -> None:
+    """Write a message into a panel without data, and hide its axes."""
+    bare(panel)
+    panel.text(0.5, 0.5, message, transform=panel.transAxes, ha="center", va="center")
 
 
 def bare(panel: Axes) -> None:
@@ -185,11 +293,10 @@ def wrap(text: str, letters: int) -> list[str]:
     return textwrap.wrap(text, letters)
 
 
-def empty(message: str, caption: Sequence[str]) -> Figure:
+def empty(message: str, caption: Sequence[str]) -> Plot:
     """Make a figure with a message, for a plot without data."""
-    figure, [[panel]] = panels(1, 1, height=1.4)
-    panel.set_axis_off()
-    panel.text(0.5, 0.5, textwrap.fill(message, 70), ha="center", va="center", fontsize=11)
+    figure, [[panel]] = panels(1, 1, height=1.0)
+    no_data(panel, textwrap.fill(message, 40))
     return finish(figure, [], caption)
 
 
@@ -199,3 +306,16 @@ def save(figure: Figure, path: Path) -> None:
     metadata = {"pdf": {"CreationDate": None}, "png": {"Software": None}}[suffix]
     with atomic(path) as temporary:
         figure.savefig(temporary, format=suffix, metadata=metadata)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """Return a figure as SVG with text as text, the same at each call.
+
+    Args:
+        figure: the figure.
+        name: a name that makes the identifiers in the file different from those of other files.
+    """
+    text = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

@@ -11,13 +11,22 @@ import numpy as np
 import pandas as pd
 
 from robsparse.figures.data import published
+from robsparse.figures.data.reliability import FINE
 from robsparse.figures.data.summary import Material
-from robsparse.figures.text.formats import NONE, SMALL, UNRELIABLE, accuracy_percent, join, percent
+from robsparse.figures.text.formats import (
+    MARKS,
+    NONE,
+    SMALL,
+    accuracy_percent,
+    join,
+    marked,
+    percent,
+)
 from robsparse.figures.text.markup import bullets, latex, markdown
 from robsparse.schema.grid import Axis, Table
 from robsparse.study.study import AXES, Study
 
-COLUMNS = [*published.KEYS, "ours", "published", "difference", "source", "potentially_unreliable"]
+COLUMNS = [*published.KEYS, "ours", "published", "difference", "source", "reliability"]
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -56,7 +65,7 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
     Returns:
         One row for each network, attack and source of a published number. Columns: the keys of a
         published number; `ours` (fraction, mean over seeds), `published`, `difference`
-        (ours - published), `source`, `potentially_unreliable`. A missing value is nan or "". An
+        (ours - published), `source`, `reliability` (the grade). A missing value is nan or "". An
         incomplete attack, e.g. some components of AutoAttack, is compared with no published number.
     """
     sources = [published.read(Path(name)) for name in spec.published]
@@ -66,7 +75,7 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
         for attack in spec.attacks:
             asked = {"attack": attack, "selection": spec.selection}
             key = material.study.place_in(spec, cell) | asked
-            ours, reasons = _ours(material, {axis: getattr(cell, axis) for axis in AXES} | asked)
+            ours, grade = _ours(material, {axis: getattr(cell, axis) for axis in AXES} | asked)
             compared = not material.study.qualifier(attack)
             found = _matching(theirs, key, material.study) if compared else []
             for number, source in found or [(np.nan, "")]:
@@ -77,20 +86,20 @@ def values(material: Material, spec: Table) -> pd.DataFrame:
                         "published": number,
                         "difference": ours - number,
                         "source": source,
-                        "potentially_unreliable": reasons,
+                        "reliability": grade,
                     }
                 )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _ours(material: Material, key: dict[str, Any]) -> tuple[float, str]:
-    """Our accuracy, and why the network is potentially unreliable."""
+    """Our accuracy, and the grade of the network."""
     rows = material.summary
     same = np.logical_and.reduce([rows[k] == v for k, v in key.items() if k != "attack"])
     column = f"{key['attack']}_accuracy"
     if column not in rows or not same.any():
-        return np.nan, ""
-    return float(rows[same][column].iloc[0]), rows[same].potentially_unreliable.iloc[0]
+        return np.nan, FINE
+    return float(rows[same][column].iloc[0]), rows[same].reliability.iloc[0]
 
 
 def _matching(theirs: pd.DataFrame, key: dict[str, Any], study: Study) -> list[tuple[float, str]]:
@@ -134,8 +143,8 @@ def _printed(study: Study, spec: Table, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell_text(rows: pd.DataFrame, letters: dict[str, str]) -> str:
-    unreliable = bool(rows.potentially_unreliable.iloc[0]) and not np.isnan(rows.ours.iloc[0])
-    ours = accuracy_percent(rows.ours.iloc[0]) + f" {UNRELIABLE}" * unreliable
+    ours = accuracy_percent(rows.ours.iloc[0])
+    ours = ours if ours == NONE else marked(ours, rows.reliability.iloc[0])
     known = rows[rows.source != ""]
     if known.empty:
         return f"{ours} / {NONE} / {NONE}"
@@ -167,8 +176,8 @@ def _notes(material: Material, spec: Table, table: pd.DataFrame) -> list[str]:
         f"images, mean over seeds, selection {spec.selection}, eps {study.threat.eps:.5g}.",
     ]
     notes += _variant_notes(study, spec)
-    if (table.potentially_unreliable != "").any():
-        notes.append(f"{UNRELIABLE} potentially unreliable; the reasons are below the main table.")
+    if marks := [f"{MARKS[g]} {g}" for g in dict.fromkeys(table.reliability) if MARKS[g]]:
+        notes.append(f"{', '.join(marks)}: the reasons are below the main table.")
     excluded = [study.label("attack", name) for name in spec.attacks if study.qualifier(name)]
     if excluded:
         notes.append(f"Not compared with published numbers: {', '.join(excluded)}.")

@@ -4,6 +4,7 @@ Import path: robsparse.figures.tables.study_tables
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,9 @@ from robsparse.figures.text.formats import (
     FAILED,
     MISSED,
     NONE,
-    UNRELIABLE,
     accuracy_percent,
     join,
+    marked,
     percent,
 )
 from robsparse.figures.text.markup import bullets, latex, markdown
@@ -73,9 +74,8 @@ def _accuracy(line: pd.Series, attack: str, bold: bool = False) -> str:
     text = f"{100 * mean:.1f}" + ("" if np.isnan(spread) else f" ± {100 * spread:.1f}")
     text = f"**{text}**" if bold else text
     marks = {FAILED: line.failure, MISSED: line.budget}
-    if attack != "clean":
-        marks[UNRELIABLE] = line.potentially_unreliable
-    return " ".join([text, *(mark for mark, reasons in marks.items() if reasons)])
+    text = " ".join([text, *(mark for mark, reasons in marks.items() if reasons)])
+    return text if attack == "clean" else marked(text, line.reliability)
 
 
 def _count(value: float) -> str:
@@ -85,9 +85,7 @@ def _count(value: float) -> str:
 def component_table(material: Material, group: Group) -> pd.DataFrame | None:
     """Accuracy in % after each component of the strongest attack; None if it did not run."""
     table = components(material, group)
-    names = [
-        n for n in table if n not in ("method", "sparsity", "selection", "potentially_unreliable")
-    ]
+    names = [n for n in table if n not in ("method", "sparsity", "selection", "reliability")]
     if not names:
         return None
     shown = pd.DataFrame(
@@ -99,8 +97,8 @@ def component_table(material: Material, group: Group) -> pd.DataFrame | None:
     )
     for name in names:
         shown[f"after {name} (%)"] = [
-            accuracy_percent(share) + f" {UNRELIABLE}" * bool(reasons and not np.isnan(share))
-            for share, reasons in zip(table[name], table.potentially_unreliable, strict=True)
+            NONE if np.isnan(share) else marked(accuracy_percent(share), grade)
+            for share, grade in zip(table[name], table.reliability, strict=True)
         ]
     return shown
 
@@ -124,13 +122,9 @@ def _pairs_as_text(
         {
             "Sparsity": percent(pair.sparsity),
             ours: study.label("method", pair.ours),
-            "Accuracy (%)": _with_interval(pair.ours_accuracy, pair.ours_low, pair.ours_high)
-            + _marks(pair.ours_potentially_unreliable, pair.ours_budget),
+            "Accuracy (%)": _side(pair, "ours"),
             theirs: study.label("method", pair.theirs),
-            f"{theirs} accuracy (%)": _with_interval(
-                pair.theirs_accuracy, pair.theirs_low, pair.theirs_high
-            )
-            + _marks(pair.theirs_potentially_unreliable, pair.theirs_budget),
+            f"{theirs} accuracy (%)": _side(pair, "theirs"),
             "Difference (points)": _with_interval(pair.difference, pair.low, pair.high, "+"),
             "Detectable (points)": accuracy_percent(pair.detectable),
             "p": _p_value(pair.p, pair.seeds),
@@ -142,8 +136,13 @@ def _pairs_as_text(
     return pd.DataFrame(rows)
 
 
-def _marks(potentially_unreliable: str, budget: str) -> str:
-    return f" {UNRELIABLE}" * bool(potentially_unreliable) + f" {MISSED}" * bool(budget)
+def _side(pair: Any, side: str) -> str:
+    """The accuracy of one side of a pair, with its interval and marks."""
+    value, low, high, grade, budget = (
+        getattr(pair, f"{side}_{name}")
+        for name in ("accuracy", "low", "high", "reliability", "budget")
+    )
+    return marked(_with_interval(value, low, high), grade) + f" {MISSED}" * bool(budget)
 
 
 def _p_value(p: float, seeds: int) -> str:
@@ -183,7 +182,7 @@ def sanity_checks_table(material: Material, group: Group) -> pd.DataFrame | None
         for column, (title, form) in _SANITY_CHECKS.items():
             value = own[column].min() if column.startswith("pgd") else own[column].max()
             row[title] = NONE if np.isnan(value) else form(value)
-        row["Potentially unreliable"] = f"{UNRELIABLE} yes" if line.potentially_unreliable else "no"
+        row["Reliability"] = marked(line.reliability, line.reliability)
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -3,13 +3,12 @@
 Import path: robsparse.figures.text.captions
 """
 
-from robsparse.figures.data import statistics
+from robsparse.figures.data import reliability, statistics
 from robsparse.figures.data.summary import Material
 from robsparse.figures.data.tidy import seeds
 from robsparse.figures.text.formats import (
     SELECTION_RULES,
     SMALL,
-    UNRELIABLE,
     device,
     epochs,
     join,
@@ -29,13 +28,22 @@ def interval_note(material: Material) -> str:
     return f"{level} over test images only, {reason}"
 
 
-def unreliable_note(material: Material) -> list[str]:
-    """A note about the meaning of the dagger, if a network has one."""
-    if not (material.summary.potentially_unreliable != "").any():
+def grades_note(material: Material, *, filling: bool) -> list[str]:
+    """A note about the grades of the networks, if any is not "fine".
+
+    Args:
+        material: the data of the plot.
+        filling: whether the filling of a marker shows the grade, and not a sign after a name.
+    """
+    shown = material.summary.reliability
+    if (shown == reliability.FINE).all():
         return []
+    look, unreliable = ("half filled", "hollow") if filling else ("°", "†")
+    marker = "Marker" if filling else "Sign"
     return [
-        f"{UNRELIABLE}: potentially unreliable, the accuracy may be too high; the reasons are "
-        "below the main table."
+        f"{marker} {look}: look at the reasons, the accuracy may be too high by up to "
+        f"{100 * reliability.LIMIT:g} points. {marker} {unreliable}: potentially unreliable, it "
+        "may be far too high. The reasons are below the main table."
     ]
 
 

@@ -8,12 +8,14 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from robsparse.figures.data import reliability
 from robsparse.figures.data.tidy import methods
 from robsparse.study.study import Study
 
 NONE = "n/a"
 SMALL = "Small study: not comparable with published numbers."
-UNRELIABLE, FAILED, MISSED = "†", "§", "¶"
+FAILED, MISSED = "§", "¶"
+MARKS = {reliability.FINE: "", reliability.LOOK: "°", reliability.UNRELIABLE: "†"}
 SELECTION_RULES = {
     "best_val": "the epoch with the best PGD accuracy on held-out training images, "
     "among those in which the network is at its sparsity",
@@ -47,6 +49,11 @@ def accuracy_percent(share: float, sign: str = "") -> str:
     sign: "+" prints the sign of positive values too.
     """
     return NONE if np.isnan(share) else f"{100 * share:{sign}.1f}".replace("-", "−")
+
+
+def marked(text: str, grade: str) -> str:
+    """A text with the mark of a grade: "40.0 †"; without a mark if the grade is "fine"."""
+    return f"{text} {MARKS[grade]}".rstrip()
 
 
 def radius(eps: float) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from robsparse.figures.text.formats import FAILED, MISSED, UNRELIABLE
+from robsparse.figures.data.reliability import LOOK, UNRELIABLE
+from robsparse.figures.text.formats import FAILED, MARKS, MISSED
 
 # Columns with text. All other columns of a table have numbers.
 _TEXT_COLUMNS = (
@@ -18,7 +19,7 @@ _TEXT_COLUMNS = (
     "Plain",
     "Selection",
     "Verdict",
-    "Potentially unreliable",
+    "Reliability",
 )
 # Characters that LaTeX reads as commands, and characters that some of its fonts do not have.
 _LATEX = str.maketrans(
@@ -31,7 +32,8 @@ _LATEX = str.maketrans(
         ">": r"\textgreater{}",
         "±": r"$\pm$",
         "−": r"$-$",
-        UNRELIABLE: r"$^{\dagger}$",
+        MARKS[UNRELIABLE]: r"$^{\dagger}$",
+        MARKS[LOOK]: r"$^{\circ}$",
         FAILED: r"\S{}",
         MISSED: r"\P{}",
     }

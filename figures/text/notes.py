@@ -7,16 +7,16 @@ from typing import Any
 
 import pandas as pd
 
-from robsparse.figures.data import compare
+from robsparse.figures.data import compare, reliability
 from robsparse.figures.data.summary import STRONGEST, Material
 from robsparse.figures.data.tidy import Group, cells, methods, seeds, sparsities
 from robsparse.figures.text.formats import (
     FAILED,
+    MARKS,
     MISSED,
     NONE,
     SELECTION_RULES,
     SMALL,
-    UNRELIABLE,
     code,
     device,
     epochs,
@@ -235,17 +235,37 @@ def _incomplete(material: Material, group: Group) -> list[str]:
 def marks(material: Material, group: Group) -> list[str]:
     """The meaning of each mark in the table of a group, and the reasons for it."""
     lines = group.select(material.summary)
-    meanings = {
-        "potentially_unreliable": f"{UNRELIABLE} potentially unreliable: its accuracy under "
-        "attack may be too high",
-        "failure": f"{FAILED} training failed: the number is no result of the method",
-        "budget": f"{MISSED} the network does not have the requested sparsity",
-    }
+    grade, limit = lines.reliability, f"{100 * reliability.LIMIT:g}"
+    meanings = [
+        (
+            "potentially_unreliable",
+            grade == reliability.UNRELIABLE,
+            f"{MARKS[reliability.UNRELIABLE]} unreliable: its accuracy under attack may be far "
+            f"too high, because gradients do not lead the attacks, or a stronger attack breaks "
+            f"more than {limit} % of the images in addition",
+        ),
+        (
+            "potentially_unreliable",
+            grade == reliability.LOOK,
+            f"{MARKS[reliability.LOOK]} look: its accuracy under attack may be too high, because "
+            f"a stronger attack breaks up to {limit} % of the images in addition",
+        ),
+        (
+            "failure",
+            lines.failure != "",
+            f"{FAILED} training failed: the number is no result of the method",
+        ),
+        (
+            "budget",
+            lines.budget != "",
+            f"{MISSED} the network does not have the requested sparsity",
+        ),
+    ]
     notes = []
-    for column, meaning in meanings.items():
+    for column, concerned, meaning in meanings:
         reasons = [
             f"{line_name(material.study, row.method, row.sparsity)} {row.selection}, {row[column]}"
-            for _, row in lines[lines[column] != ""].iterrows()
+            for _, row in lines[concerned].iterrows()
         ]
         if reasons:
             notes.append(f"{meaning}: {'. '.join(reasons)}.")

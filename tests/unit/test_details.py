@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from robsparse.figures.data import statistics
 from robsparse.figures.data.summary import Material
 from robsparse.figures.data.tidy import Group
-from robsparse.figures.plots import details
+from robsparse.figures.plots import details, style
 from robsparse.study import loading
 from robsparse.study.cells import Cell
 
@@ -78,7 +79,7 @@ class Made:
         self.summary = pd.DataFrame(
             keys
             | {"method": m, "sparsity": s, "autoattack_accuracy": a}
-            | {"selection": "best_val", "potentially_unreliable": ""}
+            | {"selection": "best_val", "reliability": "fine", "seeds": 2}
             for m, s, a in lines
         )
 
@@ -132,7 +133,8 @@ def test_curve_is_at_most_the_accuracy_under_each_attack(measured, ours, stronge
 
 def draw(monkeypatch, outcomes, **changes):
     monkeypatch.setattr(details, "plot_caption", lambda *_, **__: "A caption.")
-    return details.accuracy_against_eps(Made(outcomes, **changes))
+    with style.applied():
+        return details.accuracy_against_eps(Made(outcomes, **changes))
 
 
 def lines_of(figure):
@@ -163,10 +165,32 @@ def test_plot_shows_the_bound_the_strongest_attack_and_chance(monkeypatch):
     assert y[-1] == pytest.approx(60)
     assert x[-1] > figure.axes[0].get_xlim()[1] == pytest.approx(0.4)
     assert lines["chance"].get_ydata()[0] == 25
-    message = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    message = " ".join(figure.caption)
     assert "upper bound" in message
     assert "Minimum norm, AutoAttack, far" in message
     assert "round" not in message
+
+
+def test_band_is_the_interval_of_the_accuracy_at_each_eps(monkeypatch):
+    lengths = {0: [0.2, 0.4, 0.3, 0.05, 0.1], 1: [0.1, 0.4, 0.2, 0.05, INF]}
+    seeds = [Outcomes({"clean": [1] * 5}, {"minimum_norm": lengths[seed]}) for seed in (0, 1)]
+    cells = {Cell("digits", "small_cnn", "bcs", "at", 0.9, seed): seeds[seed] for seed in (0, 1)}
+    figure = draw(monkeypatch, Outcomes({}, {}, cells))
+    [band] = figure.axes[0].collections
+    ends = {}
+    for x, y in band.get_paths()[0].vertices:
+        ends.setdefault(round(float(x), 9), set()).add(round(float(y), 6))
+    stacked = np.stack([np.array(lengths[seed], dtype=np.float32) for seed in (0, 1)])
+    assert len(ends) == details._BAND_POINTS
+    # At an eps that is a length, rounding decides on which side it is.
+    clear = [eps for eps in ends if np.abs(stacked - eps).min() > 1e-6]
+    assert len(clear) > 7
+    for eps in clear:
+        found = ends[eps]
+        wanted = statistics.accuracy_interval(stacked > eps)
+        assert sorted({min(found), max(found)}) == pytest.approx(
+            sorted({100 * end for end in wanted}), abs=1e-4
+        )
 
 
 def test_plot_of_a_study_without_lengths_is_a_message(monkeypatch):

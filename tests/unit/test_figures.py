@@ -1,15 +1,10 @@
-"""Tables and plots from small artificial results; no network is trained or attacked."""
+"""Tables and the report from small artificial results; no network is trained or attacked."""
 
 import dataclasses
-import itertools
 import re
-import shutil
 import statistics as by_hand
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,237 +12,16 @@ import pandas as pd
 import pytest
 import yaml
 
+from made_up import COMPONENTS, IMAGES, STUDY, MadeUp, correct, load, prepare, words
 from robsparse.base.errors import UsageError
-from robsparse.base.files import file_checksum, write_json
-from robsparse.collection import plausibility
 from robsparse.figures import PLOTS, REPORT, TABLES, report
-from robsparse.figures.data import compare, statistics, summary, tidy
-from robsparse.figures.plots import connections, costs, curves, finals, leaderboard, style
+from robsparse.figures.data import compare, reliability, statistics, summary, tidy
+from robsparse.figures.plots import costs, curves, finals, leaderboard, style
 from robsparse.figures.tables import study_tables
 from robsparse.figures.text import formats, markup, notes
-from robsparse.records.columns import COLLECTED, MANIFEST, OVERLAP_COLUMNS
-from robsparse.records.rows import Row, wilson_interval
+from robsparse.records.rows import wilson_interval
 from robsparse.study import loading
 from robsparse.study.cells import Cell, Layout
-from robsparse.study.study import Study
-
-IMAGES = 20
-LAYERS = {"0": 40, "3": 160, "11": 200}
-COMPONENTS = ("apgd-ce", "apgd-t")
-STUDY = {
-    "study": "made_up",
-    "title": "Made-up numbers",
-    "small": True,
-    "grid": {
-        "datasets": ["digits"],
-        "archs": ["small_cnn"],
-        "objectives": ["at"],
-        "methods": ["lwm", "bcs", "dense"],
-        "sparsities": [0.9, 0.95],
-        "seeds": [0, 1],
-    },
-    "threat": {"eps": "8/255"},
-    "training": {"crafting": {"step_size": "2/255"}},
-    "evaluation": {
-        "n_examples": IMAGES,
-        "selections": {
-            "best_val": ["clean", "pgd", "autoattack"],
-            "last": ["clean", "pgd", "autoattack"],
-        },
-    },
-}
-
-
-# ------------------------------------------------------------------ artificial tidy files
-
-
-@dataclass
-class MadeUp:
-    """Writes artificial tidy files. `correct(cell, selection, attack)` is a number of images."""
-
-    study: Study
-    layout: Layout
-    correct: Callable[[Cell, str, str], int]
-    images: int = IMAGES
-    layers: Sequence[tuple[str, int]] = tuple(LAYERS.items())
-    epochs: int = 4
-    steps_per_epoch: int = 5
-    potentially_unreliable: str = ""
-    skip: Callable[[Cell], bool] = lambda cell: False
-
-    def write(self) -> Layout:
-        """Write results.csv, layers.csv, curves.csv, steps.parquet and the flags."""
-        rows, layers, points, steps = [], [], [], []
-        for cell in self.study.cells():
-            if self.skip(cell):
-                continue
-            axes = vars(cell)
-            for selection in self.study.evaluation.selections:
-                rows += self._rows(cell, selection)
-                layers += [axes | {"selection": selection} | row for row in self._layers(cell)]
-            points += [axes | point for point in self._curve(cell)]
-            if cell.method == "bcs":
-                steps.append(self._steps().assign(**axes))
-        self.layout.root.mkdir(parents=True, exist_ok=True)
-        results = plausibility.mark_weak_attacks(pd.DataFrame(rows))
-        results = plausibility.mark_missed_budgets(results).assign(other_code="")
-        results.to_csv(self.layout.root / "results.csv", index=False)
-        pd.DataFrame(layers).to_csv(self.layout.root / "layers.csv", index=False)
-        pd.DataFrame(points).to_csv(self.layout.root / "curves.csv", index=False)
-        bins = pd.DataFrame(layers).assign(low=0.1, high=0.2, count=5)
-        bins.to_csv(self.layout.root / "weights.csv", index=False)
-        if steps:
-            pd.concat(steps).to_parquet(self.layout.root / "steps.parquet")
-            lifetimes = pd.concat(steps).drop_duplicates([*tidy.SEEDED])
-            lifetimes = lifetimes.assign(age=3, pruned=2, active=1)
-            lifetimes.to_parquet(self.layout.root / "lifetimes.parquet")
-        self._overlap().to_csv(self.layout.root / "overlap.csv", index=False)
-        self.write_manifest()
-        return self.layout
-
-    def write_manifest(self) -> None:
-        """Write the checksums of the existing tables, as `robsparse collect` does."""
-        found = [name for name in COLLECTED if (self.layout.root / name).exists()]
-        sums = {n: file_checksum(self.layout.root / n) for n in found}
-        content = {"tables": sums, "outcomes": {}}
-        write_json(self.layout.root / MANIFEST, content)
-
-    def _overlap(self) -> pd.DataFrame:
-        sparse = [c for c in self.study.cells() if c.sparsity]
-        rows = [
-            (
-                *(a.dataset, a.arch, a.objective, a.sparsity),
-                *(a.method, a.seed, "best_val", b.method, b.seed, "best_val", 0.25, 0.05),
-            )
-            for a, b in itertools.combinations(sparse, 2)
-            if (a.sparsity, a.objective) == (b.sparsity, b.objective)
-        ]
-        return pd.DataFrame(rows, columns=list(OVERLAP_COLUMNS))
-
-    def flags(self, cell: Cell, selection: str) -> dict[str, np.ndarray]:
-        """Outcomes of images. The first images stay correct under each attack."""
-        found = {}
-        for attack in ("clean", "pgd", "autoattack"):
-            count = self.correct(cell, selection, attack)
-            for part in (*COMPONENTS, "all") if attack == "autoattack" else ("all",):
-                extra = 2 if part == COMPONENTS[0] else 0
-                found[f"{attack}.{part}"] = np.arange(self.images) < count + extra
-        return found
-
-    def _rows(self, cell: Cell, selection: str) -> list[dict]:
-        flags = self.flags(cell, selection)
-        path = self.layout.flags(cell, selection)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, labels=np.arange(self.images) % 10, **flags)
-        nonzero = sum(layer["nonzero"] for layer in self._layers(cell))
-        size = sum(size for _, size in self.layers)
-        rows = []
-        for name, robust in flags.items():
-            attack, component = name.split(".")
-            low, high = wilson_interval(int(robust.sum()), self.images)
-            row = Row(
-                **vars(cell),
-                selection=selection,
-                attack=attack,
-                component=component,
-                accuracy=robust.mean(),
-                n_correct=robust.sum(),
-                n_examples=self.images,
-                ci_low=low,
-                ci_high=high,
-                norm="Linf",
-                eps=0 if attack == "clean" else 8 / 255,
-                steps=50 if attack == "pgd" else None,
-                restarts=5 if attack == "pgd" else None,
-                version="standard" if attack == "autoattack" else None,
-                potentially_unreliable=self.potentially_unreliable,
-                classes=10,
-                chance=0.125,
-                sparsity_reached=1 - nonzero / size,
-                nonzero=nonzero,
-                prunable=size,
-                layers=len(self.layers),
-                dense_macs=1,
-                sparse_macs=1,
-                model_bytes=1,
-                epochs=self.epochs * (1 if cell.method == "dense" else 2),
-                peak_active_weights=nonzero if cell.method == "bcs" else size,
-                train_device="cpu (1 thread)",
-                eval_device="cpu (1 thread)",
-                settings_digest="0" * 16,
-                code_digest="3" * 16,
-                code_version="0.1.0+0123456789ab",
-                code_dirty=True,
-                libraries="numpy=2",
-                data_checksum="1" * 16,
-                model_checksum="2" * 16,
-            )
-            rows.append(row.model_dump())
-        return rows
-
-    def _layers(self, cell: Cell) -> list[dict]:
-        tilt = {"bcs": 0.6, "hydra": 0.15, "admm": 0.05}.get(cell.method, 0.0)
-        share = [size**-tilt for _, size in self.layers]
-        scale = sum(s * n for s, (_, n) in zip(share, self.layers, strict=True))
-        budget = (1 - cell.sparsity) * sum(size for _, size in self.layers)
-        return [
-            {
-                "layer": name,
-                "size": size,
-                "nonzero": min(size, round(budget * s * size / scale)),
-                "positions": 1,
-            }
-            for s, (name, size) in zip(share, self.layers, strict=True)
-        ]
-
-    def _curve(self, cell: Cell) -> list[dict]:
-        size = sum(size for _, size in self.layers)
-        nonzero = sum(layer["nonzero"] for layer in self._layers(cell))
-        stages = {
-            "dense": [("pretrain", size, 1)],
-            "bcs": [("train", nonzero, 2)],
-            "lwm": [("pretrain", size, 1), ("finetune", nonzero, 1)],
-        }.get(
-            cell.method, [("pretrain", size, 1), ("prune", size, 0.4), ("finetune", nonzero, 0.6)]
-        )
-        points = [
-            {"stage": stage, "active_weights": held}
-            for stage, held, share in stages
-            for _ in range(round(share * self.epochs))
-        ]
-        return [{"epoch": i} | point for i, point in enumerate(points, 1)]
-
-    def _steps(self) -> pd.DataFrame:
-        """Two layers; step 0 is the initial network."""
-        count = 2 * self.epochs * self.steps_per_epoch
-        step = np.arange(count + 1)
-        pruned = np.random.default_rng(0).poisson(30 * 0.1 ** (3 * step // (count + 1)))
-        pruned[0] = 0
-        names = list(dict(self.layers))[:2]
-        one = pd.DataFrame({"step": step, "pruned": pruned, "regrown": pruned})
-        return pd.concat([one.assign(layer=name, active=10, age=step / 2.0) for name in names])
-
-
-def correct(cell: Cell, selection: str, attack: str) -> int:
-    """Number of correct images: BCS is best, seed 1 better than 0, `last` worse than `best_val`."""
-    start = {"dense": 16, "bcs": 12}.get(cell.method, 8)
-    loss = {"clean": 0, "pgd": 2, "autoattack": 3}[attack]
-    return start - loss + 2 * cell.seed - (selection == "last")
-
-
-def load(folder: Path, **changes: object) -> Study:
-    """The artificial study, with changes of the grid."""
-    path = folder / "made_up.yaml"
-    path.write_text(yaml.safe_dump(STUDY | {"grid": STUDY["grid"] | changes}))
-    return loading.load(path)
-
-
-def prepare(folder: Path, grid: dict | None = None, **options: object) -> summary.Material:
-    """Write artificial results to `folder` and read them."""
-    study = load(folder, **(grid or {}))
-    made_up = MadeUp(study, Layout(folder / "made_up"), options.pop("correct", correct), **options)
-    layout = made_up.write()
-    return summary.make_material(study, layout, tidy.read(layout.root))
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +38,9 @@ def group(material: summary.Material) -> tidy.Group:
 @pytest.fixture
 def main(material: summary.Material, group: tidy.Group) -> pd.DataFrame:
     return study_tables.main(material, group)
+
+
+DAGGER = formats.MARKS[reliability.UNRELIABLE]
 
 
 @pytest.fixture(autouse=True)
@@ -322,7 +99,8 @@ def test_a_group_without_a_sparse_method_is_drawn(name, tmp_path):
 
 def test_report_shows_the_existing_plots(material):
     links = re.findall(r"\]\(([^)]+)\)", report.report(material))
-    assert set(links) == {*PLOTS, "tables/main.tex", "tables/main.csv"}
+    shown = {name for name in PLOTS if not name.endswith(".caption.md")}
+    assert set(links) == shown | {"tables/main.tex", "tables/main.csv"}
 
 
 def test_error_about_missing_results_names_the_command_to_run(tmp_path):
@@ -483,10 +261,11 @@ def test_accuracy_under_a_weak_autoattack_is_marked_with_the_reason(tmp_path):
     material = prepare(tmp_path, correct=weak)
     [group] = tidy.groups(material.study)
     main = study_tables.main(material, group)
-    marked = main[main["AutoAttack (%)"].str.contains(formats.UNRELIABLE)]
+    marked = main[main["AutoAttack (%)"].str.contains(DAGGER)]
     assert set(zip(marked.Method, marked.Selection, strict=True)) == {("LWM", "last")}
     [note] = notes.marks(material, group)
     assert "LWM 95 % last, seed 1: pgd breaks 3 more images than AutoAttack" in note
+    assert note.startswith(f"{DAGGER} unreliable")  # 3 of 20 images
 
 
 def test_accuracies_of_potentially_unreliable_networks_are_marked_in_tables(
@@ -496,8 +275,8 @@ def test_accuracies_of_potentially_unreliable_networks_are_marked_in_tables(
     [group] = tidy.groups(material.study)
     main = study_tables.main(material, group)
     for column in ("AutoAttack (%)", "PGD (%)"):
-        assert main[column].str.endswith(formats.UNRELIABLE).all()
-    assert not main["Clean (%)"].str.contains(formats.UNRELIABLE).any()
+        assert main[column].str.endswith(DAGGER).all()
+    assert not main["Clean (%)"].str.contains(DAGGER).any()
     others = (
         study_tables.component_table(material, group)["after apgd-ce (%)"],
         study_tables.cost_table(material, group)["AutoAttack (%)"],
@@ -505,25 +284,11 @@ def test_accuracies_of_potentially_unreliable_networks_are_marked_in_tables(
         study_tables.comparison_table(material, group)["Baseline accuracy (%)"],
     )
     for column in others:
-        assert column.str.endswith(formats.UNRELIABLE).all()
+        assert column.str.endswith(DAGGER).all()
     [note] = notes.marks(material, group)
-    assert note.startswith(formats.UNRELIABLE)
+    assert note.startswith(DAGGER)
     reason = "no gradient on 12% of the images"
     assert f"Dense last, seed 0: {reason}; seed 1: {reason}." in note
-
-
-@pytest.mark.parametrize("draw", [finals.robust_accuracy, costs.cost])
-def test_potentially_unreliable_networks_are_marked_in_plots(draw, tmp_path):
-    def daggers(material):
-        passes = {"forward_passes": 10.0, "backward_passes": 10.0}
-        material = dataclasses.replace(material, summary=material.summary.assign(**passes))
-        texts = [text for panel in draw(material).axes for text in panel.texts]
-        return [text for text in texts if text.get_text() == formats.UNRELIABLE]
-
-    assert daggers(prepare(tmp_path, potentially_unreliable="")) == []
-    found = daggers(prepare(tmp_path, potentially_unreliable="no gradient"))
-    lines = 1 + 2 * 2  # dense, and two methods at two sparsities
-    assert len(found) == (lines if draw is finals.robust_accuracy else 2 * (2 + 2 * 2))
 
 
 def test_notes_name_networks_attacked_without_the_folded_view(tmp_path):
@@ -669,191 +434,6 @@ def test_spread_is_the_sample_standard_deviation():
     assert np.isnan(statistics.mean_and_spread([])[0])
 
 
-# ------------------------------------------------------------------ plots
-
-
-def words(figure) -> str:
-    """All text of a figure."""
-    parts = [text.get_text() for text in figure.texts]
-    for panel in figure.axes:
-        parts += [panel.get_title(), panel.get_xlabel(), panel.get_ylabel()]
-        parts += [text.get_text() for text in panel.texts]
-    return " ".join(" ".join(parts).split())
-
-
-def drawn(panel, label: str):
-    """The line with this label in a panel."""
-    [line] = [line for line in panel.lines if line.get_label() == label]
-    return line
-
-
-def test_robust_accuracy_shows_means_dense_and_chance(material):
-    figure = finals.robust_accuracy(material)
-    [panel] = figure.axes
-    bcs, lwm = drawn(panel, "BCS"), drawn(panel, "LWM")
-    assert bcs.get_ydata() == pytest.approx([50, 50])
-    assert lwm.get_ydata() == pytest.approx([30, 30])
-    assert (bcs.get_xdata() != lwm.get_xdata()).all()
-    assert [text.get_text() for text in panel.get_xticklabels()] == ["90 %", "95 %"]
-    assert drawn(panel, "Dense").get_ydata()[0] == pytest.approx(70)
-    # Chance is that of the whole test set, not of the attacked images.
-    assert drawn(panel, "chance").get_ydata()[0] == pytest.approx(12.5)
-    assert panel.get_ylabel() == "AutoAttack accuracy (%)"
-
-
-def test_error_bars_of_robust_accuracy_are_the_interval(material):
-    [panel] = finals.robust_accuracy(material).axes
-    line = material.summary.query("method == 'lwm' and selection == 'best_val'").iloc[0]
-    ends = [path.vertices[:, 1] for bars in panel.collections for path in bars.get_paths()]
-    wanted = [100 * line.autoattack_low, 100 * line.autoattack_high]
-    assert any(end == pytest.approx(wanted) for end in ends if len(end) == 2)
-
-
-def test_without_flags_files_there_are_means_but_no_intervals(tmp_path):
-    study = load(tmp_path)
-    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
-    shutil.rmtree(layout.root / "evaluations")
-    material = summary.make_material(study, layout, tidy.read(layout.root))
-    [panel] = finals.robust_accuracy(material).axes
-    assert drawn(panel, "LWM").get_ydata() == pytest.approx([30, 30])
-    assert drawn(panel, "chance").get_ydata()[0] == pytest.approx(12.5)
-    [group] = tidy.groups(study)
-    table = study_tables.comparison_table(material, group)
-    assert set(table["Difference (points)"]) == {"−20.0", "+20.0"}
-    assert set(table["Verdict"]) == {"n/a"}
-
-
-def test_all_weights_are_active_at_the_start_except_with_bcs(material):
-    figure = curves.active_weights(material)
-    panel = figure.axes[0]
-    lwm, bcs = drawn(panel, "LWM"), drawn(panel, "BCS")
-    assert lwm.get_xdata().tolist() == list(range(9))
-    assert lwm.get_ydata().tolist() == [400] * 5 + [40] * 4
-    assert lwm.get_markevery() == [0, 4]
-    assert set(bcs.get_ydata()) == {40}
-    assert panel.get_yscale() == "log"
-    assert [axes.get_title() for axes in figure.axes] == ["sparsity 90 %", "sparsity 95 %"]
-
-
-def test_layer_density_is_nonzero_weights_over_size(material):
-    panel = finals.layer_density(material).axes[0]
-    assert drawn(panel, "LWM").get_ydata() == pytest.approx([10, 10, 10])
-    assert drawn(panel, "BCS").get_ydata()[0] > 10
-    assert [text.get_text() for text in panel.get_xticklabels()] == ["1\n40", "2\n160", "3\n200"]
-
-
-def test_a_layer_without_nonzero_weights_is_drawn(tmp_path):
-    study = load(tmp_path)
-    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
-    layers = pd.read_csv(layout.root / "layers.csv")
-    layers.loc[(layers.method == "lwm") & (layers.layer == 3), "nonzero"] = 0
-    layers.to_csv(layout.root / "layers.csv", index=False)
-    figure = finals.layer_density(summary.make_material(study, layout, tidy.read(layout.root)))
-    hollow = drawn(figure.axes[0], "_all_zero")
-    assert hollow.get_markerfacecolor() == "none"
-    assert len(hollow.get_xdata()) == 1
-    assert hollow.get_ydata()[0] > 0
-
-
-def test_rewiring_is_the_smoothed_mean_over_seeds(tmp_path):
-    material = prepare(tmp_path, epochs=12, steps_per_epoch=10)
-    figure = curves.rewiring(material)
-    assert "moving average of 5 steps" in words(figure)
-    steps = material.tidy.steps.query("sparsity == 0.9 and step > 0")
-    own = steps.groupby(["seed", "step"]).regrown.sum().groupby("step").mean()
-    line = drawn(figure.axes[0], "BCS: regrown")
-    assert line.get_ydata()[10] == pytest.approx(own.loc[9:13].mean())
-    assert f"BCS renewed {own.sum() / 40:.2g} times" in words(figure)
-
-
-def test_without_logs_of_rewiring_the_figure_is_a_message(tmp_path):
-    material = prepare(tmp_path, grid={"methods": ["dense", "lwm"]})
-    assert "No method of this study rewires" in words(curves.rewiring(material))
-    [group] = tidy.groups(material.study)
-    assert study_tables.comparison_table(material, group) is None
-
-
-@pytest.mark.parametrize("name", ["layers.csv", "curves.csv"])
-def test_figures_of_empty_tables_are_messages(tmp_path, name):
-    study = load(tmp_path)
-    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
-    (layout.root / name).write_text("\n")
-    material = summary.make_material(study, layout, tidy.read(layout.root))
-    draw = {"layers.csv": finals.layer_density, "curves.csv": curves.active_weights}[name]
-    assert "have been collected" in words(draw(material))
-
-
-@pytest.mark.parametrize("draw", [draw for draw, _ in report._DRAW.values()])
-def test_every_plot_has_a_caption(material, draw):
-    text = words(draw(material))
-    for fact in (
-        "seeds 0, 1 (n = 2)",
-        "Epochs: 4 (Dense); 8 (LWM, BCS)",
-        "eps 8/255",
-        formats.SMALL,
-    ):
-        assert fact in text
-    assert "cpu (1 thread)" in text
-    assert "election" in text
-
-
-# ------------------------------------------------------------------ connections
-
-
-def test_survival_equals_the_kaplan_meier_estimate_by_hand():
-    # 10 connections: 2 are pruned at age 1, one has age 1 at the end; 3 of 7 are pruned at age 3.
-    ages, share = statistics.survival_curve([1, 3, 4], [2, 3, 0], [1, 0, 4])
-    assert ages.tolist() == [0, 1, 2, 3, 4]
-    assert share == pytest.approx([1, 0.8, 0.8, 0.8 * 4 / 7, 0.8 * 4 / 7])
-
-
-def test_survival_adds_up_the_connections_of_several_seeds():
-    one = statistics.survival_curve([1, 2], [1, 0], [0, 3])[1]
-    two = statistics.survival_curve([1, 2, 1, 2], [1, 0, 1, 0], [0, 3, 0, 3])[1]
-    assert one == pytest.approx(two)
-
-
-def test_survival_plot_has_one_line_for_each_method_that_rewires(material):
-    figure = connections.survival(material)
-    line = drawn(figure.axes[0], "BCS")
-    # Two seeds: in each one, two connections are pruned at age 3 and one has age 3 at the end.
-    assert line.get_ydata()[-1] == pytest.approx(100 / 3)
-    assert "Kaplan-Meier" in words(figure)
-
-
-def test_density_over_training_has_a_line_for_each_layer_with_three_markers(material):
-    figure = connections.density_over_training(material)
-    assert len(figure.axes) == 2  # one method that rewires, two sparsities
-    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
-    sizes = list(LAYERS.values())[:2]
-    assert [line.get_ydata()[-1] for line in lines] == pytest.approx([1000 / n for n in sizes])
-    assert lines[0].get_xdata()[0] == 0
-    assert lines[0].get_xdata()[-1] == 1
-
-
-def test_overlap_shows_the_index_and_the_expected_index_of_every_pair(material):
-    figure = connections.mask_overlap(material)
-    assert len(figure.axes) == 2
-    assert [text.get_text() for text in figure.axes[0].texts] == ["25\n(5)"] * 4
-    assert figure.axes[0].images[0].get_array().shape == (2, 2)
-
-
-def test_magnitudes_are_shares_of_the_nonzero_weights(material):
-    figure = connections.weight_magnitudes(material)
-    line = drawn(figure.axes[0], "BCS")
-    assert line.get_ydata().max() == pytest.approx(100)  # all made-up weights are in one bin
-    peak = line.get_xdata()[line.get_ydata().argmax()]
-    assert 0.05 < peak < 0.4
-
-
-@pytest.mark.parametrize(
-    "draw", [connections.survival, connections.density_over_training, curves.rewiring]
-)
-def test_without_rewiring_the_plot_has_a_message(draw, tmp_path):
-    material = prepare(tmp_path, grid={"methods": ["dense", "lwm"]})
-    assert "No method of this study" in words(draw(material))
-
-
 # ------------------------------------------------------------------ failures, budgets, variants
 
 
@@ -940,16 +520,6 @@ def test_panels_without_networks_are_left_out(tmp_path):
     assert tidy.sparsities(study, second) == [0.95]
     assert "seeds 3 (n = 1)" in " ".join(notes.table_notes(material, second))
     assert "seeds 0, 1 (n = 2)" in " ".join(notes.table_notes(material, first))
-
-
-def test_methods_look_different_and_have_the_same_look_in_every_study(tmp_path):
-    all_methods = style.looks(load(tmp_path, methods=["dense", "lwm", "admm", "hydra", "bcs"]))
-    few = style.looks(load(tmp_path, methods=["bcs", "lwm"]))
-    assert few["lwm"] == all_methods["lwm"]
-    for part in ("color", "marker", "linestyle"):
-        assert len({str(getattr(look, part)) for look in all_methods.values()}) == 5
-    unknown = [style._look("lwm", index) for index in range(40)]
-    assert len({(look.color, look.marker, str(look.linestyle)) for look in unknown}) == 40
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def material(study_data, load_study, tmp_path):
     study_data["grid"] |= {"methods": ["bcs", "lwm"], "sparsities": [0.9, 0.99]}
     study = load_study(study_data)
     keys = ["dataset", "arch", "objective", "method", "sparsity", "selection"]
-    line = ["digits", "small_cnn", "at", "bcs", 0.9, "best_val", "", 0.7]
-    summary = pd.DataFrame([line], columns=[*keys, "potentially_unreliable", "clean_accuracy"])
+    line = ["digits", "small_cnn", "at", "bcs", 0.9, "best_val", "fine", 0.7]
+    summary = pd.DataFrame([line], columns=[*keys, "reliability", "clean_accuracy"])
     nothing = pd.DataFrame()
     return Material(study, Tidy(*[nothing] * 10), Outcomes(tmp_path), summary)
 
@@ -197,10 +197,10 @@ def test_variants_are_in_the_line_of_their_base(study_data, load_study, source, 
     study = load_study(study_data)
     keys = ["dataset", "arch", "objective", "method", "sparsity", "selection"]
     lines = [
-        ["digits", "small_cnn", "at", "bcs", 0.9, "best_val", "", 0.7],
-        ["few", "wide", "at", "mine", 0.9, "best_val", "", 0.8],
+        ["digits", "small_cnn", "at", "bcs", 0.9, "best_val", "fine", 0.7],
+        ["few", "wide", "at", "mine", 0.9, "best_val", "fine", 0.8],
     ]
-    summary = pd.DataFrame(lines, columns=[*keys, "potentially_unreliable", "clean_accuracy"])
+    summary = pd.DataFrame(lines, columns=[*keys, "reliability", "clean_accuracy"])
     made = Material(study, Tidy(*[pd.DataFrame()] * 10), Outcomes(tmp_path), summary)
     values = {"methods": [], "rows": ["dataset", "arch", "sparsity"]}
     together = spec(source(LINE), **values, as_base=["dataset", "arch"])
@@ -296,10 +296,10 @@ def test_a_part_of_autoattack_is_compared_with_no_published_number(
             attacks["autoattack"] = {}
         study = load_study(study_data)
         table = pd.DataFrame(
-            [["digits", "small_cnn", "at", "bcs", 0.9, "last", "", 0.7]],
+            [["digits", "small_cnn", "at", "bcs", 0.9, "last", "fine", 0.7]],
             columns=[
                 *("dataset", "arch", "objective", "method", "sparsity", "selection"),
-                *("potentially_unreliable", "autoattack_accuracy"),
+                *("reliability", "autoattack_accuracy"),
             ],
         )
         material = Material(study, Tidy(*[pd.DataFrame()] * 10), Outcomes(tmp_path), table)
