@@ -227,9 +227,7 @@ def _overlap_panel(
     names = [n for n in methods(material.study, group) if not material.study.is_dense(n)]
     values = _overlaps(table, names)
     picture = panel.imshow(values[0], cmap="cividis", vmin=0, vmax=top)
-    place = panel.get_subplotspec()
-    width, columns = panel.figure.get_size_inches()[0], place.get_gridspec().ncols if place else 1
-    if (width / columns - _LABELS) / len(names) > _LEAST_CELL:
+    if (style.cell_inches(panel)[0] - _LABELS) / len(names) > _LEAST_CELL:
         for i, j in np.argwhere(np.isfinite(values[0])):
             colour = "white" if values[0, i, j] < 0.55 * top else "black"
             text = f"{values[0, i, j]:.0f}\n({values[1, i, j]:.0f})"

@@ -4,6 +4,7 @@ Import path: robsparse.figures.plots.costs
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -71,37 +72,39 @@ def front(rows: pd.DataFrame) -> pd.DataFrame:
 def _pareto_panel(panel: Axes, material: Material, rows: pd.DataFrame) -> dict[str, Line2D]:
     rows = rows.dropna(subset=[_ACCURACY, "peak_active_weights"])
     ahead, looks = front(rows), style.looks(material.study)
-    steps = {"drawstyle": "steps-post", "color": "0.55", "linewidth": 1.0, "zorder": 1}
+    steps: dict[str, Any] = {
+        "drawstyle": "steps-post",
+        "color": "0.55",
+        "linewidth": 1.0,
+        "zorder": 1,
+    }
     panel.plot(ahead.peak_active_weights, 100 * ahead[_ACCURACY], **steps)
-    handles = {}
     for index, row in rows.iterrows():
         look, x, y = looks[row.method], row.peak_active_weights, 100 * row[_ACCURACY]
         if index in ahead.index and not np.isnan(row[_LOW]):
             ends = (100 * row[_LOW], 100 * row[_HIGH])
             panel.vlines(x, *ends, color=look.color, linewidth=1.0, gid=look.gid)
-        line = panel.plot([x], [y], **look.points(row.reliability))[0]
-        handles.setdefault(row.method, line)
+        panel.plot([x], [y], **look.points(row.reliability))
     panel.set_xscale("log")
     least, most = rows.peak_active_weights.min(), rows.peak_active_weights.max()
     panel.set_xlim(least / 1.6, most * (most / least) ** 0.25 * 1.6)  # space for the labels
-    high = rows.loc[ahead.index, _HIGH].fillna(rows[_ACCURACY]).max() if len(ahead) else 1
-    low = min(rows[_ACCURACY].min(), rows.loc[ahead.index, _LOW].min())
-    panel.set_ylim(max(0.0, 100 * low - 8), min(100.0, 100 * high + 4))
+    drawn = pd.concat([rows[_ACCURACY], ahead[_LOW], ahead[_HIGH]])
+    panel.set_ylim(max(0.0, 100 * drawn.min() - 8), min(100.0, 100 * drawn.max() + 4))
     _label_points(panel, material, rows, ahead)
-    order = [name for name in looks if name in handles]
+    order = [name for name in looks if name in set(rows.method)]
     return {name: Line2D([], [], **looks[name].line | {"linestyle": "none"}) for name in order}
 
 
 def _label_points(panel: Axes, material: Material, rows: pd.DataFrame, ahead: pd.DataFrame) -> None:
     """Write the sparsity beside each marker, and the method too if it is on the front."""
     low, high = panel.get_ylim()
-    inches = panel.get_position().height * panel.figure.get_size_inches()[1]
-    gap = 1.15 * _LETTERS / 72 * (high - low) / inches
+    gap = 1.4 * _LETTERS / 72 * (high - low) / style.cell_inches(panel)[1]
     looks = style.looks(material.study)
     for x, column in rows.sort_values(_ACCURACY).groupby("peak_active_weights"):
         places = spread((100 * column[_ACCURACY]).tolist(), gap)
         for (index, row), y in zip(column.iterrows(), places, strict=True):
-            look, end, place = looks[row.method], y, {"xytext": (6, 0), "va": "center"}
+            look, end = looks[row.method], y
+            place: dict[str, Any] = {"xytext": (6, 0), "va": "center"}
             named, text = index in ahead.index, percent(row.sparsity)
             if material.study.is_dense(row.method):
                 text = look.label
@@ -111,9 +114,9 @@ def _label_points(panel: Axes, material: Material, rows: pd.DataFrame, ahead: pd
                 above = ahead.index.get_loc(index) % 2 == 0
                 end = min(100 * row[_HIGH], high) if above else 100 * row[_LOW]
                 place = {"xytext": (0, 5 if above else -6), "va": "center", "ha": "center"}
-            letters = {"fontsize": _LETTERS, "fontweight": "bold" if named else "normal"}
-            where = {"textcoords": "offset points", "color": look.color, "gid": look.gid}
-            panel.annotate(text, (x, end), **place, **letters, **where)
+            place |= {"fontsize": _LETTERS, "fontweight": "bold" if named else "normal"}
+            place |= {"textcoords": "offset points", "color": look.color, "gid": look.gid}
+            panel.annotate(text, (x, end), **place)
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
@@ -161,20 +164,21 @@ def cost(material: Material) -> Plot:
         panels[0].set_title(f"{several}sparsity {percent(sparsity)}", loc="left")
     names = (f"{label} accuracy (%)", "passes over a batch", "peak active weights")
     for panel, name in zip(axes[-1], names, strict=True):
-        panel.set_xlabel(style.fill(name, figure.get_size_inches()[0] / 3))
-    for panels, (_, limit) in zip(zip(*axes, strict=True), _cost_limits(rows), strict=True):
-        for panel in panels:
-            panel.set_xlim(*limit)
+        panel.set_xlabel(style.fill(name, style.cell_inches(panel)[0]))
+    for column, limits in enumerate(_cost_limits(rows)):
+        for panels in axes:
+            panels[column].set_xlim(*limits)
     return style.finish(figure, style.grade_handles(rows.reliability), caption)
 
 
-def _cost_limits(rows: pd.DataFrame) -> list[tuple[str, tuple[float, float]]]:
+def _cost_limits(rows: pd.DataFrame) -> list[tuple[float, float]]:
+    """Limits of accuracy (%), passes and active weights, for all panels."""
     active = rows.peak_active_weights.dropna()
-    high = min(100.0, 105 * rows[_HIGH].fillna(rows[_ACCURACY]).max())
+    high = 105 * rows[_HIGH].fillna(rows[_ACCURACY]).max()
     return [
-        (_ACCURACY, (0, high)),
-        ("passes", (0, 1.1 * rows.passes.max())),
-        ("peak_active_weights", (active.min() / 2, active.max() * 2)),
+        (0, min(100.0, high)),
+        (0, 1.1 * rows.passes.max()),
+        (active.min() / 2, active.max() * 2),
     ]
 
 

@@ -164,8 +164,6 @@ def _density_panel(
 
 
 def _name_layers(panel: Axes, sizes: list[int]) -> None:
-    place = panel.get_subplotspec()
-    columns = place.get_gridspec().ncols if place else 1
-    many = len(sizes) > 2.2 * panel.figure.get_size_inches()[0] / columns
+    many = len(sizes) > 2.2 * style.cell_inches(panel)[0]
     names = [f"{i}: {n:,}" if many else f"{i}\n{n:,}" for i, n in enumerate(sizes, 1)]
     panel.set_xticks(range(len(sizes)), names, rotation=90 if many else 0, fontsize=7)

@@ -176,6 +176,6 @@ def _draw(
     words = [f"{place.dataset}, {place.arch},", f"{place.objective}, {percent(place.sparsity)}"]
     words += [f"{kind}: {text}" for kind, text in names.items() if text != "n/a"]
     style.bare(row[3])
-    letters = int(row[3].figure.get_size_inches()[0] / 4 * 72 / (0.57 * 6.5))
+    letters = int(style.cell_inches(row[3])[0] * 72 / (0.57 * 6.5))
     text = "\n".join(line for part in words for line in style.wrap(part, letters))
     row[3].text(0, 0.5, text, fontsize=6.5, va="center", transform=row[3].transAxes)

@@ -48,7 +48,7 @@ LINES: tuple[Any, ...] = ((0, (6, 2)), "-", (0, (4, 1.2)), (0, (3, 1, 1, 1)), (0
 _FIRST = ("dense", "bcs", "lwm", "admm", "hydra")
 
 WIDTHS = {"column": 3.25, "page": 6.75}  # inches; of one and of two columns of a paper
-_PAPER = {
+_PAPER: dict[str, Any] = {
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 7),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 6.5),
     "lines.linewidth": 1.0,
@@ -58,7 +58,7 @@ _PAPER = {
 }
 _width: ContextVar[float | None] = ContextVar("width", default=None)  # None: for the screen
 _LEAST = 0.45  # a panel may shrink to this share of its width before a row of panels is broken
-_LOW = 1.4  # a panel of at most this height (inches) keeps its height when its width shrinks
+_LOW = 1.7  # a panel of at most this height (inches) keeps its height when its width shrinks
 
 
 class Plot(Figure):
@@ -115,8 +115,8 @@ def applied(width: float | None = None) -> Iterator[None]:
     Args:
         width: width of a plot for paper in inches; None: for the screen, as wide as it needs.
     """
-    files = ["default", Path(__file__).with_name("robsparse.mplstyle")]
-    with matplotlib.style.context([*files, *([] if width is None else [_PAPER])]):
+    own = Path(__file__).with_name("robsparse.mplstyle")
+    with matplotlib.style.context(["default", own, {} if width is None else _PAPER]):
         token = _width.set(width)
         try:
             yield
@@ -198,9 +198,8 @@ def name_axes(figure: Figure, x: str, y: str) -> None:
         column: max(r for r, c in places.values() if c == column) for _, column in places.values()
     }
     leftmost = {row: min(c for r, c in places.values() if r == row) for row, _ in places.values()}
-    rows, columns = (1 + max(found) for found in zip(*places.values(), strict=True))
-    width, height = figure.get_size_inches()
-    x, y = fill(x, width / columns), fill(y, height / rows)
+    width, height = cell_inches(shown[0])
+    x, y = fill(x, width), fill(y, height)
     for panel, (row, column) in places.items():
         low, left = row == lowest[column], column == leftmost[row]
         panel.set_xlabel(x if low else "")
@@ -215,6 +214,16 @@ def fill(text: str, inches: float) -> str:
     """Break the name of an axis of so many inches into lines."""
     letters = int(0.75 * inches * 72 / (0.6 * float(mpl.rcParams["axes.labelsize"])))
     return textwrap.fill(text, max(letters, 10))
+
+
+def cell_inches(panel: Axes) -> tuple[float, float]:
+    """Width and height of the cell of the grid in which a panel is, before the layout."""
+    place, figure = panel.get_subplotspec(), panel.get_figure(root=True)
+    assert place is not None
+    assert figure is not None
+    rows, columns = place.get_gridspec().get_geometry()
+    width, height = figure.get_size_inches()
+    return float(width) / columns, float(height) / rows
 
 
 def _place(panel: Axes) -> tuple[int, int]:
