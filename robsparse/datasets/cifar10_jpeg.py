@@ -17,7 +17,7 @@ import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import filelock
 import numpy as np
@@ -90,9 +90,9 @@ def _decoded(data_dir: Path, cache_dir: Path) -> dict[str, np.ndarray]:
         raise UsageError(f"{cache_dir}: cannot store decoded images here ({error})") from None
     with filelock.FileLock(cache.with_suffix(".lock")):  # of several jobs only one decodes
         if not cache.exists():
-            arrays = _decode(_checked(data_dir))
+            decoded: dict[str, Any] = dict(_decode(_checked(data_dir)))
             with atomic(cache) as temporary, temporary.open("wb") as handle:
-                np.savez(handle, checksum=_checksum(arrays), **arrays)
+                np.savez(handle, checksum=_checksum(decoded), **decoded)
     stored = read_npz(cache, (*ARRAYS, "checksum"))
     arrays = {name: stored[name] for name in ARRAYS}
     if not np.array_equal(stored["checksum"], _checksum(arrays)):
