@@ -7,7 +7,11 @@ __version__ = "0.1.0"
 
 # Functions for users, by the module that holds them. It is imported when a function is first used:
 # planning a workflow imports this package, and must not load torch. __init__.pyi has their types.
-_FUNCTIONS = {"load": "robsparse.api.loading"}
+_FUNCTIONS = {
+    "evaluate": "robsparse.api.evaluation",
+    "load": "robsparse.api.loading",
+    "read_results": "robsparse.api.results",
+}
 
 
 def __getattr__(name: str) -> Any:
