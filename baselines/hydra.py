@@ -11,17 +11,22 @@ Differs from the authors' code (a setting in parentheses restores their behaviou
 - The study sets objective, eps and augmentation for all methods. The authors use TRADES with eps
   0.031, step size 0.0078 and crops (a block's `training`; see config/ap_leaderboard.yaml).
 As in the authors' code, each stage starts from the last weights of the stage before.
+
+`pattern` is not part of the publication: the mask keeps the largest scores among the N largest of
+each group of M weights, in each step.
 """
 
-from pydantic import PositiveFloat, PositiveInt
+from functools import partial
+
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robsparse.schema import Finetune, Fit, Strict
+from robsparse.schema import Finetune, Fit, Pattern, Strict
 from robsparse.sparsity.budgets import layer_keep_counts
 from robsparse.sparsity.layers import prunable
 from robsparse.sparsity.scores import scaled_scores, straight_through_mask
-from robsparse.training.stages import FixedMaskStage, Run, ScoreStage, Stage
+from robsparse.training.stages import FixedMaskStage, Run, ScoreStage, Stage, largest_weights
 
 LABEL = "HYDRA"
 STARTS_FROM = "dense"
@@ -39,6 +44,9 @@ class Params(Strict):
 
     prune: Prune = Prune()
     finetune: Finetune = Finetune()
+    pattern: Pattern | None = Field(
+        None, description="N:M sparsity, e.g. '2:4': of each M weights, at most N are nonzero"
+    )
 
 
 class ScoredMask(nn.Module):
@@ -47,13 +55,13 @@ class ScoredMask(nn.Module):
     The initial score is sqrt(6 / fan_in) * w / max|w|, so the first mask is the mask of LWM.
     """
 
-    def __init__(self, weight: Tensor, k: int) -> None:
+    def __init__(self, weight: Tensor, k: int, pattern: str | None) -> None:
         super().__init__()
-        self.k = k
+        self.k, self.pattern = k, pattern
         self.score = nn.Parameter(scaled_scores(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * straight_through_mask(self.score, self.k)
+        return weight * straight_through_mask(self.score, self.k, self.pattern)
 
 
 class PruneStage(ScoreStage):
@@ -63,13 +71,21 @@ class PruneStage(ScoreStage):
     # The mask changes at every step, and the authors use the last one.
     selectable = False
 
+    def __init__(self, fit: Fit, pattern: str | None = None) -> None:
+        super().__init__(fit)
+        self.pattern = pattern
+
     def before_fit(self, run: Run) -> None:
         keep = layer_keep_counts(run.model, run.sparsity)
         for name, module in prunable(run.model).items():
-            scored = ScoredMask(module.weight, keep[name])
+            scored = ScoredMask(module.weight, keep[name], self.pattern)
             parametrize.register_parametrization(module, "weight", scored)
 
 
 def stages(params: Params) -> list[Stage]:
     """Return two stages on the dense network's weights: prune, then finetune."""
-    return [PruneStage(params.prune), FixedMaskStage("finetune", params.finetune)]
+    kept = partial(largest_weights, pattern=params.pattern)
+    return [
+        PruneStage(params.prune, params.pattern),
+        FixedMaskStage("finetune", params.finetune, kept),
+    ]

@@ -26,7 +26,8 @@ Differs from the authors' code (a setting in parentheses restores their behaviou
   position is regrown one step later (no setting).
 As in the authors' code, but with a choice: `momentum`, `regrowth`, `noise_scale` or `temperature`,
 `rewiring`; in `train`: `velocity` and `decay` (sgdw does not multiply the decay by lr, and decays
-theta, biases and batch norm).
+theta, biases and batch norm). `pattern` is not part of the publication: connections start and are
+regrown only where a group of M weights has fewer than N active ones.
 """
 
 from typing import Any, Literal
@@ -38,10 +39,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.base.counts import density, keep_count, round_to_sum
-from robsparse.schema import Fit, Strict
-from robsparse.sparsity.budgets import erk_keep_counts
+from robsparse.schema import Fit, Pattern, Strict
+from robsparse.sparsity.budgets import capacities, erk_keep_counts
 from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.layers import parametrisation, prunable, trained_weight
+from robsparse.sparsity.masks import random_masks
 from robsparse.sparsity.rewiring import Changes, Rewiring, make_rewiring
 from robsparse.training.stages import Run, Stage
 
@@ -108,6 +110,9 @@ class Params(Strict):
         description="how long connections are replaced (authors: always). Then the active set is "
         "fixed, and its weights may change sign. never: a static random network",
     )
+    pattern: Pattern | None = Field(
+        None, description="N:M sparsity, e.g. '2:4': of each M weights, at most N are active"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
@@ -119,6 +124,10 @@ class Params(Strict):
             raise ValueError("rewiring until_last_drop: expected at least one of train.milestones")
         if self.rewiring == "never" and self.init == "authors":
             raise ValueError("rewiring never: expected an init that meets the budget exactly")
+        if self.pattern is not None and self.init == "authors":
+            raise ValueError("pattern: expected an init that meets the budget exactly")
+        if self.pattern is not None and self.waking == "drift":
+            raise ValueError("pattern: expected waking 'drawn', because drift ignores the groups")
         return self
 
 
@@ -169,15 +178,16 @@ class SamplingStage(Stage):
 
     def before_fit(self, run: Run) -> None:
         self.rewiring = self.saved_active = None
-        counts = initial_counts(run, self.params.init)
+        pattern = self.params.pattern
+        counts = initial_counts(run, self.params.init, pattern)
+        masks = random_masks(run.model, counts, run.generator, pattern)
         for name, module in prunable(run.model).items():
             weight = module.weight.detach()
             sign = torch.where(weight < 0, -1.0, 1.0)
             parametrize.register_parametrization(module, "weight", SignedTheta(sign))
-            order = torch.randperm(weight.numel(), generator=run.generator, device=weight.device)
             theta = trained_weight(module).data
             theta.clamp_(min=self.params.regrown_theta)  # a drawn weight may be 0 by chance
-            theta.view(-1)[order[counts[name] :]] = 0.0
+            theta.masked_fill_(~masks[name], 0.0)
         active = dict(zip(prunable(run.model), active_masks(run.model), strict=True))
         run.connections = ConnectionLog(active, run.log_every)
 
@@ -200,7 +210,8 @@ class SamplingStage(Stage):
             active = active.nonzero().squeeze(1)
         layers = thetas(run.model)
         budget = keep_count(sum(theta.numel() for theta in layers), run.sparsity)
-        self.rewiring = make_rewiring(layers, active.to(layers[0].device), budget, run.generator)
+        active = active.to(layers[0].device)
+        self.rewiring = make_rewiring(layers, active, budget, run.generator, self.params.pattern)
         self.saved_active = None
         self.fixed = all(layer.fixed for layer in signed_layers(run.model))
         return self.rewiring
@@ -263,20 +274,23 @@ def active_masks(model: nn.Module) -> list[Tensor]:
     ]
 
 
-def initial_counts(run: Run, init: str) -> dict[str, int]:
+def initial_counts(run: Run, init: str, pattern: str | None = None) -> dict[str, int]:
     """Return the number of active weights of each layer before the first step.
 
-    `init` is `Params.init`.
+    `init` and `pattern` are those of `Params`. A pattern limits the number of each layer.
     """
     if init == "erk":
-        return erk_keep_counts(run.model, run.sparsity)
+        return erk_keep_counts(run.model, run.sparsity, pattern)
     sizes = {name: module.weight.numel() for name, module in prunable(run.model).items()}
-    budget = keep_count(sum(sizes.values()), run.sparsity)
+    caps, budget = capacities(run.model, pattern), keep_count(sum(sizes.values()), run.sparsity)
     if init == "uniform":
         wanted = {name: density(run.sparsity) * size for name, size in sizes.items()}
-        return round_to_sum(wanted, sizes, budget)
+        return round_to_sum(wanted, caps, budget)
     counts = authors_counts(sizes, run.arch, run.sparsity)
-    return counts if init == "authors" else _adjusted_to(budget, counts, sizes, run.generator)
+    if init == "authors":
+        return counts
+    counts = {name: min(count, caps[name]) for name, count in counts.items()}
+    return _adjusted_to(budget, counts, sizes, caps, run.generator)
 
 
 def authors_counts(sizes: dict[str, int], arch: str, sparsity: float) -> dict[str, int]:
@@ -297,16 +311,20 @@ def authors_counts(sizes: dict[str, int], arch: str, sparsity: float) -> dict[st
 
 
 def _adjusted_to(
-    budget: int, counts: dict[str, int], sizes: dict[str, int], generator: torch.Generator
+    budget: int,
+    counts: dict[str, int],
+    sizes: dict[str, int],
+    caps: dict[str, int],
+    generator: torch.Generator,
 ) -> dict[str, int]:
-    """Return counts that sum to the budget.
+    """Return counts that sum to the budget; none exceeds its cap.
 
     Missing connections are added as in rewiring; connections in excess are removed uniformly.
     """
-    have, size = np.array(list(counts.values())), np.array(list(sizes.values()))
+    have, size, cap = (np.array(list(part.values())) for part in (counts, sizes, caps))
     missing = budget - int(have.sum())
     if missing >= 0:
-        have += draw_layers(missing, size, size - have, generator)
+        have += draw_layers(missing, size, cap - have, generator)
     else:
         gone = torch.randperm(int(have.sum()), generator=generator, device=generator.device)
         layer_of = have.cumsum().searchsorted(gone[:-missing].cpu().numpy(), side="right")

@@ -4,7 +4,7 @@ A `Params` model may use the names that are listed here. All other code imports 
 module that defines it. This package imports only base, and no torch.
 """
 
-from robsparse.schema.fields import CONTENT, PLACE, Name, Normalised, Radius, Share, Strict
+from robsparse.schema.fields import CONTENT, PLACE, Name, Normalised, Pattern, Radius, Share, Strict
 from robsparse.schema.imagesets import (
     Augmentation,
     Description,
@@ -33,6 +33,7 @@ __all__ = [
     "Images",
     "Name",
     "Normalised",
+    "Pattern",
     "Radius",
     "Residual",
     "Share",

@@ -223,11 +223,36 @@ def _claimed(value: Any) -> Any:
     return 0.0 if _number(value) == 0 else _sparsity(value)
 
 
+_PATTERN = re.compile(r"[1-9][0-9]{0,2}:[1-9][0-9]{0,2}")
+
+
+def _pattern(value: Any) -> str:
+    if not isinstance(value, str) or not _PATTERN.fullmatch(value) or least_sparsity(value) <= 0:
+        raise PydanticCustomError(
+            "pattern",
+            "expected 'N:M' with 0 < N < M < 1000, like '2:4', in quotation marks, because YAML "
+            "reads 2:4 as the number 124",
+            {},
+        )
+    return value
+
+
+def pattern_numbers(pattern: str) -> tuple[int, int]:
+    """Return N and M of a pattern "N:M"."""
+    most, size = pattern.split(":")
+    return int(most), int(size)
+
+
+def least_sparsity(pattern: str) -> Fraction:
+    """Return 1 - N/M, the least sparsity of a network with at most N of M weights."""
+    return 1 - Fraction(*pattern_numbers(pattern))
+
+
 # The JSON schemas of these types describe what a file may have, before it is read.
 _RADIUS = {
     "anyOf": [
         {"type": "number", "exclusiveMinimum": 0},
-        {"type": "string", "pattern": f"^{_RATIO.pattern}$"},
+        {"type": "string", "pattern": f"^{_RATIO.pattern}$", "examples": ["8/255"]},
     ]
 }
 _BELOW_1 = {"type": "number", "exclusiveMaximum": 1}
@@ -239,6 +264,12 @@ Sparsity = Annotated[
 ]
 Claimed = Annotated[float, BeforeValidator(_claimed), WithJsonSchema({**_BELOW_1, "minimum": 0})]
 Share = Annotated[float, Field(ge=0, lt=1)]
+# "N:M": at most N of M weights are nonzero
+Pattern = Annotated[
+    str,
+    BeforeValidator(_pattern),
+    WithJsonSchema({"type": "string", "pattern": f"^{_PATTERN.pattern}$", "examples": ['"2:4"']}),
+]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 
 

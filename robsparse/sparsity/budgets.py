@@ -5,7 +5,8 @@ import math
 from torch import nn
 
 from robsparse.base.counts import keep_count, layer_keep_count, round_to_sum
-from robsparse.sparsity.layers import prunable
+from robsparse.sparsity.layers import prunable, weight_count
+from robsparse.sparsity.patterns import capacity
 
 
 def layer_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
@@ -16,29 +17,37 @@ def layer_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
     }
 
 
-def erk_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:
+def capacities(model: nn.Module, pattern: str | None) -> dict[str, int]:
+    """Return how many weights of each layer may be nonzero. Without a pattern: all."""
+    return {
+        name: capacity(module.weight.shape, pattern) for name, module in prunable(model).items()
+    }
+
+
+def erk_keep_counts(
+    model: nn.Module, sparsity: float, pattern: str | None = None
+) -> dict[str, int]:
     """Return the nonzero weights of each layer by Erdos-Renyi-Kernel shares.
 
     Their sum is exactly keep_count. The density of a layer is proportional to
-    (sum of its dimensions) / (product of its dimensions), and at most 1. The weights that exceed a
-    full layer are distributed over the other layers.
+    (sum of its dimensions) / (product of its dimensions), and at most 1, or at most that of the
+    N:M pattern. The weights that exceed a full layer are distributed over the other layers.
 
     Source: RigL (Evci et al., ICML 2020), section 3, "Sparsity distribution".
     """
     shapes = {name: module.weight.shape for name, module in prunable(model).items()}
-    sizes = {name: shape.numel() for name, shape in shapes.items()}
-    budget = keep_count(sum(sizes.values()), sparsity)
-    full: set[str] = set()
+    budget = keep_count(weight_count(model), sparsity)
+    caps, full = capacities(model, pattern), set[str]()
     while True:
-        free = {name: float(sum(shapes[name])) for name in sizes if name not in full}
-        room = budget - sum(sizes[name] for name in full)
+        free = {name: float(sum(shapes[name])) for name in caps if name not in full}
+        room = budget - sum(caps[name] for name in full)
         scale = room / sum(free.values()) if free else 0.0
-        over = {name for name, raw in free.items() if raw * scale > sizes[name]}
+        over = {name for name, raw in free.items() if raw * scale > caps[name]}
         if not over:
             break
         full |= over
-    wanted = {name: float(sizes[name]) if name in full else free[name] * scale for name in sizes}
-    return round_to_sum(wanted, sizes, budget)
+    wanted = {name: float(caps[name]) if name in full else free[name] * scale for name in caps}
+    return round_to_sum(wanted, caps, budget)
 
 
 def quota_keep_counts(model: nn.Module, sparsity: float) -> dict[str, int]:

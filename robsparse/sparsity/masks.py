@@ -12,19 +12,27 @@ from torch.nn.utils import parametrize
 from robsparse.base.errors import TrainingError
 from robsparse.sparsity.budgets import layer_keep_counts
 from robsparse.sparsity.layers import prunable
+from robsparse.sparsity.patterns import largest_of_groups
 
 
 def random_masks(
-    model: nn.Module, counts: dict[str, int], generator: torch.Generator
+    model: nn.Module,
+    counts: dict[str, int],
+    generator: torch.Generator,
+    pattern: str | None = None,
 ) -> dict[str, Tensor]:
-    """Return masks that keep counts[name] weights in each layer, at uniformly random positions."""
+    """Return masks that keep counts[name] weights in each layer, at random positions.
+
+    Positions are drawn one after the other, each uniformly among the positions that are left. With
+    an N:M pattern, no position is left in a group after N draws.
+    """
     masks = {}
     for name, module in prunable(model).items():
         weight = module.weight
         order = torch.randperm(weight.numel(), generator=generator, device=weight.device)
-        mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-        mask[order[: counts[name]]] = True
-        masks[name] = mask.view_as(weight)
+        earliness = torch.empty_like(order)
+        earliness[order] = torch.arange(len(order), 0, -1, device=weight.device)
+        masks[name] = top_k_mask(earliness.double().view_as(weight), counts[name], pattern)
     return masks
 
 
@@ -41,16 +49,24 @@ def require_finite(score: Tensor) -> Tensor:
     return score
 
 
-def top_k_mask(score: Tensor, k: int) -> Tensor:
+def top_k_mask(score: Tensor, k: int, pattern: str | None = None) -> Tensor:
     """Return a boolean mask of exactly the k largest entries of `score` (any shape).
 
     The k-th largest entry is selected without sorting. If several entries are equal to it, the
     first ones are kept.
 
+    With an N:M pattern, the k largest entries are selected among the N largest of each group. No
+    other mask of this pattern with k entries has a larger sum. k is at most
+    `robsparse.sparsity.patterns.capacity`.
+
     Raises:
         TrainingError: if an entry is not finite.
     """
     flat = require_finite(score.detach().flatten())
+    if pattern is not None:
+        mask = largest_of_groups(score.detach(), pattern)
+        mask[mask.clone()] = top_k_mask(score.detach()[mask], k)
+        return mask
     if k == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     smallest: Tensor | float
@@ -77,11 +93,13 @@ class Masked(nn.Module):
         return weight * self.mask
 
 
-def magnitude_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
+def magnitude_masks(
+    model: nn.Module, sparsity: float, pattern: str | None = None
+) -> dict[str, Tensor]:
     """Return masks of the largest |w| of each layer. All layers keep the same share."""
     keep = layer_keep_counts(model, sparsity)
     return {
-        name: top_k_mask(module.weight.abs(), keep[name])
+        name: top_k_mask(module.weight.abs(), keep[name], pattern)
         for name, module in prunable(model).items()
     }
 

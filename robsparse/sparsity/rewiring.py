@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robsparse.sparsity.patterns import Groups, open_positions
+
 # A draw tries CANDIDATES positions of its layer in each of at most ROUNDS rounds. After that, it
 # chooses from a list of the dormant positions. If a is the dormant share of the layer, all tried
 # positions are active with probability (1 - a) ** 24: 1e-24 at a = 0.9, 5e-6 at a = 0.4.
@@ -39,11 +41,21 @@ class Rewiring(ABC):
     active if its value is above 0, and dormant otherwise. The position after the last weight is
     `padding`: it means "no position" in lists of a fixed length.
 
+    A dormant position is open if it can be drawn. Without a pattern, all of them are. With an N:M
+    pattern, those are open whose group has fewer than N active positions
+    (`robsparse.sparsity.patterns`). The connections of a step are drawn one after the other, each
+    uniformly among the positions of its layer that are then open.
+
     A step changes `values` and `active` (positions, int64).
     """
 
     def __init__(
-        self, layers: list[Tensor], active: Tensor, budget: int, generator: torch.Generator
+        self,
+        layers: list[Tensor],
+        active: Tensor,
+        budget: int,
+        generator: torch.Generator,
+        pattern: str | None = None,
     ) -> None:
         """Copy the values of the layers, and make each layer a view of `values`.
 
@@ -52,8 +64,11 @@ class Rewiring(ABC):
             active: Positions (int64) of the active connections, or `active` of an earlier rewiring.
             budget: The number of connections that must be active.
             generator: Random numbers for noise and draws.
+            pattern: "N:M", or None. Layers then have at least two dimensions.
         """
         self.layers, self.budget, self.generator = layers, budget, generator
+        self.pattern = pattern
+        self.groups = None if pattern is None else Groups(layers, pattern)
         sizes = [layer.numel() for layer in layers]
         self.padding = sum(sizes)
         self.values = torch.cat([*(x.detach().flatten() for x in layers), layers[0].new_zeros(1)])
@@ -100,14 +115,14 @@ class Rewiring(ABC):
     ) -> Changes:
         """Replace the connections that became dormant, up to the budget.
 
-        For each new connection, first a layer is drawn among the layers that have dormant
-        positions. The probability of a layer is proportional to its size or, with `by_room`, to its
-        number of dormant positions. Then a dormant position of this layer is drawn uniformly.
+        For each new connection, first a layer is drawn among the layers that have open positions.
+        The probability of a layer is proportional to its size or, with `by_room`, to its number of
+        open positions. Then an open position of this layer is drawn uniformly.
 
         Args:
             survives: The result of `move`.
             value: The value of a drawn position, above 0.
-            by_room: Whether layers are drawn by their number of dormant positions.
+            by_room: Whether layers are drawn by their number of open positions.
             allow_drift: As for `move`.
         """
         drifted = self._drifted() if allow_drift else self.active[:0]
@@ -143,9 +158,25 @@ class Rewiring(ABC):
         above.index_fill_(0, self.active, False)
         return above[:-1]
 
+    def _open(self, layer: int) -> Tensor:
+        """Return, for each position of a layer, whether it is open (bool)."""
+        active = self.parts[layer].view_as(self.layers[layer]) > 0
+        return open_positions(active, self.pattern).flatten()
+
     def _room(self) -> Tensor:
-        """Return the number of dormant positions of each layer."""
-        return torch.stack([(~(part > 0)).sum() for part in self.parts])
+        """Return the number of open positions of each layer."""
+        return torch.stack([self._open(layer).sum() for layer in range(len(self.parts))])
+
+    def _closed(self, candidates: Tensor) -> Tensor:
+        """Return, for each candidate, whether it is not open (bool)."""
+        active = self.values.take(candidates) > 0
+        if self.groups is None:
+            return active
+        return active.logical_or_(self.groups.room(self.values, candidates) <= 0)
+
+    def _fitting(self, places: Tensor) -> Tensor:
+        """Return different open places. If a group has too little room, its last are `padding`."""
+        return places if self.groups is None else self.groups.fitting(self.values, places)
 
     def _uniform(self, *shape: int) -> Tensor:
         """Return uniform random numbers in [0, 1), in double precision."""
@@ -181,7 +212,7 @@ class HostRewiring(Rewiring):
         return torch.from_numpy(pruned), torch.from_numpy(drawn)
 
     def _draw(self, count: int, value: float, chances: np.ndarray) -> np.ndarray:
-        """Make `count` dormant positions active, in layers drawn in proportion to `chances`."""
+        """Make `count` open positions active, in layers drawn in proportion to `chances`."""
         edges = chances.cumsum()
         share = self._uniform(count).numpy()
         layer = edges.searchsorted(share * edges[-1], side="right")
@@ -194,43 +225,46 @@ class HostRewiring(Rewiring):
         return self._choose_from_lists(places, layer, value, chances)
 
     def _try(self, layer: np.ndarray, value: float) -> np.ndarray:
-        """Make one dormant position of each given layer active. Return these positions.
+        """Make one open position of each given layer active. Return these positions.
 
-        The result is `padding` where all candidates are active, or where an earlier draw chose the
-        same position. If several draws choose a position, the first draw gets it. Therefore, all
-        sets of dormant positions of a layer with the same size have the same probability.
+        The result is `padding` where no candidate is open, or where earlier draws chose the same
+        position or filled its group. If several draws choose a position, the first draw gets it.
+        Therefore, all sets of dormant positions of a layer with the same size have the same
+        probability, if there is no pattern.
         """
         values, layers = self.values.numpy(), layer[:, None]
         share = self._uniform(len(layer), CANDIDATES).numpy()
         offset = (share * self.sizes.numpy()[layers]).astype(np.int64)
         tried = offset + self.starts.numpy()[layers]
-        active = values[tried] > 0
-        rows, first = np.arange(len(layer)), active.argmin(axis=1)
+        closed = self._closed(torch.from_numpy(tried)).numpy()
+        rows, first = np.arange(len(layer)), closed.argmin(axis=1)
         place = tried[rows, first]
-        place[active[rows, first]] = self.padding
+        place[closed[rows, first]] = self.padding
         order = place.argsort(kind="stable")
         ordered = place[order]
         place[order[1:][ordered[1:] == ordered[:-1]]] = self.padding
+        place = self._fitting(torch.from_numpy(place)).numpy()
         values[place] = value
         return place
 
     def _choose_from_lists(
         self, places: np.ndarray, layer: np.ndarray, value: float, chances: np.ndarray
     ) -> np.ndarray:
-        """Replace each remaining `padding` by a position from a list of its layer's dormant ones.
+        """Replace each remaining `padding` by a position from a list of its layer's open ones.
 
-        If a layer has too few dormant positions, the rest is drawn in other layers.
+        If a layer has too few open positions, the rest is drawn in other layers.
         """
-        values, starts, chances = self.values.numpy(), self.starts.numpy(), chances.copy()
+        values, chances = self.values.numpy(), chances.copy()
         left = np.flatnonzero(places == self.padding)
         for i in np.unique(layer[left]):
             mine = left[layer[left] == i]
-            dormant = starts[i] + np.flatnonzero(~(values[starts[i] : starts[i + 1]] > 0))
-            order = torch.randperm(len(dormant), generator=self.generator).numpy()
-            chosen = dormant[order[: len(mine)]]
+            found = self._open(i).nonzero().squeeze(1) + self.starts[i]
+            found = self._fitting(found[torch.randperm(len(found), generator=self.generator)])
+            found = found[found < self.padding]
+            chosen = found[: len(mine)].numpy()
             places[mine[: len(chosen)]] = chosen
             values[chosen] = value
-            if len(mine) >= len(dormant):
+            if len(mine) >= len(found):
                 chances[i] = 0
         left = np.flatnonzero(places == self.padding)
         if len(left):
@@ -242,15 +276,20 @@ class DeviceRewiring(Rewiring):
     """Replaces connections on a GPU. All lists have a fixed length, so the CPU never waits.
 
     Unused entries of a list are `padding`. A draw that finds no position is repeated in the next
-    step. This happens in three cases: a layer gets more draws than it has dormant positions; a step
-    has more than `most` draws; or, rarely, two draws choose the same position in a layer with few
-    dormant positions (`ROUNDS`).
+    step. This happens in three cases: a layer gets more draws than it has open positions; a step
+    has more than `most` draws; or, rarely, two draws choose the same position or fill a group in a
+    layer with few open positions (`ROUNDS`).
     """
 
     def __init__(
-        self, layers: list[Tensor], active: Tensor, budget: int, generator: torch.Generator
+        self,
+        layers: list[Tensor],
+        active: Tensor,
+        budget: int,
+        generator: torch.Generator,
+        pattern: str | None = None,
     ) -> None:
-        super().__init__(layers, active, budget, generator)
+        super().__init__(layers, active, budget, generator, pattern)
         if len(active) == 0 or active[-1] != self.padding:
             # The last slot is always `padding`. Values that are written there are ignored.
             missing = max(0, budget - len(active))
@@ -289,25 +328,26 @@ class DeviceRewiring(Rewiring):
         return pruned, drawn
 
     def _draw(self, wanted: Tensor, value: float, chances: Tensor) -> Tensor:
-        """Make one dormant position active for each true entry of `wanted`, where one is found."""
+        """Make one open position active for each true entry of `wanted`, where one is found."""
         edges = chances.double().cumsum(0)
         at = self._uniform(*wanted.shape) * edges[-1]
         no_layer = len(self.parts)
         layer = torch.bucketize(at, edges, right=True).masked_fill_(~wanted, no_layer)
         places = torch.full_like(layer, self.padding)
-        for propose in [self._random_positions] * ROUNDS + [self._dormant_positions]:
+        for propose in [self._random_positions] * ROUNDS + [self._open_positions]:
             left = layer.masked_fill(places < self.padding, no_layer)
             places = torch.minimum(places, self._activate(propose(left), value))
         return places
 
-    def _dormant_positions(self, layer_N: Tensor) -> Tensor:
-        """Return one dormant position of each given layer, found by its rank (N x 1)."""
-        dormant = torch.zeros_like(self.values, dtype=torch.int64)
-        torch.cumsum(~(self.values[:-1] > 0), 0, out=dormant[1:])  # before each position
-        before = dormant[self.starts]
+    def _open_positions(self, layer_N: Tensor) -> Tensor:
+        """Return one open position of each given layer, found by its rank (N x 1)."""
+        all_open = torch.cat([self._open(layer) for layer in range(len(self.parts))])
+        up_to = torch.zeros_like(self.values, dtype=torch.int64)
+        torch.cumsum(all_open, 0, out=up_to[1:])  # open positions before each position
+        before = up_to[self.starts]
         room = (before[1:] - before[:-1])[layer_N.clamp(max=len(self.parts) - 1)]
         rank = before[layer_N] + (self._uniform(*layer_N.shape) * room).long()
-        place = torch.bucketize(rank, dormant, right=True) - 1
+        place = torch.bucketize(rank, up_to, right=True) - 1
         return place.masked_fill_((room == 0) | (layer_N == len(self.parts)), self.padding)[:, None]
 
     def _random_positions(self, layer_N: Tensor) -> Tensor:
@@ -317,25 +357,30 @@ class DeviceRewiring(Rewiring):
         return offset.add_(self.starts.take(layer_N)[:, None])
 
     def _activate(self, candidates: Tensor, value: float) -> Tensor:
-        """Make the first dormant candidate of each row active. Return these positions.
+        """Make the first open candidate of each row active. Return these positions.
 
-        The result is `padding` where all candidates are active, or where an earlier row chose the
-        same position (as in `HostRewiring._try`).
+        The result is `padding` where no candidate is open, or where earlier rows chose the same
+        position or filled its group (as in `HostRewiring._try`).
         """
-        active = self.values.take(candidates) > 0
-        first = active.view(torch.uint8).argmin(1, keepdim=True)
+        closed = self._closed(candidates)
+        first = closed.view(torch.uint8).argmin(1, keepdim=True)
         place = candidates.gather(1, first).squeeze(1)
-        place.masked_fill_(active.gather(1, first).squeeze(1), self.padding)
+        place.masked_fill_(closed.gather(1, first).squeeze(1), self.padding)
         ordered, order = place.sort(stable=True)
         again = ordered[1:] == ordered[:-1]
         place.scatter_(0, order[1:], ordered[1:].masked_fill(again, self.padding))
+        place = self._fitting(place)
         self.values.index_fill_(0, place, value)
         return place
 
 
 def make_rewiring(
-    layers: list[Tensor], active: Tensor, budget: int, generator: torch.Generator
+    layers: list[Tensor],
+    active: Tensor,
+    budget: int,
+    generator: torch.Generator,
+    pattern: str | None = None,
 ) -> Rewiring:
     """Return the rewiring for the device of the layers. The CPU must not wait for a GPU."""
     kind = HostRewiring if layers[0].device.type == "cpu" else DeviceRewiring
-    return kind(layers, active, budget, generator)
+    return kind(layers, active, budget, generator, pattern)

@@ -12,20 +12,22 @@ class _StraightThroughTopK(torch.autograd.Function):
     """0/1 mask of the k largest |score|. The backward pass gives its gradient to |score|."""
 
     @staticmethod
-    def forward(ctx: Any, magnitude: Tensor, k: int) -> Tensor:
-        return top_k_mask(magnitude, k).to(magnitude.dtype)
+    def forward(ctx: Any, magnitude: Tensor, k: int, pattern: str | None) -> Tensor:
+        return top_k_mask(magnitude, k, pattern).to(magnitude.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
 
 
-def straight_through_mask(score: Tensor, k: int) -> Tensor:
+def straight_through_mask(score: Tensor, k: int, pattern: str | None = None) -> Tensor:
     """Return the 0/1 mask of the k largest |score|. Its gradient goes to |score| unchanged.
+
+    With an N:M pattern, these are selected among the N largest |score| of each group.
 
     Source: Ramanujan et al., CVPR 2020 (edge-popup); inspire-group/hydra, behaviour of its layers.
     """
-    return _StraightThroughTopK.apply(score.abs(), k)
+    return _StraightThroughTopK.apply(score.abs(), k, pattern)
 
 
 def scaled_scores(weight: Tensor) -> Tensor:

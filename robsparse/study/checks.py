@@ -5,12 +5,13 @@ Every check yields lines of the form `key = value: what was expected`. Imports n
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from functools import partial
 from itertools import product
 from typing import Any
 
 from robsparse.base.errors import UsageError, nearest_match
-from robsparse.schema.fields import radius_error
+from robsparse.schema.fields import least_sparsity, radius_error
 from robsparse.schema.imagesets import Description
 from robsparse.schema.threat import AttackParams
 from robsparse.schema.training import Training
@@ -33,6 +34,7 @@ def errors_in_parts(parts: Parts) -> list[str]:
         _batches,
         _archs,
         _starts,
+        _patterns,
         _names,
         _labels,
         _tables,
@@ -233,6 +235,18 @@ def _starts(parts: Parts) -> Iterator[str]:
         if start is not None and not parts.is_dense(start):
             path = parts.entry("method", name).path
             yield f"{path}: STARTS_FROM = '{start}': expected a method that does not prune"
+
+
+def _patterns(parts: Parts) -> Iterator[str]:
+    """Sparsities with more nonzero weights than the N:M pattern of a method allows."""
+    for block in parts.blocks:
+        for name in block.methods:
+            params = block.params.get(name, parts.methods[name])
+            pattern = getattr(params, "pattern", None)
+            least = least_sparsity(pattern) if pattern else Fraction(0)
+            if any(Fraction(str(sparsity)) < least for sparsity in block.sparsities):
+                expected = f"at least {float(least):.4g} for '{name}' with the pattern {pattern}"
+                yield _line(f"{block.key}.sparsities", list(block.sparsities), expected)
 
 
 def _names(parts: Parts) -> Iterator[str]:

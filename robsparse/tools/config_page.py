@@ -102,7 +102,7 @@ def _of_kind(kind: str, own: Schema) -> str:
     if kind == "object" and isinstance(own.get("additionalProperties"), dict):
         return f"mapping of names to {_item(own['additionalProperties'])}"
     if "pattern" in own:
-        return "ratio like 8/255"
+        return f"text like {own['examples'][0]}"
     bounds = [f"{sign} {own[key]}" for key, sign in _BOUNDS.items() if key in own]
     return " ".join([_WORDS.get(kind, kind), *([" and ".join(bounds)] if bounds else [])])
 

@@ -169,9 +169,9 @@ def end_stage(run: Run, stage: Stage) -> None:
 Masks = Callable[[Run], dict[str, Tensor]]
 
 
-def largest_weights(run: Run) -> dict[str, Tensor]:
+def largest_weights(run: Run, pattern: str | None = None) -> dict[str, Tensor]:
     """Return masks of the largest |w|, with the same share in every layer."""
-    return magnitude_masks(run.model, run.sparsity)
+    return magnitude_masks(run.model, run.sparsity, pattern)
 
 
 def remaining_weights(run: Run) -> dict[str, Tensor]:

@@ -101,11 +101,18 @@ class Case:
 
 @pytest.fixture(scope="session")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
-    """case(method, seed=0, sparsity=0.9, objective="at") -> Case."""
+    """case(method, seed=0, sparsity=0.9, objective="at", pattern="") -> Case."""
     folder = tmp_path_factory.mktemp("studies")
 
     @functools.cache
-    def make(method: str, seed: int = 0, sparsity: float = 0.9, objective: str = "at") -> Case:
+    def make(
+        method: str,
+        *,
+        seed: int = 0,
+        sparsity: float = 0.9,
+        objective: str = "at",
+        pattern: str = "",
+    ) -> Case:
         names = registry.names("method")
         data = {
             "study": "contract",
@@ -130,12 +137,15 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
             "methods": {name: shrink(registry.entry("method", name)) for name in names},
             "evaluation": {"n_examples": 10, "selections": {"last": ["clean"]}},
         }
+        for name in names if pattern else ():
+            if "pattern" in registry.entry("method", name).params.model_fields:
+                data["methods"][name]["pattern"] = pattern
         if objective == "rst":
             extra = folder / "extra.npz"
             labels = np.arange(60) % 10
             np.savez(extra, images=np.repeat(labels, 64).reshape(60, 8, 8) / 9, labels=labels)
             data["training"]["rst_file"] = str(extra)
-        path = folder / f"{objective}-{sparsity}-{seed}.yaml"
+        path = folder / f"{objective}-{sparsity}-{seed}-{pattern.replace(':', '_')}.yaml"
         path.write_text(yaml.safe_dump(data))
         study = loading.load(path)
         found = [cell for cell in study.cells() if cell.method == method]

@@ -30,6 +30,14 @@ SCRATCH = [
 ]
 SELECTIONS = ("best_val", "last")
 EXACT = ("bcs",)
+PATTERNED = [
+    name for name in METHODS if "pattern" in registry.entry("method", name).params.model_fields
+]
+# A method, and its settings in the study. A method with N:M sparsity has two such settings.
+SETTINGS = [
+    *(pytest.param(name, {}, id=name) for name in METHODS),
+    *(pytest.param(name, {"pattern": "1:4"}, id=f"{name}-1:4") for name in PATTERNED),
+]
 CPU = torch.device("cpu")
 
 
@@ -106,6 +114,26 @@ def test_a_method_that_adapts_its_sparsity_does_so(method, trained):
     first = keep_count(weight_count(case.network(layout, "last")), case.cell.sparsity)
     assert active[0] == first
     assert active[-1] != first
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.9)])
+@pytest.mark.parametrize("method", PATTERNED)
+def test_export_has_the_pattern_and_the_number_of_weights_of_the_sparsity(
+    method, pattern, sparsity, selection, trained
+):
+    case, layout = trained(method, sparsity=sparsity, pattern=pattern)
+    most, size = map(int, pattern.split(":"))
+    exported, tight = case.network(layout, selection), 0
+    for module in prunable(exported).values():
+        kept = module.weight.detach() != 0
+        for first in range(0, kept.shape[1], size):
+            counts = kept[:, first : first + size].sum(1)
+            assert counts.max() <= most
+            tight += int((counts == most).sum())
+    assert tight > 0
+    free, free_layout = trained(method, sparsity=sparsity)
+    assert nonzero_count(exported) == nonzero_count(free.network(free_layout, selection))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -212,10 +240,10 @@ def test_every_objective_ends_at_the_same_sparsity(method, objective, trained):
 # ---------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_same_seed_gives_the_same_bits(method, trained, prepared):
-    case, layout = prepared(method)
-    assert case.results(case.train(layout)) == case.results(trained(method)[1])
+@pytest.mark.parametrize(("method", "settings"), SETTINGS)
+def test_same_seed_gives_the_same_bits(method, settings, trained, prepared):
+    case, layout = prepared(method, **settings)
+    assert case.results(case.train(layout)) == case.results(trained(method, **settings)[1])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -274,16 +302,16 @@ def hooks_seen(monkeypatch):
     return begin
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_stopped_and_killed_at_every_step_equals_an_uninterrupted_one(
-    method, trained, prepared, hooks_seen, monkeypatch
+@pytest.mark.parametrize(("method", "settings"), SETTINGS)
+def test_a_run_stopped_and_killed_at_every_step_equals_an_uninterrupted_one(  # noqa: PLR0917
+    method, settings, trained, prepared, hooks_seen, monkeypatch
 ):
     """The run is stopped after a step, then killed before the next step, and so on.
 
     Before a kill, the checkpoint at the end of an epoch may be saved. All hooks see the same values
     as in an uninterrupted run, and the results are the same.
     """
-    case, layout = prepared(method)
+    case, layout = prepared(method, **settings)
     calls = hooks_seen()
     case.train(layout)
     whole = dict(calls)
@@ -308,7 +336,7 @@ def test_a_run_stopped_and_killed_at_every_step_equals_an_uninterrupted_one(
             case.train(layout)
     assert stops == case.steps
     assert list(calls) == list(whole)
-    assert case.results(layout) == case.results(trained(method)[1])
+    assert case.results(layout) == case.results(trained(method, **settings)[1])
 
 
 def test_every_hook_is_recorded(hooks_seen, prepared):

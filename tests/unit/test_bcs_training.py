@@ -345,9 +345,10 @@ def test_a_fixed_active_set_survives_a_checkpoint():
         assert torch.equal(module.weight, prunable(one)[name].weight)
 
 
+@pytest.mark.parametrize("pattern", [None, "1:4"])
 @pytest.mark.parametrize("kind", [HostRewiring, DeviceRewiring])
 def test_a_checkpoint_of_gathered_theta_continues_with_the_same_bits_and_is_no_larger(
-    kind, tmp_path, monkeypatch
+    kind, pattern, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(bcs, "make_rewiring", kind)
     x = torch.rand(16, 60)
@@ -355,7 +356,7 @@ def test_a_checkpoint_of_gathered_theta_continues_with_the_same_bits_and_is_no_l
     def ready():
         torch.manual_seed(0)
         model = chain(60, 200, 60)
-        return model, *begin(model, 0.9, noise_scale=1.0)
+        return model, *begin(model, 0.9, noise_scale=1.0, pattern=pattern)
 
     def train(model, stage, run, steps):
         for _ in range(steps):

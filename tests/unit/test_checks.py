@@ -71,6 +71,18 @@ NONSENSE = {
         {"methods": {"bcs": {"train": {"milestones": [0.5, 0.5]}}}},
         "methods.bcs.train.milestones = [0.5, 0.5]: expected ascending shares",
     ),
+    "a pattern without quotation marks": (
+        {"methods": {"lwm": {"pattern": 2 * 60 + 4}}},
+        "methods.lwm.pattern = 124: expected 'N:M' with 0 < N < M < 1000, like '2:4', in quotation",
+    ),
+    "a pattern that keeps all": (
+        {"methods": {"hydra": {"pattern": "4:4"}}},
+        "methods.hydra.pattern = \"4:4\": expected 'N:M' with 0 < N < M < 1000",
+    ),
+    "a pattern with fewer weights than the grid": (
+        {"grid": {"sparsities": [0.9, 0.95]}, "methods": {"lwm": {"pattern": "1:16"}}},
+        "grid.sparsities = [0.9, 0.95]: expected at least 0.9375 for 'lwm' with the pattern 1:16",
+    ),
     "warm-up of eps": (
         {"grid": {"methods": ["bcs"]}, "training": {"crafting": {"eps_warmup": 2}}},
         "training.crafting.eps_warmup = 2: expected at most the 1 epochs of the first stage of ",

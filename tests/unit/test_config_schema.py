@@ -191,7 +191,7 @@ def test_every_link_of_the_page_has_its_heading():
 
 def test_the_page_names_values_bounds_and_defaults():
     lines = config_page.page().splitlines()
-    assert "| **`eps`** | number > 0 or ratio like 8/255 |  | " in "\n".join(lines)
+    assert "| **`eps`** | number > 0 or text like 8/255 |  | " in "\n".join(lines)
     [init] = [line for line in lines if line.startswith("| `init` | `strict`, `authors`")]
     assert '| `"strict"` | initial active weights' in init
     assert all(line.count(" | ") >= 3 for line in lines if line.startswith("| `"))

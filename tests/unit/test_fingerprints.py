@@ -150,6 +150,7 @@ VALUES = {
     "regrown_theta": 1e-10,
     "regrowth": "dormant",
     "rewiring": "until_last_drop",
+    "pattern": "2:4",
     "rho": 0.01,
     "dual_gradient": "authors",
     "layers": "conv",

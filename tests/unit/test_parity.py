@@ -5,6 +5,7 @@ the initial weights, signs and images, and the state of the random generator bef
 it then draws for itself, with the same calls in the same order.
 """
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -259,8 +260,8 @@ class SignedNet(SlowNet):
 class Places:
     """All theta of the slow side. Positions count through all layers."""
 
-    def __init__(self, net):
-        self.net = net
+    def __init__(self, net, pattern):
+        self.net, self.pattern = net, pattern
         self.sizes = [net.p[f"theta{i}"].size for i in range(4)]
         self.starts = [sum(self.sizes[:i]) for i in range(4)]
         self.active = self.positive()
@@ -281,9 +282,28 @@ class Places:
     def positive(self):
         return [place for place in range(sum(self.sizes)) if self[place] > 0]
 
-    def dormant(self, layer):
+    def group(self, place):
+        """Return the positions of a group: neighbours in the reduction of channels-last images."""
+        layer = max(i for i in range(4) if self.starts[i] <= place)
+        shape, size = self.net.p[f"theta{layer}"].shape, int(self.pattern.split(":")[1])
+        out, channel, *tap = np.unravel_index(place - self.starts[layer], shape)
+        channels = [c for c in range(shape[1]) if c // size == channel // size]
+        return [
+            self.starts[layer] + int(np.ravel_multi_index((out, c, *tap), shape)) for c in channels
+        ]
+
+    def fits(self, place, others=()):
+        """Whether a dormant position can be active besides the active ones and `others`."""
+        if place in others or self[place] > 0:
+            return False
+        if self.pattern is None:
+            return True
+        active = [p for p in self.group(place) if self[p] > 0 or p in others]
+        return len(active) < int(self.pattern.split(":")[0])
+
+    def open(self, layer):
         start = self.starts[layer]
-        return [p for p in range(start, start + self.sizes[layer]) if not self[p] > 0]
+        return [p for p in range(start, start + self.sizes[layer]) if self.fits(p)]
 
 
 def slow_layer(share, chances):
@@ -297,7 +317,7 @@ def slow_layer(share, chances):
 
 
 def slow_draw(places, count, chances, generator):
-    """Draw dormant positions: eight tries in each of three rounds, then from a list."""
+    """Draw open positions: eight tries in each of three rounds, then from a list."""
     shares = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
     layers, found = [slow_layer(share, chances) for share in shares], [None] * count
     for _ in range(3):
@@ -308,22 +328,23 @@ def slow_draw(places, count, chances, generator):
         claimed = []
         for i, shares in zip(open_ones, tries, strict=True):
             size, start = places.sizes[layers[i]], places.starts[layers[i]]
-            dormant = [p for p in (start + int(u * size) for u in shares) if not places[p] > 0]
-            if dormant and dormant[0] not in claimed:
-                found[i] = dormant[0]
-                claimed.append(dormant[0])
+            fitting = [p for p in (start + int(u * size) for u in shares) if places.fits(p)]
+            if fitting and places.fits(fitting[0], claimed):
+                found[i] = fitting[0]
+                claimed.append(fitting[0])
         for place in claimed:
             places[place] = 1e-12
     chances = list(chances)
     for layer in range(4):
         open_ones = [i for i, p in enumerate(found) if p is None and layers[i] == layer]
         if open_ones:
-            dormant = places.dormant(layer)
-            order = torch.randperm(len(dormant), generator=generator).tolist()
-            for i, k in zip(open_ones, order, strict=False):
-                found[i] = dormant[k]
-                places[dormant[k]] = 1e-12
-            if len(open_ones) >= len(dormant):
+            listed = places.open(layer)
+            waiting = list(open_ones)
+            for k in torch.randperm(len(listed), generator=generator).tolist():
+                if waiting and places.fits(listed[k]):
+                    found[waiting.pop(0)] = listed[k]
+                    places[listed[k]] = 1e-12
+            if not places.open(layer):
                 chances[layer] = 0
     open_ones = [i for i, p in enumerate(found) if p is None]
     if open_ones:
@@ -353,8 +374,8 @@ def slow_step(net, places, x, y, generator, *, lr, decay, params):
         for theta, mask in zip(thetas, masks, strict=True):
             theta[~mask & (theta > 0)] = 0.0
     survives = [places[place] > 0 for place in places.active]
-    room = [len(places.dormant(layer)) for layer in range(4)]
-    missing = keep_count(sum(places.sizes), SPARSITY) - (sum(places.sizes) - sum(room))
+    room = [len(places.open(layer)) for layer in range(4)]
+    missing = keep_count(sum(places.sizes), SPARSITY) - len(places.positive())
     chances = places.sizes if params.regrowth == "size" else room
     drawn = slow_draw(places, missing, chances, generator) if missing > 0 else []
     for place in drawn if params.momentum == "reset" else []:
@@ -378,7 +399,7 @@ class SlowSampling:
 
     def __init__(self, run, stage):
         self.run, self.stage, self.net, self.regrown = run, stage, SignedNet(run.model), 0
-        self.places = Places(self.net)
+        self.places = Places(self.net, stage.params.pattern)
         self.generator = torch.Generator()
         self.generator.set_state(run.generator.get_state())
 
@@ -404,6 +425,9 @@ VARIANTS = {
     "by dormant positions": {"regrowth": "dormant"},
     "noise that kills and wakes": {"init": "authors", "waking": "drift", "noise_scale": 0.05},
     "noise that only kills": {"noise_scale": 0.05},
+    "2:4": {"noise_scale": 0.05, "pattern": "2:4"},
+    "2:4 by open positions": {"regrowth": "dormant", "noise_scale": 0.05, "pattern": "2:4"},
+    "3:5": {"init": "erk", "noise_scale": 0.05, "pattern": "3:5"},
 }
 
 
@@ -434,16 +458,27 @@ def weights_of(model):
     return {f"w{i}": module.weight for i, module in enumerate(prunable(model).values())}
 
 
-def largest(values, share):
-    """1 where a value is among the largest of its layer, by sorting."""
+def largest(values, share, pattern=None):
+    """1 where a value is among the largest of its layer, by sorting.
+
+    With a pattern, a value is skipped if N larger ones of its group are kept.
+    """
     keep = values.size - int(values.size * share + 1e-9)
-    mask = np.zeros(values.size)
-    mask[np.argsort(-np.abs(values), axis=None)[:keep]] = 1.0
-    return mask.reshape(values.shape)
+    most, size = map(int, pattern.split(":")) if pattern else (values.size, values.size)
+    mask, kept = np.zeros(values.shape), Counter()
+    for place in np.argsort(-np.abs(values), axis=None):
+        out, channel, *tap = index = np.unravel_index(place, values.shape)
+        group = (out, channel // size, *tap)
+        if sum(kept.values()) < keep and kept[group] < most:
+            mask[index] = 1.0
+            kept[group] += 1
+    return mask
 
 
 class SlowScores:
     """The pruning of HYDRA: only scores and batch norm are trained."""
+
+    pattern = None
 
     def __init__(self, run, stage):
         self.decay, net = stage.fit.weight_decay, None
@@ -455,7 +490,7 @@ class SlowScores:
             for i, w in enumerate(self.raw)
         }
         net = SlowNet(run.model, {n: torch.from_numpy(v) for n, v in self.start.items()})
-        net.weight = lambda i: self.raw[i] * largest(net.p[f"score{i}"], SPARSITY)
+        net.weight = lambda i: self.raw[i] * largest(net.p[f"score{i}"], SPARSITY, self.pattern)
         self.net = net
 
     def step(self, x, y, lr):
@@ -476,11 +511,13 @@ class SlowScores:
 class SlowMasked:
     """Training with a fixed mask of the initially largest weights of each layer."""
 
+    pattern = None
+
     def __init__(self, run, stage):
         self.decay = stage.fit.weight_decay
         self.attack, self.clean_passes = run.slow_attack, stage.fit.clean_passes
         self.net = SlowNet(run.model, weights_of(run.model))
-        self.masks = [largest(self.net.p[f"w{i}"], SPARSITY) for i in range(4)]
+        self.masks = [largest(self.net.p[f"w{i}"], SPARSITY, self.pattern) for i in range(4)]
 
     def step(self, x, y, lr):
         found = self.net.step_gradients(x, y, self.attack, self.clean_passes)
@@ -493,6 +530,14 @@ class SlowMasked:
         for i, module in enumerate(prunable(model).values()):
             pairs.append((module.weight, self.net.p[f"w{i}"] * self.masks[i]))
         return pairs
+
+
+class SlowScores24(SlowScores):
+    pattern = "2:4"
+
+
+class SlowMasked24(SlowMasked):
+    pattern = "2:4"
 
 
 class SlowAdmm:
@@ -562,6 +607,16 @@ BASELINES |= {
         "params": BASELINES["admm"]["params"] | {"dual_gradient": "authors"},
         "sides": BASELINES["admm"]["sides"],
     },
+    "hydra, 2:4": {
+        "method": "hydra",
+        "params": BASELINES["hydra"]["params"] | {"pattern": "2:4"},
+        "sides": {"prune": SlowScores24, "finetune": SlowMasked24},
+    },
+    "lwm, 2:4": {
+        "method": "lwm",
+        "params": BASELINES["lwm"]["params"] | {"pattern": "2:4"},
+        "sides": {"finetune": SlowMasked24},
+    },
 }
 
 
@@ -590,8 +645,8 @@ def test_baselines_equal_their_slow_side(name, study_data, load_study, tmp_path)
         slow = seen["prune"].slow
         moved = [
             (
-                largest(slow.start[f"score{i}"], SPARSITY)
-                != largest(slow.net.p[f"score{i}"], SPARSITY)
+                largest(slow.start[f"score{i}"], SPARSITY, slow.pattern)
+                != largest(slow.net.p[f"score{i}"], SPARSITY, slow.pattern)
             )
             for i in range(4)
         ]

@@ -141,7 +141,7 @@ def test_regrown_positions_are_uniform_over_the_dormant_ones_of_a_layer(kind):
 @KINDS
 def test_positions_of_a_sparse_layer_are_found_by_random_tries_and_uniform(kind, monkeypatch):
     monkeypatch.setattr(HostRewiring, "_choose_from_lists", None)
-    monkeypatch.setattr(DeviceRewiring, "_dormant_positions", DeviceRewiring._random_positions)
+    monkeypatch.setattr(DeviceRewiring, "_open_positions", DeviceRewiring._random_positions)
     (counts,) = Repeated([60], [6], 8, kind).counts(3000)
     assert counts.sum() == 6000
     fits(counts[6:])
@@ -310,6 +310,7 @@ SWITCHES = {
     "default": {},
     "authors": {"init": "authors", "waking": "drift"},
     "reset": {"momentum": "reset", "regrowth": "dormant", "temperature": 1e-6},
+    "2:4": {"pattern": "2:4"},
 }
 
 
@@ -346,8 +347,9 @@ def test_the_log_of_a_training_is_correct_with_both_kinds(switches, monkeypatch)
         logs[kind] = log
     one, two = (log.groupby("step")[["pruned", "regrown"]].sum().sum() for log in logs.values())
     print(f"pruned and regrown: on the host {one.tolist()}, on the device {two.tolist()}")
-    assert two.pruned == pytest.approx(one.pruned, rel=0.1)
-    assert two.regrown == pytest.approx(one.regrown, rel=0.1)
+    # The numbers of two runs differ with a standard deviation of 7 %.
+    assert two.pruned == pytest.approx(one.pruned, rel=0.2)
+    assert two.regrown == pytest.approx(one.regrown, rel=0.2)
 
 
 @pytest.mark.parametrize(("device", "kind"), [("cpu", HostRewiring), ("meta", DeviceRewiring)])
