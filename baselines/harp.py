@@ -17,32 +17,32 @@ Differs from the authors' code (a setting in parentheses restores their behaviou
 - Finetuning starts from the last scores. The authors start from the epoch with the best accuracy
   under attack on the test set, among the epochs at the target. There is no setting for this,
   because it selects by test images.
-As in the authors' code, the initial scores are those of HYDRA (`score_init: random` draws them).
+As in the authors' code, the initial scores are those of HYDRA (`score_init: random` draws them). A
+later publication adds S2AP (`s2ap: {gamma: 0.01}` in the prune stage; off by default). It perturbs
+the scores and not the shares.
 """
 
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robsparse.base.counts import density, keep_count, round_to_sum
-from robsparse.schema import Finetune, Fit, Share, Strict
+from robsparse.schema import Finetune, ScoreTraining, Share, Strict
 from robsparse.sparsity.layers import Prunable, parametrisation, prunable, weight_count
 from robsparse.sparsity.masks import top_k_mask
-from robsparse.sparsity.scores import scaled_scores
+from robsparse.sparsity.scores import Scored, scaled_scores
 from robsparse.training.stages import FixedMaskStage, Run, ScoreStage, Stage, remaining_weights
 
 LABEL = "HARP"
 STARTS_FROM = "dense"
 
 
-class Prune(Fit):
+class Prune(ScoreTraining):
     """The authors' joint training of scores and shares: 20 epochs, lr 0.1, weight decay 5e-4."""
 
-    epochs: PositiveInt = 20
-    lr: PositiveFloat = 0.1
     weight_decay: float = Field(5e-4, ge=0)
 
 
@@ -92,7 +92,7 @@ class _TopShare(torch.autograd.Function):
         return gradient, gradient.sum()
 
 
-class RatedMask(nn.Module):
+class RatedMask(Scored):
     """Parametrisation w -> w * mask, with trainable scores and a trainable share.
 
     keep: number of weights to keep; -1 if the share decides it.

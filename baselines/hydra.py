@@ -12,31 +12,29 @@ Differs from the authors' code (a setting in parentheses restores their behaviou
   0.031, step size 0.0078 and crops (a block's `training`; see config/ap_leaderboard.yaml).
 As in the authors' code, each stage starts from the last weights of the stage before.
 
-`pattern` is not part of the publication: the mask keeps the largest scores among the N largest of
-each group of M weights, in each step.
+Two switches are not part of the publication. `pattern`: the mask keeps the largest scores among the
+N largest of each group of M weights, in each step. `s2ap: {gamma: 0.01}` in the prune stage: S2AP
+(robsparse/training/weight_perturbation.py).
 """
 
 from functools import partial
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robsparse.schema import Finetune, Fit, Pattern, Strict
+from robsparse.schema import Finetune, Pattern, ScoreTraining, Strict
 from robsparse.sparsity.budgets import layer_keep_counts
 from robsparse.sparsity.layers import prunable
-from robsparse.sparsity.scores import scaled_scores, straight_through_mask
+from robsparse.sparsity.scores import Scored, scaled_scores, straight_through_mask
 from robsparse.training.stages import FixedMaskStage, Run, ScoreStage, Stage, largest_weights
 
 LABEL = "HYDRA"
 STARTS_FROM = "dense"
 
 
-class Prune(Fit):
+class Prune(ScoreTraining):
     """The authors' score training: 20 epochs, lr 0.1, cosine, weight decay 1e-4."""
-
-    epochs: PositiveInt = 20
-    lr: PositiveFloat = 0.1
 
 
 class Params(Strict):
@@ -49,7 +47,7 @@ class Params(Strict):
     )
 
 
-class ScoredMask(nn.Module):
+class ScoredMask(Scored):
     """Parametrisation w -> w * top_k(|score|) with a trainable score for each weight.
 
     The initial score is sqrt(6 / fan_in) * w / max|w|, so the first mask is the mask of LWM.

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from robsparse.schema import FromScratch, Strict
 from robsparse.sparsity.budgets import layer_keep_counts
 from robsparse.sparsity.layers import parametrisation, prunable
-from robsparse.sparsity.scores import straight_through_mask
+from robsparse.sparsity.scores import Scored, straight_through_mask
 from robsparse.training.stages import Run, ScoreStage, Stage
 
 LABEL = "Robust scratch ticket"
@@ -52,7 +52,7 @@ class Params(Strict):
     )
 
 
-class PopupMask(nn.Module):
+class PopupMask(Scored):
     """Parametrisation w -> w * top_k(|score|) with trained scores.
 
     Initial scores are uniform in +-1/sqrt(fan_in).

@@ -15,7 +15,7 @@ from robsparse.schema.imagesets import (
 )
 from robsparse.schema.networks import Activated, Activation, Residual
 from robsparse.schema.threat import AttackParams
-from robsparse.schema.training import Finetune, Fit, FlyingBirdParams, FromScratch
+from robsparse.schema.training import Finetune, Fit, FlyingBirdParams, FromScratch, ScoreTraining
 
 __all__ = [
     "CONTENT",
@@ -36,6 +36,7 @@ __all__ = [
     "Pattern",
     "Radius",
     "Residual",
+    "ScoreTraining",
     "Share",
     "Strict",
     "image_shape",

@@ -102,6 +102,36 @@ class Finetune(Fit):
     lr: PositiveFloat = 0.01
 
 
+class ScorePerturbation(Strict):
+    """Perturbation of importance scores in the mask search (S2AP)."""
+
+    gamma: float = Field(
+        gt=0,
+        le=1,
+        description="length of the perturbation, as a share of the norm of a layer's scores; its "
+        "authors choose it for each network",
+    )
+    warmup: NonNegativeInt = Field(5, description="first epochs of the stage without it")
+
+
+class ScoreTraining(Fit):
+    """Training of importance scores by HYDRA and HARP: 20 epochs, lr 0.1, cosine."""
+
+    epochs: PositiveInt = 20
+    lr: PositiveFloat = 0.1
+    s2ap: ScorePerturbation | None = Field(
+        None, description="compute the gradients at perturbed scores; none: at the scores"
+    )
+
+    @model_validator(mode="after")
+    def _check_s2ap(self) -> "ScoreTraining":
+        if self.s2ap and self.s2ap.warmup >= self.epochs:
+            expected = f"s2ap.warmup of fewer epochs than the {self.epochs} of the stage"
+            context = {"key": "s2ap", "expected": expected}
+            raise PydanticCustomError("stage", "expected {expected}", context)
+        return self
+
+
 class FlyingBirdParams(Strict):
     """Settings of Flying Bird and Flying Bird+. The defaults are the authors'.
 

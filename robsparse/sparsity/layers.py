@@ -42,6 +42,11 @@ def parametrisation(module: Prunable, kind: type[Kind]) -> Kind:
     return found
 
 
+def computed_weight(module: Prunable) -> Tensor:
+    """Return a parametrised weight as its parameters make it now, without any stored value."""
+    return cast(Tensor, _parametrisations(module)())
+
+
 def _parametrisations(module: Prunable) -> parametrize.ParametrizationList:
     named = cast(nn.ModuleDict, module.parametrizations)
     return cast(parametrize.ParametrizationList, named["weight"])

@@ -3,9 +3,15 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robsparse.sparsity.masks import top_k_mask
+
+
+class Scored(nn.Module):
+    """A parametrisation of a weight with a trainable score for each entry of the weight."""
+
+    score: nn.Parameter
 
 
 class _StraightThroughTopK(torch.autograd.Function):

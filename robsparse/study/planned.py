@@ -177,13 +177,13 @@ def _within_budget(parts: Parts, cell: Cell, block: Block) -> Strict:
     params = _params_of(parts, cell.method, block)
     if block.budget is None or parts.is_dense(cell.method):
         return params
-    total = block.budget.total
-    if block.budget.unit == "passes":
-        total = int(total / passes_per_epoch(cell.objective, block.training))
     start, before = parts.starting_cell(cell), 0
     if start:
         stages = stages_of(_params_of(parts, start.method, block))
         before = sum(fit.epochs for fit in stages.values())
+    total = block.budget.total
+    if block.budget.unit == "passes":
+        total = _affordable_epochs(cell, block, stages_of(params), before)
     key = f"{block.key}.budget.total = {block.budget.total}"
     if total - before < len(stages_of(params)):
         raise UsageError(
@@ -196,6 +196,25 @@ def _within_budget(parts: Parts, cell: Cell, block: Block) -> Strict:
     except ValidationError as error:
         line = messages.lines(error, scaled)[0]
         raise UsageError(f"{key}: does not fit '{cell.method}': {line}") from None
+
+
+def _affordable_epochs(cell: Cell, block: Block, stages: dict[str, Fit], before: int) -> int:
+    """The number of epochs in a budget of passes, with the `before` epochs of the starting cell."""
+    assert block.budget is not None
+    budget, each = block.budget.total, passes_per_epoch(cell.objective, block.training)
+    further = {
+        name: passes_per_epoch(cell.objective, block.training, fit) - each
+        for name, fit in stages.items()
+    }
+
+    def spent(total: int) -> float:
+        scaled = _scaled(stages, total - before)
+        return total * each + sum(further[name] * fit["epochs"] for name, fit in scaled.items())
+
+    total = int(budget / each)
+    while any(further.values()) and total - before > len(stages) and spent(total) > budget:
+        total -= 1
+    return total
 
 
 def _scaled(stages: dict[str, Fit], total: int) -> dict[str, dict[str, Any]]:

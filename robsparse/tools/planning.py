@@ -19,7 +19,7 @@ from robsparse.networks import construct
 from robsparse.schema.evaluation import Selection
 from robsparse.schema.imagesets import Description
 from robsparse.study.cells import Cell, Layout
-from robsparse.study.cost import PASSES, perturbation_passes
+from robsparse.study.cost import PASSES, perturbation_passes, uses_s2ap
 from robsparse.study.study import Study
 from robsparse.training import objectives
 
@@ -156,6 +156,8 @@ def training_seconds(clock: Clock, cell: Cell) -> float:
     steps = max(1, examples // labelled)
     once = sum(fit.epochs for fit in fits) * clock.step(cell)
     once += sum(fit.epochs * fit.clean_passes for fit in fits) * clock.forward(cell)
+    perturbed = perturbation_passes(cell.objective) * sum(f.epochs for f in fits if uses_s2ap(f))
+    once += perturbed * clock.gradient(cell)
     return SECONDS_TO_START_A_JOB + steps * min(size, examples) * once
 
 

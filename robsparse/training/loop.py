@@ -27,7 +27,7 @@ from robsparse.training.resuming import Position, RunState
 from robsparse.training.session import Session, prepare_session, stage_errors
 from robsparse.training.stages import Run, Stage, end_stage
 from robsparse.training.validation import last_logits
-from robsparse.training.weight_perturbation import perturbed_weights
+from robsparse.training.weight_perturbation import perturbed_scores, perturbed_weights
 
 
 def train_cell(
@@ -153,9 +153,13 @@ def compute_gradients(
     with effective_weights(run.model), ExitStack() as step:
         with computing(run.precision, x_NCHW.device):
             _pass_clean(run.model, x_NCHW, stage.fit.clean_passes > 0)
-            attacker = step.enter_context(
-                perturbed_weights(run.model, objective, attacker, batch, run.gamma)
-            )
+            for perturbed, gamma in (
+                (perturbed_scores, stage.score_gamma(run)),
+                (perturbed_weights, run.gamma),
+            ):
+                attacker = step.enter_context(
+                    perturbed(run.model, objective, attacker, batch, gamma)
+                )
             with last_logits(run.model, stage.follows_overfitting) as logits:
                 loss = objective(run.model, x_NCHW, y_N, attacker)
             _pass_clean(run.model, x_NCHW, stage.fit.clean_passes > 1)

@@ -70,11 +70,10 @@ class Recorder:
         """Count the passes of a step, and record what its images were crafted on."""
         session, record = self.session, self.record
         forward, backward = PASSES[session.cell.objective](session.attacker.crafting.steps)
-        if session.run.gamma:
-            extra = perturbation_passes(session.cell.objective)
-            forward, backward = forward + extra, backward + extra
-        record.forward_passes += forward + stage.fit.clean_passes
-        record.backward_passes += backward
+        perturbations = bool(session.run.gamma) + bool(stage.score_gamma(session.run))
+        extra = perturbations * perturbation_passes(session.cell.objective)
+        record.forward_passes += forward + extra + stage.fit.clean_passes
+        record.backward_passes += backward + extra
         record.crafted_on = sorted({*record.crafted_on, *session.attacker.crafted_on})
 
     def end_epoch(self, stage: Stage, loss: float, accuracy: float) -> None:

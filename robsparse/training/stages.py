@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robsparse.schema.training import Fit, WeightPerturbation
+from robsparse.schema.training import Fit, ScoreTraining, WeightPerturbation
 from robsparse.sparsity.averaging import WeightAverage
 from robsparse.sparsity.history import ConnectionLog
 from robsparse.sparsity.layers import nonzero_count, prunable, trained_weight, weight_count
@@ -107,6 +107,10 @@ class Stage:
     def before_epoch(self, run: Run) -> None:
         """Called before the first step of each epoch. `run.epoch` counts from 0."""
 
+    def score_gamma(self, run: Run) -> float:
+        """Return the length of the perturbation of scores, as a share of their norm; 0: none."""
+        return 0.0
+
     def penalty(self, run: Run) -> Tensor | None:
         """Return a term that is added to the loss of each step, or None."""
         return None
@@ -194,7 +198,14 @@ class FixedMaskStage(Stage):
 
 
 class ScoreStage(Stage):
-    """Train batch norm, and scores that decide which weights are kept, but no weight or bias."""
+    """Train batch norm, and scores that decide which weights are kept, but no weight or bias.
+
+    Each prunable layer has a parametrisation of the class `Scored`.
+    """
+
+    def score_gamma(self, run: Run) -> float:
+        s2ap = self.fit.s2ap if isinstance(self.fit, ScoreTraining) else None
+        return s2ap.gamma if s2ap and run.epoch >= s2ap.warmup else 0.0
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         frozen = set()
