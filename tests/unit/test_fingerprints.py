@@ -163,6 +163,7 @@ VALUES = {
     "label_smoothing": 0.2,
     "ema": {"decay": 0.9},
     "awp": {"gamma": 0.01},
+    "s2ap": {"gamma": 0.1, "warmup": 0},
     "rst_file": "weights.pt",
     "rst_fraction": 0.25,
     "train_on_validation": True,
@@ -469,7 +470,6 @@ FILES = {
         robsparse/base/gpus robsparse/base/parent robsparse/base/runs robsparse/kernels/*
         robsparse/study/loading robsparse/study/resolving
         robsparse/schema/study_file robsparse/schema/json_schema figures/data/agreement
-        robsparse/sparsity/scores
         robsparse/training/dynamic
         robsparse/evaluation/fast_minimum_norm robsparse/models/resnet robsparse/models/vgg
         robsparse/models/wideresnet robsparse/models/preactresnet
