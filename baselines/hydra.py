@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robsparse.schema import Finetune, Pattern, ScoreTraining, Strict
+from robsparse.schema import Finetune, Fit, Pattern, ScoreTraining, Strict
 from robsparse.sparsity.budgets import layer_keep_counts
 from robsparse.sparsity.layers import prunable
 from robsparse.sparsity.scores import Scored, scaled_scores, straight_through_mask
