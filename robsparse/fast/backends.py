@@ -31,8 +31,9 @@ class Backend:
         auto: eager, which was the fastest in the measurements (docs/speed.md).
     """
 
-    def __init__(self, name: str, eager: Run) -> None:
-        self.name, self.eager = name, eager
+    def __init__(self, name: str, eager: Run, graph: Run) -> None:
+        """eager: runs the program in the fastest way. graph: its graph of torch operations."""
+        self.name, self.eager, self.graph = name, eager, graph
         # By kind of images and precision. Each one starts with the first images of its kind.
         self.started: dict[tuple[object, ...], Run] = {}
 
@@ -44,7 +45,7 @@ class Backend:
         if kind in self.started:
             return self.started[kind](snapshot, x)
         try:
-            run = _START[self.name](self.eager, snapshot, x)
+            run = _START[self.name](self.graph, snapshot, x)
             self._require_same(run, snapshot, x)
             out = run(snapshot, x)
         except Exception as error:  # compilers and drivers can raise anything

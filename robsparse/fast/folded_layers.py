@@ -5,9 +5,7 @@ computes the same function with the weights at one moment. A *snapshot* has the 
 network. A source is valid until the structure of the network changes. A folded layer never changes.
 It stores only values that can be computed again from its weights.
 
-The memory format of convolutions, and the layers for which a CPU is faster with matrices
-(`small_maps`), were chosen by measurement (docs/speed.md). They depend only on shapes and weights.
-So a repeated run gives the same bits.
+On a CPU, a folded convolution has several forms (`forms`). Their costs are measured (`costs`).
 """
 
 from collections.abc import Sequence
@@ -18,12 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robsparse.fast import proof
-from robsparse.fast.small_maps import NARROW, PIXELS, Matrix, SmallMap, choose_form
+from robsparse.fast import costs, proof
+from robsparse.fast.forms import (
+    Form,
+    Kind,
+    MatrixForm,
+    PlainForm,
+    SparseForm,
+    apply,
+    finish,
+    gated,
+    geometry_of,
+)
+from robsparse.kernels.geometry import Geometry, Pair
+from robsparse.kernels.patterns import Pattern
 from robsparse.models._layers import TensorFlowConv2d
-
-# With more weights than this, a convolution in fp32 on a CPU is faster with channels first.
-MANY_WEIGHTS = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +66,24 @@ class Affine:
 
 @dataclass(frozen=True, eq=False)
 class FoldedNorm:
-    """Batch norm without a layer before it: x * weight + bias, with one value per channel."""
+    """Batch norm without a layer before it, followed by a ReLU if `rectified`.
+
+    It computes x * weight + bias, with one value per channel. It is also its own form (`Form`).
+    """
 
     affine: Affine
+    rectified: bool
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.output(x, None, rectified=self.rectified)
+
+    def output(self, x_NCHW: Tensor, other: Tensor | None, *, rectified: bool) -> Tensor:
         weight, bias = self.affine.weight, self.affine.bias
         assert bias is not None
-        return torch.addcmul(bias, x.to(weight.dtype), weight)
+        return finish(torch.addcmul(bias, x_NCHW.to(weight.dtype), weight), other, rectified)
+
+    def input_gradient(self, upstream: Tensor, other: Tensor | None, gate: Tensor | None) -> Tensor:
+        return gated(upstream * self.affine.weight, other, gate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,82 +101,64 @@ class FoldedLinear:
 
 @dataclass(frozen=True, eq=False)
 class FoldedConvolution:
-    """A convolution, with a ReLU if the network has one. A CPU uses a matrix if it is faster.
+    """A convolution, with the addition of another map and a ReLU if the network has them.
 
     affine: weight and bias in the precision of the computation.
-    full: weight and bias in the precision of the network, for matrices. None on a GPU.
-    columns: whether small maps have images innermost in memory, as sparse matrices need it
-        (`small_maps`).
+    full: weight and bias in the precision of the network, for the sparse kernels.
     """
 
     source: "ConvolutionSource"
     affine: Affine
-    full: Affine | None
-    columns: bool
-    # Computed from the weights above at the first use.
-    _matrices: dict[tuple[torch.Size, str], Matrix] = field(default_factory=dict, init=False)
-    _channels_first: list[Tensor] = field(default_factory=list, init=False)
+    full: Affine
+    _forms: dict[tuple[Pair, Kind], Form] = field(default_factory=dict, init=False)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        source, rectified = self.source, self.source.rectified
-        if self.full is not None:
-            bf16 = self.affine.weight.dtype == torch.bfloat16
-            form = choose_form(source.layer, x, self.full.density, bf16=bf16)
-            if form != "conv":
-                columns = self.columns or form == "sparse"
-                matrix = self._matrix(self.full, x, form, columns)
-                return matrix(x, rectified=rectified, columns=columns)
-        x = x.to(self.affine.weight.dtype)
-        weight, layout = self._laid_out(x)
-        out = source.apply(x.contiguous(memory_format=layout), weight, self.affine.bias)
-        return out.relu_() if rectified else out
+    def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Return the output. torch records the gradient."""
+        weight = self.affine.weight
+        x = x.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+        out = apply(self.source.layer, x, weight, self.affine.bias)
+        return finish(out, other, self.source.rectified)
 
-    @torch.compiler.disable
-    def _matrix(self, full: Affine, x: Tensor, form: str, columns: bool) -> Matrix:
-        """Return the matrix for maps of this size.
+    def form(self, kind: Kind, size: Pair) -> Form:
+        """Return a form for maps of this size.
 
         At the first use of a form, it is compared with the convolution. Later weights use the same
         code, so they are not compared again.
 
         Raises:
-            ValueError: if the results of matrix and convolution differ.
+            ValueError: if their results differ.
         """
-        key = (x.shape[2:], form)
-        if (key, columns) not in self.source.proven:
-            self._require_same(full, x, form, columns)
-            self.source.proven.add((key, columns))
-        if key not in self._matrices:
-            dense_bf16 = form == "dense" and self.affine.weight.dtype == torch.bfloat16
-            affine = self.affine if dense_bf16 else full
-            small_map = self.source.small_map(x.shape[2:])
-            self._matrices[key] = small_map.form(form, affine.weight, affine.bias)
-        return self._matrices[key]
+        if (size, kind) not in self._forms:
+            form = self._forms[size, kind] = self._make(kind, size)
+            if (size, kind) not in self.source.proven:
+                self._require_same(form, kind, size)
+                self.source.proven.add((size, kind))
+        return self._forms[size, kind]
 
-    def _require_same(self, full: Affine, x: Tensor, form: str, columns: bool) -> None:
-        """Raise ValueError if the results of the matrix and the convolution differ."""
-        weight, bias = full.weight, full.bias
-        matrix = self.source.small_map(x.shape[2:]).form(form, weight, bias)
-        images = x[: proof.IMAGES].to(weight.dtype)
-        plain, fast = (
-            proof.passes(run, images, gradient=True)
-            for run in (
-                lambda x: self.source.apply(x, weight, bias),
-                lambda x: matrix(x, rectified=False, columns=columns),
-            )
-        )
+    def _make(self, kind: Kind, size: Pair) -> Form:
+        geometry = self.source.geometry(size)
+        assert geometry is not None  # `Plan` asks before
+        if kind == "sparse":
+            pattern = self.source.pattern(geometry, self.full.weight)
+            return SparseForm(pattern, self.full.weight, self.full.bias)
+        weight, bias = self.affine.weight, self.affine.bias
+        if kind == "matrix":
+            return MatrixForm(geometry, weight, bias)
+        return PlainForm(self.source.layer, geometry, weight, bias, kind)
+
+    def _require_same(self, form: Form, kind: Kind, size: Pair) -> None:
+        """Raise ValueError if the results of a form and the convolution differ."""
+        layer, affine = self.source.layer, self.full if kind == "sparse" else self.affine
+        weight, bias = affine.weight, affine.bias
+        draw = torch.Generator().manual_seed(0)
+        x = torch.rand(proof.IMAGES, layer.in_channels, *size, generator=draw).to(weight.dtype)
+        plain = proof.passes(lambda x: apply(layer, x, weight, bias), x, gradient=True)
+        slopes = proof.slopes_of(plain.outputs)
+        with torch.no_grad():
+            outputs = form.output(x, None, rectified=False)
+            fast = proof.Passes(outputs, form.input_gradient(slopes, None, None))
         if reason := proof.difference(plain, fast):
-            layer = self.source.layer
-            raise ValueError(f"the {form} matrix of {layer} differs from the convolution: {reason}")
-
-    def _laid_out(self, x: Tensor) -> tuple[Tensor, torch.memory_format]:
-        """Return the weights in the memory format for x, and this memory format."""
-        weight = self.affine.weight
-        forward_only = not x.requires_grad and not x.is_cuda and x.dtype == torch.float32
-        if not forward_only or x.shape[2] * x.shape[3] > PIXELS:
-            return weight, _layout(weight)
-        if not self._channels_first:
-            self._channels_first.append(weight.contiguous())
-        return self._channels_first[0], torch.contiguous_format
+            raise ValueError(f"the {kind} form of {layer} differs from the convolution: {reason}")
 
 
 Folded = FoldedConvolution | FoldedLinear | FoldedNorm
@@ -176,6 +175,45 @@ class Snapshot:
 
     layers: tuple[Folded, ...]
     dtype: torch.dtype | None
+    _forms: dict[tuple[object, ...], dict[int, Form]] = field(default_factory=dict, init=False)
+
+    def forms(self, sizes: dict[int, Pair], images: int) -> dict[int, Form]:
+        """Return the form of each convolution that has several, on a CPU.
+
+        Args:
+            sizes: height and width of the input map of each convolution, by its number.
+            images: the number of images in the batch.
+
+        Raises:
+            ValueError: if the results of a form and its convolution differ.
+        """
+        key = (costs.images_class(images), *sizes.items())
+        if key not in self._forms:
+            forms: dict[int, Form] = {}
+            for number, kind in self.kinds(sizes, images).items():
+                layer = self.layers[number]
+                assert isinstance(layer, FoldedConvolution)
+                forms[number] = layer.form(kind, sizes[number])
+            norms = {
+                n: layer for n, layer in enumerate(self.layers) if isinstance(layer, FoldedNorm)
+            }
+            self._forms[key] = forms | norms
+        return self._forms[key]
+
+    def kinds(self, sizes: dict[int, Pair], images: int) -> dict[int, Kind]:
+        """Return the kind of form of each convolution. Their total cost is the smallest one."""
+        found: dict[int, tuple[costs.Costs, float]] = {}
+        for number, size in sizes.items():
+            layer = self.layers[number]
+            geometry = layer.source.geometry(size) if isinstance(layer, FoldedConvolution) else None
+            if isinstance(layer, FoldedConvolution) and geometry is not None:
+                dtypes = layer.affine.weight.dtype, layer.full.weight.dtype
+                cost = costs.costs_of(
+                    layer.source.layer, geometry, dtypes, costs.images_class(images)
+                )
+                found[number] = cost, layer.full.density
+        chosen = costs.choose(*zip(*found.values(), strict=True)) if found else []
+        return dict(zip(found, chosen, strict=True))
 
     def clone(self) -> "Snapshot":
         """Return a copy with weights in separate memory."""
@@ -190,13 +228,7 @@ class Snapshot:
 @torch.no_grad()
 def fold(sources: "Sequence[Source]", dtype: torch.dtype | None = None) -> Snapshot:
     """Return a snapshot with the current weights of the sources. dtype: see `Snapshot`."""
-    found = [source.affine() for source in sources]
-    columns = any(affine.density <= NARROW for affine in found)
-    layers = (
-        source.folded(affine, dtype, columns=columns)
-        for source, affine in zip(sources, found, strict=True)
-    )
-    return Snapshot(tuple(layers), dtype)
+    return Snapshot(tuple(source.folded(source.affine(), dtype) for source in sources), dtype)
 
 
 # ---------------------------------------------------------------- sources
@@ -208,22 +240,23 @@ class Source(Protocol):
     def affine(self) -> Affine:
         """Return the current weight and bias in the precision of the network, with batch norm."""
 
-    def folded(self, affine: Affine, dtype: torch.dtype | None, *, columns: bool) -> Folded:
-        """Return the folded layer with this affine. columns: see `FoldedConvolution`."""
+    def folded(self, affine: Affine, dtype: torch.dtype | None) -> Folded:
+        """Return the folded layer with this affine."""
 
 
 @dataclass(frozen=True, eq=False)
 class NormSource:
-    """Batch norm without a layer before it."""
+    """Batch norm without a layer before it, with a ReLU after it if there is one."""
 
     norm: nn.BatchNorm2d
+    rectified: bool
 
     def affine(self) -> Affine:
         scale, shift = scale_and_shift(self.norm)
         return Affine(scale.view(-1, 1, 1), shift.view(-1, 1, 1))
 
-    def folded(self, affine: Affine, dtype: torch.dtype | None, *, columns: bool) -> FoldedNorm:
-        return FoldedNorm(affine.to(dtype))
+    def folded(self, affine: Affine, dtype: torch.dtype | None) -> FoldedNorm:
+        return FoldedNorm(affine.to(dtype), self.rectified)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,48 +270,48 @@ class LinearSource:
     def affine(self) -> Affine:
         return Affine(*folded_parameters(self.layer, self.norm))
 
-    def folded(self, affine: Affine, dtype: torch.dtype | None, *, columns: bool) -> FoldedLinear:
+    def folded(self, affine: Affine, dtype: torch.dtype | None) -> FoldedLinear:
         return FoldedLinear(affine, self.rectified)
 
 
 @dataclass(frozen=True, eq=False)
 class ConvolutionSource:
-    """A convolution, with batch norm and ReLU after it if there are any.
+    """A convolution, with batch norm, the addition of another map and ReLU after it, if present.
 
-    It also stores values that do not depend on weights: the pixels of the kernel taps of small
-    maps, and the kinds of matrices that were compared with the convolution (`FoldedConvolution`).
+    It also stores values that do not depend on the current weights: the geometry for each size of
+    maps, the forms that were compared with the convolution, and the last sparse pattern.
     """
 
     layer: nn.Conv2d
     norm: nn.BatchNorm2d | None
     rectified: bool
-    proven: set[tuple[tuple[torch.Size, str], bool]] = field(default_factory=set, init=False)
-    _small_maps: dict[torch.Size, SmallMap] = field(default_factory=dict, init=False)
+    proven: set[tuple[Pair, Kind]] = field(default_factory=set, init=False)
+    _geometries: dict[Pair, Geometry | None] = field(default_factory=dict, init=False)
+    _patterns: dict[Geometry, Pattern] = field(default_factory=dict, init=False)
 
     def affine(self) -> Affine:
         weight, bias = folded_parameters(self.layer, self.norm)
         density = 1.0 if weight.is_cuda else int(weight.count_nonzero()) / weight.numel()
         return Affine(weight, bias, density)
 
-    def folded(
-        self, affine: Affine, dtype: torch.dtype | None, *, columns: bool
-    ) -> FoldedConvolution:
+    def folded(self, affine: Affine, dtype: torch.dtype | None) -> FoldedConvolution:
         used = affine.to(dtype)
-        weight = used.weight.contiguous(memory_format=_layout(used.weight))
-        full = None if weight.is_cuda else affine
-        return FoldedConvolution(self, replace(used, weight=weight), full, columns)
+        weight = used.weight.contiguous(memory_format=torch.channels_last)
+        return FoldedConvolution(self, replace(used, weight=weight), affine)
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the result of the convolution with the given weight and bias."""
-        if isinstance(self.layer, TensorFlowConv2d):
-            x = self.layer.padded(x)
-        return self.layer._conv_forward(x, weight, bias)
+    def geometry(self, size: Pair) -> Geometry | None:
+        """Return the geometry for maps of this height and width, or None without other forms."""
+        if size not in self._geometries:
+            self._geometries[size] = geometry_of(self.layer, size)
+        return self._geometries[size]
 
-    def small_map(self, size: torch.Size) -> SmallMap:
-        """Return the convolution for maps of this height and width."""
-        if size not in self._small_maps:
-            self._small_maps[size] = SmallMap(self.layer, *size)
-        return self._small_maps[size]
+    def pattern(self, geometry: Geometry, weight: Tensor) -> Pattern:
+        """Return the pattern of the nonzero weights. The last one is used again if it fits."""
+        positions = weight.contiguous().view(-1).nonzero().squeeze(1)
+        last = self._patterns.get(geometry)
+        if last is None or not torch.equal(last.positions, positions):
+            last = self._patterns[geometry] = Pattern(geometry, positions, weight.dtype)
+        return last
 
 
 def folded_parameters(
@@ -321,9 +354,3 @@ def require_plain(module: nn.Module) -> None:
         (nn.BatchNorm2d.forward, None),
     ):
         raise ValueError(f"{type(module).__name__} has a custom forward")
-
-
-def _layout(weight: Tensor) -> torch.memory_format:
-    """Return the fast memory format for a convolution with these weights."""
-    wide = weight.numel() > MANY_WEIGHTS and not weight.is_cuda and weight.dtype != torch.bfloat16
-    return torch.contiguous_format if wide else torch.channels_last

@@ -119,18 +119,16 @@ class Status:
         """Return the named backend. All views share it, so it starts once."""
         if name not in self.backends:
             assert self.program is not None
-            self.backends[name] = Backend(name, self.program.run)
+            self.backends[name] = Backend(name, self.program.run, self.program.graph)
         return self.backends[name]
 
     def prove(self, network: nn.Module, program: Program, x_NCHW: Tensor) -> None:
         """Compare view and network on some images. If they differ, use the network."""
         with observed(network, x_NCHW.device) as seen, computing("fp32", x_NCHW.device):
-            try:
-                reason = _difference(network, program, x_NCHW)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                reason = f"view and network cannot be compared ({one_line(error)})"
+            reason = _compared(network, program, x_NCHW)
+            if reason and program.execution is not None:
+                program.execution = None  # torch runs the program instead
+                reason = _compared(network, program, x_NCHW)
             reason = seen.changed() or reason
         self.proven.add(_kind(x_NCHW))
         if reason:
@@ -186,6 +184,16 @@ def _try(network: nn.Module, x_NCHW: Tensor) -> Status:
     else:
         status.prove(network, status.program, x_NCHW)
     return status
+
+
+def _compared(network: nn.Module, program: Program, x_NCHW: Tensor) -> str:
+    """Return why a view must not be used, or "". An error is a reason too."""
+    try:
+        return _difference(network, program, x_NCHW)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return f"view and network cannot be compared ({one_line(error)})"
 
 
 def _difference(network: nn.Module, program: Program, x_NCHW: Tensor) -> str:

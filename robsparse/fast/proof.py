@@ -1,7 +1,7 @@
 """Comparison of a fast path with the plain path: outputs and gradients of the input.
 
 Every fast path is compared on real images before it is used: the folded view with its network, a
-matrix of `small_maps` with its convolution, and a backend with eager execution.
+form of a convolution with that of torch, and a backend with eager execution.
 """
 
 from collections.abc import Callable
@@ -44,10 +44,15 @@ def passes(run: Run, x: Tensor, *, gradient: bool) -> Passes:
         outputs = run(images)
         if not gradient:
             return Passes(outputs, None)
-        flat = outputs.flatten(1)
-        weights = torch.linspace(-1.0, 1.5, flat.shape[1], dtype=flat.dtype, device=flat.device)
-        (slope,) = torch.autograd.grad((flat * weights).sum(), images)
+        (slope,) = torch.autograd.grad((outputs * slopes_of(outputs)).sum(), images)
     return Passes(outputs.detach(), slope)
+
+
+def slopes_of(outputs: Tensor) -> Tensor:
+    """Return the gradient of the weighted sum of `passes`: the weights of the outputs."""
+    count, kind, device = outputs[0].numel(), outputs.dtype, outputs.device
+    weights = torch.linspace(-1.0, 1.5, count, dtype=kind, device=device)
+    return weights.view_as(outputs[0]).expand_as(outputs)
 
 
 def difference(plain: Passes, fast: Passes, dtype: torch.dtype | None = None) -> str:

@@ -1,7 +1,8 @@
 """The forward pass of a network as a program. Its weights are an argument.
 
-A program is a trace. Every convolution and linear layer, with the batch norm and the ReLU after it,
-and every other batch norm is replaced by a layer from a `Snapshot`. A program is valid until the
+A program is a trace. Every convolution and linear layer, with the batch norm, the addition of
+another map and the ReLU after it, and every other batch norm with its ReLU is replaced by a layer
+from a `Snapshot`. A program is valid until the
 structure of the network changes. Changes of the weights do not matter.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from robsparse.base.errors import one_line
 from robsparse.compute.machine import is_out_of_memory
+from robsparse.fast.execution import Execution
 from robsparse.fast.folded_layers import (
     ConvolutionSource,
     LinearSource,
@@ -26,18 +28,30 @@ from robsparse.fast.folded_layers import (
 )
 from robsparse.models._layers import Normalise
 
-_SUMS = (operator.add, torch.add)
+_SUMS = (operator.add, operator.iadd, torch.add)
 
 
 class Program:
     """The forward pass of a network without its weights: (snapshot, x_NCHW) -> logits_NK.
 
     sources: the source of each folded layer.
+    graph: the program for torch, which records the gradient. Backends other than `eager` use it.
     """
 
-    def __init__(self, sources: Sequence[Source], run: fx.GraphModule) -> None:
+    def __init__(self, sources: Sequence[Source], graph: fx.GraphModule) -> None:
         self.sources = tuple(sources)
-        self.run = run
+        self.graph = graph
+        self.execution: Execution | None
+        try:
+            self.execution = Execution(graph, self.sources)
+        except ValueError:
+            self.execution = None
+
+    def run(self, snapshot: Snapshot, x_NCHW: Tensor) -> Tensor:
+        """Return the logits. On a CPU, an `Execution` computes them if there is one."""
+        if self.execution is None or x_NCHW.is_cuda:
+            return self.graph(snapshot, x_NCHW)
+        return self.execution(snapshot, x_NCHW)
 
     def snapshot(self, dtype: torch.dtype | None = None) -> Snapshot:
         """Return the folded layers with the current weights. dtype: see `Snapshot`."""
@@ -97,8 +111,8 @@ class _RewrittenError(ValueError):
 class _Watching(fx.Interpreter):
     """Runs a traced network, and raises _RewrittenError if it changes a tensor that is used again.
 
-    PyTorch counts the changes of all tensors that share memory together. The caller uses the images
-    again.
+    It also writes the shape of each tensor into the `meta` of its node. PyTorch counts the changes
+    of all tensors that share memory together. The caller uses the images again.
     """
 
     def run_node(self, n: fx.Node) -> Any:
@@ -110,6 +124,7 @@ class _Watching(fx.Interpreter):
         result = super().run_node(n)
         if [tensor._version for tensor in tensors] != before:
             raise _RewrittenError(f"'{n.name}' changes a tensor in place that is used again")
+        n.meta["shape"] = result.shape if isinstance(result, Tensor) else None
         return result
 
 
@@ -150,20 +165,25 @@ class _Folder:
             user = _only_user(node, lambda user: self._norm(user) is not None)
             norm = None if user is None else self._norm(user)
             _merge(user, node)
-            relu = _only_user(node, self._is_relu)
-            _merge(relu, node)
             if isinstance(module, nn.Conv2d):
-                self._replace(node, ConvolutionSource(module, norm, rectified=relu is not None))
+                _merge_sum(node)
+                self._replace(node, ConvolutionSource(module, norm, self._merge_relu(node)))
             else:
-                self._replace(node, LinearSource(module, norm, rectified=relu is not None))
+                self._replace(node, LinearSource(module, norm, self._merge_relu(node)))
         elif (norm := self._norm(node)) is not None:
-            self._replace(node, NormSource(norm))
+            self._replace(node, NormSource(norm, self._merge_relu(node)))
         elif isinstance(module, nn.ReLU):
             node.op, node.target = "call_function", torch.relu
         elif module is not None:
             name = f"own{len(self.sources)}_{node.name}"
             self.root.add_module(name, module)
             node.target = name
+
+    def _merge_relu(self, node: fx.Node) -> bool:
+        """Merge a ReLU that is the only user of a layer into its node. Return whether there was."""
+        relu = _only_user(node, self._is_relu)
+        _merge(relu, node)
+        return relu is not None
 
     def _replace(self, node: fx.Node, source: Source) -> None:
         """Let a node call a layer of the snapshot."""
@@ -199,6 +219,23 @@ def _merge(user: fx.Node | None, node: fx.Node) -> None:
     if user is not None:
         user.replace_all_uses_with(node)
         user.graph.erase_node(user)
+
+
+def _merge_sum(node: fx.Node) -> None:
+    """Merge the addition of another map of the same shape into the node of a convolution.
+
+    The node moves to the place of the addition, where the other map is known.
+    """
+    total = _only_user(node, lambda user: user.op == "call_function" and user.target in _SUMS)
+    if total is None or total.kwargs or len(total.args) != 2:
+        return
+    others = [term for term in total.args if term is not node]
+    if len(others) == 1 and isinstance(others[0], fx.Node):
+        shapes = {str(term.meta.get("shape")) for term in (node, others[0], total)}
+        if len(shapes) == 1 and shapes != {"None"}:
+            total.append(node)
+            node.args = (*node.args, others[0])
+            _merge(total, node)
 
 
 def _calls_relu(node: fx.Node) -> bool:

@@ -137,7 +137,7 @@ def test_another_version_of_a_library_runs_the_attack_again(library, tmp_path, r
     [
         ("robsparse.eval.pgd", 1),
         ("robsparse.eval.fgsm", 0),
-        ("robsparse.fast.small_maps", 1),
+        ("robsparse.fast.forms", 1),
         ("robsparse.compute.perturb", 1),
         ("robsparse.figures.tables.study_tables", 0),
     ],
