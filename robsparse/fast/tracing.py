@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from robsparse.base.errors import one_line
 from robsparse.compute.machine import is_out_of_memory
-from robsparse.fast.execution import Execution
+from robsparse.fast.execution import Execution, mean_of_pixels
 from robsparse.fast.folded_layers import (
     ConvolutionSource,
     LinearSource,
@@ -174,6 +174,10 @@ class _Folder:
             self._replace(node, NormSource(norm, self._merge_relu(node)))
         elif isinstance(module, nn.ReLU):
             node.op, node.target = "call_function", torch.relu
+        elif type(module) is nn.Identity:
+            _merge(node, node.all_input_nodes[0])
+        elif type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
+            node.op, node.target = "call_function", mean_of_pixels
         elif module is not None:
             name = f"own{len(self.sources)}_{node.name}"
             self.root.add_module(name, module)
