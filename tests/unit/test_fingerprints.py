@@ -467,7 +467,7 @@ FILES = {
     "figures": "figures/* figures/data/* figures/plots/* figures/tables/* figures/text/*",
     "nothing": """
         robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/api/* robsparse/study/checks
-        robsparse/base/gpus robsparse/base/parent robsparse/base/runs robsparse/kernels/*
+        robsparse/base/gpus robsparse/base/parent robsparse/base/runs
         robsparse/study/loading robsparse/study/resolving
         robsparse/schema/study_file robsparse/schema/json_schema figures/data/agreement
         robsparse/training/dynamic
