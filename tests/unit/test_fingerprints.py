@@ -454,7 +454,8 @@ FILES = {
     "training": """
         baselines/__init__ baselines/dense baselines/lwm method/*
         robsparse/* robsparse/base/* robsparse/schema/* robsparse/records/* robsparse/study/*
-        robsparse/compute/* robsparse/sparsity/* robsparse/thirdparty/* robsparse/models/*
+        robsparse/compute/* robsparse/kernels/* robsparse/sparsity/* robsparse/thirdparty/*
+        robsparse/models/*
         robsparse/datasets/__init__ robsparse/datasets/_arrays robsparse/datasets/digits
         robsparse/datasets/npz robsparse/networks/* robsparse/fast/* robsparse/training/*
     """,
