@@ -47,11 +47,13 @@ def plots_of(study: Study) -> tuple[str, ...]:
     """Return the names of all plots of a study.
 
     The plot of published numbers needs a table that names their files. The plot of accuracy against
-    eps needs an attack of the first selection that measures the smallest perturbation.
+    eps needs an attack of the first selection that measures the smallest perturbation. The plot of
+    corruptions needs `evaluation.corruptions`.
     """
     further = {
         "published": any(table.published for table in study.tables),
         "accuracy_against_eps": bool(measures_distances(study)),
+        "corruptions": study.evaluation.corruptions is not None,
     }
     names = [name for name, wanted in further.items() if wanted]
     return (*PLOTS, *(f"plots/{name}{suffix}" for name in names for suffix in SUFFIXES))

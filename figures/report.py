@@ -17,6 +17,7 @@ from robsparse.figures.data.summary import STRONGEST, Material, make_material
 from robsparse.figures.data.tidy import Group, groups, seeds, sparsities
 from robsparse.figures.plots import (
     connections,
+    corruptions,
     costs,
     curves,
     details,
@@ -52,6 +53,7 @@ _DRAW: dict[str, tuple[Callable[[Material], Plot], str]] = {
     "per_class": (details.per_class, "Robust accuracy of each class"),
     "pictures": (images.pictures, "Images that are broken for one method and not for another"),
     "accuracy_against_eps": (details.accuracy_against_eps, "Robust accuracy at every eps"),
+    "corruptions": (corruptions.corruptions, "Accuracy on common corruptions"),
     "published": (leaderboard.published, "Our and published accuracies"),
 }
 
@@ -233,7 +235,8 @@ def _group_sections(material: Material, group: Group) -> list[str]:
         *_section(
             f"### Common corruptions: {group}",
             f"Selection {material.primary}. Accuracy in % of all images of the evaluation, mean "
-            "over the severities 1 to 5 and over seeds; first the mean over all corruptions. A "
+            "over the severities 1 to 5 and over seeds; first the mean over all corruptions. In "
+            f"brackets: {interval_note(material)}. A "
             "corruption is no attack and no part of a robust accuracy. Generated corruptions are "
             "not the images of CIFAR-10-C.",
             study_tables.corruptions_table(material, group),

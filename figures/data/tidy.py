@@ -218,6 +218,20 @@ class Outcomes:
         """Correct under all components of the attack (bool N); None without the attack."""
         return self._read(cell, selection).get(f"{attack}.all")
 
+    def corrupted(self, cell: Cell, selection: str, name: str, severity: int) -> np.ndarray:
+        """Correct on the images with a corruption that was measured (bool N).
+
+        Raises:
+            UsageError: if the file of outcomes lacks it.
+        """
+        found = self._read(cell, selection).get(f"corrupted.{name}.{severity}")
+        if found is None:
+            raise UsageError(
+                f"{cell.key} {selection}: no outcome of {name} {severity}; run `robsparse collect "
+                "CONFIG` again"
+            )
+        return found
+
     def distances(self, cell: Cell, selection: str, attack: str) -> np.ndarray | None:
         """Smallest perturbation that breaks each image (float N); None if it is not measured.
 

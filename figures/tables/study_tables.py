@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from robsparse.figures.data import compare
+from robsparse.figures.data.corrupted import accuracies
 from robsparse.figures.data.summary import STRONGEST, Material, components
 from robsparse.figures.data.tidy import Group, attacks, groups, sparsities
 from robsparse.figures.text.formats import (
@@ -189,19 +190,15 @@ def sanity_checks_table(material: Material, group: Group) -> pd.DataFrame | None
 
 def corruptions_table(material: Material, group: Group) -> pd.DataFrame | None:
     """Accuracy in % on common corruptions, mean over severities; None if not measured."""
-    table = group.select(material.tidy.corruptions)
+    table = accuracies(material, group)
     if table.empty:
         return None
-    table = table.assign(accuracy=table.n_correct / table.n_examples)
     rows = []
     for _, own, row in _primary_lines(material, group, table):
-        row |= {
-            "Images": join(own.n_examples),
-            "Source": join(own.source),
-            "Mean (%)": accuracy_percent(own.accuracy.mean()),
-        }
-        for name in table.corruption.unique():
-            row[f"{name} (%)"] = accuracy_percent(own[own.corruption == name].accuracy.mean())
+        row |= {"Images": join(own.images), "Source": join(own.source)}
+        for found in own.itertuples():
+            name = f"{str(found.corruption).capitalize().replace('_', ' ')} (%)"
+            row[name] = _with_interval(found.accuracy, found.low, found.high)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -212,7 +209,7 @@ def _primary_lines(
     """For each line of the primary selection: the line, its rows of a table, its first columns."""
     lines = group.select(material.summary)
     for _, line in lines[lines.selection == material.primary].iterrows():
-        keys = ("method", "sparsity", "selection")
+        keys = [key for key in ("method", "sparsity", "selection") if key in table]
         own = table[np.logical_and.reduce([table[key] == line[key] for key in keys])]
         label = material.study.label("method", line.method)
         yield line, own, {"Method": label, "Sparsity": _sparsity(line)}

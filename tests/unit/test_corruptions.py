@@ -10,16 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
-from robsparse import models
+from robsparse import figures, models
 from robsparse.base.errors import UsageError
 from robsparse.collection import collect
 from robsparse.datasets import Part, _corruptions
 from robsparse.evaluation import corruptions
 from robsparse.evaluation.evaluate import evaluate_cell
 from robsparse.evaluation.record import summary
-from robsparse.figures.data import tidy
+from robsparse.figures.data import corrupted, tidy
+from robsparse.figures.data.statistics import accuracy_interval
+from robsparse.figures.data.summary import make_material
+from robsparse.figures.plots import corruptions as corruptions_plot
 from robsparse.figures.tables import study_tables
 from robsparse.networks import weights
 from robsparse.records.evaluation_record import read_flags, read_record
@@ -275,33 +279,69 @@ def test_the_content_of_the_files_decides_the_evaluation(study_data, load_study,
     assert plan({"folders": {"digits": str(tmp_path / "b")}}) != plans[2]
 
 
-def test_table_has_the_mean_over_corruptions_and_severities():
-    key = {"method": "bcs", "sparsity": 0.9, "selection": "last"}
-    table = pd.DataFrame(
-        [
-            key | {"corruption": c, "severity": s, "n_correct": n, "n_examples": 10, "source": "x"}
-            for c, s, n in [("fog", 1, 8), ("fog", 2, 6), ("snow", 1, 3), ("snow", 2, 2)]
-        ]
-    )
-    material = SimpleNamespace(
-        tidy=SimpleNamespace(corruptions=table),
-        summary=pd.DataFrame([key]),
+KEY = {
+    "dataset": "digits",
+    "arch": "small_cnn",
+    "objective": "at",
+    "method": "bcs",
+    "sparsity": 0.9,
+    "selection": "last",
+}
+CORRECT = {("fog", 1): 8, ("fog", 2): 6, ("pixelate", 1): 3, ("pixelate", 2): 2}
+
+
+def material_of(seeds):
+    """Ten images; the first ones are correct. Further rows of another selection do not count."""
+    rows = [
+        KEY | {"seed": seed, "corruption": c, "severity": s, "n_correct": n, "n_examples": 10}
+        for seed in range(seeds)
+        for (c, s), n in CORRECT.items()
+    ]
+    table = pd.DataFrame(rows).assign(source="x")
+    other = table.assign(selection="best_val")
+    return SimpleNamespace(
+        tidy=SimpleNamespace(corruptions=pd.concat([table, other])),
+        outcomes=SimpleNamespace(
+            corrupted=lambda cell, selection, c, s: np.arange(10) < CORRECT[c, s] - cell.seed
+        ),
+        summary=pd.DataFrame([KEY]).assign(budget=""),
         primary="last",
         study=SimpleNamespace(label=lambda kind, name: name.upper()),
     )
-    group = SimpleNamespace(select=lambda table: table)
+
+
+def test_table_has_the_mean_over_corruptions_and_severities():
+    material, group = material_of(1), SimpleNamespace(select=lambda table: table)
     [row] = study_tables.corruptions_table(material, group).to_dict("records")
-    assert row == {
-        "Method": "BCS",
-        "Sparsity": row["Sparsity"],
-        "Images": "10",
-        "Source": "x",
-        "Mean (%)": "47.5",
-        "fog (%)": "70.0",
-        "snow (%)": "25.0",
-    }
-    material.tidy.corruptions = table[:0]
+    assert list(row)[2:] == ["Images", "Source", "Mean (%)", "Fog (%)", "Pixelate (%)"]
+    assert (row["Method"], row["Images"], row["Source"]) == ("BCS", "10", "x")
+    assert [row[f"{n} (%)"].split(" [")[0] for n in ("Mean", "Fog", "Pixelate")] == [
+        "47.5",
+        "70.0",
+        "25.0",
+    ]
+    assert row["Fog (%)"].endswith("]")
+    material.tidy.corruptions = material.tidy.corruptions[:0]
     assert study_tables.corruptions_table(material, group) is None
+
+
+def test_interval_is_wilsons_for_all_images_and_wider_with_seeds_that_differ():
+    group = SimpleNamespace(select=lambda table: table)
+    one, two = (corrupted.accuracies(material_of(n), group) for n in (1, 2))
+    assert one.corruption.tolist() == ["mean", "fog", "pixelate"]
+    quantile = stats.t.isf(0.025, 9)  # of ten images
+    for row in one.itertuples():
+        centre = (row.accuracy + quantile**2 / 20) / (1 + quantile**2 / 10)
+        half = quantile * (row.accuracy * (1 - row.accuracy) / 10 + quantile**2 / 400) ** 0.5
+        half /= 1 + quantile**2 / 10
+        assert (row.low, row.high) == pytest.approx((centre - half, centre + half))
+    # The outcome of an image is its mean over severities, for each seed.
+    severities = np.array([[8, 6], [7, 5]])
+    outcomes = (np.arange(10) < severities[:, :, None]).mean(axis=1)
+    low, high = accuracy_interval(outcomes)
+    fog = two.set_index("corruption").loc["fog"]
+    assert (fog.accuracy, fog.low, fog.high) == pytest.approx((0.65, low, high))
+    assert fog.high - fog.low > (one.high - one.low)[1]
 
 
 def test_an_evaluation_records_and_collects_corruptions(study_data, load_study, tmp_path):
@@ -327,6 +367,20 @@ def test_an_evaluation_records_and_collects_corruptions(study_data, load_study, 
     table = tidy.read(layout.root).corruptions
     assert table.n_correct.tolist() == [row["n_correct"] for row in record.corruptions]
     assert set(table.source) == {"generated corruptions"}
+
+    material = make_material(study, layout, tidy.read(layout.root))
+    found = corrupted.accuracies(material, tidy.groups(study)[0])
+    assert len(found) == 11
+    assert found.accuracy[0] == pytest.approx(mean / 100)
+    assert "plots/corruptions.png" in figures.plots_of(study)
+    figure = corruptions_plot.corruptions(material)
+    [panel] = figure.axes
+    [line] = [line for line in panel.lines if len(line.get_xdata()) == 11]
+    assert line.get_ydata() == pytest.approx(100 * found.accuracy)
+    [bars] = panel.collections
+    ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+    assert ends == pytest.approx(100 * found[["low", "high"]].to_numpy())
+    assert "generated corruptions" in figure.caption[0]
 
     content = json.loads(path.read_text())
     content["corruptions"][7]["n_correct"] += 1
