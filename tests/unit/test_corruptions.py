@@ -24,6 +24,7 @@ from robsparse.figures.data import corrupted, tidy
 from robsparse.figures.data.statistics import accuracy_interval
 from robsparse.figures.data.summary import make_material
 from robsparse.figures.plots import corruptions as corruptions_plot
+from robsparse.figures.plots import style
 from robsparse.figures.tables import study_tables
 from robsparse.networks import weights
 from robsparse.records.evaluation_record import read_flags, read_record
@@ -373,7 +374,8 @@ def test_an_evaluation_records_and_collects_corruptions(study_data, load_study, 
     assert len(found) == 11
     assert found.accuracy[0] == pytest.approx(mean / 100)
     assert "plots/corruptions.png" in figures.plots_of(study)
-    figure = corruptions_plot.corruptions(material)
+    with style.applied():
+        figure = corruptions_plot.corruptions(material)
     [panel] = figure.axes
     [line] = [line for line in panel.lines if len(line.get_xdata()) == 11]
     assert line.get_ydata() == pytest.approx(100 * found.accuracy)
