@@ -171,6 +171,31 @@ def test_passes_in_train_mode_are_those_that_are_counted(name, awp):
     assert sum(seen) == (2 * passes if awp else passes)
 
 
+def test_a_penalty_is_evaluated_at_the_perturbed_weights():
+    """As docs/baselines.md says of ADMM. It does not change the perturbation."""
+    seen = {}
+
+    class Penalised(Stage):
+        def penalty(self, run):
+            weights = {name: module.weight for name, module in prunable(run.model).items()}
+            seen.update({name: weight.detach().clone() for name, weight in weights.items()})
+            return sum(100 * weight.square().sum() for weight in weights.values())
+
+    losses, gradients = [], []
+    for stage in (Stage(Fit(epochs=2, lr=0.1)), Penalised(Fit(epochs=2, lr=0.1))):
+        model = network()
+        losses.append(step("at", model, "eval", WeightPerturbation(gamma=GAMMA), stage))
+        gradients.append([module.weight.grad for module in prunable(model).values()])
+    assert losses[1] - losses[0] == pytest.approx(
+        sum(100 * w.square().sum() for w in seen.values())
+    )
+    for (name, module), plain, own in zip(prunable(network()).items(), *gradients, strict=True):
+        before = module.weight.detach()
+        moved = float((seen[name] - before).norm())
+        assert moved == pytest.approx(GAMMA * float(before.norm()))
+        torch.testing.assert_close(own - plain, 200 * seen[name])
+
+
 # ---------------------------------------------------------------- S2AP
 
 
