@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from robsparse.base.errors import UsageError
@@ -65,7 +66,8 @@ class LoadedNetwork(nn.Module):
         versions = sum(tensor._version for tensor in self.network.parameters())
         kind = (x_NCHW.dtype, x_NCHW.device, versions)
         if self._made is None or self._made[0] != kind:
-            view = folded_view(self.network, x_NCHW.detach())
+            with torch.inference_mode(False):  # a later call may want a gradient
+                view = folded_view(self.network, x_NCHW.detach().clone())
             if not len(x_NCHW):
                 return view
             self._made = kind, view

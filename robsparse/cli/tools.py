@@ -6,7 +6,7 @@ from pathlib import Path
 
 from robsparse.cli.arguments import Command, positive
 
-_CASES = ("train", "perturb", "evaluate", "rewire", "data", "together")
+_CASES = ("train", "perturb", "evaluate", "rewire", "data", "together", "inference")
 
 
 def _add_new_method(command: argparse.ArgumentParser) -> None:

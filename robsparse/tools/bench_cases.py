@@ -18,6 +18,7 @@ from robsparse.evaluation.attacks import AttackContext
 from robsparse.fast import folding
 from robsparse.schema.imagesets import Augmentation
 from robsparse.tools import bench_sides as sides
+from robsparse.tools.bench_inference import inference
 from robsparse.tools.bench_sides import CLASSES, EPS, STEP, STEPS, Settings, Step
 from robsparse.tools.stopwatch import Comparison, Side, copy_rate
 from robsparse.training import augment
@@ -200,4 +201,5 @@ CASES: dict[str, Callable[[Settings], Iterator[Comparison]]] = {
     "rewire": rewire,
     "data": data,
     "together": together,
+    "inference": inference,
 }

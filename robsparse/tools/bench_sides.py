@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from robsparse import models
@@ -97,9 +98,7 @@ def load_textbook() -> ModuleType:
 def build(arch: str, device: torch.device, sparsity: float = 0.0) -> nn.Module:
     """A network with random weights, of which a share is 0: shares of layers by ERK."""
     torch.manual_seed(0)
-    options = {"width": 24} if arch in SMALL else {}
-    params = registry.entry("arch", arch).params(**options)
-    model = models.build(arch, params, _shape(arch), CLASSES)
+    model = models.build(arch, params_of(arch), image_shape(arch), CLASSES)
     if sparsity:
         masks = random_masks(model, erk_keep_counts(model, sparsity), torch.Generator())
         for name, module in prunable(model).items():
@@ -107,13 +106,17 @@ def build(arch: str, device: torch.device, sparsity: float = 0.0) -> nn.Module:
     return model.to(device)
 
 
-def _shape(arch: str) -> tuple[int, int, int]:
+def params_of(arch: str) -> BaseModel:
+    return registry.entry("arch", arch).params(**({"width": 24} if arch in SMALL else {}))
+
+
+def image_shape(arch: str) -> tuple[int, int, int]:
     return (1, 8, 8) if arch in SMALL else (3, 32, 32)
 
 
 def images_of(arch: str, settings: Settings, n: int | None = None) -> tuple[Tensor, Tensor]:
     generator, n = torch.Generator().manual_seed(0), n or settings.batch_size
-    x = torch.rand(n, *_shape(arch), generator=generator)
+    x = torch.rand(n, *image_shape(arch), generator=generator)
     y = torch.randint(CLASSES, (n,), generator=generator)
     return x.to(settings.device), y.to(settings.device)
 
@@ -128,7 +131,7 @@ def passes(objective: str) -> float:
 def _macs(arch: str) -> int:
     """Multiply-accumulates of one image, dense."""
     model = build(arch, torch.device("cpu")).eval()
-    return measure_network(model, _shape(arch)).columns["dense_macs"]
+    return measure_network(model, image_shape(arch)).columns["dense_macs"]
 
 
 def limit_of(arch: str, precision: str, passes: float, settings: Settings) -> float:

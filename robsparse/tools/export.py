@@ -60,7 +60,7 @@ def export(one: Exported, formats: list[str]) -> list[str]:
     if formats:
         return [line for name in formats for line in FORMATS[name](one)]
     try:
-        _require_onnx()
+        require_onnx()
     except UsageError as error:
         return [*compact_file(one), f"no ONNX file: {error}"]
     return [*compact_file(one), *onnx_file(one)]
@@ -124,7 +124,7 @@ def onnx_file(one: Exported) -> list[str]:
         UsageError: if the libraries are not installed.
         RunError: if the logits differ by more than rounding. No file is written then.
     """
-    _require_onnx()
+    require_onnx()
     network, splits = one.load()
     path, images = one.path("onnx"), splits.test.x_NCHW[: proof.IMAGES].contiguous()
     with atomic(path) as temporary:
@@ -163,7 +163,7 @@ def onnx_session(path: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
     return lambda x_NCHW: torch.from_numpy(session.run(None, {"images": x_NCHW.numpy()})[0])
 
 
-def _require_onnx() -> None:
+def require_onnx() -> None:
     """Raise UsageError unless the libraries of the ONNX format are installed."""
     absent = [name for name in _ONNX if importlib.util.find_spec(name) is None]
     if absent:

@@ -17,7 +17,9 @@ from torch.utils import benchmark
 
 from robsparse.base.errors import UsageError
 from robsparse.compute import perturb
-from robsparse.tools import bench, bench_cases, bench_sides
+from robsparse.fast import folding
+from robsparse.sparsity.layers import prunable
+from robsparse.tools import bench, bench_cases, bench_inference, bench_sides
 from robsparse.tools.stopwatch import Comparison, Side, Stopwatch, copy_rate, multiply_rate
 
 CPU = torch.device("cpu")
@@ -228,6 +230,39 @@ def test_evaluation_is_compared_with_the_stock_package(monkeypatch):
     assert called == [2, 2] * 3
     assert [row.case for row in rows] == [f"evaluate small_cnn {s}" for s in ("0", "0.9", "0.99")]
     assert {row.rival_name for row in rows} == {"stock package"}
+
+
+def test_use_of_an_exported_network_is_compared_with_dense_networks(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(bench_inference, "BATCHES", (1, 3))
+    seen, compare = [], Stopwatch.compare
+
+    def compared(watch, case, *both, **options):
+        seen.append(options["count"])
+        return compare(watch, case, *both, **options)
+
+    monkeypatch.setattr(Stopwatch, "compare", compared)
+    rows = list(bench_inference.inference(settings(only="0.99")))
+    assert [row.case for row in rows] == [
+        f"inference small_cnn 0.99 batch {n}" for n in (1, 1, 3, 3)
+    ]
+    assert [row.rival_name for row in rows] == ["dense, torch", "dense, onnxruntime"] * 2
+    assert seen == [64, 64, 66, 66]
+    assert all(row.ours > 0 for row in rows)
+
+
+def test_rivals_of_an_exported_network_are_dense_and_give_the_same_logits():
+    pytest.importorskip("onnxruntime")
+    x, _ = bench_sides.images_of("small_cnn", settings(), 5)
+    dense = bench_sides.build("small_cnn", CPU).eval()
+    with torch.no_grad():
+        expected = dense(x)
+    found = bench_inference._in_onnxruntime(dense, "small_cnn", settings())(x)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    loaded = bench_inference._from_file("small_cnn", 0.99, settings())
+    weights = [m.weight for m in prunable(loaded).values()]
+    assert sum(int(w.count_nonzero()) for w in weights) < 0.011 * sum(w.numel() for w in weights)
+    assert folding.runs_on(loaded._view_for(x)) == "view"
 
 
 def test_several_networks_at_once(monkeypatch):

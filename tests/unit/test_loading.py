@@ -88,6 +88,18 @@ def test_images_have_a_gradient_and_weights_have_none(written):
     assert all(p.grad is None and not p.requires_grad for p in loaded.parameters())
 
 
+def test_gradient_after_a_first_call_in_inference_mode(written):
+    network, path = written
+    loaded, images = robsparse.load(path), torch.rand(2, *SHAPE)
+    with torch.inference_mode():
+        loaded(torch.rand(2, *SHAPE))
+    loaded(images.requires_grad_(True)).sum().backward()
+    assert images.grad is not None
+    assert folding.runs_on(loaded._view_for(images)) == "view"
+    with torch.no_grad():
+        assert close(loaded(images), network(images))
+
+
 def test_it_stays_in_eval_mode(written):
     _, path = written
     loaded = robsparse.load(path)
