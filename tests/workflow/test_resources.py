@@ -67,3 +67,16 @@ def test_jobs_on_this_machine_share_its_gpus(project, tiny):
     assert re.search(r"^Provided resources: gpu\D+6\b", done.stdout + done.stderr, re.M)
     [log] = project.root.glob("results/tiny/logs/train/**/*.log")
     assert log.read_text().startswith("GPU 4 of 4, 7\n")
+
+
+def test_profile_of_slurm_requests_what_the_study_says(requested):
+    words = ("--profile", "profiles/slurm")
+    found = requested({"device": "auto", "memory_mb": 300, "minutes": 7}, *words)
+    for rule in ("train", "evaluate"):
+        assert {key: found[rule][key] for key in ("gpu", "mem_mb", "runtime")} == {
+            "gpu": "1",
+            "mem_mb": "300",
+            "runtime": "7",
+        }
+    assert found["collect"]["slurm_partition"] == "main"
+    assert found["collect"]["gpu"] == "0"

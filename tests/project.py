@@ -1,20 +1,18 @@
-"""A copy of the workflow in a temporary folder, and commands run in it."""
+"""A copy of the workflow in a temporary folder, and commands that run in it."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 BIN = Path(sys.executable).parent
-ENVIRONMENT = os.environ | {
+# Added to the environment of each command.
+ENVIRONMENT = {
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     "PYTHONDONTWRITEBYTECODE": "1",
     "OMP_NUM_THREADS": "1",
@@ -32,7 +30,7 @@ class Project:
         return subprocess.run(
             words,
             cwd=self.root,
-            env=ENVIRONMENT | environment,
+            env=os.environ | ENVIRONMENT | environment,
             capture_output=True,
             text=True,
             check=False,
@@ -45,7 +43,7 @@ class Project:
         return subprocess.Popen(
             words,
             cwd=self.root,
-            env=ENVIRONMENT | (environment or {}),
+            env=os.environ | ENVIRONMENT | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -66,23 +64,3 @@ class Project:
             for path in sorted(self.root.glob("results/**/*"))
             if path.is_file() and path.name != "lock" and "logs" not in path.parts
         }
-
-
-@pytest.fixture(scope="session")
-def project_at(repository: Path) -> Callable[[Path], Project]:
-    """project_at(folder) -> a Project with copies of the workflow's files."""
-
-    def make(folder: Path) -> Project:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(repository / "Snakefile", folder)
-        for name in ("rules", "config", "profiles", "report"):
-            shutil.copytree(repository / name, folder / name)
-        return Project(folder)
-
-    return make
-
-
-@pytest.fixture
-def project(tmp_path: Path, project_at: Callable[[Path], Project]) -> Project:
-    """A project of this test alone."""
-    return project_at(tmp_path / "project")
