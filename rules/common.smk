@@ -18,11 +18,22 @@ from robsparse.figures import REPORT, plots_of, tables_of
 # The file name is not a parameter of a rule: only the content decides what runs again.
 STUDY_FILE = os.path.relpath((workflow.configfiles or ["config/quick.yaml"])[0])
 
+# True in the run that submits jobs to a cluster, and in those jobs.
+CLUSTER = workflow.nodes is not None or not workflow.is_main_process
+
 # Jobs use the `robsparse` of this Python, even if its environment is not activated. They end with
 # this process; therefore rules call `exec robsparse`, with no shell in between.
-shell.prefix(
-    f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH ROBSPARSE_PARENT=$PPID; "
-)
+JOB_ENVIRONMENT = {
+    "PATH": f"{quote(str(Path(sys.executable).parent))}:$PATH",
+    "ROBSPARSE_PARENT": "$PPID",
+}
+if (
+    CLUSTER
+):  # all nodes choose the same forms of convolutions, so a job may continue on another one
+    JOB_ENVIRONMENT["ROBSPARSE_COSTS"] = quote(
+        os.environ.get("ROBSPARSE_COSTS", "estimated")
+    )
+shell.prefix(f"export {' '.join(f'{k}={v}' for k, v in JOB_ENVIRONMENT.items())}; ")
 
 if workflow.is_main_process:
     RUN = begin_run(Path(".snakemake"))
@@ -84,10 +95,6 @@ def of_evaluation(wildcards):
 def of_figures(wildcards):
     captions = sorted(Path(workflow.basedir, "report").glob("*.rst"))
     return fingerprints.figures(STUDY, captions).plan
-
-
-# True in the run that submits jobs to a cluster, and in those jobs.
-CLUSTER = workflow.nodes is not None or not workflow.is_main_process
 
 
 def gpu_of_job():

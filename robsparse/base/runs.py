@@ -5,6 +5,7 @@ Therefore each run of our workflow also locks a file of its own; the kernel rele
 the process ends.
 """
 
+import contextlib
 import os
 import shutil
 import socket
@@ -29,7 +30,8 @@ def begin_run(state: Path) -> filelock.BaseFileLock:
     runs, host = state / "runs", socket.gethostname()
     runs.mkdir(parents=True, exist_ok=True)
     own = filelock.FileLock(runs / f"{host}.{os.getpid()}")
-    own.acquire()
+    with contextlib.suppress(filelock.Timeout):  # an earlier run of this process has it
+        own.acquire(timeout=0)
     others = [path for path in sorted(runs.iterdir()) if path != Path(own.lock_file)]
     dead = [path for path in others if path.stem == host and not _is_locked(path)]
     alive = [path.name for path in others if path not in dead]

@@ -90,3 +90,11 @@ def test_a_run_that_ended_leaves_nothing_to_the_next_but_one(tmp_path, other_run
     assert registered(tmp_path) == {f"{socket.gethostname()}.{os.getpid()}"}
     assert capsys.readouterr().err == ""
     own.release()
+
+
+def test_two_runs_of_one_process_do_not_wait_for_each_other(tmp_path, other_run):
+    first, second = begin_run(tmp_path), begin_run(tmp_path)
+    assert locks(tmp_path) == ["0.output.lock"]
+    assert len(registered(tmp_path)) == 2
+    first.release()
+    second.release()
