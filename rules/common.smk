@@ -27,12 +27,10 @@ JOB_ENVIRONMENT = {
     "PATH": f"{quote(str(Path(sys.executable).parent))}:$PATH",
     "ROBSPARSE_PARENT": "$PPID",
 }
-if (
-    CLUSTER
-):  # all nodes choose the same forms of convolutions, so a job may continue on another one
-    JOB_ENVIRONMENT["ROBSPARSE_COSTS"] = quote(
-        os.environ.get("ROBSPARSE_COSTS", "estimated")
-    )
+if CLUSTER:
+    # All nodes choose the same forms of convolutions, so a job may continue on another one.
+    costs = os.environ.get("ROBSPARSE_COSTS", "estimated")
+    JOB_ENVIRONMENT["ROBSPARSE_COSTS"] = quote(costs)
 shell.prefix(f"export {' '.join(f'{k}={v}' for k, v in JOB_ENVIRONMENT.items())}; ")
 
 if workflow.is_main_process:
