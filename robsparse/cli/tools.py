@@ -6,7 +6,7 @@ from pathlib import Path
 
 from robsparse.cli.arguments import Command, positive
 
-_CASES = ("train", "perturb", "evaluate", "rewire", "data", "together", "inference")
+_CASES = ("train", "perturb", "evaluate", "sparse", "rewire", "data", "together", "inference")
 
 
 def _add_new_method(command: argparse.ArgumentParser) -> None:
@@ -44,6 +44,13 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         "--repeats": (5, "measurements for the median"),
         "--threads": (1, "CPU threads"),
     }
+    command.add_argument(
+        "--size",
+        type=int,
+        choices=(8, 32),
+        default=0,
+        help="pixels of a side of the images (default: 8 for the small networks, otherwise 32)",
+    )
     for name, (default, text) in options.items():
         command.add_argument(
             name, type=positive, default=default, metavar="N", help=f"{text} (default: {default})"
@@ -65,6 +72,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         images=arguments.images,
         repeats=arguments.repeats,
         only=arguments.only,
+        size=arguments.size,
     )
     print(bench.run(arguments.case, settings, arguments.json))
 

@@ -15,16 +15,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import benchmark
 
+from robsparse.base import registry
 from robsparse.base.errors import UsageError
-from robsparse.compute import perturb
+from robsparse.compute.perturb import ascend, cross_entropy_of
 from robsparse.fast import folding
 from robsparse.sparsity.layers import prunable
-from robsparse.tools import bench, bench_cases, bench_inference, bench_sides
+from robsparse.tools import bench
+from robsparse.tools.bench import evaluate, inference, perturb, sides, together
 from robsparse.tools.stopwatch import Comparison, Side, Stopwatch, copy_rate, multiply_rate
 
 CPU = torch.device("cpu")
 ROW_KEYS = ["case", "unit", "ours", "rival", "rival_name", "ratio", "limit", "limit_share"]
-textbook = bench_sides.load_textbook()
+textbook = sides.load_textbook()
 
 
 def network():
@@ -46,8 +48,8 @@ def test_textbook_pgd_gives_our_images_from_the_same_start():
     start = (x + torch.empty_like(x).uniform_(-0.1, 0.1)).clamp(0, 1)
     torch.manual_seed(5)
     theirs = textbook.pgd(model, x, y, (0.1, 0.03, 7))
-    loss = perturb.cross_entropy_of(y)
-    ours = perturb.ascend(model.eval(), x, start, loss, eps=0.1, step_size=0.03, steps=7)
+    loss = cross_entropy_of(y)
+    ours = ascend(model.eval(), x, start, loss, eps=0.1, step_size=0.03, steps=7)
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
@@ -110,7 +112,7 @@ def test_textbook_layers_have_their_density(kind):
 def test_textbook_rewiring_restores_the_budget():
     model = textbook.sparsify(nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 30)), "sampled", 0.2)
     weights = [layer.weight for layer in model]
-    bench_sides.make_dormant(weights)
+    sides.make_dormant(weights)
     textbook.rewire(model, 0.2, 0.1)
     live = sum(int((weight > 0).sum()) for weight in weights)
     assert abs(live - round(0.2 * (50 * 40 + 40 * 30))) <= 40  # sparsify draws, it does not count
@@ -138,19 +140,19 @@ def test_textbook_images_are_windows_of_the_padded_one():
 
 def test_stopwatch_takes_turns_and_leaves_out_the_first():
     order, clock = [], Stopwatch(CPU, repeats=2)
-    sides = [
+    pair = [
         Side(lambda: order.append("o"), lambda: order.append("p")),
         Side(lambda: order.append("t")),
     ]
-    clock.compare("case", *sides, "rival", count=1)
+    clock.compare("case", *pair, "rival", count=1)
     assert "".join(order) == "pot" * 3
 
 
 def test_rates_shares_and_medians(monkeypatch):
     taken = iter([9, 9, 1, 4, 2, 2, 5, 8])
     monkeypatch.setattr(Stopwatch, "time", lambda self, side: (next(taken), 7.0))
-    sides = [Side(lambda: None)] * 2
-    row = Stopwatch(CPU, 3).compare("case", *sides, "rival", count=20, limit=40)
+    pair = [Side(lambda: None)] * 2
+    row = Stopwatch(CPU, 3).compare("case", *pair, "rival", count=20, limit=40)
     assert row == Comparison("case", "images/s", 10, 5, "rival", 2, 40, 0.25, 7.0, 7.0)
 
 
@@ -176,7 +178,7 @@ def test_only_the_work_is_timed_and_a_limit_is_the_rate_of_the_shortest_run(monk
     assert Stopwatch(CPU, 1).time(side)[0] == 2
     runs = SimpleNamespace(times=[3.0, 2.0, 5.0])
     monkeypatch.setattr(benchmark.Timer, "blocked_autorange", lambda self, **_: runs)
-    assert multiply_rate.__wrapped__(CPU, "fp32") == 2048**3
+    assert multiply_rate.__wrapped__(CPU, "fp32") == 32 * 256 * 256 * 9 * 16 * 16
 
 
 # ---------------------------------------------------------------- the command
@@ -195,6 +197,8 @@ def settings(archs=("small_cnn",), precisions=("fp32",), **changes):
         ("rewire", "", 4),
         ("data", "", 1),
         ("train", "trades hydra", 1),
+        ("sparse", "", 10),  # five sparsities: gradient and step
+        ("sparse", "step small_cnn 0.99", 1),
     ],
 )
 def test_every_case_runs_and_writes_its_rows(case, only, rows, tmp_path, capsys):
@@ -212,7 +216,7 @@ def test_every_case_runs_and_writes_its_rows(case, only, rows, tmp_path, capsys)
 
 @pytest.mark.parametrize("arch", ["resnet18", "vgg16", "wrn28_4"])
 def test_large_networks_have_their_cases(arch):
-    [row] = bench_cases.perturb(settings([arch], batch_size=1))
+    [row] = perturb.perturb(settings([arch], batch_size=1))
     assert row.case == f"perturb {arch} fp32"
     assert 0 < row.limit_share < 1.5
 
@@ -220,13 +224,13 @@ def test_large_networks_have_their_cases(arch):
 def test_evaluation_is_compared_with_the_stock_package(monkeypatch):
     called = []
     monkeypatch.setattr(
-        bench_cases.AutoAttack,
+        evaluate.AutoAttack,
         "run_standard_evaluation",
         lambda self, x, y, batch_size: called.append(len(x)),
     )
-    attack = bench_cases.registry.load("attack", "autoattack")
+    attack = registry.load("attack", "autoattack")
     monkeypatch.setattr(attack, "run", lambda view, x, y, *_: called.append(len(x)))
-    rows = list(bench_cases.evaluate(settings()))
+    rows = list(evaluate.evaluate(settings()))
     assert called == [2, 2] * 3
     assert [row.case for row in rows] == [f"evaluate small_cnn {s}" for s in ("0", "0.9", "0.99")]
     assert {row.rival_name for row in rows} == {"stock package"}
@@ -234,7 +238,7 @@ def test_evaluation_is_compared_with_the_stock_package(monkeypatch):
 
 def test_use_of_an_exported_network_is_compared_with_dense_networks(monkeypatch):
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(bench_inference, "BATCHES", (1, 3))
+    monkeypatch.setattr(inference, "BATCHES", (1, 3))
     seen, compare = [], Stopwatch.compare
 
     def compared(watch, case, *both, **options):
@@ -242,7 +246,7 @@ def test_use_of_an_exported_network_is_compared_with_dense_networks(monkeypatch)
         return compare(watch, case, *both, **options)
 
     monkeypatch.setattr(Stopwatch, "compare", compared)
-    rows = list(bench_inference.inference(settings(only="0.99")))
+    rows = list(inference.inference(settings(only="0.99")))
     assert [row.case for row in rows] == [
         f"inference small_cnn 0.99 batch {n}" for n in (1, 1, 3, 3)
     ]
@@ -253,29 +257,29 @@ def test_use_of_an_exported_network_is_compared_with_dense_networks(monkeypatch)
 
 def test_rivals_of_an_exported_network_are_dense_and_give_the_same_logits():
     pytest.importorskip("onnxruntime")
-    x, _ = bench_sides.images_of("small_cnn", settings(), 5)
-    dense = bench_sides.build("small_cnn", CPU).eval()
+    x, _ = sides.images_of("small_cnn", settings(), 5)
+    dense = sides.build("small_cnn", settings()).eval()
     with torch.no_grad():
         expected = dense(x)
-    found = bench_inference._in_onnxruntime(dense, "small_cnn", settings())(x)
+    found = inference._in_onnxruntime(dense, "small_cnn", settings())(x)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    loaded = bench_inference._from_file("small_cnn", 0.99, settings())
+    loaded = inference._from_file("small_cnn", 0.99, settings())
     weights = [m.weight for m in prunable(loaded).values()]
     assert sum(int(w.count_nonzero()) for w in weights) < 0.011 * sum(w.numel() for w in weights)
     assert folding.runs_on(loaded._view_for(x)) == "view"
 
 
 def test_several_networks_at_once(monkeypatch):
-    monkeypatch.setattr(bench_sides, "TOGETHER", 1)
-    rows = list(bench_cases.together(dataclasses.replace(settings(), threads=2)))
+    monkeypatch.setattr(sides, "TOGETHER", 1)
+    rows = list(together.together(dataclasses.replace(settings(), threads=2)))
     assert [row.rival_name for row in rows] == ["one process, in turn", "one process, vmap, fp32"]
     assert all(row.ours > 0 and row.ratio == row.ours / row.rival for row in rows)
 
 
 def test_a_worker_that_dies_is_an_error_and_no_wait(monkeypatch):
-    monkeypatch.setattr(bench_sides, "begin_worker", sys.exit)
+    monkeypatch.setattr(sides, "begin_worker", sys.exit)
     two = dataclasses.replace(settings(), threads=2)
-    with bench_sides.processes(None, two) as side, pytest.raises(BrokenProcessPool):
+    with sides.processes(None, two) as side, pytest.raises(BrokenProcessPool):
         side.work()
 
 
@@ -294,11 +298,9 @@ def test_rows_that_cannot_be_written_are_known_before_the_work(place, tmp_path, 
 
 
 def test_rewiring_in_the_benchmark_has_something_to_do(monkeypatch):
-    begun, made = bench_sides.started, []
-    monkeypatch.setattr(
-        bench_sides, "started", lambda *given: made.append(begun(*given)) or made[0]
-    )
-    side = bench_sides.our_rewiring("small_cnn", 0.9, settings())
+    begun, made = sides.started, []
+    monkeypatch.setattr(sides, "started", lambda *given: made.append(begun(*given)) or made[0])
+    side = sides.our_rewiring("small_cnn", 0.9, settings())
     for _ in range(5):
         side.prepare()
         side.work()

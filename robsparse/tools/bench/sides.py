@@ -37,7 +37,9 @@ from robsparse.training.stages import Run, Stage, begin_stage
 
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
 CLASSES = 10
-SMALL = ("small_cnn", "small_resnet")  # for images of 8x8 pixels, at the width of the quick study
+SMALL = ("small_cnn", "small_resnet")
+SMALL_SIZE, SIZE = 8, 32  # pixels of a side, for the small networks and for the others
+WIDTHS = {8: 24, 32: 32}  # of the small networks: those of the quick study and of the photographs
 DEATHS = 0.001  # share of the active connections that become dormant, in a step that is rewired
 TOGETHER = 20  # steps of each network that are timed together
 
@@ -60,7 +62,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, and how often; `only` is a part of the names of the cases that are run."""
+    """What to measure, and how often.
+
+    only: a part of the names of the cases that are run.
+    size: pixels of a side of the images, or 0: 8 for the small networks and 32 for the others.
+    """
 
     archs: tuple[str, ...]
     precisions: tuple[str, ...]
@@ -70,11 +76,17 @@ class Settings:
     threads: int
     only: str
     device: torch.device
+    size: int = 0
 
     @property
     def watch(self) -> Stopwatch:
         """What times a pair."""
         return Stopwatch(self.device, self.repeats)
+
+    def shape(self, arch: str) -> tuple[int, int, int]:
+        """The shape of the images: one channel for 8x8 pixels, otherwise three."""
+        size = self.size or (SMALL_SIZE if arch in SMALL else SIZE)
+        return (1 if size == SMALL_SIZE else 3, size, size)
 
     def wants(self, case: str) -> bool:
         """Whether a case of this name is to be run."""
@@ -84,7 +96,7 @@ class Settings:
 @functools.cache
 def load_textbook() -> ModuleType:
     """benchmarks/textbook.py of the checkout. Raises UsageError where there is none."""
-    path = Path(__file__).parents[2] / "benchmarks" / "textbook.py"
+    path = Path(__file__).parents[3] / "benchmarks" / "textbook.py"
     if not path.exists():
         raise UsageError(f"{path}: not there; bench runs in a checkout of the repository")
     spec = importlib.util.spec_from_file_location("textbook", path)
@@ -95,28 +107,26 @@ def load_textbook() -> ModuleType:
     return module
 
 
-def build(arch: str, device: torch.device, sparsity: float = 0.0) -> nn.Module:
+def build(arch: str, settings: Settings, sparsity: float = 0.0) -> nn.Module:
     """A network with random weights, of which a share is 0: shares of layers by ERK."""
     torch.manual_seed(0)
-    model = models.build(arch, params_of(arch), image_shape(arch), CLASSES)
+    model = models.build(arch, params_of(arch, settings), settings.shape(arch), CLASSES)
     if sparsity:
         masks = random_masks(model, erk_keep_counts(model, sparsity), torch.Generator())
         for name, module in prunable(model).items():
             module.weight.data.mul_(masks[name])
-    return model.to(device)
+    return model.to(settings.device)
 
 
-def params_of(arch: str) -> BaseModel:
-    return registry.entry("arch", arch).params(**({"width": 24} if arch in SMALL else {}))
-
-
-def image_shape(arch: str) -> tuple[int, int, int]:
-    return (1, 8, 8) if arch in SMALL else (3, 32, 32)
+def params_of(arch: str, settings: Settings) -> BaseModel:
+    """Settings of an arch. The small networks have a width that fits the size of the images."""
+    width = WIDTHS.get(settings.shape(arch)[1]) if arch in SMALL else None
+    return registry.entry("arch", arch).params(**({"width": width} if width else {}))
 
 
 def images_of(arch: str, settings: Settings, n: int | None = None) -> tuple[Tensor, Tensor]:
     generator, n = torch.Generator().manual_seed(0), n or settings.batch_size
-    x = torch.rand(n, *image_shape(arch), generator=generator)
+    x = torch.rand(n, *settings.shape(arch), generator=generator)
     y = torch.randint(CLASSES, (n,), generator=generator)
     return x.to(settings.device), y.to(settings.device)
 
@@ -128,16 +138,17 @@ def passes(objective: str) -> float:
 
 
 @functools.cache
-def _macs(arch: str) -> int:
+def _macs(arch: str, settings: Settings) -> int:
     """Multiply-accumulates of one image, dense."""
-    model = build(arch, torch.device("cpu")).eval()
-    return measure_network(model, image_shape(arch)).columns["dense_macs"]
+    settings = dataclasses.replace(settings, device=torch.device("cpu"))
+    model = build(arch, settings).eval()
+    return measure_network(model, settings.shape(arch)).columns["dense_macs"]
 
 
 def limit_of(arch: str, precision: str, passes: float, settings: Settings) -> float:
-    """Images a second if all multiplications went at the rate of a large matrix product."""
+    """Images a second if all multiplications went at the best measured rate of this machine."""
     with computing(precision, settings.device):
-        return multiply_rate(settings.device, precision) / (2 * _macs(arch) * passes)
+        return multiply_rate(settings.device, precision) / (2 * _macs(arch, settings) * passes)
 
 
 def laid_out(x_NCHW: Tensor, precision: str) -> Tensor:
@@ -150,19 +161,19 @@ def attacker_of(precision: str, device: torch.device) -> objectives.Attacker:
     return objectives.Attacker(EPS, crafting, generator, precision=precision)
 
 
-def started(kind: Step, device: torch.device) -> tuple[Stage, Run]:
+def started(kind: Step, settings: Settings) -> tuple[Stage, Run]:
     """The first stage of a method, ready for its first step."""
     params = registry.entry("method", kind.method).params()
     stage = registry.load("method", kind.method).stages(params)[0]
-    generator = torch.Generator(device).manual_seed(0)
-    run = Run(build(kind.arch, device), kind.sparsity, generator, kind.arch, kind.precision)
+    generator = torch.Generator(settings.device).manual_seed(0)
+    run = Run(build(kind.arch, settings), kind.sparsity, generator, kind.arch, kind.precision)
     begin_stage(run, stage, steps=1000)
     run.lr = 0.1
     return stage, run
 
 
 def our_step(kind: Step, settings: Settings) -> Side:
-    stage, run = started(kind, settings.device)
+    stage, run = started(kind, settings)
     training = Training(crafting=Crafting(steps=STEPS, step_size=STEP))
     objective = objectives.make_objective(kind.objective, training)
     attacker = attacker_of(kind.precision, settings.device)
@@ -177,7 +188,7 @@ def our_step(kind: Step, settings: Settings) -> Side:
 
 
 def their_step(kind: Step, settings: Settings) -> Side:
-    textbook, model = load_textbook(), build(kind.arch, settings.device)
+    textbook, model = load_textbook(), build(kind.arch, settings)
     if kind.layers is not None:
         textbook.sparsify(model, kind.layers, 1 - kind.sparsity)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -194,7 +205,7 @@ def their_step(kind: Step, settings: Settings) -> Side:
 
 
 def our_rewiring(arch: str, sparsity: float, settings: Settings) -> Side:
-    stage, run = started(Step(arch, "at", "fp32", "bcs", sparsity), settings.device)
+    stage, run = started(Step(arch, "at", "fp32", "bcs", sparsity), settings)
     layers: list[Tensor] = [trained_weight(module) for module in prunable(run.model).values()]
 
     def prepare_step() -> None:
@@ -220,7 +231,7 @@ def make_dormant(layers: list[Tensor]) -> None:
 def step_of_many(arch: str, settings: Settings) -> Callable[[], None]:
     """The textbook's step for a network a thread, all at once."""
     textbook, images = load_textbook(), images_of(arch, settings)
-    networks = [build(arch, settings.device) for _ in range(settings.threads)]
+    networks = [build(arch, settings) for _ in range(settings.threads)]
     stacked = torch.func.stack_module_state(networks)
     optimizer = torch.optim.SGD(stacked[0].values(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     given = (networks[0], stacked, optimizer, images, (EPS, STEP, STEPS))

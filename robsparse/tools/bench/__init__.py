@@ -1,11 +1,13 @@
 """Measures this suite against a textbook loop and the stock package, and against the machine.
 
 Every pair runs in one process, in turn, after a warm-up; medians are compared. The limit is what
-the largest matrix product of this machine reaches at the same precision, or its copying of memory:
-no code with dense kernels does more images a second than that many operations allow.
+the fastest matrix product or convolution of this machine reaches at the same precision, or its
+copying of memory: no code with dense kernels does more images a second than that many operations
+allow. Each case is one module of this package.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,29 @@ from robsparse.compute.machine import (
     pick_precision,
     prepare,
 )
-from robsparse.tools.bench_cases import CASES
-from robsparse.tools.bench_sides import Settings
+from robsparse.tools.bench import (
+    data,
+    evaluate,
+    inference,
+    perturb,
+    rewire,
+    sparse,
+    together,
+    train,
+)
+from robsparse.tools.bench.sides import Settings
 from robsparse.tools.stopwatch import Comparison
+
+CASES: dict[str, Callable[[Settings], Iterator[Comparison]]] = {
+    "train": train.train,
+    "perturb": perturb.perturb,
+    "evaluate": evaluate.evaluate,
+    "sparse": sparse.sparse,
+    "rewire": rewire.rewire,
+    "data": data.data,
+    "together": together.together,
+    "inference": inference.inference,
+}
 
 
 def settings_of(

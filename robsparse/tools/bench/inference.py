@@ -1,5 +1,6 @@
 """Benchmark of the use of a network: logits of an exported file, against dense networks."""
 
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 from robsparse.api.loading import load
 from robsparse.networks import compact
-from robsparse.tools import bench_sides as sides
 from robsparse.tools import export
-from robsparse.tools.bench_sides import CLASSES, Settings
+from robsparse.tools.bench import sides
+from robsparse.tools.bench.sides import CLASSES, Settings
 from robsparse.tools.stopwatch import Comparison, Side
 
 SPARSITIES = (0.9, 0.95, 0.99)
@@ -33,7 +34,7 @@ def inference(settings: Settings) -> Iterator[Comparison]:
         cases = {n: f"inference {arch} {sparsity:g} batch {n}" for n in BATCHES}
         if not any(map(settings.wants, cases.values())):
             continue
-        dense = sides.build(arch, settings.device).eval()
+        dense = sides.build(arch, settings).eval()
         rivals: dict[str, Run] = {"dense, torch": dense}
         if on_cpu:
             rivals["dense, onnxruntime"] = _in_onnxruntime(dense, arch, settings)
@@ -65,16 +66,16 @@ def _calls(run: Run, x_NCHW: Tensor, calls: int) -> Callable[[], None]:
 
 def _from_file(arch: str, sparsity: float, settings: Settings) -> nn.Module:
     """Return a network with random sparse weights as a user loads it from a compact file."""
-    network = sides.build(arch, torch.device("cpu"), sparsity)
+    network = sides.build(arch, dataclasses.replace(settings, device=torch.device("cpu")), sparsity)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.safetensors"
         compact.write(
             path,
             network.state_dict(),
             arch=arch,
-            arch_params=sides.params_of(arch).model_dump(mode="json"),
+            arch_params=sides.params_of(arch, settings).model_dump(mode="json"),
             dataset="random",
-            image_shape=sides.image_shape(arch),
+            image_shape=settings.shape(arch),
             classes=CLASSES,
             provenance={},
         )
