@@ -17,11 +17,11 @@ S2AP does the same with the scores that decide a mask.
 
 Source: Piras et al., "S2AP: Score-space sharpness minimization for adversarial pruning", 2025
 (arXiv 2510.18381). Neither its full text nor its code was read. From public reviews of the paper:
-the scores s of the mask search minimise the largest robust loss at s + z, where ||z|| <= gamma ||s||
-in each layer; the first five epochs are without it. Decided here, as for AWP: z is one step along the gradient, with the largest length;
-images are crafted at s, and both losses use them; s is restored before the step of the optimiser;
-the shares of layers that HARP learns are not perturbed. The authors also finetune with AWP
-(`training.awp`, which is for all stages).
+the scores s of the mask search minimise the largest robust loss at s + z, where ||z|| is at most
+gamma ||s|| in each layer; the first five epochs are without it. Decided here, as for AWP: z is one
+step along the gradient, with the largest length; images are crafted at s, and both losses use them;
+s is restored before the step of the optimiser; the shares of layers that HARP learns are not
+perturbed. The authors also finetune with AWP (`training.awp`, which is for all stages).
 """
 
 from collections.abc import Iterator, Sequence
