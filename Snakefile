@@ -20,7 +20,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        [f"{ROOT}/{name}" for name in (*COLLECTED, *TABLES, *PLOTS, REPORT)],
+        [f"{ROOT}/{name}" for name in (*COLLECTED, *TABLES, *PLOTS, REPORT, PAGE)],
 
 
 onsuccess:

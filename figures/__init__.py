@@ -29,6 +29,7 @@ PLOTS = tuple(
     for suffix in SUFFIXES
 )
 REPORT = "report.md"
+PAGE = "report.html"
 
 
 def tables_of(study: Study) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Writes the tables, the plots and the report of a study from its collected results.
+"""Writes the tables, plots, report and page of a study from its collected results.
 
 Import path: robsparse.figures.report
 """
@@ -11,10 +11,11 @@ import pandas as pd
 import yaml
 
 from robsparse.base.files import atomic
-from robsparse.figures import REPORT, SUFFIXES, TABLES, plots_of
+from robsparse.figures import PAGE, REPORT, SUFFIXES, TABLES, plots_of
 from robsparse.figures.data import tidy
 from robsparse.figures.data.summary import STRONGEST, Material, make_material
 from robsparse.figures.data.tidy import Group, groups, seeds, sparsities
+from robsparse.figures.page.page import Drawn, page
 from robsparse.figures.plots import (
     connections,
     corruptions,
@@ -98,7 +99,7 @@ not for another | methods by outcome, first seed |
 
 
 def write(study: Study, layout: Layout, folder: Path) -> str:
-    """Write all tables, plots and the report; return a text with the paths of report and table.
+    """Write all tables, plots, the report and the page; return a text with their paths.
 
     Args:
         study: the resolved study.
@@ -113,9 +114,11 @@ def write(study: Study, layout: Layout, folder: Path) -> str:
     tidy.check(collected, layout, folder)
     material = make_material(study, layout, collected)
     _write_tables(material, folder)
-    captions = _write_plots(material, folder)
-    _write_text(folder / REPORT, report(material, captions))
-    return f"main table: {folder / TABLES[0]}\nreport: {folder / REPORT}"
+    plots = _write_plots(material, folder)
+    _write_text(folder / REPORT, report(material, {n: plot.caption for n, plot in plots.items()}))
+    _write_text(folder / PAGE, page(material, plots))
+    paths = {"main table": TABLES[0], "report": REPORT, "page": PAGE}
+    return "\n".join(f"{name}: {folder / path}" for name, path in paths.items())
 
 
 def _write_tables(material: Material, root: Path) -> None:
@@ -133,21 +136,25 @@ def _write_tables(material: Material, root: Path) -> None:
             _write_text(root / "tables" / f"{spec.name}{suffix}", text)
 
 
-def _write_plots(material: Material, root: Path) -> dict[str, tuple[str, ...]]:
-    """Write every plot in every size; return the captions by name."""
-    captions = {}
+def _write_plots(material: Material, root: Path) -> dict[str, Drawn]:
+    """Write every plot in every size; return the plots for the page by name."""
+    plots = {}
     for name in _plot_names(material.study):
         draw, title = _DRAW[name]
         with style.applied():
             figure = draw(material)
             style.save(figure, root / f"plots/{name}.png")
+            vectors = [style.svg(figure, name)]
         for size, inches in style.WIDTHS.items():
             with style.applied(inches):
-                style.save(draw(material), root / f"plots/{name}-{size}.pdf")
-        captions[name] = figure.caption
+                paper = draw(material)
+                style.save(paper, root / f"plots/{name}-{size}.pdf")
+                if size == "column":  # also fits a phone
+                    vectors.append(style.svg(paper, f"{name} {size}"))
+        plots[name] = Drawn(title, figure.caption, *vectors)
         text = "\n\n".join([f"**{title}.**", *figure.caption])
         _write_text(root / f"plots/{name}.caption.md", text + "\n")
-    return captions
+    return plots
 
 
 def _plot_names(study: Study) -> list[str]:

@@ -12,7 +12,7 @@ from robsparse.study.loading import load
 from robsparse.base import gpus
 from robsparse.base.errors import UsageError
 from robsparse.base.runs import begin_run
-from robsparse.figures import REPORT, plots_of, tables_of
+from robsparse.figures import PAGE, REPORT, SUFFIXES, plots_of, tables_of
 
 # A study is one file, so this is the configfile of the command line and not the merged `config`.
 # The file name is not a parameter of a rule: only the content decides what runs again.
@@ -119,7 +119,17 @@ if "gpu" not in workflow.global_resources:
     workflow.register_resource("gpu", max(1, places))
 
 
+def labels_of_plot(name):
+    """Labels of a plot in the report of Snakemake: its name, and the size of its file."""
+    file = Path(name).name
+    [suffix] = [end for end in SUFFIXES if file.endswith(end)]
+    sizes = dict(zip(SUFFIXES, ("screen", "column", "page", "caption"), strict=True))
+    return {"plot": file.removesuffix(suffix).replace("_", " "), "file": sizes[suffix]}
+
+
 def print_result():
     table = Path(ROOT, TABLES[0])
     if table.exists():
-        sys.stdout.write(f"{table.read_text()}\nReport: {ROOT}/{REPORT}\n")
+        sys.stdout.write(
+            f"{table.read_text()}\nReport: {ROOT}/{REPORT}\nPage: {ROOT}/{PAGE}\n"
+        )

@@ -20,17 +20,31 @@ rule figures:
     input:
         rules.collect.output,
     output:
-        tables=report(
-            [f"{ROOT}/{name}" for name in TABLES],
-            category="Tables",
-            caption="../report/main_table.rst",
-        ),
-        plots=report(
-            [f"{ROOT}/{name}" for name in PLOTS],
-            category="Plots",
-            caption="../report/plots.rst",
-        ),
+        tables=[
+            report(
+                f"{ROOT}/{name}",
+                category="Tables",
+                caption="../report/main_table.rst",
+                labels={"table": Path(name).stem, "format": Path(name).suffix[1:]},
+            )
+            for name in TABLES
+        ],
+        plots=[
+            report(
+                f"{ROOT}/{name}",
+                category="Plots",
+                caption="../report/plots.rst",
+                labels=labels_of_plot(name),
+            )
+            for name in PLOTS
+        ],
         report=f"{ROOT}/{REPORT}",
+        page=report(
+            f"{ROOT}/{PAGE}",
+            category="Page",
+            caption="../report/page.rst",
+            labels={"page": STUDY.study},
+        ),
     log:
         f"{ROOT}/logs/figures.log",
     resources:
@@ -38,6 +52,6 @@ rule figures:
     params:
         fingerprint=of_figures,
     message:
-        "draw the tables and plots of {STUDY.study}"
+        "draw the tables, plots and page of {STUDY.study}"
     shell:
         "exec robsparse figures {STUDY_FILE:q} > {log:q} 2>&1"

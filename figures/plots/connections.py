@@ -210,11 +210,10 @@ def mask_overlap(material: Material) -> Plot:
         "many nonzero weights in each layer.",
         general,
     ]
-    figure = style.finish(figure, [], caption)
     if picture is not None:
         shown = [panel for panel in figure.axes if panel.get_visible()]
         figure.colorbar(picture, ax=shown, shrink=0.7, label="Jaccard index (%)")
-    return figure
+    return style.finish(figure, [], caption)
 
 
 def _overlap_panel(

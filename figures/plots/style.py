@@ -280,6 +280,8 @@ def finish(figure: Plot, handles: Iterable[Artist], caption: Sequence[str]) -> P
         columns = math.ceil(len(entries) / rows)
         figure.legend(handles=entries, loc="outside upper center", ncols=columns)
     figure.set_layout_engine("constrained")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # files of one figure share its layout
     return figure
 
 

@@ -97,7 +97,7 @@ COMMANDS = (
         "figures",
         _figures,
         "draw tables and plots from the collected results",
-        "Writes report.md, tables/ and plots/ to DIR/STUDY.",
+        "Writes report.md, report.html, tables/ and plots/ to DIR/STUDY.",
         add_arguments=add_partial,
     ),
     Command(

@@ -48,13 +48,13 @@ class Fingerprint:
         settings of all networks that the result depends on.
     modules: names of the modules in use; the modules that they import are added.
     counts_code: whether a change of only code or libraries makes the result out of date.
-    beside: a pattern of other files in the folders of the modules that count as code.
+    beside: patterns of other files in the folders of the modules that count as code.
     """
 
     settings: dict[str, Any]
     modules: tuple[str, ...]
     counts_code: bool
-    beside: str = ""
+    beside: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -154,7 +154,9 @@ def figures(study: Study, captions: list[Path]) -> Fingerprint:
     }
     code = {f"{source_code.PACKAGE}.figures.report"}
     code |= {study.entry("attack", name).module for name in study.attacks}
-    return _fingerprint(study, settings, code, always=True, beside="*.mplstyle")
+    return _fingerprint(
+        study, settings, code, always=True, beside=("*.mplstyle", "*.j2", "*.css", "*.js")
+    )
 
 
 def cached_attack(network: str, attack: str, **decided: Any) -> str:
@@ -193,7 +195,11 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _fingerprint(
-    study: Study, settings: dict[str, Any], code: set[str], always: bool = False, beside: str = ""
+    study: Study,
+    settings: dict[str, Any],
+    code: set[str],
+    always: bool = False,
+    beside: tuple[str, ...] = (),
 ) -> Fingerprint:
     counts_code = always or study.machine.rerun_on_code_change
     return Fingerprint(settings, tuple(sorted(code)), counts_code, beside)

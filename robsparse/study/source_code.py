@@ -35,20 +35,20 @@ def read(path: Path) -> bytes:
 
 
 @functools.cache
-def digest(*entries: str, beside: str = "") -> str:
+def digest(*entries: str, beside: tuple[str, ...] = ()) -> str:
     """Digest of the source code of the modules `entries` and of all modules that they import.
 
     The result of the first call is stored, because the process keeps the code that it has loaded.
 
     Args:
         entries: names of modules.
-        beside: a pattern of other files that count, in the folders of the modules: "*.mplstyle".
+        beside: patterns of other files that count, in the folders of the modules: "*.mplstyle".
     """
     files = closure(*entries)
     sums = {name: _source(path).digest for name, path in files.items()}
-    if beside:
-        for folder in {path.parent for path in files.values()}:
-            sums |= {p.name: hashlib.sha256(read(p)).hexdigest() for p in folder.glob(beside)}
+    for folder in {path.parent for path in files.values()} if beside else ():
+        found = (path for pattern in beside for path in folder.glob(pattern))
+        sums |= {path.name: hashlib.sha256(read(path)).hexdigest() for path in found}
     text = "\n".join(f"{name} {value}" for name, value in sorted(sums.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -14,7 +14,7 @@ import yaml
 
 from made_up import COMPONENTS, IMAGES, STUDY, MadeUp, correct, load, prepare, words
 from robsparse.base.errors import UsageError
-from robsparse.figures import PLOTS, REPORT, TABLES, report
+from robsparse.figures import PAGE, PLOTS, REPORT, TABLES, report
 from robsparse.figures.data import compare, reliability, statistics, summary, tidy
 from robsparse.figures.plots import costs, curves, finals, leaderboard, style
 from robsparse.figures.tables import study_tables
@@ -58,10 +58,10 @@ def test_write_makes_all_declared_files_and_no_others(tmp_path):
     before = {path for path in layout.root.rglob("*") if path.is_file()}
     text = report.write(study, layout, layout.root)
     after = {path for path in layout.root.rglob("*") if path.is_file()}
-    assert after - before == {layout.root / name for name in (*TABLES, *PLOTS, REPORT)}
+    assert after - before == {layout.root / name for name in (*TABLES, *PLOTS, REPORT, PAGE)}
     assert str(layout.root / REPORT) in text
     assert str(layout.root / "tables/main.md") in text
-    content = {name: (layout.root / name).read_bytes() for name in (*TABLES, *PLOTS, REPORT)}
+    content = {name: (layout.root / name).read_bytes() for name in (*TABLES, *PLOTS, REPORT, PAGE)}
     assert all(content.values())
     table = pd.read_csv(layout.root / "tables/main.csv")
     assert table.clean_accuracy[0] == pytest.approx(0.85)
@@ -86,7 +86,7 @@ def test_a_group_without_a_sparse_method_is_drawn(name, tmp_path):
     study = loading.load(path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
     report.write(study, layout, layout.root)
-    assert all((layout.root / name).stat().st_size for name in (*TABLES, *PLOTS, REPORT))
+    assert all((layout.root / name).stat().st_size for name in (*TABLES, *PLOTS, REPORT, PAGE))
     material = summary.make_material(study, layout, tidy.read(layout.root))
     levels = [line for panel in finals.robust_accuracy(material).axes for line in panel.lines]
     labels = {study.label("method", method) for method in tidy.methods(study)}

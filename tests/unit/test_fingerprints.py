@@ -465,7 +465,9 @@ FILES = {
         robsparse/records/evaluation_record robsparse/records/rows robsparse/study/targets
     """,
     "collect": "robsparse/collection/*",
-    "figures": "figures/* figures/data/* figures/plots/* figures/tables/* figures/text/*",
+    "figures": """
+        figures/* figures/data/* figures/page/* figures/plots/* figures/tables/* figures/text/*
+    """,
     "nothing": """
         robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/api/* robsparse/study/checks
         robsparse/base/gpus robsparse/base/parent robsparse/base/runs
@@ -490,13 +492,14 @@ def stage_of(file: str) -> str:
 
 
 def files_of_the_package(repository: Path) -> dict[str, Path]:
-    """Paths of all code and of the plot style, by their names in FILES."""
+    """Paths of all code and of the style of plots and page, by their names in FILES."""
     found = {}
     for package in ("robsparse", "method", "baselines", "eval", "figures"):
         paths = (repository / package).rglob("*.py")
         found |= {p.relative_to(repository).as_posix(): p for p in paths}
-    style = repository / "figures" / "plots" / "robsparse.mplstyle"
-    found["figures/plots/robsparse.mplstyle"] = style
+    figures = repository / "figures"
+    looks = (p for end in ("mplstyle", "j2", "css", "js") for p in figures.rglob(f"*.{end}"))
+    found |= {path.relative_to(repository).as_posix(): path for path in looks}
     return {name: path for name, path in found.items() if not name.startswith("robsparse/method/")}
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from robsparse.cli.main import main
-from robsparse.figures import PLOTS, REPORT, TABLES
+from robsparse.figures import PAGE, PLOTS, REPORT, TABLES
 from robsparse.records.rows import KEY, Row
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.loading import load
@@ -74,7 +74,7 @@ def test_every_target_exists_and_is_not_empty(finished):
     layout = Layout(project.root / "results" / "tiny")
     cells = load(project.root / STUDY).cells()
     assert len(cells) == METHODS
-    wanted = [layout.root / name for name in (*TABLES, *PLOTS, REPORT)]
+    wanted = [layout.root / name for name in (*TABLES, *PLOTS, REPORT, PAGE)]
     wanted += [layout.root / f"results.{suffix}" for suffix in ("csv", "parquet")]
     wanted += [layout.root / name for name in ("layers.csv", "curves.csv", "steps.parquet")]
     for cell in cells:
