@@ -28,7 +28,7 @@ _FOLDER = Path(__file__).parent
 _HEADLINE = "pareto"
 # Plots by the section of the page in which they are; all other plots are in the last section.
 _PLACES = {
-    "results": ("robust_accuracy", "accuracy_against_eps", "per_class", "published"),
+    "results": ("robust_accuracy", "accuracy_against_eps", "corruptions", "per_class", "published"),
     "training": ("training_curves", "active_weights"),
     "cost": ("cost",),
     "images": ("pictures",),
