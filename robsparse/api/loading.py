@@ -55,7 +55,12 @@ class LoadedNetwork(nn.Module):
                 f"images: expected numbers in [0,1] of shape (N, {shape[0]}, {shape[1]}, "
                 f"{shape[2]}), found {x_NCHW.dtype} of shape {tuple(x_NCHW.shape)}"
             )
-        return self._view_for(x_NCHW)(x_NCHW)
+        if not torch.is_inference_mode_enabled():
+            return self._view_for(x_NCHW)(x_NCHW)
+        # A view compares its kernels with the network, which needs gradients, and keeps tensors for
+        # later calls. Neither is possible in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.forward(x_NCHW.clone())
 
     def train(self, mode: bool = True) -> "LoadedNetwork":
         """Stay in eval mode."""
@@ -66,8 +71,7 @@ class LoadedNetwork(nn.Module):
         versions = sum(tensor._version for tensor in self.network.parameters())
         kind = (x_NCHW.dtype, x_NCHW.device, versions)
         if self._made is None or self._made[0] != kind:
-            with torch.inference_mode(False):  # a later call may want a gradient
-                view = folded_view(self.network, x_NCHW.detach().clone())
+            view = folded_view(self.network, x_NCHW.detach())
             if not len(x_NCHW):
                 return view
             self._made = kind, view
