@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from safetensors import safe_open
 
-VARY = {"train_seconds", "attack_seconds", "seconds", "peak_memory_mb"}
+VARY = {"train_seconds", "attack_seconds", "seconds", "peak_memory_mb", "latency_ms"}
 
 
 def digests(study: Path) -> dict[str, str]:

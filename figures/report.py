@@ -252,7 +252,9 @@ def _group_sections(material: Material, group: Group) -> list[str]:
             f"### Cost of training: {group}",
             "Mean over seeds, including everything that a method starts from. A pass is a forward "
             "or backward pass over one batch, including those of crafting. Seconds and memory "
-            "were measured on this device, which may have run other jobs at the same time.",
+            "were measured on this device, which may have run other jobs at the same time. Model: "
+            "bytes of all tensors in the compact file that `robsparse export` writes. Latency, if "
+            "the study measures it: median time of one image on the device of the evaluation.",
             study_tables.cost_table(material, group),
         ),
         *_section(

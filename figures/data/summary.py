@@ -60,7 +60,15 @@ def make_material(study: Study, layout: Layout, tidy: Tidy) -> Material:
     return Material(study, tidy, outcomes, summarise(study, tidy, outcomes))
 
 
-COSTS = ("epochs", "forward_passes", "backward_passes", "train_seconds", "peak_memory_mb")
+COSTS = (
+    "epochs",
+    "forward_passes",
+    "backward_passes",
+    "train_seconds",
+    "peak_memory_mb",
+    "model_bytes",
+    "latency_ms",
+)
 
 
 def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:

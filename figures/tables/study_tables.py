@@ -33,6 +33,7 @@ _COSTS = {
     "Seconds": "train_seconds",
     "Peak active weights": "peak_active_weights",
     "Peak memory (MB)": "peak_memory_mb",
+    "Model (bytes)": "model_bytes",
 }
 
 
@@ -163,6 +164,8 @@ def cost_table(material: Material, group: Group) -> pd.DataFrame:
         }
         for name, column in _COSTS.items():
             row[name] = _count(line[column])
+        if lines.latency_ms.notna().any():
+            row["Latency (ms)"] = NONE if np.isnan(line.latency_ms) else f"{line.latency_ms:.3g}"
         if STRONGEST in attacks(material.study):
             row[f"{material.study.label('attack', STRONGEST)} (%)"] = _accuracy(line, STRONGEST)
         rows.append(row)

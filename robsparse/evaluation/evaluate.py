@@ -11,8 +11,10 @@ from robsparse.compute.machine import pick_device, prepare
 from robsparse.evaluation import corruptions, record, sanity_checks
 from robsparse.evaluation import job as jobs
 from robsparse.evaluation.cache import Cache
+from robsparse.evaluation.latency import latency_ms
 from robsparse.evaluation.measure import measure_network
 from robsparse.evaluation.runner import attack_model, evaluation_errors
+from robsparse.fast import proof
 from robsparse.schema.evaluation import Selection
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
@@ -88,4 +90,13 @@ def _measure(job: jobs.Job) -> None:
             device,
             folder=job.cache,
         )
-    record.write(job, size, results, findings, corrupted)
+    with evaluation_errors("latency"):
+        latency = _latency_ms(job) if study.evaluation.latency else None
+    record.write(job, size, results, findings, corrupted, latency_ms=latency)
+
+
+def _latency_ms(job: jobs.Job) -> float:
+    """Return the latency of the network of a job; foreign code has no folded view."""
+    first = job.examples.x_NCHW[: proof.IMAGES].to(job.device)
+    folded = not job.study.source(job.cell.method).foreign
+    return latency_ms(job.model, first, folded=folded)

@@ -28,15 +28,21 @@ def write(
     results: list[AttackResult],
     findings: Findings,
     corrupted: Corrupted,
+    *,
+    latency_ms: float | None,
 ) -> None:
-    """Write the outcome of each image, and the record with the checksum of this file."""
+    """Write the outcome of each image, and the record with the checksum of this file.
+
+    latency_ms: the time of one image, or None if it was not measured.
+    """
     outcomes: dict[str, Any] = {**corrupted.outcomes()}  # arrays
     for result in results:
         outcomes |= image_outcomes(result, job.examples)
     with atomic(job.outcomes) as temporary, temporary.open("wb") as handle:
         np.savez_compressed(handle, labels=job.examples.y_N.numpy(), **outcomes)
     reasons = findings.potentially_unreliable([result.outcome for result in results])
-    common = network_columns(job) | size.columns | {"potentially_unreliable": reasons}
+    measured = {"potentially_unreliable": reasons, "latency_ms": latency_ms}
+    common = network_columns(job) | size.columns | measured
     rows = [row for result in results for row in result_rows(result, common)]
     checksum = file_checksum(job.outcomes)
     record = Record(rows, size.layers, size.histogram, findings.numbers, checksum, corrupted.rows())

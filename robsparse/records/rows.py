@@ -82,6 +82,9 @@ class Row(BaseModel):
     peak_memory_mb: float | None = None
     train_device: str | None = None
     eval_device: str | None = None
+    latency_ms: float | None = Field(
+        None, gt=0, description="median time of one image on eval_device, in milliseconds"
+    )
 
     settings_digest: str
     code_digest: str

@@ -56,6 +56,11 @@ class Evaluation(Strict):
     corruptions: Corruptions | None = Field(
         None, description="also measure the accuracy on common corruptions; null: do not"
     )
+    latency: bool = Field(
+        False,
+        description="also measure the time of one image (column latency_ms); it differs between "
+        "runs and machines",
+    )
 
     @field_validator("selections")
     @classmethod

@@ -110,6 +110,8 @@ def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
     if (corruptions := study.evaluation.corruptions) is not None:
         folder = corruptions.folders.get(cell.dataset)
         settings["corruptions"] = content(folder) if folder else "generated"
+    if study.evaluation.latency:
+        settings["latency"] = True
     code = {f"{source_code.PACKAGE}.evaluation.evaluate"}
     code |= {study.entry("attack", attack.name).module for attack in attacks}
     code = code.union(*(_training_code(study, c) for c in (cell, *others)))

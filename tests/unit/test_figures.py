@@ -708,3 +708,13 @@ def test_cost_table_and_plot_have_every_line(material, group):
     table = study_tables.cost_table(material, group)
     assert len(table) == len(tidy.lines(material.study, group))
     assert set(table["Peak active weights"][table.Method == "BCS"]) != {"n/a"}
+    assert set(table["Model (bytes)"]) == {"1"}
+
+
+def test_cost_table_has_the_latency_if_it_was_measured(material, group):
+    assert "Latency (ms)" not in study_tables.cost_table(material, group)
+    measured = (material.summary.method == "bcs").map({True: 0.12345, False: np.nan})
+    material = dataclasses.replace(material, summary=material.summary.assign(latency_ms=measured))
+    table = study_tables.cost_table(material, group)
+    assert set(table["Latency (ms)"][table.Method == "BCS"]) == {"0.123"}
+    assert set(table["Latency (ms)"][table.Method != "BCS"]) == {"n/a"}
