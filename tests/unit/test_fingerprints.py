@@ -199,6 +199,7 @@ VALUES = {
     "kind": "crop",
     "activation": "silu",
     "corruptions": {"folders": {}},
+    "latency": True,
     "shift": 0.2,
     "training": {"batch_size": 10},
     "params": {"bcs": {"noise_scale": 0.01}},
