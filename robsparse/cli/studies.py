@@ -18,14 +18,14 @@ def _check(arguments: argparse.Namespace) -> None:
         f"{arguments.config}: valid, {len(cells)} networks to train, "
         f"{len(cells) * len(study.evaluation.selections)} evaluations"
     )
-    for line in study.left_out():
+    for line in (*study.left_out(), *checks.absent_folders(study)):
         print(line)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     study, layout = load_study(arguments)
     planning = importlib.import_module("robsparse.tools.planning")
-    print(planning.describe(study, layout, arguments.cores))
+    print(planning.describe(study, layout, arguments.cores, arguments.config))
 
 
 def add_cores(command: argparse.ArgumentParser) -> None:

@@ -33,13 +33,18 @@ class Part:
 class Splits:
     """Training, validation and test images. Training code never receives `test`.
 
-    They are disjoint, unless a data set also trains on its validation images.
+    They are disjoint, unless a data set also trains on its validation images. Data with test images
+    only has empty training and validation parts.
     """
 
     train: Part
     validation: Part
     test: Part
     classes: int
+
+    def some_images(self, n: int) -> Tensor:
+        """Return x_NCHW with the first n training images, or test images if there are no others."""
+        return (self.train if len(self.train) else self.test).x_NCHW[:n]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from robsparse.base.errors import UsageError
-from robsparse.datasets import Part
+from robsparse.datasets import Part, Splits
 from robsparse.schema import Images
 from robsparse.schema.imagesets import shapes_in_npz
 
@@ -49,6 +49,12 @@ def split_validation(part: Part, params: Images, name: str) -> tuple[Part, Part]
     if params.train_on_validation:
         kept = torch.arange(len(part))
     return Part(part.x_NCHW[kept], part.y_N[kept]), Part(part.x_NCHW[held], part.y_N[held])
+
+
+def test_only(test: Part, classes: int) -> Splits:
+    """Return splits with these test images, whose training and validation parts are empty."""
+    none = Part(test.x_NCHW[:0], test.y_N[:0])
+    return Splits(none, none, test, classes)
 
 
 def shuffled(part: Part) -> Part:

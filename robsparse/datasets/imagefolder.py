@@ -1,7 +1,8 @@
 """Your own images in folders: train/<class>/* and test/<class>/*.
 
-All images have the same size. They are decoded once, and a cache file keeps the pixels. The name of
-the cache file is a digest of all images, so a changed image leads to a new cache file.
+A folder without train/ is enough to attack external models. All images have the same size. They are
+decoded once, and a cache file keeps the pixels. The name of the cache file is a digest of all
+images, so a changed image leads to a new cache file.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from pydantic import Field
 from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic
 from robsparse.datasets import Splits
-from robsparse.datasets._arrays import as_part, shuffled, split_validation
+from robsparse.datasets._arrays import as_part, shuffled, split_validation, test_only
 from robsparse.schema import CONTENT, PLACE, Augmentation, Images
 
 NEEDED = ("data_dir",)  # parameters with a path that must exist
@@ -45,34 +46,41 @@ def load(params: Params) -> Splits:
     """
     root = Path(params.data_dir)
     classes = _classes(root)
-    files = {part: _files(root / part, classes) for part in ("train", "test")}
+    folders = [part for part in ("train", "test") if (root / part).is_dir()]
+    files = {part: _files(root / part, classes) for part in folders}
     arrays = _decoded(root, files, Path(params.cache_dir))
-    train, test = (
-        as_part(arrays[f"{part}_images"], arrays[f"{part}_labels"], str(root / part))
+    parts = {
+        part: as_part(arrays[f"{part}_images"], arrays[f"{part}_labels"], str(root / part))
         for part in files
-    )
-    parts = split_validation(train, params, "imagefolder")
-    return Splits(*parts, shuffled(test), classes=len(classes))
+    }
+    test = shuffled(parts["test"])
+    if "train" not in parts:
+        return test_only(test, len(classes))
+    kept, held_out = split_validation(parts["train"], params, "imagefolder")
+    return Splits(kept, held_out, test, classes=len(classes))
 
 
 def _classes(root: Path) -> list[str]:
-    found = {}
-    for part in ("train", "test"):
-        if not (root / part).is_dir():
-            raise UsageError(f"{root / part}: no such folder, expected one folder for each class")
-        found[part] = sorted(p.name for p in (root / part).iterdir() if p.is_dir())
-    if len(found["train"]) < 2:
-        raise UsageError(
-            f"{root / 'train'}: expected at least two folders, one for each class, found "
-            f"{len(found['train'])}"
-        )
-    odd = sorted(set(found["train"]) ^ set(found["test"]))
+    if not (root / "test").is_dir():
+        raise UsageError(f"{root / 'test'}: no such folder, expected one folder for each class")
+    found = {
+        part: sorted(p.name for p in (root / part).iterdir() if p.is_dir())
+        for part in ("train", "test")
+        if (root / part).is_dir()
+    }
+    for part, names in found.items():
+        if len(names) < 2:
+            raise UsageError(
+                f"{root / part}: expected at least two folders, one for each class, found "
+                f"{len(names)}"
+            )
+    odd = sorted(set(found.get("train", found["test"])) ^ set(found["test"]))
     if odd:
         where = "train" if odd[0] in found["train"] else "test"
         raise UsageError(
             f"{root}: expected the same classes in train and test, found '{odd[0]}' only in {where}"
         )
-    return found["train"]
+    return found["test"]
 
 
 def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:

@@ -80,6 +80,7 @@ def examine(
     cache = _cache(folder, model, part, settings, threat=threat, device=device)
 
     def kept(name: str, compute: Callable[[], Tensor]) -> Tensor:
+        print(f"sanity checks on {n} images: {name}", flush=True)
         return torch.from_numpy(cache.keep(name, lambda: {"value": compute().numpy()})["value"])
 
     with perturb.no_parameter_gradients(model):

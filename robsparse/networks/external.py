@@ -21,7 +21,7 @@ from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
 
-IMAGES = 4  # number of training images on which outputs are compared
+IMAGES = 4  # number of images on which outputs are compared
 TOLERANCE = 1e-3  # relative to the largest logit; rounding differs between machines
 
 
@@ -38,7 +38,7 @@ def import_network(study: Study, cell: Cell, layout: Layout) -> None:
     source = study.source(cell.method)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
     network = construct.with_weights(study, cell, splits, source.file, source.match).eval()
-    construct.check_network(network, splits.train.x_NCHW[:IMAGES], splits.classes)
+    construct.check_network(network, splits.some_images(IMAGES), splits.classes)
     state = _tensors(network, str(source))
     selections = study.saved_selections()
     for selection in selections:
@@ -89,7 +89,7 @@ def load_network(
     network = construct.with_weights(study, cell, splits, None)
     built = weights.checksum(network.state_dict())
     weights.load_into(network, path)
-    construct.check_network(network.eval(), splits.train.x_NCHW[:IMAGES], splits.classes)
+    construct.check_network(network.eval(), splits.some_images(IMAGES), splits.classes)
     found = _outputs(network, splits)
     if before["outputs"] is not None and not _nearly_equal(found, torch.tensor(before["outputs"])):
         raise UsageError(
@@ -134,7 +134,7 @@ def _outputs(network: nn.Module, splits: Splits) -> Tensor:
     """Return the logits of the first training images; torch's generator has a fixed seed."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        return network(splits.train.x_NCHW[:IMAGES].clone()).float()
+        return network(splits.some_images(IMAGES).clone()).float()
 
 
 def _nearly_equal(one: Tensor, other: Tensor) -> bool:

@@ -43,7 +43,7 @@ def load_into(model: nn.Module, path: str | Path, match: str = "names") -> None:
     Args:
         model: the network.
         path: a safetensors file, or a file that torch saved. torch's file holds a state dict, or a
-            dict with a state dict as its entry "state_dict" or "model".
+            dict with a state dict as its entry "state_dict", "model" or "net".
         match: "names" if the tensors of the file have the names of the network's tensors; "order"
             if they have other names but the same order.
 
@@ -69,10 +69,11 @@ def fill(
     expected = {name: value.shape for name, value in own.items()}
     if match == "order":
         state = _renamed(path, state, own)
+    hint = "is the arch the right one?" if match == "order" else _hint(state, own)
     for name in sorted(expected.keys() - state.keys()):
-        raise UsageError(f"{path}: the weights '{name}' are missing; is the arch the right one?")
+        raise UsageError(f"{path}: the weights '{name}' are missing; {hint}")
     for name in sorted(state.keys() - expected.keys()):
-        raise UsageError(f"{path}: unexpected weights '{name}'; is the arch the right one?")
+        raise UsageError(f"{path}: unexpected weights '{name}'; {hint}")
     for name, value in state.items():
         if value.shape != expected[name]:
             raise UsageError(
@@ -82,6 +83,14 @@ def fill(
         if not (value.isfinite() | (value == own[name])).all():
             raise UsageError(f"{path}: '{name}' holds NaN or infinite values")
     model.load_state_dict(state)
+
+
+def _hint(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """What to try if tensors have other names: their order, if their shapes fit in this order."""
+    shapes = [[v.shape for v in tensors.values() if v.ndim] for tensors in (state, own)]
+    if shapes[0] == shapes[1]:
+        return "the shapes fit in their order: try match: order (--match order)"
+    return "is the arch the right one?"
 
 
 def _renamed(
@@ -114,7 +123,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         message = " ".join(str(error).split())[:200]
         raise UsageError(f"{path}: not a readable file of weights ({message})") from None
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model", "net"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):

@@ -12,7 +12,7 @@ from typing import Any
 
 from robsparse.base.errors import UsageError, nearest_match
 from robsparse.schema.fields import least_sparsity, radius_error
-from robsparse.schema.imagesets import Description
+from robsparse.schema.imagesets import Description, Images
 from robsparse.schema.threat import AttackParams
 from robsparse.schema.training import Training
 from robsparse.study.messages import show
@@ -59,9 +59,25 @@ def missing_data(study: Study) -> list[str]:
             if not os.path.exists(getattr(params, key)):
                 found.append(f"datasets.{name}.{key} = {show(getattr(params, key))}")
         folder = getattr(params, "data_dir", ".")
-        if os.path.isfile(folder):
+        own = "data_dir" in type(params).model_fields and folder != _default_folder(params)
+        if os.path.isfile(folder) or (own and not os.path.exists(folder)):
             found.append(f"datasets.{name}.data_dir = {show(folder)}")
-    return [f"{line}: expected an existing file or folder of images" for line in found]
+    lines = [f"{line}: expected an existing file or folder of images" for line in found]
+    return list(dict.fromkeys(lines))
+
+
+def _default_folder(params: Images) -> str | None:
+    """The folder of a data set that is downloaded; it is made at the download."""
+    return type(params).model_fields["data_dir"].default
+
+
+def absent_folders(study: Study) -> list[str]:
+    """A line for each data set whose default folder is not there: its images are not there yet."""
+    return [
+        f"datasets.{name}: its folder {show(folder)} is not there yet"
+        for name, params in study.datasets.items()
+        if not os.path.exists(folder := getattr(params, "data_dir", "."))
+    ]
 
 
 def _line(key: str, value: Any, expected: str) -> str:
@@ -159,19 +175,22 @@ def _label_smoothing(parts: Parts) -> Iterator[str]:
 
 
 def _data(parts: Parts) -> Iterator[str]:
-    """Data sets with too few images for validation or evaluation."""
+    """Data sets with too few images for training, validation or evaluation."""
+    trained_on = {name for block in parts.blocks for name in block.datasets}
     for name in parts.datasets:
         if (found := _describe(parts, name)) is None:
             continue
         each, held_out = found.classes or 1, found.validation_examples
         wanted, most = getattr(parts.datasets[name], "train_examples", None), found.train_examples
-        if wanted is not None and not each <= wanted <= most:
+        if name in trained_on and not most + held_out:
+            yield f"datasets.{name}: no training images, expected some: the grid trains on it"
+        elif wanted is not None and not each <= wanted <= most:
             few = f"at least one for each of the {each} classes"
             expected = few if wanted < each else f"at most the {most} images that are not held out"
             yield _line(f"datasets.{name}.train_examples", wanted, expected)
-        elif found.train_examples < each or held_out < each:
+        elif name in trained_on and (most < each or held_out < each):
             shared = getattr(parts.datasets[name], "train_on_validation", False)
-            total = found.train_examples + (0 if shared else held_out)
+            total = most + (0 if shared else held_out)
             key = f"datasets.{name}.validation_examples"
             expected = f"{each} to {total - each} of the {total} images that are not for tests"
             yield _line(key, held_out, expected)

@@ -30,6 +30,8 @@ from robsparse.study.study import Study
 
 # Settings that change no result: printed names, and names that are already resolved.
 _UNREAD = {"label", "starts_from"}
+# Settings that are left out while they are null: studies from before them keep their fingerprints.
+_OFF = {"train_examples", "classes"}
 # Settings of `training` that only these objectives read.
 _READ_BY = {
     "beta": ("trades", "mart", "rst"),
@@ -271,6 +273,9 @@ def _settings(model: BaseModel, unread: Set[str] = frozenset()) -> dict[str, Any
         if isinstance(mark, Decides)
     }
     values = model.model_dump(mode="json", exclude={*unread, *_UNREAD, *places})
+    for name in _OFF & values.keys():
+        if values[name] is None:
+            del values[name]
     named = {name: getattr(model, name) for name, mark in places.items() if mark.content}
     return values | {
         name: content(path) for name, path in named.items() if path and name not in unread

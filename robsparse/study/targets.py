@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robsparse.schema.external import Match, Source
+from robsparse.schema.threat import Threat
 from robsparse.study.cells import Cell, Layout
 
 
@@ -35,18 +36,23 @@ class Target:
         )
 
     @classmethod
-    def beside_file(cls, path: Path, match: Match) -> "Target":
+    def beside_file(cls, path: Path, match: Match, threat: Threat) -> "Target":
         """Other weights; the results are written to the folder of their file."""
-        return cls(path, match, *_beside(path))
+        return cls(path, match, *_beside(path, threat))
 
     @classmethod
-    def as_built(cls, results: Path, source: Source) -> "Target":
+    def as_built(cls, results: Path, source: Source, threat: Threat) -> "Target":
         """The weights with which foreign code builds its network."""
-        return cls(None, "names", *_beside(results / source.kind / source.name.replace(":", ".")))
+        place = results / source.kind / source.name.replace(":", ".")
+        return cls(None, "names", *_beside(place, threat))
 
 
-def _beside(path: Path) -> tuple[Path, Path, Path]:
-    """Paths of record, flags and cache, from the path of the weights."""
+def _beside(path: Path, threat: Threat) -> tuple[Path, Path, Path]:
+    """Paths of record, flags and cache, from the path of the weights, like net.pt.Linf-0.03137.*.
+
+    The results of one threat do not replace those of another.
+    """
+    start = f"{path.name}.{threat.norm}-{threat.eps:.4g}"
     ends = ("evaluation.json", "flags.npz", "cache")
-    record, flags, cache = (path.with_name(f"{path.name}.{end}") for end in ends)
+    record, flags, cache = (path.with_name(f"{start}.{end}") for end in ends)
     return record, flags, cache

@@ -5,6 +5,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Hashable
+from shlex import quote
 from typing import Any
 
 import torch
@@ -101,8 +102,11 @@ class Clock:
         return self.timed[key]
 
 
-def describe(study: Study, layout: Layout, cores: int) -> str:
-    """Return one line for each cell with its state and estimated time, then the total."""
+def describe(study: Study, layout: Layout, cores: int, config: str) -> str:
+    """Return one line for each cell with its state and estimated time, then the total.
+
+    The last line is the command that runs the study; config: the study file.
+    """
     prepare(study.machine.threads)
     clock = Clock(study)
     lines = [
@@ -123,7 +127,8 @@ def describe(study: Study, layout: Layout, cores: int) -> str:
         total += training + evaluation
         longest = max(longest, training + evaluation)
         lines.append(f"{cell.key:60s} train {_text(training)}   attack {_text(evaluation)}")
-    return "\n".join([*lines, "", *_total(study, clock, total, longest, cores)])
+    lines += ["", *_total(study, clock, total, longest, cores)]
+    return "\n".join([*lines, f"start it: robsparse run {quote(config)} --cores {cores}"])
 
 
 def _total(study: Study, clock: Clock, total: float, longest: float, cores: int) -> list[str]:
@@ -132,13 +137,12 @@ def _total(study: Study, clock: Clock, total: float, longest: float, cores: int)
     assumed = f"assumes that {ROBUST_SHARE:.0%} of the images survive each attack"
     lines = [f"{hours:.3g} {unit} on {device_name(clock.device)}; {assumed}"]
     if on_gpu:
-        return [*lines, "start it: snakemake --cores N"]
+        return lines
     at_once = max(1, cores // study.machine.threads)
     wall = max(total / at_once, longest)
     return [
         *lines,
         f"about {_text(wall).strip()} with {cores} cores, {at_once} jobs at a time",
-        f"start it: snakemake --cores {cores}",
     ]
 
 

@@ -32,7 +32,7 @@ def new_method(name: str, label: str | None = None) -> str:
     return (
         f"written: {path}\n"
         f"next: fill in its hooks, add '{name}' to grid.methods of a config, then\n"
-        f"  robsparse check CONFIG && snakemake --cores 2 --configfile CONFIG\n"
+        f"  robsparse check CONFIG && robsparse run CONFIG --cores 2\n"
         f"  python -m pytest tests/contract/test_methods.py -k {name}"
     )
 

@@ -82,6 +82,8 @@ def prepare_session(study: Study, cell: Cell, layout: Layout, device: torch.devi
     planned = study.planned[cell]
     fingerprint = fingerprints.training(study, cell)
     splits = datasets.load(study.base("dataset", cell.dataset), study.datasets[cell.dataset])
+    if not len(splits.train):
+        raise UsageError(f"datasets.{cell.dataset}: it has no training images to train on")
     extra = _read_extra_images(cell, planned.training, splits)
     crafting = _generator(device, cell, "craft", cell.dataset, cell.objective)
     attacker = make_attacker(planned, crafting)

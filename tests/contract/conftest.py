@@ -25,6 +25,9 @@ from robsparse.training import loop
 
 EPOCHS = 2
 EPOCHS_TO_ADAPT = 5  # a method that adapts its sparsity needs a few validations first
+# A method that does something every n steps or epochs. With n = 1, a method that does it only in
+# step 0, or never in a short training, would pass.
+EPOCHS_WITH_A_PERIOD, PERIOD = 4, 3
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,16 +35,17 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def shrink(entry: registry.Entry) -> dict[str, Any]:
-    """Return small Params of a method: EPOCHS epochs for each stage, periods of one epoch."""
-    values: dict[str, Any] = {}
-    epochs = EPOCHS_TO_ADAPT if entry.literals.get("ADAPTS_SPARSITY") else EPOCHS
-    for name, default in entry.params():
-        if isinstance(default, Fit):
-            values[name] = {"epochs": epochs}
-        elif name.endswith("_every"):
-            values[name] = 1
-    return values
+def shrink(entry: registry.Entry, default_periods: bool = False) -> dict[str, Any]:
+    """Return small Params of a method: few epochs for each stage, and short periods.
+
+    default_periods: keep the periods of the method, which are longer than these stages.
+    """
+    periods = [name for name in entry.params.model_fields if name.endswith("_every")]
+    epochs = EPOCHS_WITH_A_PERIOD if periods and not default_periods else EPOCHS
+    epochs = EPOCHS_TO_ADAPT if entry.literals.get("ADAPTS_SPARSITY") else epochs
+    stages = [name for name, default in entry.params() if isinstance(default, Fit)]
+    values: dict[str, Any] = {name: {"epochs": epochs} for name in stages}
+    return values | ({} if default_periods else dict.fromkeys(periods, PERIOD))
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Case:
 
 @pytest.fixture(scope="session")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
-    """case(method, seed=0, sparsity=0.9, objective="at", pattern="") -> Case."""
+    """case(method, seed=0, sparsity=0.9, objective="at", ...) -> Case; see `make`."""
     folder = tmp_path_factory.mktemp("studies")
 
     @functools.cache
@@ -112,6 +116,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
         sparsity: float = 0.9,
         objective: str = "at",
         pattern: str = "",
+        default_periods: bool = False,
     ) -> Case:
         names = registry.names("method")
         data = {
@@ -134,7 +139,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
                 "precision": "fp32",  # the same results on every machine
                 "validation": {"steps": 2},
             },
-            "methods": {name: shrink(registry.entry("method", name)) for name in names},
+            "methods": {
+                name: shrink(registry.entry("method", name), default_periods) for name in names
+            },
             "evaluation": {"n_examples": 10, "selections": {"last": ["clean"]}},
         }
         for name in names if pattern else ():
@@ -145,7 +152,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
             labels = np.arange(60) % 10
             np.savez(extra, images=np.repeat(labels, 64).reshape(60, 8, 8) / 9, labels=labels)
             data["training"]["rst_file"] = str(extra)
-        path = folder / f"{objective}-{sparsity}-{seed}-{pattern.replace(':', '_')}.yaml"
+        others = f"{pattern.replace(':', '_')}-{default_periods}"
+        path = folder / f"{objective}-{sparsity}-{seed}-{others}.yaml"
         path.write_text(yaml.safe_dump(data))
         study = loading.load(path)
         found = [cell for cell in study.cells() if cell.method == method]

@@ -38,6 +38,11 @@ SETTINGS = [
     *(pytest.param(name, {}, id=name) for name in METHODS),
     *(pytest.param(name, {"pattern": "1:4"}, id=f"{name}-1:4") for name in PATTERNED),
 ]
+PERIODIC = [
+    name
+    for name in METHODS
+    if any(key.endswith("_every") for key in registry.entry("method", name).params.model_fields)
+]
 CPU = torch.device("cpu")
 
 
@@ -134,6 +139,18 @@ def test_export_has_the_pattern_and_the_number_of_weights_of_the_sparsity(
     assert tight > 0
     free, free_layout = trained(method, sparsity=sparsity)
     assert nonzero_count(exported) == nonzero_count(free.network(free_layout, selection))
+
+
+@pytest.mark.parametrize("method", PERIODIC)
+def test_periods_longer_than_the_training_still_end_at_the_requested_sparsity(method, trained):
+    """A method that prunes only every n steps must also prune in a training of fewer steps."""
+    case, layout = trained(method, default_periods=True)
+    assert case.study.methods[method] != trained(method)[0].study.methods[method]
+    for selection in SELECTIONS:
+        model = case.network(layout, selection)
+        asked = keep_count(weight_count(model), case.cell.sparsity)
+        assert abs(nonzero_count(model) - asked) <= len(prunable(model))
+        assert all(module.weight.count_nonzero() for module in prunable(model).values())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -422,6 +422,40 @@ def test_missing_data_fails_only_the_command_check(name, key, study_data, tmp_pa
     assert capsys.readouterr().err.startswith(f"robsparse: error: {message}")
 
 
+def test_a_folder_that_the_user_names_must_exist_and_a_default_one_is_noted(
+    study_data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    study_data["grid"]["datasets"] = ["cifar10"]
+    path = tmp_path / "study.yaml"
+    study_data["datasets"]["cifar10"] = {"data_dir": "cifra"}
+    path.write_text(yaml.safe_dump(study_data))
+    assert main(["check", str(path)]) == 2
+    assert 'datasets.cifar10.data_dir = "cifra": expected an existing' in capsys.readouterr().err
+    study_data["datasets"]["cifar10"] = {"data_dir": "data"}  # the default: it is downloaded to it
+    path.write_text(yaml.safe_dump(study_data))
+    note = 'datasets.cifar10: its folder "data" is not there yet\n'
+    assert main(["check", str(path)]) == 0
+    assert note in capsys.readouterr().out
+    (tmp_path / "data").mkdir()
+    assert main(["check", str(path)]) == 0
+    assert note not in capsys.readouterr().out
+
+
+def test_test_images_alone_are_enough_for_models_and_not_for_a_grid(
+    study_data, refused, load_study, tmp_path
+):
+    file = tmp_path / "test.npz"
+    np.savez(file, test_images=np.zeros((20, 8, 8), np.uint8), test_labels=np.arange(20) % 2)
+    study_data["datasets"]["npz"] = {"file": str(file)}
+    (tmp_path / "w.pt").write_bytes(b"")
+    model = {"file": str(tmp_path / "w.pt"), "arch": "small_cnn", "objective": "at"}
+    study_data["models"] = {"theirs": model | {"dataset": "npz"}}
+    assert len(load_study(study_data).cells()) > 1
+    study_data["grid"]["datasets"] = ["npz"]
+    assert refused(study_data).startswith("datasets.npz: no training images, expected some")
+
+
 # ---------------------------------------------------------------- files that are no study
 
 DEEP = "[" * 1000 + "]" * 1000

@@ -49,6 +49,17 @@ def read(folder, tmp_path):
     return load_folder
 
 
+def test_a_folder_of_test_images_alone_has_empty_training_parts(folder, read):
+    whole = read()
+    remove(folder / "train")
+    splits = read()
+    assert (len(splits.train), len(splits.validation), splits.classes) == (0, 0, 2)
+    assert splits.image_shape == whole.image_shape
+    assert torch.equal(splits.test.x_NCHW, whole.test.x_NCHW)
+    assert torch.equal(splits.some_images(3), splits.test.x_NCHW[:3])
+    assert torch.equal(whole.some_images(3), whole.train.x_NCHW[:3])
+
+
 def test_folders_are_classes_in_order(read):
     splits = read()
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (30, 10, 12)
@@ -136,7 +147,7 @@ def one_class(root):
 
 
 BAD_FOLDERS = {
-    "no train": (lambda root: remove(root / "train"), r"images/train: no such folder"),
+    "no test": (lambda root: remove(root / "test"), r"images/test: no such folder"),
     "one class": (
         one_class,
         r"images/train: expected at least two folders, one for each class, found 1",
@@ -363,3 +374,20 @@ def test_packed_fashion_mnist_is_unpacked_to_where_torchvision_looks(where, monk
         load("fashion_mnist", data_dir=str(folder))
     raw = folder / "FashionMNIST" / "raw"
     assert {p.name: p.read_text() for p in raw.iterdir()} == {n: n for n in fashion_mnist.FILES}
+
+
+# ---------------------------------------------------------------- the digits
+
+
+def test_digits_may_be_trained_on_some_images_and_all_others_stay(repository):
+    whole, some = load("digits"), load("digits", train_examples=50)
+    assert len(some.train) == 50
+    assert torch.equal(some.train.x_NCHW, whole.train.x_NCHW[:50])
+    assert torch.equal(some.validation.x_NCHW, whole.validation.x_NCHW)
+    assert torch.equal(some.test.x_NCHW, whole.test.x_NCHW)
+    params = registry.entry("dataset", "digits").params(train_examples=50)
+    assert params.description().train_examples == 50
+    with pytest.raises(
+        UsageError, match=r"digits\.train_examples = 1198: expected at most the 1197"
+    ):
+        load("digits", train_examples=1198)

@@ -659,7 +659,7 @@ def test_evaluation_of_other_weights_does_not_touch_the_cache_of_the_cell(
     cached = layout.cache(cell, "last") / "kept.npz"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"of a killed run")
-    target = Target.beside_file(tmp_path / "other.safetensors", "names")
+    target = Target.beside_file(tmp_path / "other.safetensors", "names", study.threat)
     for fresh in (False, True):
         evaluate_cell(study, cell, "last", layout, target=target, device="cpu", fresh=fresh)
         assert cached.exists()

@@ -168,6 +168,7 @@ VALUES = {
     "rst_fraction": 0.25,
     "train_on_validation": True,
     "train_examples": 20,
+    "classes": 2,
     "as_base": ["arch"],
     "synthetic_fraction": 0.25,
     "n_examples": 10,

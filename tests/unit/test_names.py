@@ -135,7 +135,7 @@ def parts_of_paths(study, root):
         paths += [layout.model(cell, "last"), layout.flags(cell, "last")]
         source = study.source(cell.method)
         if source.foreign:
-            paths += [Target.as_built(root, source).record]
+            paths += [Target.as_built(root, source, study.threat).record]
     return [part for path in paths for part in path.relative_to(root).parts]
 
 

@@ -19,6 +19,7 @@ from robsparse.evaluation import evaluate
 from robsparse.networks import external, weights
 from robsparse.records.evaluation_record import read_record
 from robsparse.schema.external import Source
+from robsparse.schema.threat import Threat
 from robsparse.study.cells import Layout
 from robsparse.study.loading import load
 from robsparse.study.planned import planned_cells
@@ -234,12 +235,16 @@ def test_external_model_is_dense_if_its_sparsity_is_zero(from_everywhere, study_
 
 
 def test_targets_have_different_paths(tmp_path):
-    made = Target.as_built(tmp_path, Source("callable", "nets:linear"))
+    threat = Threat(norm="Linf", eps="8/255")
+    made = Target.as_built(tmp_path, Source("callable", "nets:linear"), threat)
     assert made.weights is None
-    assert made.record == tmp_path / "callable" / "nets.linear.evaluation.json"
-    given = Target.beside_file(tmp_path / "w.pt", "order")
+    assert made.record == tmp_path / "callable" / "nets.linear.Linf-0.03137.evaluation.json"
+    given = Target.beside_file(tmp_path / "w.pt", "order", threat)
     assert (given.weights, given.match) == (tmp_path / "w.pt", "order")
     assert given.record.parent == given.flags.parent == tmp_path
+    other = Target.beside_file(tmp_path / "w.pt", "order", Threat(norm="L2", eps=0.5))
+    assert other.record == tmp_path / "w.pt.L2-0.5.evaluation.json"
+    assert {other.flags, other.cache}.isdisjoint({given.flags, given.cache})
 
 
 def test_foreign_code_of_a_study_is_attacked_unchanged(from_everywhere, own_nets, monkeypatch):
@@ -268,7 +273,7 @@ def test_record_of_a_network_without_a_file_has_a_checksum_of_its_weights(
     own_nets(LINEAR)
     study, layout = from_everywhere
     cell = cell_of(study, "made")
-    target = Target.as_built(tmp_path, study.source("made"))
+    target = Target.as_built(tmp_path, study.source("made"), study.threat)
     path = evaluate.evaluate_cell(study, cell, "last", layout, target=target, device="cpu")
     row = read_record(path).rows[0]
     torch.manual_seed(0)
@@ -425,7 +430,7 @@ def test_outcomes_are_the_same_with_and_without_a_study(by_hand, tmp_path, study
     [of_study] = (tmp_path / "results" / "tiny").rglob("*.flags.npz")
     with (
         np.load(of_study) as one,
-        np.load(tmp_path / "results" / "callable" / "own_nets.Net.flags.npz") as other,
+        np.load(tmp_path / "results" / "callable" / "own_nets.Net.Linf-0.15.flags.npz") as other,
     ):
         assert one.files == other.files
         names = [name for name in one.files if name.endswith(".all")]

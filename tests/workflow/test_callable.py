@@ -72,7 +72,7 @@ def test_a_function_gives_the_network(nets):
     done = evaluate(nets, "--callable", "nets:linear", attacks="clean,pgd,fgsm,fmn,square")
     assert done.returncode == 0, done.stderr
     assert "640 of 640 prunable weights are nonzero" in done.stdout
-    path = nets.root / "results/callable/nets.linear.evaluation.json"
+    path = nets.root / "results/callable/nets.linear.Linf-0.15.evaluation.json"
     assert str(path.relative_to(nets.root)) in done.stdout
     record = json.loads(path.read_text())
     assert [row["attack"] for row in record["rows"]] == ["clean", "pgd", "fgsm", "fmn", "square"]

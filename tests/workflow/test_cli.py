@@ -245,6 +245,13 @@ def test_impossible_threads_are_refused(command, threads, project, robsparse):
     assert project.files() == {}
 
 
+def test_plan_ends_with_the_command_that_runs_the_study(small, project, robsparse):
+    study = project.write(small)
+    code, out, _ = robsparse("plan", study, "--cores", "3")
+    assert code == 0
+    assert out.splitlines()[-1] == f"start it: robsparse run {study} --cores 3"
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate", "plan"])
 def test_cuda_without_a_gpu_is_refused(command, small, project, robsparse):
     torch = pytest.importorskip("torch")
@@ -358,7 +365,9 @@ def test_model_of_another_suite_is_evaluated_beside_its_file(small, project, rob
     words = ("evaluate", study, "--cell", DENSE, "--selection", "last", "--model", str(theirs))
     assert robsparse(*words)[0] == 0
     assert results_of(project) == before
-    rows = json.loads((theirs.parent / "net.safetensors.evaluation.json").read_text())["rows"]
+    rows = json.loads((theirs.parent / "net.safetensors.Linf-0.15.evaluation.json").read_text())[
+        "rows"
+    ]
     assert [row["attack"] for row in rows] == ["clean", "pgd"]
     assert rows[0]["train_seconds"] is None
 

@@ -199,4 +199,4 @@ def test_a_network_of_the_zoo_is_evaluated_like_any_other(project, python):
     )
     assert done.returncode == 0, done.stderr
     assert "prunable weights are nonzero" in done.stdout
-    assert (project.root / "results/zoo/Sehwag2020Hydra.evaluation.json").exists()
+    assert (project.root / "results/zoo/Sehwag2020Hydra.Linf-0.03137.evaluation.json").exists()
