@@ -2,13 +2,11 @@
 
 import dataclasses
 import re
-import subprocess
 import tomllib
 
 import pytest
 import torch
 import yaml
-from workflow.conftest import ENVIRONMENT
 
 import one_tree
 from robsparse import models
@@ -76,14 +74,7 @@ def test_the_page_runs_from_its_first_command_to_its_last(blocks, tmp_path, proj
     assert commands[0].startswith("robsparse new-method scaled_magnitude")
     printed = {}
     for command in commands:
-        done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=project.root,
-            env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path / "tree")},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = project.run("bash", "-c", command, PYTHONPATH=str(tmp_path / "tree"))
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         printed[command.split("--")[0].strip()] = done.stdout
         if command == commands[0]:
