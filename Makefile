@@ -40,7 +40,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(KERNELS)
 	  --constraint constraints.txt --editable '.[robustbench,onnx,dev]'
 	@touch $@
 
-# STUDY=ablation_bcs copies another study. PARTIAL=1 copies the results that exist so far.
+# report.html is left out: it has several megabytes. STUDY=ablation_bcs copies another study. PARTIAL=1 copies the results that exist so far.
 # CONFIG=config/photos_more.yaml names the file of the study, if its name is not that of the study.
 STUDY ?= quick
 CONFIG ?= config/$(STUDY).yaml
