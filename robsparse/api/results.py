@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from robsparse.figures.data import tidy
+from robsparse.figures.data.tidy import read
 
 
 def read_results(folder: str | Path) -> pd.DataFrame:
@@ -16,4 +16,4 @@ def read_results(folder: str | Path) -> pd.DataFrame:
     Raises:
         UsageError: if the study is not collected yet, or if its table is damaged.
     """
-    return tidy.read(Path(folder)).results
+    return read(Path(folder)).results

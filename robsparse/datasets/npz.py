@@ -79,5 +79,5 @@ def load(params: Params) -> Splits:
 
 def _part(stored: dict[str, np.ndarray], part: str, path: Path, classes: int | None) -> Part:
     word = {"train": "training", "test": "test"}[part]
-    arrays = (stored[f"{part}_{what}"] for what in _ARRAYS)
-    return as_part(*arrays, f"{path}: {word} part", classes)
+    images, labels = (stored[f"{part}_{what}"] for what in _ARRAYS)
+    return as_part(images, labels, f"{path}: {word} part", classes)

@@ -11,8 +11,7 @@ from robsparse.compute.machine import pick_device, prepare
 from robsparse.evaluation import corruptions, record, sanity_checks
 from robsparse.evaluation import job as jobs
 from robsparse.evaluation.cache import Cache
-from robsparse.evaluation.latency import latency_ms
-from robsparse.evaluation.measure import measure_network
+from robsparse.evaluation.measure import latency_ms, measure_network
 from robsparse.evaluation.runner import attack_model, evaluation_errors
 from robsparse.fast import proof
 from robsparse.schema.evaluation import Selection

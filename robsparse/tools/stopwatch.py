@@ -130,9 +130,9 @@ def multiply_rate(device: torch.device, precision: str) -> float:
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.rand(images, 256, 16, 16, device=device)
         weight = torch.rand(256, 256, 3, 3, device=device)
-        given = [t.to(dtype).contiguous(memory_format=memory_format) for t in (x, weight)]
-        macs = images * 256 * 256 * 9 * 16 * 16
-        rates.append(2 * macs / _shortest(lambda given=given: torch.conv2d(*given, padding=1)))
+        x, weight = (t.to(dtype).contiguous(memory_format=memory_format) for t in (x, weight))
+        convolve = functools.partial(torch.nn.functional.conv2d, x, weight, padding=1)
+        rates.append(2 * images * 256 * 256 * 9 * 16 * 16 / _shortest(convolve))
     return max(rates)
 
 

@@ -471,7 +471,8 @@ FILES = {
         figures/* figures/data/* figures/page/* figures/plots/* figures/tables/* figures/text/*
     """,
     "nothing": """
-        robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/api/* robsparse/study/checks
+        robsparse/__main__ robsparse/cli/* robsparse/tools/* robsparse/tools/bench/*
+        robsparse/api/* robsparse/study/checks
         robsparse/base/gpus robsparse/base/parent robsparse/base/runs
         robsparse/study/loading robsparse/study/resolving
         robsparse/schema/study_file robsparse/schema/json_schema figures/data/agreement

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from robsparse.base.files import write_json
-from robsparse.evaluation import latency
+from robsparse.evaluation import measure
 from robsparse.evaluation.evaluate import evaluate_cell
 from robsparse.networks import construct, weights
 from robsparse.records.evaluation_record import read_record
@@ -19,7 +19,7 @@ from robsparse.study.cells import Layout
 def clock(monkeypatch):
     """A clock that only `clock(seconds)` moves; it times every pass."""
     now = [0.0]
-    monkeypatch.setattr(latency.benchmark, "timer", lambda: now[0])
+    monkeypatch.setattr(measure.benchmark, "timer", lambda: now[0])
 
     def forward(seconds):
         now[0] += seconds
@@ -34,20 +34,20 @@ def test_latency_is_the_median_of_passes_with_one_image_after_a_warm_up(clock):
         def forward(self, x_NCHW):
             seen.append((tuple(x_NCHW.shape), torch.is_grad_enabled()))
             number = next(passes)
-            clock(100.0 if number < latency.WARM_UP else 0.001 * (number % 3 + 1))
+            clock(100.0 if number < measure.WARM_UP else 0.001 * (number % 3 + 1))
             return x_NCHW.flatten(1)
 
-    found = latency.latency_ms(Timed(), torch.rand(8, 1, 2, 2), folded=False)
+    found = measure.latency_ms(Timed(), torch.rand(8, 1, 2, 2), folded=False)
     assert found == pytest.approx(2.0)
     assert set(seen) == {((1, 1, 2, 2), False)}
-    assert len(seen) == latency.WARM_UP + latency.REPEATS
+    assert len(seen) == measure.WARM_UP + measure.REPEATS
 
 
 def test_folded_view_is_timed(clock, monkeypatch):
     view = nn.Flatten()
-    monkeypatch.setattr(latency.folding, "folded_view", lambda network, x: view)
+    monkeypatch.setattr(measure.folding, "folded_view", lambda network, x: view)
     view.register_forward_hook(lambda *_: clock(0.5))
-    assert latency.latency_ms(nn.Identity(), torch.rand(2, 1, 2, 2), folded=True) == 500
+    assert measure.latency_ms(nn.Identity(), torch.rand(2, 1, 2, 2), folded=True) == 500
 
 
 @pytest.mark.parametrize("wanted", [False, True])

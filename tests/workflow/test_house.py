@@ -99,7 +99,12 @@ def test_every_package_stands_in_a_layer_and_is_installed(repository):
     folders = {path.parent.name for path in (repository / "robsparse").glob("*/__init__.py")}
     assert named == folders | set(ROOMS)
     inside = [path.parent for room in ROOMS for path in (repository / room).rglob("__init__.py")]
-    names = [*folders, *(".".join(path.relative_to(repository).parts) for path in inside)]
+    nested = (repository / "robsparse").glob("*/*/__init__.py")
+    names = [
+        *folders,
+        *(".".join(path.relative_to(repository).parts) for path in inside),
+        *(".".join(path.parent.parts[-2:]) for path in nested),
+    ]
     installed = settings["setuptools"]["packages"]
     assert set(installed) == {"robsparse", *(f"robsparse.{name}" for name in names)}
 
