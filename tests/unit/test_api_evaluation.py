@@ -1,5 +1,7 @@
 """`robsparse.evaluate` and `robsparse.read_results`."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +17,13 @@ from robsparse.records.rows import Row, wilson_interval
 from robsparse.study.planned import Attack
 
 EPS = 0.1
+
+
+@pytest.fixture(scope="module")
+def known_network(known_network):
+    """A copy: attacks leave gradients in a network that a function hides (`Masked`)."""
+    network, part = known_network
+    return copy.deepcopy(network), part
 
 
 @pytest.fixture(scope="module")
