@@ -125,7 +125,7 @@ def test_every_hook_and_every_attribute_of_a_run_is_documented(text):
 
 
 def test_every_helper_of_the_page_exists(text):
-    table = text.split("### Helpers\n")[1].split("\n\n")[1]
+    table = text.split("### Helpers\n\n")[1].split("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines()[2:]]
     assert len(rows) >= 7
     for row in rows:
