@@ -78,7 +78,7 @@ def test_a_function_gives_the_network(nets):
     assert [row["attack"] for row in record["rows"]] == ["clean", "pgd", "fgsm", "fmn", "square"]
     assert record["rows"][0]["potentially_unreliable"] == ""
     assert record["sanity_checks"]["examined"] == 30
-    with np.load(nets.root / "results/callable/nets.linear.flags.npz") as flags:
+    with np.load(nets.root / "results/callable/nets.linear.Linf-0.15.flags.npz") as flags:
         assert flags["fmn.distance"].shape == (30,)
 
 

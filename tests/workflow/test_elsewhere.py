@@ -120,6 +120,6 @@ def test_the_workflow_and_the_command_agree_image_for_image(finished):
     done = project.run("robsparse", "evaluate", "--callable", "nets:conv", *options)
     assert done.returncode == 0, done.stderr
     [one] = (project.root / "results" / "elsewhere").rglob("made/**/last.flags.npz")
-    other = project.root / "results" / "callable" / "nets.conv.flags.npz"
+    other = project.root / "results" / "callable" / "nets.conv.Linf-0.15.flags.npz"
     with np.load(one) as ours, np.load(other) as alone:
         assert (ours["clean.all"] == alone["clean.all"]).all()

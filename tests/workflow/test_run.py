@@ -40,7 +40,7 @@ def test_a_failed_network_is_named_with_its_own_error_and_its_log(failed):
     log = f"results/tiny/logs/train/{BAD}.log"
     assert f"    log: {log}" in text
     assert (project.root / log).exists()
-    assert "look at: results/tiny/partial/report.md" in text
+    assert "look at: results/tiny/partial/report.html" in text
 
 
 def test_without_a_terminal_each_job_is_one_line(failed):
@@ -66,7 +66,7 @@ def test_a_part_of_the_study_is_run_and_drawn_apart(failed):
     words = ("--only", "method=dense", "--cores", "1")
     done = project.run("robsparse", "run", "config/tiny.yaml", *words)
     assert done.returncode == 0, done.stderr
-    assert "look at: results/tiny/partial/report.md" in done.stdout
+    assert "look at: results/tiny/partial/report.html" in done.stdout
     assert not (project.root / "results/tiny/results.csv").exists()
 
 
@@ -77,7 +77,7 @@ def test_a_changed_study_is_a_file_that_runs_to_its_table(failed):
     assert done.returncode == 0, done.stderr
     table = (project.root / "results/other/tables/main.md").read_text()
     assert table in done.stdout
-    assert "look at: results/other/report.md" in done.stdout
+    assert "look at: results/other/report.html" in done.stdout
     written = project.root / "results/other/config.yaml"
     assert yaml.safe_load(written.read_text())["evaluation"]["n_examples"] == 4
     again = project.run("robsparse", "run", "results/other/config.yaml", "--cores", "1")
