@@ -64,7 +64,8 @@ _FILES = """\
 | `results.csv`, `results.parquet` | one network under one attack component | the cell (dataset, \
 arch, method, objective, sparsity, seed), selection, attack, component (`all`: the whole attack); \
 `accuracy` as a fraction with its Wilson interval `ci_low`, `ci_high`; threat; sizes; cost; \
-provenance; `origin`: where the network comes from; `attacked_on`: the network or its folded view; \
+provenance (`kernels`: the instruction set of the sparse kernels); `origin`: where the network \
+comes from; `attacked_on`: the network or its folded view; \
 `code_digest`: digest of the code that made the row; `other_code`: not empty if older or \
 changed code made the row; `potentially_unreliable`: reasons why the network \
 is potentially unreliable |
@@ -288,6 +289,7 @@ def _reproduce(material: Material) -> str:
 
 - Code: {code(results)}
 - Libraries: {join(results.libraries)}
+- Sparse kernels: {join(results.kernels)}
 - Device: {device(results)}
 - Checksum of the data: {join(results.data_checksum)}
 

@@ -55,6 +55,7 @@ _WORDS = [
     "eval_device",
     "version",
     "libraries",
+    "kernels",
 ]
 
 

@@ -15,6 +15,7 @@ from robsparse.evaluation.job import Job
 from robsparse.evaluation.measure import NetworkSize
 from robsparse.evaluation.runner import AttackResult
 from robsparse.evaluation.sanity_checks import Findings
+from robsparse.kernels.library import instructions
 from robsparse.networks import compact, weights
 from robsparse.records import provenance
 from robsparse.records.evaluation_record import Record, read_record, write_record
@@ -64,6 +65,7 @@ def network_columns(job: Job) -> dict[str, Any]:
         "settings_digest": job.fingerprint.digest,
         "code_digest": job.fingerprint.code,
         **provenance.current(),
+        "kernels": instructions(job.device.type),
     }
 
 

@@ -34,7 +34,12 @@ def _find() -> ModuleType | str:
     return module
 
 
-def instructions() -> str:
-    """Return the instruction set in use, for records: avx512, avx2 or plain; "" without kernels."""
+def instructions(device_type: str = "cpu") -> str:
+    """Return the instruction set of the kernels, for records.
+
+    It is avx512, avx2, plain or "not built"; "" on a device that is not a CPU.
+    """
+    if device_type != "cpu":
+        return ""
     module = library()
-    return module.instructions() if module else ""
+    return module.instructions() if module else "not built"

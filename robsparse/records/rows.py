@@ -91,6 +91,11 @@ class Row(BaseModel):
     code_version: str
     code_dirty: bool
     libraries: str
+    kernels: str = Field(
+        "",
+        description="instruction set of the sparse kernels in the evaluation: avx512, avx2, plain "
+        'or "not built"; "" on a GPU',
+    )
     data_checksum: str
     model_checksum: str
     source: Literal["measured"] | str = "measured"

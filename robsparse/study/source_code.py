@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "robsparse"
-
+NATIVE = ("*.c", "*.h")  # sources of compiled modules
 
 Import = tuple[int, str, tuple[str, ...]]  # level, module and names, as in ast.ImportFrom
 
@@ -38,7 +38,8 @@ def read(path: Path) -> bytes:
 def digest(*entries: str, beside: tuple[str, ...] = ()) -> str:
     """Digest of the source code of the modules `entries` and of all modules that they import.
 
-    The result of the first call is stored, because the process keeps the code that it has loaded.
+    C files in the folders of these modules count too, with their comments. The result of the first
+    call is stored, because the process keeps the code that it has loaded.
 
     Args:
         entries: names of modules.
@@ -46,8 +47,8 @@ def digest(*entries: str, beside: tuple[str, ...] = ()) -> str:
     """
     files = closure(*entries)
     sums = {name: _source(path).digest for name, path in files.items()}
-    for folder in {path.parent for path in files.values()} if beside else ():
-        found = (path for pattern in beside for path in folder.glob(pattern))
+    for folder in {path.parent for path in files.values()}:
+        found = (path for pattern in (*NATIVE, *beside) for path in folder.glob(pattern))
         sums |= {path.name: hashlib.sha256(read(path)).hexdigest() for path in found}
     text = "\n".join(f"{name} {value}" for name, value in sorted(sums.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robsparse.base.files import atomic, file_checksum, write_json
 from robsparse.compute.machine import device_name, peak_memory_mb, precision_note
+from robsparse.kernels.library import instructions
 from robsparse.networks import weights
 from robsparse.records import provenance
 from robsparse.sparsity.history import ConnectionLog, empty_lifetimes, empty_steps
@@ -163,6 +164,7 @@ def write_results(session: Session, record: TrainingRecord) -> None:
             "data_checksum": session.data_checksum,
             "start_checksum": file_checksum(start.weights) if start.weights else None,
             **provenance.current(),
+            "kernels": instructions(session.device.type),
             **session.fingerprint.as_record(),
             "weights": {s: file_checksum(layout.model(cell, s)) for s in states},
         },

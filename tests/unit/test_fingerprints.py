@@ -495,14 +495,16 @@ def stage_of(file: str) -> str:
 
 
 def files_of_the_package(repository: Path) -> dict[str, Path]:
-    """Paths of all code and of the style of plots and page, by their names in FILES."""
+    """Paths of all code, in Python and C, and of the style of plots and page, by their names in
+    FILES."""
     found = {}
     for package in ("robsparse", "method", "baselines", "eval", "figures"):
         paths = (repository / package).rglob("*.py")
         found |= {p.relative_to(repository).as_posix(): p for p in paths}
     figures = repository / "figures"
     looks = (p for end in ("mplstyle", "j2", "css", "js") for p in figures.rglob(f"*.{end}"))
-    found |= {path.relative_to(repository).as_posix(): path for path in looks}
+    compiled = (repository / "robsparse").rglob("*.[ch]")
+    found |= {path.relative_to(repository).as_posix(): path for path in (*looks, *compiled)}
     return {name: path for name, path in found.items() if not name.startswith("robsparse/method/")}
 
 
@@ -688,9 +690,9 @@ The tests in this file change every key of a study and every file of the package
 which jobs the parameters change that Snakemake compares.
 
 Some things change no fingerprint: the name and the folder of a config, the place of data and
-weights, and comments and docstrings in code. The content of a file that a config names does change
-it. If `evaluation.selections` gets `best_clean`, networks that were trained without it are trained
-again, because training did not save these weights.
+weights, and comments and docstrings in Python code. The content of a file that a config names does
+change it. If `evaluation.selections` gets `best_clean`, networks that were trained without it are
+trained again, because training did not save these weights.
 
 The stages are training, evaluation, collect and figures. If a stage runs again, all later stages
 also run again. If several names in the table fit a key, the longest one counts. In a row with
