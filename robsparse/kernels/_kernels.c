@@ -17,6 +17,9 @@
 
 /* Images that are computed together: rows of one block stay in the cache. Measured: docs/speed.md. */
 #define BLOCK 64
+/* Active weights whose gradients are computed together: their sums stay in the cache. */
+#define TOGETHER 256
+
 /* geometry.py has the same two limits: lines of taps, and phases. */
 #define MOST_TAPS 64
 #define MOST_PHASES 256
@@ -163,7 +166,7 @@ static inline Range range_inside(long offset, long step, long size, long first, 
 typedef struct {
     const char *name;
     void (*gather[2])(const Gather *, const Phase *, long, long, long);
-    void (*weights[2])(const Gather *, const Phase *, long, long, long, long, long);
+    void (*weights[2])(const Gather *, const Phase *, int32_t, int32_t, long, long, long, long);
 } Instructions;
 
 static const Instructions PLAIN = {"plain",
@@ -236,6 +239,7 @@ static void gather_all(const Gather *g, const Phase *phases, int count, int doub
 static void weights_all(const Gather *g, const Phase *p, int double_, int threads) {
     const Instructions *use = chosen;
     const long size = double_ ? 8 : 4;
+    const int32_t active = g->segments[g->out_channels * p->lines * p->columns];
     long line = g->in_channels * g->in_width * p->in_y_step * size * BLOCK;
     long together = CACHED / (line ? line : 1) - p->lines + 1;
     if (together < 1) together = 1;
@@ -249,8 +253,9 @@ static void weights_all(const Gather *g, const Phase *p, int double_, int thread
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
-            for (long o = 0; o < g->out_channels; o++)
-                use->weights[double_](g, p, o, j, j_end, n, n_end);
+            for (int32_t k = 0; k < active; k += TOGETHER)
+                use->weights[double_](g, p, k, k + TOGETHER < active ? k + TOGETHER : active, j, j_end,
+                                      n, n_end);
         }
 }
 

@@ -131,54 +131,75 @@ static TARGET void NAME(gather)(const Gather *g, const Phase *p, long j, long n,
 
 /* ------------------------------------------------------------------ gradient of weights */
 
-/* Return the product of `a` and `b` over `pixels` pixels and `images` images. */
-INLINE SCALAR NAME(dot)(const SCALAR *a, long a_step, const SCALAR *b, long b_step, long pixels,
-                        long images) {
-    const VEC zero = {0};
-    VEC sum[4] = {zero, zero, zero, zero};
-    SCALAR rest = 0;
-    for (long i = 0; i < pixels; i++, a += a_step, b += b_step) {
-        long n = 0;
-        for (; n + 4 * LANES <= images; n += 4 * LANES)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++)
-                sum[v] += *(const LOOSE *)(a + n + v * LANES) * *(const LOOSE *)(b + n + v * LANES);
-        for (; n + LANES <= images; n += LANES)
-            sum[0] += *(const LOOSE *)(a + n) * *(const LOOSE *)(b + n);
-        for (; n < images; n++) rest += a[n] * b[n];
+/* Add to sums[k] the products of the rows x and dy of one pixel, for the entries `first` to `last`.
+ * Lane l of sums[k] has the images whose number has the remainder l. */
+INLINE void NAME(products)(const ENTRY *first, const ENTRY *last, const SCALAR *x, const SCALAR *dy,
+                           long images, VEC *sums, const int vectors, long few) {
+    VEC d[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors && !few; v++) d[v] = *(const LOOSE *)(dy + v * LANES);
+    for (const ENTRY *e = first; e < last; e++, sums++) {
+        const SCALAR *row = x + (long)e->row * images;
+        if (few) {
+            for (long n = 0; n < few; n++) ((SCALAR *)sums)[n] += row[n] * dy[n];
+            continue;
+        }
+        VEC sum = *sums;
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) sum += d[v] * *(const LOOSE *)(row + v * LANES);
+        *sums = sum;
     }
-    const VEC all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    for (int lane = 0; lane < LANES; lane++) rest += all[lane];
-    return rest;
 }
 
-/* Add to the gradient of each active weight of output channel o the sum over the output lines
- * j to j_end and the images n to n_end. g->y: the gradient of the output. */
-static TARGET void NAME(weights)(const Gather *g, const Phase *p, long o, long j, long j_end,
-                                 long n, long n_end) {
-    const long x_step = p->in_x_step * g->in_channels * g->images;
-    const long y_step = g->out_channels * g->images;
-    const ENTRY *entries = g->entries;
-    SCALAR *gradient = g->gradient;
-    const SCALAR *y = (const SCALAR *)g->y + o * g->images + n;
-    const SCALAR *x = (const SCALAR *)g->x + n;
-    for (long a = 0; a < p->lines; a++)
-        for (long b = 0; b < p->columns; b++) {
-            const Range js = range_inside(p->dy[a], p->in_y_step, g->in_height, j, j_end);
-            const Range is = range_inside(p->dx[b], p->in_x_step, g->in_width, 0, p->width);
-            const int32_t *segment = g->segments + p->segment + (o * p->lines + a) * p->columns + b;
-            for (int32_t k = segment[0]; k < segment[1]; k++) {
-                SCALAR sum = 0;
-                for (long line = js.first; line < js.last; line++) {
-                    const long pixel =
-                        line * p->in_y_step * g->in_width + is.first * p->in_x_step;
-                    const SCALAR *dx = x + (entries[k].row + pixel * g->in_channels) * g->images;
-                    const SCALAR *dy = y + (line * g->out_width + is.first) * y_step;
-                    sum += NAME(dot)(dy, y_step, dx, x_step, is.last - is.first, n_end - n);
+/* Add to sums the products of the output lines j to j_end, for the entries `first` to `last`, which
+ * are of the output channels o and following, and for the images from n on: `vectors` vectors, or
+ * `few` images. */
+INLINE void NAME(lines)(const Gather *g, const Phase *p, long o, int32_t first, int32_t last, long j,
+                        long j_end, long n, VEC *sums, const int vectors, long few) {
+    const int32_t *segments = g->segments + p->segment;
+    const long taps_all = p->lines * p->columns;
+    for (; j < j_end; j++)
+        for (long i = 0; i < p->width; i++) {
+            const Taps taps = taps_inside(g, p, j, i);
+            const long in = (j * p->in_y_step * g->in_width + i * p->in_x_step) * g->in_channels;
+            const long out = (j * g->out_width + i) * g->out_channels;
+            const SCALAR *x = (const SCALAR *)g->x + in * g->images + n;
+            const SCALAR *dy = (const SCALAR *)g->y + out * g->images + n;
+            for (long c = o; c < g->out_channels && segments[c * taps_all] < last; c++) {
+                Runs runs;
+                find_runs(g->segments, p, c, taps, &runs);
+                for (int r = 0; r < runs.count; r++) {
+                    const int32_t from = runs.first[r] > first ? runs.first[r] : first;
+                    const int32_t to = runs.last[r] < last ? runs.last[r] : last;
+                    if (from < to)
+                        NAME(products)((const ENTRY *)g->entries + from,
+                                       (const ENTRY *)g->entries + to, x, dy + c * g->images,
+                                       g->images, sums + (from - first), vectors, few);
                 }
-                gradient[k] += sum;
             }
         }
+}
+
+/* Add to the gradients of the active weights `first` to `last` the sums over the output lines j to
+ * j_end and the images n to n_end. At most TOGETHER weights. g->y: the gradient of the output. */
+static TARGET void NAME(weights)(const Gather *g, const Phase *p, int32_t first, int32_t last,
+                                 long j, long j_end, long n, long n_end) {
+    const int32_t *segments = g->segments + p->segment;
+    const VEC zero = {0};
+    VEC sums[TOGETHER];
+    long o = 0;
+    while (segments[(o + 1) * p->lines * p->columns] <= first) o++;
+    for (int32_t k = first; k < last; k++) sums[k - first] = zero;
+    for (; n_end - n >= VECTORS * LANES; n += VECTORS * LANES)
+        NAME(lines)(g, p, o, first, last, j, j_end, n, sums, VECTORS, 0);
+    for (; n_end - n >= LANES; n += LANES)
+        NAME(lines)(g, p, o, first, last, j, j_end, n, sums, 1, 0);
+    if (n < n_end) NAME(lines)(g, p, o, first, last, j, j_end, n, sums, 1, n_end - n);
+    for (int32_t k = first; k < last; k++) {
+        SCALAR sum = 0;
+        for (int lane = 0; lane < LANES; lane++) sum += sums[k - first][lane];
+        ((SCALAR *)g->gradient)[k] += sum;
+    }
 }
 
 #undef VEC
