@@ -239,7 +239,7 @@ static void gather_all(const Gather *g, const Phase *phases, int count, int doub
 static void weights_all(const Gather *g, const Phase *p, int double_, int threads) {
     const Instructions *use = chosen;
     const long size = double_ ? 8 : 4;
-    const int32_t active = g->segments[g->out_channels * p->lines * p->columns];
+    const long active = g->segments[g->out_channels * p->lines * p->columns];
     long line = g->in_channels * g->in_width * p->in_y_step * size * BLOCK;
     long together = CACHED / (line ? line : 1) - p->lines + 1;
     if (together < 1) together = 1;
@@ -253,9 +253,10 @@ static void weights_all(const Gather *g, const Phase *p, int double_, int thread
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
-            for (int32_t k = 0; k < active; k += TOGETHER)
-                use->weights[double_](g, p, k, k + TOGETHER < active ? k + TOGETHER : active, j, j_end,
-                                      n, n_end);
+            for (long k = 0; k < active; k += TOGETHER) {
+                const long last = k + TOGETHER < active ? k + TOGETHER : active;
+                use->weights[double_](g, p, k, last, j, j_end, n, n_end);
+            }
         }
 }
 

@@ -16,6 +16,7 @@ from robsparse.base.files import file_checksum
 from robsparse.cli.main import main
 from robsparse.collection import overlap
 from robsparse.evaluation import evaluate
+from robsparse.kernels.library import instructions
 from robsparse.networks import external, weights
 from robsparse.records.evaluation_record import read_record
 from robsparse.schema.external import Source
@@ -262,8 +263,8 @@ def test_foreign_code_of_a_study_is_attacked_unchanged(from_everywhere, own_nets
         cell = cell_of(study, name)
         external.import_network(study, cell, layout)
         path = evaluate.evaluate_cell(study, cell, "last", layout, device="cpu")
-        used = {row.attacked_on for row in read_record(path).rows}
-        assert used == {"view" if name == "given" else "network"}
+        used = {(row.attacked_on, row.kernels) for row in read_record(path).rows}
+        assert used == {("view" if name == "given" else "network", instructions())}
     assert folded == {0: True, 1: False}
 
 

@@ -18,6 +18,7 @@ from robsparse.base.errors import TrainingError, UsageError
 from robsparse.base.files import file_checksum
 from robsparse.compute import perturb
 from robsparse.datasets import Part
+from robsparse.kernels.library import instructions
 from robsparse.networks import construct, weights
 from robsparse.schema.threat import Crafting
 from robsparse.schema.training import Fit
@@ -968,7 +969,8 @@ def test_networks_of_any_code_train_and_their_record_has_crafted_on(  # noqa: PL
     with contextlib.suppress(Interrupted):
         loop.train_cell(study, cell, layout, device="cpu", max_steps=3)
     loop.train_cell(study, cell, layout, device="cpu")
-    assert json.loads((layout.training(cell)).read_text())["crafted_on"] == used
+    record = json.loads((layout.training(cell)).read_text())
+    assert (record["crafted_on"], record["kernels"]) == (used, instructions())
     out = capsys.readouterr().out
     # Once in each process, because a resumed run creates the network again.
     assert out.count("folded view: not used for this network, 'conv' has hooks") == 2 * hooked
