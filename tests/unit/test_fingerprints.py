@@ -495,8 +495,7 @@ def stage_of(file: str) -> str:
 
 
 def files_of_the_package(repository: Path) -> dict[str, Path]:
-    """Paths of all code, in Python and C, and of the style of plots and page, by their names in
-    FILES."""
+    """Paths of all code (Python and C) and of the style of plots and page, by names in FILES."""
     found = {}
     for package in ("robsparse", "method", "baselines", "eval", "figures"):
         paths = (repository / package).rglob("*.py")
