@@ -27,6 +27,9 @@ class Params(Strict):
 class SnipStage(MaskedStage):
     """Train under the mask. Before the first gradient all weights are active; this is the peak."""
 
+    def reads_all_gradients(self, run: Run) -> bool:
+        return run.step == 0
+
     def before_masking(self, run: Run) -> None:
         if run.step == 0:
             scores = {

@@ -150,6 +150,10 @@ class SignedTheta(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight.abs()
 
+    def active(self, theta: Tensor) -> Tensor:
+        """Return the active positions (bool, the weight's shape)."""
+        return self.sign != 0 if self.fixed else theta > 0
+
     def fix(self, active: Tensor) -> None:
         """Fix the active set (bool, the weight's shape); theta no longer changes it."""
         self.sign.mul_(active)
@@ -269,7 +273,7 @@ def signed_layers(model: nn.Module) -> list[SignedTheta]:
 def active_masks(model: nn.Module) -> list[Tensor]:
     """Return the active positions of each prunable layer (bool, the weight's shape)."""
     return [
-        layer.sign != 0 if layer.fixed else theta > 0
+        layer.active(theta)
         for layer, theta in zip(signed_layers(model), thetas(model), strict=True)
     ]
 

@@ -13,6 +13,7 @@ replaces the measurement. It gives the same forms on every machine. The tests us
 
 import functools
 import json
+import math
 import os
 import platform
 import time
@@ -29,7 +30,7 @@ from robsparse.base.files import atomic
 from robsparse.fast.forms import LARGEST_MATRIX, Form, Kind, MatrixForm, PlainForm, SparseForm
 from robsparse.kernels.geometry import Geometry
 from robsparse.kernels.library import library
-from robsparse.kernels.patterns import Pattern, images_innermost
+from robsparse.kernels.patterns import Pattern, SparseConvolution, images_innermost
 
 # Numbers of images for which costs are measured. A batch uses the largest one that it reaches.
 IMAGES = (1, 16, 64)
@@ -98,6 +99,40 @@ def _fastest_mixed(cost: Costs, density: float) -> tuple[Kind, float]:
     return min(found, key=lambda pair: pair[1])
 
 
+def training_costs_of(
+    geometry: Geometry, dtypes: tuple[torch.dtype, torch.dtype], images: int
+) -> Costs:
+    """Return the costs of the training pass of a convolution in seconds.
+
+    A pass computes the output, the gradient of the input and the gradient of the weight. The
+    sparse kernels compute the gradient at active weights only.
+
+    Args:
+        geometry: the convolution. It has no groups, and the same padding at both sides.
+        dtypes: precision of the dense pass, and precision of the network.
+        images: one of IMAGES.
+
+    Returns:
+        "dense": cost of the convolution of torch.
+        "sparse": cost without weights, and cost per density.
+    """
+    if dtypes[1] == torch.float64 or os.environ.get("ROBSPARSE_COSTS") == "estimated":
+        weights, pixels = math.prod(geometry.weight), math.prod(geometry.out)
+        elements = images * (geometry.weight[1] * math.prod(geometry.size))
+        elements += images * geometry.weight[0] * pixels
+        flops, memory = 6.0 * images * weights * pixels, 3 * 4 * elements / 1e10
+        return {"dense": flops / 1e11 + memory + 1e-4, "sparse": [memory, flops / 3e10]}
+    options = *map(_name, dtypes), images
+    key = "; ".join(map(str, ("training", *astuple(geometry), *options)))
+    return _table().get(key, lambda: _measure_training(geometry, dtypes, images))
+
+
+def pays(costs: Costs, density: float) -> bool:
+    """Return whether the sparse training pass of a convolution costs less than the dense one."""
+    fixed, slope = costs["sparse"]
+    return bool(fixed + slope * density < costs["dense"])
+
+
 def estimate(
     layer: nn.Conv2d, geometry: Geometry, dtypes: tuple[torch.dtype, torch.dtype], images: int
 ) -> Costs:
@@ -157,6 +192,47 @@ def _measure(
 
 
 @torch.no_grad()
+def _measure_training(
+    geometry: Geometry, dtypes: tuple[torch.dtype, torch.dtype], images: int
+) -> Costs:
+    used, full = dtypes
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(geometry.weight, generator=draw, dtype=full)
+    x = torch.rand(images, geometry.weight[1], *geometry.size, generator=draw, dtype=full)
+    upstream = torch.rand(images, geometry.weight[0], *geometry.out, generator=draw, dtype=full)
+    options = list(geometry.stride), list(geometry.padding), list(geometry.dilation)
+    format = torch.contiguous_format if used == full else torch.channels_last
+    dense = [t.to(used).contiguous(memory_format=format) for t in (x, upstream, weight)]
+
+    def run_dense() -> None:
+        torch.conv2d(dense[0], dense[2], None, *options)
+        torch.ops.aten.convolution_backward(
+            dense[1], dense[0], dense[2], None, *options, False, [0, 0], 1, [True, True, False]
+        )
+
+    innermost = images_innermost(x), images_innermost(upstream)
+    times = []
+    for density in DENSITIES:
+        mask = torch.rand(weight.shape, generator=draw) < density
+        pattern = Pattern(geometry, mask.flatten().nonzero().squeeze(1), full)
+        times.append(_fastest(functools.partial(_run_sparse, pattern, weight, *innermost)))
+    slope = max(0.0, (times[1] - times[0]) / (DENSITIES[1] - DENSITIES[0]))
+    return {
+        "dense": _fastest(run_dense),
+        "sparse": [max(0.0, times[0] - slope * DENSITIES[0]), slope],
+    }
+
+
+def _run_sparse(
+    pattern: Pattern, weight: torch.Tensor, x: torch.Tensor, upstream: torch.Tensor
+) -> None:
+    convolution = SparseConvolution(pattern, weight.view(-1)[pattern.positions])
+    convolution.output(x)
+    convolution.input_gradient(upstream)
+    convolution.weight_gradient(x, upstream)
+
+
+@torch.no_grad()
 def _seconds(
     form: Form, x: torch.Tensor, upstream: torch.Tensor, *, converted: bool = False
 ) -> float:
@@ -171,6 +247,11 @@ def _seconds(
             for result in results:
                 images_innermost(result)
 
+    return _fastest(run)
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    """Return the processor time of a call: the smallest one of several repetitions."""
     clock: Callable[[], float] = (
         time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     )

@@ -192,6 +192,11 @@ class Training(Strict):
     precision: Precision = Field(
         "auto", description="number format of the training pass (weights and updates: fp32)"
     )
+    sparse_compute: Literal["auto", "off"] = Field(
+        "auto",
+        description="training pass on a CPU. auto: convolutions with a known mask multiply active "
+        "weights only, where this is faster; off: always dense (both are equal up to rounding)",
+    )
     eps: Radius | None = Field(
         None,
         description="radius in training and validation, if it differs from that of the threat",

@@ -42,6 +42,19 @@ def parametrisation(module: Prunable, kind: type[Kind]) -> Kind:
     return found
 
 
+def active_mask(module: Prunable) -> Tensor | None:
+    """Return the active positions of a layer (bool), or None if they are not known.
+
+    They are known if the only parametrisation of the weight has a method `active`, which computes
+    them from the parameter. All other weights are then 0.
+    """
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    found = _parametrisations(module)
+    active = getattr(found[0], "active", None)
+    return None if active is None or len(found) != 1 else cast(Tensor, active(found.original))
+
+
 def computed_weight(module: Prunable) -> Tensor:
     """Return a parametrised weight as its parameters make it now, without any stored value."""
     return cast(Tensor, _parametrisations(module)())

@@ -92,6 +92,10 @@ class Masked(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
 
+    def active(self, weight: Tensor) -> Tensor:
+        """Return the active positions (bool, the weight's shape)."""
+        return self.mask
+
 
 def magnitude_masks(
     model: nn.Module, sparsity: float, pattern: str | None = None

@@ -49,6 +49,10 @@ class OpenMask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return _PassGradient.apply(weight, self.mask)
 
+    def active(self, weight: Tensor) -> Tensor:
+        """Return the active positions (bool, the weight's shape)."""
+        return self.mask
+
 
 class MaskedStage(Stage):
     """Train with masks. A subclass sets them in `initial_masks` and `before_masking`."""
@@ -62,6 +66,9 @@ class MaskedStage(Stage):
 
     def before_masking(self, run: Run) -> None:
         """Called at each step with the gradients of all weights, also of masked weights."""
+
+    def reads_all_gradients(self, run: Run) -> bool:
+        return type(self).before_masking is not MaskedStage.before_masking
 
     def before_fit(self, run: Run) -> None:
         masks = self.initial_masks(run)
@@ -108,6 +115,10 @@ class DynamicStage(MaskedStage):
     def due(self, run: Run) -> bool:
         """Return whether the mask is updated at this step."""
         raise NotImplementedError
+
+    def reads_all_gradients(self, run: Run) -> bool:
+        changed = type(self).before_masking is not DynamicStage.before_masking
+        return changed or self.due(run)
 
     def fraction(self, run: Run) -> float:
         """Return the share of the active weights of a layer that an update drops."""

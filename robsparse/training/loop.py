@@ -6,7 +6,7 @@
 
 import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from robsparse.base.errors import TrainingError, UsageError
 from robsparse.base.files import atomic, locked
 from robsparse.compute.machine import computing, pick_device, prepare
+from robsparse.fast.sparse_pass import sparse_pass
 from robsparse.networks import external
 from robsparse.sparsity.masks import effective_weights
 from robsparse.study.cells import Cell, Layout
@@ -151,7 +152,7 @@ def compute_gradients(
     x_NCHW, y_N = batch
     run.model.train()
     with effective_weights(run.model), ExitStack() as step:
-        with computing(run.precision, x_NCHW.device):
+        with computing(run.precision, x_NCHW.device), _sparse_pass(run, stage):
             _pass_clean(run.model, x_NCHW, stage.fit.clean_passes > 0)
             for perturbed, gamma in (
                 (perturbed_scores, stage.score_gamma(run)),
@@ -171,6 +172,14 @@ def compute_gradients(
     if logits:
         run.train_accuracy = (logits[0].argmax(1) == y_N).double().mean()
     return loss.detach()
+
+
+def _sparse_pass(run: Run, stage: Stage) -> AbstractContextManager[None]:
+    """Return a block that computes passes by the active weights, if this step may do so."""
+    if not run.sparse_compute or stage.reads_all_gradients(run):
+        return nullcontext()
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    return sparse_pass(run.model, dtype, run.computed)
 
 
 def _pass_clean(model: nn.Module, x_NCHW: Tensor, wanted: bool) -> None:

@@ -4,7 +4,7 @@ An objective is called with a model in train mode. Crafting sets the mode to `Cr
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -85,7 +85,9 @@ class Attacker:
                 precision = (
                     "fp32"  # the weights of the view are bf16; autocast would also round its logits
                 )
-            with computing(precision, x.device):
+            # A view computes its layers itself; no mode of the training pass changes them.
+            own = nullcontext() if view is model else torch._C.DisableTorchFunction()
+            with computing(precision, x.device), own:
                 yield view
             if len(x):
                 self.crafted_on.add(folding.runs_on(view))

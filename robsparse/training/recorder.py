@@ -32,6 +32,8 @@ class TrainingRecord:
     collapsed: the number of validations in a row at the accuracy of guessing.
     failure: the reason why training stopped early, or "".
     crafted_on: what images were crafted on: "network", "view" or both.
+    computed: how the training pass computed each layer with a known mask: "sparse", "dense", or
+        both in one run.
     curve: one point for each epoch.
     best, best_states: for each selection in CRITERIA, the epoch and accuracy of the best
         validation, and the weights of this epoch.
@@ -44,6 +46,7 @@ class TrainingRecord:
     collapsed: int = 0
     failure: str = ""
     crafted_on: list[str] = field(default_factory=list)
+    computed: dict[str, str] = field(default_factory=dict)
     curve: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
     best_states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -76,6 +79,10 @@ class Recorder:
         record.forward_passes += forward + extra + stage.fit.clean_passes
         record.backward_passes += backward + extra
         record.crafted_on = sorted({*record.crafted_on, *session.attacker.crafted_on})
+        for name, way in session.run.computed.items():
+            before = record.computed.setdefault(name, way)
+            if way not in before:
+                record.computed[name] = "dense and sparse"
 
     def end_epoch(self, stage: Stage, loss: float, accuracy: float) -> None:
         """Add a point to the curve, and store the weights if they are the best so far.
@@ -159,6 +166,7 @@ def write_results(session: Session, record: TrainingRecord) -> None:
             "selected": selected,
             "failure": _failure(start.failure, record.failure),
             "crafted_on": " and ".join(record.crafted_on) or None,
+            "computed": record.computed,
             "cost": _cost(session, record),
             "curve": start.curve + record.curve,
             "data_checksum": session.data_checksum,

@@ -152,6 +152,7 @@ def _prepare_run(
         precision=pick_precision(settings.precision, device),
         log_every=settings.log_every,
         awp=settings.awp,
+        sparse_compute=settings.sparse_compute == "auto",
         average=WeightAverage(model, settings.ema.decay) if settings.ema else None,
     )
 

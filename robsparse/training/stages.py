@@ -41,6 +41,8 @@ class Run:
     awp: settings of the adversarial weight perturbation, or None.
     average: the moving average of the weights, or None. Hooks do not change it, and the next stage
         continues from the trained weights.
+    sparse_compute: whether the training pass may compute with the active weights only.
+    computed: how the training pass last computed each layer with a known mask: "sparse" or "dense".
 
     In before_step and after_step, `step` is the current step. In before_epoch it is the first step
     of the epoch, in finalize the last step of the stage. In before_fit it is 0, and `lr` is the
@@ -58,6 +60,8 @@ class Run:
     connections: ConnectionLog | None = None
     awp: WeightPerturbation | None = None
     average: WeightAverage | None = None
+    sparse_compute: bool = False
+    computed: dict[str, str] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer = field(init=False, repr=False, compare=False)
     lr: float = 0.0
     lr_factor: float = 1.0
@@ -114,6 +118,13 @@ class Stage:
     def penalty(self, run: Run) -> Tensor | None:
         """Return a term that is added to the loss of each step, or None."""
         return None
+
+    def reads_all_gradients(self, run: Run) -> bool:
+        """Return whether this step reads the gradients of masked weights too.
+
+        In all other steps, the training pass need not compute them.
+        """
+        return False
 
     def before_step(self, run: Run) -> None:
         """Called after the backward pass and before the optimiser changes the parameters."""

@@ -160,6 +160,7 @@ VALUES = {
     "precision": "bf16",
     "backend": "eager",
     "augmentation": {"kind": "crop"},
+    "sparse_compute": "off",
     "label_smoothing": 0.2,
     "ema": {"decay": 0.9},
     "awp": {"gamma": 0.01},

@@ -1,0 +1,229 @@
+"""The training pass of a sparse network: its cost depends on the active connections.
+
+Inside `sparse_pass`, the convolutions whose active positions are known multiply active weights
+only, and compute gradients of active weights only. All other gradients of weights are 0. The code
+of the network runs unchanged: a mode of torch replaces the functions that its layers call. Maps
+have images innermost in memory between the layers.
+
+Each convolution is computed in the sparse or in the dense way, whichever has the smaller cost
+(`robsparse.fast.costs`). The results of both differ by rounding only.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from robsparse.fast import costs
+from robsparse.fast.execution import mean_of_pixels
+from robsparse.fast.folded_layers import require_plain
+from robsparse.kernels.geometry import Geometry, Pair
+from robsparse.kernels.library import library
+from robsparse.kernels.patterns import (
+    Pattern,
+    SparseConvolution,
+    images_innermost,
+    is_innermost,
+)
+from robsparse.sparsity.layers import active_mask, prunable
+
+
+@contextmanager
+def sparse_pass(model: nn.Module, dtype: torch.dtype, used: dict[str, str]) -> Iterator[None]:
+    """Compute the convolutions of a network by their active weights inside the block, on a CPU.
+
+    Only gradients of active weights are computed: `robsparse.sparsity.layers.active_mask` gives the
+    active positions. Layers without a known mask are computed as usual.
+
+    Args:
+        model: the network. Its weights keep their tensors inside the block.
+        dtype: precision of dense convolutions of an fp32 network.
+        used: gets "sparse" or "dense" for each layer with a known mask that runs, by its name.
+    """
+    found = {}
+    for name, layer in prunable(model).items():
+        if isinstance(layer, nn.Conv2d) and _is_suitable(layer):
+            mask = active_mask(layer)
+            if mask is not None:
+                known = _KNOWN.setdefault(layer, _Known())
+                found[id(layer.weight)] = _Layer(name, layer.weight, known.update(mask), known)
+    if not found or library() is None:
+        yield
+        return
+    with _Mode(found, dtype, used):
+        yield
+
+
+def _is_suitable(layer: nn.Conv2d) -> bool:
+    """Return whether the kernels can compute a layer."""
+    try:
+        require_plain(layer)
+    except ValueError:
+        return False
+    kinds = layer.weight.dtype in (torch.float32, torch.float64) and layer.weight.is_cpu
+    return kinds and layer.groups == 1 and layer.padding_mode == "zeros"
+
+
+class _Known:
+    """The active positions of a layer, and their last pattern for each size of maps."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.version = -1
+        self.positions: Tensor | None = None
+        self.patterns: dict[Geometry, Pattern] = {}
+
+    def update(self, mask: Tensor) -> Tensor:
+        """Return the positions of a mask. A mask that has not changed is not read again."""
+        if self.mask is not mask or self.version != mask._version or self.positions is None:
+            self.mask, self.version = mask, mask._version
+            positions = mask.reshape(-1).nonzero().squeeze(1)
+            if self.positions is None or not torch.equal(self.positions, positions):
+                self.positions, self.patterns = positions, {}
+        return self.positions
+
+    def pattern(self, geometry: Geometry, dtype: torch.dtype) -> Pattern:
+        """Return the pattern of the positions."""
+        if geometry not in self.patterns:
+            assert self.positions is not None
+            self.patterns[geometry] = Pattern(geometry, self.positions, dtype)
+        return self.patterns[geometry]
+
+
+_KNOWN: "weakref.WeakKeyDictionary[nn.Conv2d, _Known]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A convolution inside the block: its name, its weight, and its active positions."""
+
+    name: str
+    weight: Tensor
+    positions: Tensor
+    known: _Known
+
+
+class _Convolution(torch.autograd.Function):
+    """A sparse convolution. The gradient of a weight that is not active is 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NCHW: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern
+    ) -> Tensor:
+        x_NCHW = images_innermost(x_NCHW.to(pattern.dtype))
+        values = weight.contiguous().view(-1)[pattern.positions]
+        ctx.convolution, ctx.shape = SparseConvolution(pattern, values), weight.shape
+        ctx.save_for_backward(x_NCHW)
+        return ctx.convolution.output(x_NCHW, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        convolution: SparseConvolution = ctx.convolution
+        (x_NCHW,) = ctx.saved_tensors
+        upstream = images_innermost(upstream.to(convolution.pattern.dtype))
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        x_gradient = convolution.input_gradient(upstream) if needs_x else None
+        weight_gradient = bias_gradient = None
+        if needs_weight:
+            weight_gradient = x_NCHW.new_zeros(ctx.shape)
+            found = convolution.weight_gradient(x_NCHW, upstream)
+            weight_gradient.view(-1)[convolution.pattern.positions] = found
+        if needs_bias:
+            bias_gradient = upstream.permute(2, 3, 1, 0).flatten(0, 1).sum((0, 2))
+        return x_gradient, weight_gradient, bias_gradient, None
+
+
+class _Mode(TorchFunctionMode):
+    """Replaces the functions that layers call.
+
+    layers: by the identity of the weight. dtype, used: see `sparse_pass`.
+    """
+
+    def __init__(self, layers: dict[int, _Layer], dtype: torch.dtype, used: dict[str, str]) -> None:
+        super().__init__()
+        self.layers, self.dtype, self.used = layers, dtype, used
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.conv2d and len(args) == 7 and not kwargs:
+            return self._convolution(*args)
+        x = args[0] if args else None
+        if func in _CHANNELS_FIRST and isinstance(x, Tensor) and x.ndim == 4:
+            if func is F.batch_norm:
+                return _batch_norm(*args, **kwargs)
+            if func is F.adaptive_avg_pool2d and args[1] in (1, (1, 1)) and is_innermost(x):
+                return mean_of_pixels(x)
+            return func(_for_torch(x), *args[1:], **kwargs)
+        if func is Tensor.view and isinstance(x, Tensor) and not x.is_contiguous():
+            func = Tensor.reshape  # the code of the network expects maps with channels first
+        return func(*args, **kwargs)
+
+    def _convolution(
+        self, x_NCHW: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+    ) -> Tensor:
+        layer = self.layers.get(id(weight))
+        if layer is None or isinstance(options[1], str):
+            return F.conv2d(_for_torch(x_NCHW), weight, bias, *options)
+        geometry = _geometry(tuple(weight.shape), x_NCHW.shape, options)
+        cost = costs.training_costs_of(
+            geometry, (self.dtype, weight.dtype), costs.images_class(len(x_NCHW))
+        )
+        if costs.pays(cost, len(layer.positions) / weight.numel()):
+            self.used[layer.name] = "sparse"
+            return _Convolution.apply(
+                x_NCHW, weight, bias, layer.known.pattern(geometry, weight.dtype)
+            )
+        self.used[layer.name] = "dense"
+        return F.conv2d(_for_torch(x_NCHW), weight, bias, *options)
+
+
+# Functions that get maps with channels first, because torch is slow or wrong for other formats.
+_CHANNELS_FIRST = {
+    F.batch_norm, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
+}  # fmt: skip
+
+
+def _for_torch(x_NCHW: Tensor) -> Tensor:
+    """Return the map with channels first if it has images innermost."""
+    kept = x_NCHW.is_contiguous() or x_NCHW.is_contiguous(memory_format=torch.channels_last)
+    return x_NCHW if kept else x_NCHW.contiguous()
+
+
+def _batch_norm(x_NCHW: Tensor, *given: Any, **named: Any) -> Tensor:
+    """Apply batch norm to a map. With images innermost it is not copied."""
+    if not is_innermost(x_NCHW):
+        return F.batch_norm(x_NCHW, *given, **named)
+    height, width = x_NCHW.shape[2:]
+    lines = x_NCHW.permute(2, 3, 1, 0).flatten(0, 1)  # pixels, channels, images
+    out = F.batch_norm(lines, *given, **named)
+    return out.unflatten(0, (height, width)).permute(3, 2, 0, 1)
+
+
+def _geometry(weight: tuple[int, ...], x: torch.Size, options: tuple[Any, ...]) -> Geometry:
+    """Return the geometry of a convolution from the arguments of its function."""
+    stride, padding, dilation = (_pair(option) for option in options[:3])
+    size = _pair(x[2:])
+    outputs, inputs, *kernel = weight
+    out = [
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]
+    return Geometry((outputs, inputs, *_pair(kernel)), size, _pair(out), stride, padding, dilation)
+
+
+def _pair(value: Any) -> Pair:
+    first, second = value
+    return int(first), int(second)
