@@ -171,7 +171,7 @@ STAGES = {
     "fixed": lambda: FixedMaskStage("finetune", FIT),
     "set": lambda: set_method.SetStage(set_method.Params(train=FIT.model_dump())),
     "rigl": lambda: rigl.RiglStage(rigl.Params(train=FIT.model_dump(), update_every=7)),
-    "snip": lambda: snip.SnipStage(snip.Params(train=FIT.model_dump())),
+    "snip": lambda: snip.SnipStage(FIT),
 }
 
 
