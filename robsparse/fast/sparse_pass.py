@@ -164,7 +164,7 @@ class _Mode(TorchFunctionMode):
         if func in _CHANNELS_FIRST and isinstance(x, Tensor) and x.ndim == 4:
             if func is F.batch_norm:
                 return _batch_norm(*args, **kwargs)
-            if func is F.adaptive_avg_pool2d and args[1] in (1, (1, 1)) and is_innermost(x):
+            if func is F.adaptive_avg_pool2d and args[1:] in ((1,), ((1, 1),)) and is_innermost(x):
                 return mean_of_pixels(x)
             return func(_for_torch(x), *args[1:], **kwargs)
         if func is Tensor.view and isinstance(x, Tensor) and not x.is_contiguous():
@@ -175,9 +175,12 @@ class _Mode(TorchFunctionMode):
         self, x_NCHW: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
     ) -> Tensor:
         layer = self.layers.get(id(weight))
-        if layer is None or isinstance(options[1], str):
+        if layer is None or isinstance(options[1], str) or x_NCHW.ndim != 4:
             return F.conv2d(_for_torch(x_NCHW), weight, bias, *options)
-        geometry = _geometry(tuple(weight.shape), x_NCHW.shape, options)
+        try:
+            geometry = _geometry(tuple(weight.shape), x_NCHW.shape, options)
+        except ValueError:  # beyond the limits of the kernels
+            return F.conv2d(_for_torch(x_NCHW), weight, bias, *options)
         cost = costs.training_costs_of(
             geometry, (self.dtype, weight.dtype), costs.images_class(len(x_NCHW))
         )
@@ -198,6 +201,8 @@ _CHANNELS_FIRST = {
 
 def _for_torch(x_NCHW: Tensor) -> Tensor:
     """Return the map with channels first if it has images innermost."""
+    if x_NCHW.ndim != 4:
+        return x_NCHW
     kept = x_NCHW.is_contiguous() or x_NCHW.is_contiguous(memory_format=torch.channels_last)
     return x_NCHW if kept else x_NCHW.contiguous()
 
@@ -205,7 +210,7 @@ def _for_torch(x_NCHW: Tensor) -> Tensor:
 def _batch_norm(x_NCHW: Tensor, *given: Any, **named: Any) -> Tensor:
     """Apply batch norm to a map. With images innermost it is not copied."""
     if not is_innermost(x_NCHW):
-        return F.batch_norm(x_NCHW, *given, **named)
+        return F.batch_norm(_for_torch(x_NCHW), *given, **named)
     height, width = x_NCHW.shape[2:]
     lines = x_NCHW.permute(2, 3, 1, 0).flatten(0, 1)  # pixels, channels, images
     out = F.batch_norm(lines, *given, **named)

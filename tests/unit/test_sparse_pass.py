@@ -133,6 +133,17 @@ def test_layer_without_a_known_mask_is_dense():
     assert len(one_pass(model, X.double(), sparse=True)[1]) == 1
 
 
+def test_kernel_beyond_the_limits_is_dense():
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 2, 65, padding=32, dtype=torch.float64)
+    apply_masks(model, {"": torch.rand(model.weight.shape) < 0.1})
+    used = {}
+    with effective_weights(model), sparse_pass(model, torch.float32, used):
+        out = model(X.double())
+    assert torch.equal(out, model(X.double()))
+    assert used == {}
+
+
 def test_dense_layer_is_chosen_where_it_costs_less(monkeypatch):
     model = network("small_resnet")
     apply_masks(model, magnitude_masks(model, 0.5))
