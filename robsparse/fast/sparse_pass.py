@@ -11,9 +11,9 @@ Each convolution is computed in the sparse or in the dense way, whichever has th
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,12 @@ def sparse_pass(model: nn.Module, dtype: torch.dtype, used: dict[str, str]) -> I
         return
     with _Mode(found, dtype, used):
         yield
+
+
+def paused() -> AbstractContextManager[None]:
+    """Return a block without the mode of `sparse_pass`, for a view that computes its layers."""
+    active = torch._C._len_torch_function_stack() > 0
+    return cast(Any, torch._C).DisableTorchFunction() if active else nullcontext()
 
 
 def _is_suitable(layer: nn.Conv2d) -> bool:

@@ -193,7 +193,7 @@ class Training(Strict):
         "auto", description="number format of the training pass (weights and updates: fp32)"
     )
     sparse_compute: Literal["auto", "off"] = Field(
-        "auto",
+        "off",
         description="training pass on a CPU. auto: convolutions with a known mask multiply active "
         "weights only, where this is faster; off: always dense (both are equal up to rounding)",
     )

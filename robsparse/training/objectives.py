@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robsparse.compute import perturb
 from robsparse.compute.machine import computing, pick_precision
-from robsparse.fast import folding
+from robsparse.fast import folding, sparse_pass
 from robsparse.schema.threat import Crafting
 from robsparse.schema.training import Training
 from robsparse.study.planned import PlannedCell
@@ -85,8 +85,7 @@ class Attacker:
                 precision = (
                     "fp32"  # the weights of the view are bf16; autocast would also round its logits
                 )
-            # A view computes its layers itself; no mode of the training pass changes them.
-            own = nullcontext() if view is model else torch._C.DisableTorchFunction()
+            own = nullcontext() if view is model else sparse_pass.paused()
             with computing(precision, x.device), own:
                 yield view
             if len(x):

@@ -160,7 +160,7 @@ VALUES = {
     "precision": "bf16",
     "backend": "eager",
     "augmentation": {"kind": "crop"},
-    "sparse_compute": "off",
+    "sparse_compute": "auto",
     "label_smoothing": 0.2,
     "ema": {"decay": 0.9},
     "awp": {"gamma": 0.01},

@@ -133,6 +133,19 @@ def test_layer_without_a_known_mask_is_dense():
     assert len(one_pass(model, X.double(), sparse=True)[1]) == 1
 
 
+def test_paused_pass_is_dense():
+    model, used = network("small_resnet"), {}
+    apply_masks(model, magnitude_masks(model, 0.9))
+    with effective_weights(model), sparse_pass(model, torch.float32, used):
+        with module.paused():
+            model(X.double())
+        assert used == {}
+        model(X.double())
+        assert used
+    with module.paused():
+        model(X.double())
+
+
 def test_kernel_beyond_the_limits_is_dense():
     torch.manual_seed(0)
     model = nn.Conv2d(3, 2, 65, padding=32, dtype=torch.float64)
