@@ -89,7 +89,7 @@ def one_pass(model, x, *, sparse):
 def largest_difference(some, others):
     """Return the largest difference of two lists of tensors, relative to their largest values."""
     return max(
-        float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-4))
+        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-4)).item()
         for a, b in zip(some, others, strict=True)
         if b.numel()
     )
@@ -245,9 +245,6 @@ def test_steps_that_need_all_gradients_are_dense():
     assert not stage.reads_all_gradients(run)
     run.step = 0
     assert STAGES["snip"]().reads_all_gradients(run)
-
-
-# ---------------------------------------------------------------- a study
 
 
 # ---------------------------------------------------------------- a study
