@@ -2,8 +2,8 @@
 #   make reproduce   train, attack and report the default study (config/quick.yaml), and compare
 #                    its results with results/reference/quick
 #   make test        run every test and check
-# Others: make style (the checks of style, imports and types), make types, make install,
-# make reference (copies a finished run to results/reference), make clean. PYTHON=python3.12 chooses
+# Others: make style (the checks of style, imports and types), make types, make install, make docs
+# (the documentation as a site in build/docs), make reference (copies a finished run to results/reference), make clean. PYTHON=python3.12 chooses
 # another interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 KERNELS := $(wildcard robsparse/kernels/*.c robsparse/kernels/*.h) robsparse/kernels/sources.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: reproduce test style types install reference clean
+.PHONY: reproduce test style types install docs reference clean
 
 reproduce: $(INSTALLED)
 	snakemake --cores all
@@ -29,6 +29,10 @@ types: $(INSTALLED)
 	pre-commit run --all-files types
 
 install: $(INSTALLED)
+
+docs: $(INSTALLED)
+	sphinx-build -q -n -c docs . build/docs
+	@echo "the documentation: build/docs/index.html"
 
 # torch is pinned without a build label. So pip installs a CPU-only build if the package index offers
 # one, and the ordinary build otherwise.

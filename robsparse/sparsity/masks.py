@@ -100,7 +100,7 @@ class Masked(nn.Module):
 def magnitude_masks(
     model: nn.Module, sparsity: float, pattern: str | None = None
 ) -> dict[str, Tensor]:
-    """Return masks of the largest |w| of each layer. All layers keep the same share."""
+    """Return masks of the largest `|w|` of each layer. All layers keep the same share."""
     keep = layer_keep_counts(model, sparsity)
     return {
         name: top_k_mask(module.weight.abs(), keep[name], pattern)

@@ -185,7 +185,7 @@ Masks = Callable[[Run], dict[str, Tensor]]
 
 
 def largest_weights(run: Run, pattern: str | None = None) -> dict[str, Tensor]:
-    """Return masks of the largest |w|, with the same share in every layer."""
+    """Return masks of the largest `|w|`, with the same share in every layer."""
     return magnitude_masks(run.model, run.sparsity, pattern)
 
 

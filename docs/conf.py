@@ -1,0 +1,43 @@
+"""The documentation site: `make docs` builds it from the Markdown files of the repository.
+
+The source folder is the whole repository, because pages link to the README and to the committed
+results.
+"""
+
+import re
+
+import robsparse
+
+project = "robsparse"
+author = "The robsparse authors"
+release = version = robsparse.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxarg.ext"]
+root_doc = "docs/index"
+include_patterns = ["*.md", "docs/*.md", "results/reference/*/README.md"]
+exclude_patterns = [".*"]
+html_extra_path = ["site"]  # the page at the root of the site, which leads to docs/index.html
+
+myst_heading_anchors = 4  # as a code host makes them: pages link to them
+smartquotes = False  # quotation marks and dashes of commands stay as they are
+default_role = "code"  # `word` in a docstring
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+nitpick_ignore_regex = [("py:.*", r"(?!robsparse).*")]  # types of other libraries
+
+html_theme = "furo"
+html_title = "robsparse"
+html_show_sourcelink = False
+
+
+def mark_fields(app, what, *rest):
+    """Make fields of the lines `name: text` and `name, name: text` of a class."""
+    lines = rest[-1]
+    if what == "class":
+        lines[:] = [re.sub(r"^(\w+(?:, \w+)*): ", r":ivar \1: ", line) for line in lines]
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", mark_fields)
