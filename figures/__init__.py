@@ -5,7 +5,14 @@ from robsparse.study.study import Study
 # The workflow declares these files; `robsparse figures` writes them under results/<study>.
 TABLES = tuple(
     f"tables/{name}"
-    for name in ("main.md", "main.tex", "main.csv", "per_class.csv", "disagreements.csv")
+    for name in (
+        "main.md",
+        "main.tex",
+        "main_notes.tex",
+        "main.csv",
+        "per_class.csv",
+        "disagreements.csv",
+    )
 )
 # Each plot for the screen, for a column and a page of a paper, and its caption.
 SUFFIXES = (".png", "-column.pdf", "-page.pdf", ".caption.md")

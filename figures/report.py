@@ -28,7 +28,7 @@ from robsparse.figures.plots import (
     style,
 )
 from robsparse.figures.plots.style import Plot
-from robsparse.figures.tables import papers, study_tables
+from robsparse.figures.tables import one_column, papers, study_tables
 from robsparse.figures.text.captions import interval_note
 from robsparse.figures.text.formats import SMALL, code, device, join, percent
 from robsparse.figures.text.markup import bullets, markdown
@@ -89,7 +89,11 @@ generated corruptions or files; `n_correct` of `n_examples` images |
 their masks; `expected_jaccard`: the index to expect of random masks with as many nonzero weights \
 in each layer |
 | `tables/main.csv` | one line of the main table | `<attack>_accuracy` (mean over seeds), \
-`_spread` (sample standard deviation), `_low`, `_high` (95 % interval), as fractions |
+`_spread` (sample standard deviation), `_low`, `_high` (95 % interval), as fractions; \
+`reliability`: fine, look or unreliable |
+| `tables/main.tex`, `tables/main_notes.tex` | the table for a column of a paper, and its notes | \
+accuracy without attack and under the strongest attack, active weights held in training; it needs \
+the package booktabs |
 | `tables/per_class.csv` | one class for one method at one sparsity | accuracy under the \
 strongest attack, `images` of the class |
 | `tables/disagreements.csv` | one test image that the strongest attack breaks for one method and \
@@ -125,7 +129,8 @@ def write(study: Study, layout: Layout, folder: Path) -> str:
 def _write_tables(material: Material, root: Path) -> None:
     contents = {
         "main.md": study_tables.main_markdown(material),
-        "main.tex": study_tables.main_latex(material),
+        "main.tex": one_column.main_latex(material),
+        "main_notes.tex": one_column.notes_latex(material),
         "main.csv": material.summary.to_csv(index=False),
         "per_class.csv": details.class_accuracies(material).to_csv(index=False),
         "disagreements.csv": images.disagreements(material).to_csv(index=False),
@@ -223,7 +228,8 @@ def _group_sections(material: Material, group: Group) -> list[str]:
         f"## Main table: {group}",
         markdown(study_tables.main(material, group)),
         bullets(table_notes(material, group)),
-        "Also as [LaTeX](tables/main.tex) and [CSV](tables/main.csv).",
+        "Also for a column of a paper, as [LaTeX](tables/main.tex) with "
+        "[notes](tables/main_notes.tex), and as [CSV](tables/main.csv).",
         *_section(
             f"### Components of {label}: {group}",
             "The components run one after the other on the images that are still robust. So the "

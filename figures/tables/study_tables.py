@@ -22,7 +22,7 @@ from robsparse.figures.text.formats import (
     marked,
     percent,
 )
-from robsparse.figures.text.markup import bullets, latex, markdown
+from robsparse.figures.text.markup import bullets, markdown
 from robsparse.figures.text.notes import table_notes
 from robsparse.study.study import Study
 
@@ -267,17 +267,3 @@ def main_markdown(material: Material) -> str:
         parts += [f"## {title(material, group)}", markdown(main(material, group))]
         parts += [bullets(table_notes(material, group))]
     return "\n\n".join(parts) + "\n"
-
-
-def main_latex(material: Material) -> str:
-    """The main tables of all groups for LaTeX with the package booktabs. Notes are captions."""
-    return "\n".join(
-        latex(
-            main(material, group),
-            title=title(material, group),
-            notes=table_notes(material, group),
-            label="-".join([material.study.study, *vars(group).values()]),
-            text_columns=4,
-        )
-        for group in groups(material.study)
-    )

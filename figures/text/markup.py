@@ -55,21 +55,23 @@ def bullets(notes: Sequence[str]) -> str:
 def latex(
     table: pd.DataFrame, *, title: str, notes: Sequence[str], label: str, text_columns: int
 ) -> str:
-    """A LaTeX table for the package booktabs; title and notes are its caption.
+    """A LaTeX table for the package booktabs; the title is its caption, the notes are below it.
 
     The first `text_columns` columns are aligned left, all others right.
     """
     styler = table.style.format(escape_latex).format_index(escape_latex, axis=1).hide(axis="index")
-    return str(
+    text = str(
         styler.to_latex(
             hrules=True,
             position="tbp",
             position_float="centering",
             column_format="l" * text_columns + "r" * (table.shape[1] - text_columns),
-            caption=(escape_latex(" ".join([f"{title}.", *notes])), escape_latex(title)),
+            caption=escape_latex(title),
             label=f"tab:{label}",
         )
     )
+    below = rf"\par\smallskip{{\footnotesize {escape_latex(' '.join(notes))}\par}}"
+    return text.replace(r"\end{tabular}", "\\end{tabular}\n" + below)
 
 
 def escape_latex(text: str) -> str:

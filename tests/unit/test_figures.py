@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import statistics as by_hand
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from robsparse.base.errors import UsageError
 from robsparse.figures import PAGE, PLOTS, REPORT, TABLES, report
 from robsparse.figures.data import compare, reliability, statistics, summary, tidy
 from robsparse.figures.plots import costs, curves, finals, leaderboard, style
-from robsparse.figures.tables import study_tables
+from robsparse.figures.tables import one_column, study_tables
 from robsparse.figures.text import formats, markup, notes
 from robsparse.records.rows import wilson_interval
 from robsparse.study import loading
@@ -100,7 +101,8 @@ def test_a_group_without_a_sparse_method_is_drawn(name, tmp_path):
 def test_report_shows_the_existing_plots(material):
     links = re.findall(r"\]\(([^)]+)\)", report.report(material))
     shown = {name for name in PLOTS if not name.endswith(".caption.md")}
-    assert set(links) == shown | {"tables/main.tex", "tables/main.csv"}
+    tables = {"tables/main.tex", "tables/main_notes.tex", "tables/main.csv"}
+    assert set(links) == shown | tables
 
 
 def test_error_about_missing_results_names_the_command_to_run(tmp_path):
@@ -327,19 +329,63 @@ def test_notes_describe_the_measurement(material, group):
         assert fact in text
 
 
-def test_latex_is_balanced_and_escaped(material):
-    text = study_tables.main_latex(material)
+def test_table_of_a_column_is_balanced_and_escaped(material):
+    text = one_column.main_latex(material)
     assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
     assert re.findall(r"\\begin{(\w+)}", text) == ["table", "tabular"]
     assert re.findall(r"\\end{(\w+)}", text) == ["tabular", "table"]
-    assert not re.search(r"(?<!\\)[%#]", text)
     assert text.count("$") % 2 == 0
     assert text.isascii()
-    body = text.split(r"\midrule")[1].split(r"\bottomrule")[0]
-    [columns] = re.findall(r"\\begin{tabular}{(\w+)}", text)
-    assert {line.count("&") for line in body.strip().splitlines()} == {len(columns) - 1}
-    assert r"45.0 $\pm$ 7.1" in body
-    assert r"best\_val" in body
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count("&") for line in lines} == {4}
+    assert len(lines) == 1 + 1 + 2 * 2  # heads, dense, and two methods at two sparsities
+    assert r"45.0}\,{\scriptsize$\pm$7.1}" in text
+
+
+def test_caption_of_a_column_is_short_and_its_notes_are_outside(material):
+    [caption] = re.findall(r"\\caption{(.*)}\n", one_column.main_latex(material))
+    assert len(caption.split()) < 50
+    assert "20 test images" in caption
+    assert r"Linf eps 8/255; mean $\pm$ standard deviation of 2 seeds" in caption
+    assert "worst case per image" not in caption
+    assert "worst case per image" in one_column.notes_latex(material)
+    assert one_column.notes_latex(material).isascii()
+
+
+def test_best_and_second_best_are_marked_and_unreliable_networks_are_neither(tmp_path):
+    names = {f"lwm_{i}": {"base": "lwm"} for i in range(2)}
+    grid = STUDY["grid"] | {"methods": ["bcs", "lwm", *names], "sparsities": [0.9]}
+    path = tmp_path / "made_up.yaml"
+    path.write_text(yaml.safe_dump(STUDY | {"grid": grid, "methods": names}))
+    study, levels = loading.load(path), robust({"bcs": 9, "lwm": 12, "lwm_0": 14, "lwm_1": 5})
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), levels).write()
+    material = summary.make_material(study, layout, tidy.read(layout.root))
+    rows = material.summary[material.summary.selection == "best_val"].set_index(
+        "method", drop=False
+    )
+    places = one_column._ranked(material, rows, "autoattack")
+    assert places == {"lwm_0": one_column._BEST, "lwm": one_column._SECOND}
+    rows.loc["lwm_0", "reliability"] = reliability.UNRELIABLE
+    places = one_column._ranked(material, rows, "autoattack")
+    assert places == {"lwm": one_column._BEST, "bcs": one_column._SECOND}
+    rows.loc["bcs", "autoattack_accuracy"] = rows.autoattack_accuracy["lwm"]
+    assert one_column._ranked(material, rows, "autoattack") == dict.fromkeys(
+        ("bcs", "lwm"), one_column._BEST
+    )
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX: nothing is typeset")
+def test_table_fits_a_column_when_it_is_typeset(material, tmp_path):
+    (tmp_path / "main.tex").write_text(one_column.main_latex(material))
+    (tmp_path / "notes.tex").write_text(one_column.notes_latex(material))
+    (tmp_path / "paper.tex").write_text(
+        r"\documentclass{article}\usepackage{booktabs}\textwidth 3.25in\columnwidth 3.25in"
+        r"\begin{document}\input{main}\clearpage\input{notes}\end{document}"
+    )
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout.split("[1")[0]
 
 
 def test_latex_escapes_every_special_character():
@@ -355,7 +401,7 @@ def test_markdown_keeps_trailing_zeros(material, group):
 def test_several_groups_get_a_table_and_a_row_of_panels_each(tmp_path):
     material = prepare(tmp_path, grid={"objectives": ["at", "trades"]})
     assert study_tables.main_markdown(material).count("\n| Dense") == 4
-    assert study_tables.main_latex(material).count(r"\begin{tabular}") == 2
+    assert one_column.main_latex(material).count(r"\begin{tabular}") == 2
     assert len(finals.robust_accuracy(material).axes) == 2
     assert len(curves.active_weights(material).axes) == 4
 
@@ -414,7 +460,7 @@ def test_an_incomplete_autoattack_is_never_printed_as_autoattack(tmp_path):
     texts = [
         report.report(material),
         study_tables.main_markdown(material),
-        study_tables.main_latex(material),
+        one_column.main_latex(material),
     ]
     texts += [words(finals.robust_accuracy(material)), words(costs.cost(material))]
     texts += [words(leaderboard.published(material))]
@@ -616,7 +662,7 @@ def test_a_winner_is_bold_only_if_every_difference_is_separated(tmp_path):
     wanted = (shown.Method == "BCS") & (shown.Selection == clear.primary)
     assert bold.tolist() == wanted.tolist()
     assert any(note.startswith("Bold:") for note in notes.table_notes(clear, group))
-    assert r"\textbf{90.0" in study_tables.main_latex(clear)
+    assert r"\textbf{90.0" in one_column.main_latex(clear)
     close = prepare(tmp_path / "b", correct=robust({"bcs": 11}))
     assert (
         not study_tables.main(close, group)["AutoAttack (%)"].str.contains("*", regex=False).any()
