@@ -133,11 +133,13 @@ def _method(material: Material, row: pd.Series) -> str:
 
 def _ranked(material: Material, rows: pd.DataFrame, attack: str) -> dict[object, str]:
     """Decoration of the best and the second best mean; equal means (as printed) share a place."""
+    column = f"{attack}_accuracy"
+    if column not in rows or len(rows) < 2:
+        return {}
     sparse = rows[~rows.method.map(material.study.is_dense) & (rows.failure == "")]
     if attack != "clean":
         sparse = sparse[sparse.reliability != reliability.UNRELIABLE]
-    column = f"{attack}_accuracy"
-    if column not in sparse or len(sparse) < 2:
+    if len(sparse) < 2:
         return {}
     printed = (100 * sparse[column]).dropna().round(1)
     levels = sorted(set(printed), reverse=True)[:2]
