@@ -46,7 +46,10 @@ TOGETHER = 20  # steps of each network that are timed together
 
 @dataclass(frozen=True)
 class Step:
-    """A kind of training step of ours; `layers` is what the textbook has for the method."""
+    """A kind of training step of ours; `layers` is what the textbook has for the method.
+
+    sparse_compute: the training pass computes with active weights only (`training.sparse_compute`).
+    """
 
     arch: str
     objective: str
@@ -54,6 +57,7 @@ class Step:
     method: str = "dense"
     sparsity: float = 0.0
     layers: str | None = None
+    sparse_compute: bool = False
 
     def __str__(self) -> str:
         names = (self.arch, self.objective, self.method, f"{self.sparsity:g}", self.precision)
@@ -167,6 +171,7 @@ def started(kind: Step, settings: Settings) -> tuple[Stage, Run]:
     stage = registry.load("method", kind.method).stages(params)[0]
     generator = torch.Generator(settings.device).manual_seed(0)
     run = Run(build(kind.arch, settings), kind.sparsity, generator, kind.arch, kind.precision)
+    run.sparse_compute = kind.sparse_compute
     begin_stage(run, stage, steps=1000)
     run.lr = 0.1
     return stage, run

@@ -36,7 +36,8 @@ def sparse(settings: Settings) -> Iterator[Comparison]:
                 yield settings.watch.compare(case, ours, dense, RIVAL, count=len(x), limit=limit)
             case = f"sparse step {arch} {sparsity:g} {precision}"
             if settings.wants(case):
-                ours = sides.our_step(Step(arch, "at", precision, "bcs", sparsity), settings)
+                kind = Step(arch, "at", precision, "bcs", sparsity, sparse_compute=True)
+                ours = sides.our_step(kind, settings)
                 yield settings.watch.compare(case, ours, dense_step, RIVAL, count=len(x))
 
 
