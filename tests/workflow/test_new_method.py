@@ -1,4 +1,4 @@
-"""docs/new_method.md: its text is run word by word; what it says about names is complete."""
+"""docs/new_method.md, new_network.md: they are run; what they say about names is complete."""
 
 import dataclasses
 import re
@@ -23,6 +23,16 @@ def text(repository):
 @pytest.fixture(scope="module")
 def blocks(text):
     """blocks(language) -> the texts of the code blocks in this language, in their order."""
+    return code_blocks(text)
+
+
+@pytest.fixture(scope="module")
+def blocks_of_networks(repository):
+    """The code blocks of the page on networks that were trained elsewhere."""
+    return code_blocks((repository / "docs" / "new_network.md").read_text(encoding="utf-8"))
+
+
+def code_blocks(text):
     found = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return lambda *languages: [(name, body) for name, body in found if name in languages]
 
@@ -59,8 +69,13 @@ def weights(path):
     torch.save(models.build("small_cnn", params, (1, 8, 8), 10).state_dict(), path)
 
 
-def test_the_page_runs_from_its_first_command_to_its_last(blocks, tmp_path, project, repository):
-    """Only the file that it copies, config/quick.yaml, is smaller here."""
+def test_the_page_runs_from_its_first_command_to_its_last(
+    blocks, blocks_of_networks, tmp_path, project, repository
+):
+    """Only the file that it copies, config/quick.yaml, is smaller here.
+
+    The last command is the first one of the page on networks that were trained elsewhere.
+    """
     one_tree.build(tmp_path / "tree")
     quick = project.root / "config" / "quick.yaml"
     quick.write_text(yaml.safe_dump(small(yaml.safe_load(quick.read_text())), sort_keys=False))
@@ -70,7 +85,8 @@ def test_the_page_runs_from_its_first_command_to_its_last(blocks, tmp_path, proj
     method = tmp_path / "tree" / "robsparse" / "baselines" / "scaled_magnitude.py"
     (_, code), *_ = blocks("python")
     (_, lines), *_ = blocks("yaml")
-    commands = [line for _, body in blocks("sh") for line in body.splitlines() if line]
+    pages = [*blocks("sh"), blocks_of_networks("sh")[0]]
+    commands = [line for _, body in pages for line in body.splitlines() if line]
     assert commands[0].startswith("robsparse new-method scaled_magnitude")
     printed = {}
     for command in commands:
@@ -110,8 +126,8 @@ def test_the_entry_point_is_in_the_group_that_the_suite_reads(blocks):
     assert set(tomllib.loads(body)["project"]["entry-points"]) == {registry.ENTRY_POINTS["method"]}
 
 
-def test_the_external_models_have_a_valid_form(blocks):
-    _, (_, body) = blocks("yaml")
+def test_the_external_models_have_a_valid_form(blocks_of_networks):
+    [(_, body)] = blocks_of_networks("yaml")
     for name, model in yaml.safe_load(body)["models"].items():
         assert External.model_validate(model).source.external, name
 
