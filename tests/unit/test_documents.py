@@ -70,6 +70,12 @@ def test_every_command_and_option_exists(page):
             assert options <= COMMANDS[command], f"{page}: {text}"
 
 
+def test_the_page_of_commands_names_all_of_them():
+    table, _ = PAGES["commands.md"].split("## ", 1)
+    named = {command for span in code(table)[1] for command, *_ in calls(span)}
+    assert set(COMMANDS) - named == set()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_complete_command_is_accepted(page, capsys):
     """The lines of code blocks; words such as $case stand for others."""

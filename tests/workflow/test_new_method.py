@@ -1,8 +1,10 @@
 """docs/new_method.md, new_network.md: they are run; what they say about names is complete."""
 
+import ast
 import dataclasses
 import re
 import tomllib
+from collections import Counter
 
 import pytest
 import torch
@@ -149,3 +151,16 @@ def test_every_helper_of_the_page_exists(text):
         source = one_tree.ROOT / f"{module.replace('.', '/')}.py"
         for name in names:
             assert re.search(rf"^(?:def|class) {name}\b", source.read_text(), re.MULTILINE), name
+
+
+def test_every_helper_that_two_methods_use_is_on_the_page(text, repository):
+    packages = ("robsparse.base", "robsparse.sparsity", "robsparse.training")
+    used = Counter()
+    for path in (repository / "baselines").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(packages):
+                used.update(alias.name for alias in node.names)
+    # Classes that are explained elsewhere, and what is special to two methods of one kind.
+    elsewhere = {"Prunable", "FlyingBirdStage", "density", "round_to_sum"}
+    names = {name for name, count in used.items() if count > 1} - elsewhere
+    assert {name for name in names if not re.search(rf"`{name}\b", text)} == set()
