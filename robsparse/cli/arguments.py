@@ -90,15 +90,22 @@ def add_selection(command: argparse.ArgumentParser | argparse._ArgumentGroup) ->
 
 
 def load_study(arguments: argparse.Namespace) -> tuple[Study, Layout]:
-    study = loading.load(arguments.config)
-    return study, Layout(getattr(arguments, "results", Path("results")) / study.study)
+    return _with_layout(arguments, loading.load(arguments.config))
 
 
-def find_cell(study: Study, key: str) -> Cell:
-    cell, known = Cell.parse(key), study.cells()
-    if cell not in known:
-        keys = [other.key for other in known]
+def load_cell(arguments: argparse.Namespace) -> tuple[Study, Layout, Cell]:
+    """Load a study for a command on one of its cells; the other cells are not even listed."""
+    study, layout = _with_layout(arguments, loading.load(arguments.config, whole=False))
+    cell = Cell.parse(arguments.cell)
+    if cell not in study.planned:
+        keys = [other.key for other in study.cells()]
         raise UsageError(
-            f"cell '{key}' is not part of the study '{study.study}'{nearest_match(key, keys)}"
+            f"cell '{arguments.cell}' is not part of the study '{study.study}'"
+            f"{nearest_match(arguments.cell, keys)}"
         )
-    return cell
+    loading.check_cell(study, cell, arguments.config)
+    return study, layout, cell
+
+
+def _with_layout(arguments: argparse.Namespace, study: Study) -> tuple[Study, Layout]:
+    return study, Layout(getattr(arguments, "results", Path("results")) / study.study)

@@ -10,8 +10,7 @@ from robsparse.cli.arguments import (
     Command,
     add_machine,
     add_selection,
-    find_cell,
-    load_study,
+    load_cell,
     positive,
     reserved_gpu,
 )
@@ -151,8 +150,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     if single:
         return _evaluate_single(arguments)
-    study, layout = load_study(arguments)
-    cell = find_cell(study, arguments.cell)
+    study, layout, cell = load_cell(arguments)
     if arguments.selection not in study.evaluation.selections:
         raise UsageError(
             f"{arguments.config}: evaluation.selections has no '{arguments.selection}'"

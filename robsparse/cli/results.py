@@ -10,7 +10,7 @@ from robsparse.cli.arguments import (
     Command,
     add_cell,
     add_selection,
-    find_cell,
+    load_cell,
     load_study,
 )
 from robsparse.schema.evaluation import Selection
@@ -76,8 +76,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    study, layout = load_study(arguments)
-    cell = find_cell(study, arguments.cell)
+    study, layout, cell = load_cell(arguments)
     export = importlib.import_module("robsparse.tools.export")
     one = export.Exported(study, cell, arguments.selection, layout)
     for line in export.export(one, arguments.format):

@@ -11,8 +11,7 @@ from robsparse.cli.arguments import (
     Command,
     add_cell,
     add_machine,
-    find_cell,
-    load_study,
+    load_cell,
     reserved_gpu,
 )
 
@@ -23,8 +22,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    study, layout = load_study(arguments)
-    cell = find_cell(study, arguments.cell)
+    study, layout, cell = load_cell(arguments)
     training = importlib.import_module("robsparse.training.loop")
     checkpoints = importlib.import_module("robsparse.training.checkpoints")
     options = {"device": arguments.device, "threads": arguments.threads}

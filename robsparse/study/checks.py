@@ -15,6 +15,7 @@ from robsparse.schema.fields import least_sparsity, radius_error
 from robsparse.schema.imagesets import Description, Images
 from robsparse.schema.threat import AttackParams
 from robsparse.schema.training import Training
+from robsparse.study.cells import Cell
 from robsparse.study.messages import show
 from robsparse.study.parts import Block, PartKind, Parts
 from robsparse.study.planned import trained_against
@@ -43,9 +44,20 @@ def errors_in_parts(parts: Parts) -> list[str]:
     return [line for check in checks for line in check(parts)]
 
 
-def errors_in_cells(study: Study) -> list[str]:
-    """Errors in the networks and tables of a study with valid parts, one line for each."""
-    return [line for check in (_warm_ups, _surrogates, _places) for line in check(study)]
+def errors_in_cells(study: Study, cells: Iterable[Cell]) -> list[str]:
+    """Errors in some networks of a study with valid parts, one line for each."""
+    return [line for check in (_warm_ups, _surrogates) for line in check(study, cells)]
+
+
+def errors_in_tables(study: Study) -> list[str]:
+    """Tables with two networks in one field, one line for each."""
+    found = []
+    for index, table in enumerate(study.tables):
+        try:
+            study.cells_of(table)
+        except UsageError as error:
+            found.append(f"tables.{index}: {error}")
+    return found
 
 
 def missing_data(study: Study) -> list[str]:
@@ -336,12 +348,13 @@ def _published(parts: Parts) -> Iterator[str]:
                 yield f"tables.{index}.published = {show(name)}: no such file"
 
 
-def _warm_ups(study: Study) -> Iterator[str]:
+def _warm_ups(study: Study, cells: Iterable[Cell]) -> Iterator[str]:
     """Warm-ups of eps that are longer than the first stage, for networks trained from scratch."""
     keys = {id(block.training): block.training_key for block in study.blocks}
     reported = set()
-    for cell, planned in study.planned.items():
-        if study.is_external(cell.method) or study.starting_cell(cell):
+    for cell in cells:
+        planned = study.planned[cell]
+        if study.is_external(cell.method) or study.start_method(cell.method):
             continue
         epochs = next((fit.epochs for fit in planned.stages.values()), None)
         warmup, key = planned.crafting.eps_warmup, keys[id(planned.training)]
@@ -351,21 +364,12 @@ def _warm_ups(study: Study) -> Iterator[str]:
             yield _line(f"{key}.crafting.eps_warmup", warmup, expected)
 
 
-def _surrogates(study: Study) -> Iterator[str]:
+def _surrogates(study: Study, cells: Iterable[Cell]) -> Iterator[str]:
     """Black-box transfer attacks without a surrogate network."""
-    for cell in study.cells():
+    for cell in cells:
         for selection in study.evaluation.selections:
             try:
                 study.surrogates(cell, selection)
             except UsageError as error:
                 yield str(error)
                 return
-
-
-def _places(study: Study) -> Iterator[str]:
-    """Tables with two networks in one field."""
-    for index, table in enumerate(study.tables):
-        try:
-            study.cells_of(table)
-        except UsageError as error:
-            yield f"tables.{index}: {error}"

@@ -89,8 +89,7 @@ class Fingerprint:
 
 def training(study: Study, cell: Cell) -> Fingerprint:
     """Fingerprint of the weights of a cell; contains the network that its training starts from."""
-    own = _external_settings if study.is_external(cell.method) else _training_settings
-    return _fingerprint(study, own(study, cell), _training_code(study, cell))
+    return _fingerprint(study, _network_settings(study, cell), _training_code(study, cell))
 
 
 def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
@@ -99,7 +98,7 @@ def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
     planned = study.planned[cell]
     attacks = planned.attacks[selection]
     settings: dict[str, Any] = {
-        "training": training(study, cell).settings,
+        "training": _network_settings(study, cell),
         "selection": selection,
         "evaluation": study.evaluation.model_dump(
             mode="json", include={"n_examples", "batch_size", "seed"}
@@ -107,7 +106,7 @@ def evaluation(study: Study, cell: Cell, selection: Selection) -> Fingerprint:
         "threat": _settings(planned.sanity_check_threat),
         "attacks": {attack.name: _attack_settings(attack) for attack in attacks},
         "sanity_checks": _settings(study.evaluation.sanity_checks),
-        "surrogates": [training(study, other).settings for other in others],
+        "surrogates": [_network_settings(study, other) for other in others],
     }
     if (corruptions := study.evaluation.corruptions) is not None:
         folder = corruptions.folders.get(cell.dataset)
@@ -209,6 +208,12 @@ def _fingerprint(
     return Fingerprint(settings, tuple(sorted(code)), counts_code, beside)
 
 
+def _network_settings(study: Study, cell: Cell) -> dict[str, Any]:
+    """Resolved settings that decide the weights of a cell."""
+    own = _external_settings if study.is_external(cell.method) else _training_settings
+    return own(study, cell)
+
+
 def _training_settings(study: Study, cell: Cell) -> dict[str, Any]:
     """Resolved settings of one training run, and of the network that it starts from."""
     plan, start = study.planned[cell], study.starting_cell(cell)
@@ -265,6 +270,31 @@ def _settings(model: BaseModel, unread: Set[str] = frozenset()) -> dict[str, Any
     Left out: `unread` settings, labels, and paths that decide no result. A path marked CONTENT is
     replaced by the digest of its file.
     """
+    values, files = _values(_Same(model), frozenset(unread))
+    return values | {name: content(path) for name, path in files.items()}
+
+
+class _Same:
+    """A section of a config as a key of a cache. Only the same object is equal to it."""
+
+    def __init__(self, model: BaseModel) -> None:
+        self.model = model
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.model is self.model
+
+    def __hash__(self) -> int:
+        return id(self.model)
+
+
+@functools.lru_cache(maxsize=1024)
+def _values(section: _Same, unread: Set[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a section, and its paths marked CONTENT, by name.
+
+    Sections never change, and the networks of a study share them. So their values are stored; the
+    content of the files is not.
+    """
+    model = section.model
     fields = type(model).model_fields
     places = {
         name: mark
@@ -277,6 +307,4 @@ def _settings(model: BaseModel, unread: Set[str] = frozenset()) -> dict[str, Any
         if values[name] is None:
             del values[name]
     named = {name: getattr(model, name) for name, mark in places.items() if mark.content}
-    return values | {
-        name: content(path) for name, path in named.items() if path and name not in unread
-    }
+    return values, {name: path for name, path in named.items() if path and name not in unread}

@@ -5,7 +5,8 @@ fast, it reads some values of YAML 1.1 differently (yes, 010, 1:30), and this mo
 have to check sizes, nesting, dates and numbers.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from pydantic import ValidationError
 
 from robsparse.base.errors import UsageError
 from robsparse.schema.study_file import StudyFile
-from robsparse.study import messages
+from robsparse.study import checks, messages
+from robsparse.study.cells import Cell
 from robsparse.study.resolving import resolved
 from robsparse.study.study import Study
 
@@ -25,16 +27,32 @@ _DEEP = f"expected at most {DEEPEST} levels of nesting"
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-def load(path: str | Path) -> Study:
+def load(path: str | Path, whole: bool = True) -> Study:
     """Read and validate a study.
+
+    Args:
+        path: the config file.
+        whole: whether to resolve and check all networks and tables. A job on one network needs only
+            that network; it calls `check_cell`.
 
     Raises:
         UsageError: one line for each error: file, key, value, what was expected, nearest match.
     """
-    return validate(read(Path(path)), str(path))
+    return validate(read(Path(path)), str(path), whole)
 
 
-def validate(data: Any, path: str) -> Study:
+def check_cell(study: Study, cell: Cell, path: str | Path) -> None:
+    """Check one network of a study that was not loaded whole.
+
+    Raises:
+        UsageError: as `load`.
+    """
+    with _naming(str(path)):
+        if errors := checks.errors_in_cells(study, [cell]):
+            raise UsageError("\n".join(errors))
+
+
+def validate(data: Any, path: str, whole: bool = True) -> Study:
     """Validate the content of a config file. Messages name `path` as the file.
 
     Raises:
@@ -42,14 +60,22 @@ def validate(data: Any, path: str) -> Study:
     """
     if not isinstance(data, dict):
         raise UsageError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    with _naming(path):
+        try:
+            file = StudyFile.model_validate(data)
+        except ValidationError as error:
+            raise UsageError("\n".join(messages.lines(error, data))) from None
+        return resolved(file, in_list=isinstance(data.get("grid"), list), whole=whole)
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Put the path of the config before each line of a UsageError."""
     try:
-        file = StudyFile.model_validate(data)
-        return resolved(file, in_list=isinstance(data.get("grid"), list))
-    except ValidationError as error:
-        lines = messages.lines(error, data)
+        yield
     except UsageError as error:
         lines = str(error).splitlines()
-    raise UsageError("\n".join(f"{path}: {line}" for line in lines))
+        raise UsageError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
 def read(path: Path) -> Any:

@@ -5,8 +5,9 @@ each adversary has, and how long the stages are. Training, crafting, evaluation,
 `robsparse plan` and the fingerprints read the result.
 """
 
+import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from robsparse.base.counts import round_to_sum
 from robsparse.base.errors import UsageError
 from robsparse.schema.evaluation import Selection
 from robsparse.schema.external import ELSEWHERE, External
-from robsparse.schema.fields import Strict
+from robsparse.schema.fields import Strict, rounded_sparsity
 from robsparse.schema.imagesets import Augmentation
 from robsparse.schema.threat import AttackParams, Crafting, Norm, Threat
 from robsparse.schema.training import Fit, Training
@@ -95,43 +96,113 @@ def planned_attacks(params: Mapping[str, Strict], threat: Threat) -> dict[str, A
     return found
 
 
-def planned_cells(parts: Parts, attacks: Mapping[str, Attack]) -> dict[Cell, PlannedCell]:
-    """All cells of a study, in a fixed order: trained networks, also those that others start from,
-    and external models.
+class Plan(Mapping[Cell, PlannedCell]):
+    """The networks of a study: trained ones, also those that others start from, and external ones.
+
+    The order is fixed. A cell is found and resolved when it is asked for, without the other cells:
+    a job on one network takes the same time in a study of any size.
 
     Raises:
-        UsageError: if two blocks give one cell different settings, or if a budget is too small for
-            a method.
+        UsageError: from `plan[cell]`: if two blocks give the cell different settings, or if a
+            budget is too small for its method.
     """
-    by_selection = {
-        selection: tuple(attacks[name] for name in dict.fromkeys(["clean", *names]))
-        for selection, names in parts.evaluation.selections.items()
-    }
 
-    def plan(cell: Cell, params: Strict, training: Training) -> PlannedCell:
+    def __init__(self, parts: Parts, attacks: Mapping[str, Attack]) -> None:
+        self._parts = parts
+        self._attacks = {
+            selection: tuple(attacks[name] for name in dict.fromkeys(["clean", *names]))
+            for selection, names in parts.evaluation.selections.items()
+        }
+        self._external = {
+            Cell(m.dataset, _arch_of(parts, m), name, m.objective, m.sparsity, 0): m
+            for name, m in parts.models.items()
+        }
+        self._resolved: dict[Cell, PlannedCell] = {}
+        self._alike: dict[tuple[str, ...], PlannedCell] = {}
+
+    def __getitem__(self, cell: Cell) -> PlannedCell:
+        if cell not in self._resolved:
+            self._resolved[cell] = self._resolve(cell)
+        return self._resolved[cell]
+
+    def __iter__(self) -> Iterator[Cell]:
+        return iter(self._cells)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __contains__(self, cell: object) -> bool:
+        return isinstance(cell, Cell) and (cell in self._external or bool(self._blocks_of(cell)))
+
+    def networks(
+        self, dataset: str, method: str, sparsity: float, arch: str | None, objective: str | None
+    ) -> Iterator[Cell]:
+        """The networks with these axes, in the fixed order; None: all archs, all objectives."""
+        for block in self._parts.blocks:
+            if dataset in block.datasets and _trains(self._parts, block, method, sparsity):
+                archs = [name for name in block.archs if arch in (None, name)]
+                objectives = [name for name in block.objectives if objective in (None, name)]
+                for place in itertools.product(archs, objectives, block.seeds):
+                    yield Cell(dataset, place[0], method, place[1], sparsity, place[2])
+        for cell in self._external:
+            named = (cell.dataset, cell.method, cell.sparsity) == (dataset, method, sparsity)
+            if named and arch in (None, cell.arch) and objective in (None, cell.objective):
+                yield cell
+
+    @functools.cached_property
+    def _cells(self) -> dict[Cell, None]:
+        """All cells. Only what needs every network reads it: checks, `collect`, the workflow."""
+        trained = (cell for block in self._parts.blocks for cell in _cells_of(self._parts, block))
+        return dict.fromkeys(itertools.chain(trained, self._external))
+
+    def _blocks_of(self, cell: Cell) -> list[Block]:
+        """The blocks that train a cell, or a network that starts from it."""
+        return [
+            block
+            for block in self._parts.blocks
+            if cell.dataset in block.datasets
+            and cell.arch in block.archs
+            and cell.objective in block.objectives
+            and cell.seed in block.seeds
+            and _trains(self._parts, block, cell.method, cell.sparsity)
+        ]
+
+    def _resolve(self, cell: Cell) -> PlannedCell:
+        if cell in self._external:
+            return self._planned(cell, self._external[cell], self._parts.training)
+        first, *others = [self._in_block(cell, block) for block in self._blocks_of(cell)] or [None]
+        if first is None:
+            raise KeyError(cell)
+        if any(other is not first and other != first for other in others):
+            raise UsageError(f"grid: the cell {cell.key} is in two blocks with different settings")
+        return first
+
+    def _in_block(self, cell: Cell, block: Block) -> PlannedCell:
+        """The settings of a cell in a block; arch, sparsity and seed do not change them."""
+        kind = (block.key, cell.dataset, cell.method, cell.objective)
+        if kind not in self._alike:
+            params = _within_budget(self._parts, cell, block)
+            self._alike[kind] = self._planned(cell, params, block.training)
+        return self._alike[kind]
+
+    def _planned(self, cell: Cell, params: Strict, training: Training) -> PlannedCell:
         return PlannedCell(
             params,
             training,
-            trained_against(parts.threat, training),
-            training.augmentation or parts.datasets[cell.dataset].augmentation,
-            by_selection,
-            parts.threat,
+            trained_against(self._parts.threat, training),
+            training.augmentation or self._parts.datasets[cell.dataset].augmentation,
+            self._attacks,
+            self._parts.threat,
         )
 
-    found: dict[Cell, PlannedCell] = {}
-    for block in parts.blocks:
-        for cell in _cells_of(parts, block):
-            params = _within_budget(parts, cell, block)
-            planned = plan(cell, params, block.training)
-            if found.setdefault(cell, planned) != planned:
-                raise UsageError(
-                    f"grid: the cell {cell.key} is in two blocks with different settings"
-                )
-    for name, model in parts.models.items():
-        arch = _arch_of(parts, model)
-        cell = Cell(model.dataset, arch, name, model.objective, model.sparsity, 0)
-        found[cell] = plan(cell, model, parts.training)
-    return found
+
+def _trains(parts: Parts, block: Block, method: str, sparsity: float) -> bool:
+    """Whether a block trains a method at a sparsity, also as the start of another method."""
+    if method in block.methods:
+        asked = (0.0,) if parts.is_dense(method) else block.sparsities
+        if sparsity in map(rounded_sparsity, asked):
+            return True
+    return sparsity == 0 and any(parts.start_method(name) == method for name in block.methods)
 
 
 def _cells_of(parts: Parts, block: Block) -> list[Cell]:

@@ -20,7 +20,7 @@ from robsparse.schema.study_file import StudyFile
 from robsparse.schema.training import Training
 from robsparse.study import checks, messages
 from robsparse.study.parts import Block, PartKind, Parts, base_of, start_of
-from robsparse.study.planned import planned_attacks, planned_cells
+from robsparse.study.planned import Plan, planned_attacks
 from robsparse.study.study import Study
 
 _VARIANT_OF_METHOD: dict[str, Any] = {
@@ -33,12 +33,13 @@ _VARIANT_OF_METHOD: dict[str, Any] = {
 }
 
 
-def resolved(file: StudyFile, in_list: bool) -> Study:
+def resolved(file: StudyFile, in_list: bool, whole: bool) -> Study:
     """Resolve a study file.
 
     Args:
         file: the study file.
         in_list: whether its grid is a list of blocks; messages then contain the index of a block.
+        whole: whether to resolve and check all cells.
 
     Raises:
         UsageError: one line for each error, with the key and what was expected.
@@ -51,9 +52,11 @@ def resolved(file: StudyFile, in_list: bool) -> Study:
     study = Study(
         **{field.name: getattr(parts, field.name) for field in fields(Parts)},
         attacks=MappingProxyType(attacks),
-        planned=MappingProxyType(planned_cells(parts, attacks)),
+        planned=Plan(parts, attacks),
     )
-    if errors := checks.errors_in_cells(study):
+    if not whole:
+        return study
+    if errors := checks.errors_in_cells(study, study.cells()) or checks.errors_in_tables(study):
         raise UsageError("\n".join(errors))
     if not study.planned:
         left_out = "every block is left out, because its where_exists is missing"

@@ -1,6 +1,8 @@
 """A resolved study: its parts and its networks. Imports no torch."""
 
+import bisect
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from robsparse.schema.evaluation import Selection
 from robsparse.schema.grid import Table
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.parts import Parts
-from robsparse.study.planned import Attack, PlannedCell
+from robsparse.study.planned import Attack, Plan
 
 AXES = ("dataset", "arch", "objective", "method", "sparsity")
 
@@ -25,7 +27,7 @@ class Study(Parts):
     """
 
     attacks: Mapping[str, Attack]
-    planned: Mapping[Cell, PlannedCell]
+    planned: Plan
 
     def cells(self) -> list[Cell]:
         """All trained networks and external models of the study, in a fixed order."""
@@ -78,35 +80,35 @@ class Study(Parts):
         Raises:
             UsageError: if there is no other network.
         """
-        found = [
-            other
-            for sparsity in dict.fromkeys((0.0, cell.sparsity))
-            for other in self._by_method.get((cell.dataset, method, sparsity), [])
-            if other != cell
-        ]
-        if not found:
-            raise UsageError(
-                f"evaluation.attacks: no network of '{method}' as surrogate for {cell.key}; "
-                "expected a method of the grid, and a second seed if it is the same method"
-            )
+        for arch, objective in itertools.product((cell.arch, None), (cell.objective, None)):
+            found = self._by_seed(cell.dataset, method, cell.sparsity, arch, objective)
+            after = bisect.bisect_right(found, cell.seed, key=lambda other: other.seed)
+            for other in (*found[after : after + 1], *found[:2]):
+                if other != cell:
+                    return other
+        raise UsageError(
+            f"evaluation.attacks: no network of '{method}' as surrogate for {cell.key}; "
+            "expected a method of the grid, and a second seed if it is the same method"
+        )
 
-        def preference(other: Cell) -> tuple[bool, bool, bool, int]:
-            return (
-                other.arch != cell.arch,
-                other.objective != cell.objective,
-                other.seed <= cell.seed,
-                other.seed,
+    def _by_seed(
+        self, dataset: str, method: str, sparsity: float, arch: str | None, objective: str | None
+    ) -> list[Cell]:
+        """The dense networks of a method and those with this sparsity, in the order of seeds."""
+        place = (dataset, method, sparsity, arch, objective)
+        if place not in self._sorted:
+            found = dict.fromkeys(
+                other
+                for share in (0.0, sparsity)
+                for other in self.planned.networks(dataset, method, share, arch, objective)
             )
-
-        return min(found, key=preference)
+            self._sorted[place] = sorted(found, key=lambda other: other.seed)
+        return self._sorted[place]
 
     @functools.cached_property
-    def _by_method(self) -> dict[tuple[str, str, float], list[Cell]]:
-        """Cells by data set, method and sparsity."""
-        found: dict[tuple[str, str, float], list[Cell]] = {}
-        for cell in self.cells():
-            found.setdefault((cell.dataset, cell.method, cell.sparsity), []).append(cell)
-        return found
+    def _sorted(self) -> dict[tuple[str | float | None, ...], list[Cell]]:
+        """The lists of `_by_seed` that were asked for."""
+        return {}
 
     def surrogates(self, cell: Cell, selection: Selection) -> list[Cell]:
         """All surrogate networks of the attacks on a cell."""

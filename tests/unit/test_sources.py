@@ -23,7 +23,7 @@ from robsparse.schema.external import Source
 from robsparse.schema.threat import Threat
 from robsparse.study.cells import Layout
 from robsparse.study.loading import load
-from robsparse.study.planned import planned_cells
+from robsparse.study.planned import Plan
 from robsparse.study.targets import Target
 
 COMMON = {"dataset": "digits", "objective": "at"}
@@ -447,7 +447,7 @@ def test_masks_of_foreign_code_are_not_compared(from_everywhere, own_nets):
         for name, model in study.models.items()
     }
     study = dataclasses.replace(study, models=half)
-    study = dataclasses.replace(study, planned=planned_cells(study, study.attacks))
+    study = dataclasses.replace(study, planned=Plan(study, study.attacks))
     for name in ("given", "made"):
         external.import_network(study, cell_of(study, name), layout)
     assert overlap.mask_overlaps(study, layout) == []
