@@ -10,7 +10,7 @@ from types import MappingProxyType
 import pandas as pd
 import yaml
 
-from robsparse.base.files import atomic
+from robsparse.base.files import write_text
 from robsparse.figures import PAGE, REPORT, SUFFIXES, TABLES, plots_of
 from robsparse.figures.data import tidy
 from robsparse.figures.data.summary import STRONGEST, Material, make_material
@@ -120,8 +120,8 @@ def write(study: Study, layout: Layout, folder: Path) -> str:
     material = make_material(study, layout, collected)
     _write_tables(material, folder)
     plots = _write_plots(material, folder)
-    _write_text(folder / REPORT, report(material, {n: plot.caption for n, plot in plots.items()}))
-    _write_text(folder / PAGE, page(material, plots))
+    write_text(folder / REPORT, report(material, {n: plot.caption for n, plot in plots.items()}))
+    write_text(folder / PAGE, page(material, plots))
     paths = {"main table": TABLES[0], "report": REPORT, "page": PAGE}
     return "\n".join(f"{name}: {folder / path}" for name, path in paths.items())
 
@@ -136,10 +136,10 @@ def _write_tables(material: Material, root: Path) -> None:
         "disagreements.csv": images.disagreements(material).to_csv(index=False),
     }
     for name in TABLES:
-        _write_text(root / name, contents[Path(name).name])
+        write_text(root / name, contents[Path(name).name])
     for spec in material.study.tables:
         for suffix, text in papers.contents(material, spec).items():
-            _write_text(root / "tables" / f"{spec.name}{suffix}", text)
+            write_text(root / "tables" / f"{spec.name}{suffix}", text)
 
 
 def _write_plots(material: Material, root: Path) -> dict[str, Drawn]:
@@ -159,18 +159,13 @@ def _write_plots(material: Material, root: Path) -> dict[str, Drawn]:
                     vectors.append(style.svg(paper, f"{name} {size}"))
         plots[name] = Drawn(title, figure.caption, *vectors)
         text = "\n\n".join([f"**{title}.**", *figure.caption])
-        _write_text(root / f"plots/{name}.caption.md", text + "\n")
+        write_text(root / f"plots/{name}.caption.md", text + "\n")
     return plots
 
 
 def _plot_names(study: Study) -> list[str]:
     files = (Path(name).name for name in plots_of(study))
     return [name.removesuffix(SUFFIXES[0]) for name in files if name.endswith(SUFFIXES[0])]
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def report(material: Material, captions: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:

@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from robsparse.base.errors import UsageError, nearest_match
+from robsparse.base.errors import UsageError, nearest_match, one_line
+from robsparse.base.files import read_table
 from robsparse.figures.data import statistics
 from robsparse.figures.data.statistics import Difference
-from robsparse.figures.data.tidy import LINE
+from robsparse.figures.data.tidy import LINE, check_numbers
 from robsparse.records.columns import OUTCOME_COLUMNS
 from robsparse.records.rows import KEY
 
@@ -205,12 +206,10 @@ def _read_results(folder: Path) -> pd.DataFrame:
     path, needed = folder / "results.csv", [*KEY, "accuracy", "n_correct", "code_version"]
     if not path.exists():
         raise UsageError(f"{path}: no such file; expected the folder of a run, like results/quick")
-    try:
-        table = pd.read_csv(path)
-    except (ValueError, OSError) as error:  # the errors of pandas derive from ValueError
-        raise UsageError(f"{path}: damaged ({error})") from None
+    table = read_table(path)
     if missing := [name for name in (*needed, *_SETTINGS) if name not in table]:
         raise UsageError(f"{path}: no column {', '.join(missing)}; run `robsparse collect CONFIG`")
+    check_numbers(table, path)
     table = table[table.component == "all"]
     if table.empty:
         raise UsageError(f"{path}: expected at least one row")
@@ -232,17 +231,18 @@ def _read_outcomes(path: Path, selection: str) -> dict[tuple[object, ...], np.nd
     if not path.exists():
         return {}
     names = [*KEY[:6], "attack"]
-    try:
-        table = pd.read_parquet(path, columns=[*KEY[:7], *OUTCOME_COLUMNS])
-    except (ValueError, OSError, KeyError) as error:  # pyarrow's own errors derive from these
-        raise UsageError(f"{path}: damaged ({error}); run `robsparse collect CONFIG`") from None
+    remedy = "run `robsparse collect CONFIG` again"
+    table = read_table(path, remedy, columns=[*KEY[:7], *OUTCOME_COLUMNS])
     table = table[table.selection == selection]
-    return {
-        tuple(getattr(row, name) for name in names): np.unpackbits(
-            np.frombuffer(row.correct, np.uint8), count=row.n_examples
-        ).astype(bool)
-        for row in table.itertuples()
-    }
+    try:
+        return {
+            tuple(getattr(row, name) for name in names): np.unpackbits(
+                np.frombuffer(row.correct, np.uint8), count=row.n_examples
+            ).astype(bool)
+            for row in table.itertuples()
+        }
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: damaged ({one_line(error)}); {remedy}") from None
 
 
 def _compare(a: Run, b: Run, line: Line, attack: str) -> Compared | str:

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from robsparse.base.errors import UsageError
-from robsparse.base.files import file_checksum, read_json
+from robsparse.base.errors import UsageError, shortened
+from robsparse.base.files import file_checksum, read_record, read_table
+from robsparse.records.checked import Checked
+from robsparse.records.checked import check as check_record
 from robsparse.records.columns import (
     CORRUPTION_COLUMNS,
     LIFETIME_COLUMNS,
@@ -57,6 +59,20 @@ _WORDS = [
     "libraries",
     "kernels",
 ]
+_REMEDY = "run `robsparse collect CONFIG` again"
+# Columns of words; all other columns have numbers.
+_NUMBERS = (int, float, bool, int | None, float | None)
+_TEXTS = {
+    *(name for name, field in Row.model_fields.items() if field.annotation not in _NUMBERS),
+    *_WORDS,
+    *("stage", "reason", "corruption", "source"),
+    *("method_a", "selection_a", "method_b", "selection_b"),
+}
+
+
+class _Manifest(Checked):
+    tables: dict[str, str]
+    outcomes: dict[str, str]
 
 
 @dataclass(frozen=True, order=True)
@@ -118,36 +134,47 @@ def check(tidy: Tidy, layout: Layout, folder: Path) -> None:
                 f"{folder / 'results.csv'}: row {row.Index + 2}, {cell.key} {row.selection} "
                 f"{row.attack} {row.component}: {wrong}; run `robsparse collect CONFIG` again"
             )
-    manifest = read_json(folder / MANIFEST)
-    sums = {folder / name: checksum for name, checksum in manifest["tables"].items()}
-    sums |= {layout.root / name: checksum for name, checksum in manifest["outcomes"].items()}
+    path = folder / MANIFEST
+    manifest = read_record(path, lambda found: check_record(_Manifest, found, path, _REMEDY))
+    sums = {folder / name: checksum for name, checksum in manifest.tables.items()}
+    sums |= {layout.root / name: checksum for name, checksum in manifest.outcomes.items()}
     for path, checksum in sums.items():
         if not path.exists() or file_checksum(path) != checksum:
-            raise UsageError(
-                f"{path}: not as it was collected; run `robsparse collect CONFIG` again"
-            )
+            raise UsageError(f"{path}: not as it was collected; {_REMEDY}")
 
 
 def _table(path: Path) -> pd.DataFrame:
     columns = _COLUMNS[path.name]
     if not path.exists():
         return pd.DataFrame(columns=columns)
-    try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        else:
-            table = pd.read_csv(path, dtype=dict.fromkeys(_WORDS, str))
-    except pd.errors.EmptyDataError:
+    if path.stat().st_size == 1:  # a table without columns
         return pd.DataFrame(columns=columns)
-    except (ValueError, OSError) as error:  # pyarrow's own errors derive from these two
-        raise UsageError(f"{path}: damaged ({error}); run `robsparse collect CONFIG`") from None
+    words_as_text = {} if path.suffix == ".parquet" else {"dtype": dict.fromkeys(_WORDS, str)}
+    table = read_table(path, _REMEDY, **words_as_text)
     missing = [column for column in columns if column not in table]
     if missing:
-        raise UsageError(
-            f"{path}: no column {', '.join(missing)}; run `robsparse collect CONFIG` again"
-        )
+        raise UsageError(f"{path}: no column {', '.join(missing)}; {_REMEDY}")
+    check_numbers(table, path)
     words = {name: table[name].fillna("") for name in _WORDS if name in table}
     return table.assign(sparsity=table.sparsity.astype(float), **words)
+
+
+def check_numbers(table: pd.DataFrame, path: Path) -> None:
+    """Raise UsageError if a column of numbers has a word.
+
+    Args:
+        table: a collected table.
+        path: its file. The message names file, row, column and value.
+    """
+    for name in table.columns:
+        if name in _TEXTS or not len(table) or pd.api.types.is_numeric_dtype(table[name]):
+            continue
+        wrong = table[name].notna() & pd.to_numeric(table[name], errors="coerce").isna()
+        for index in table.index[wrong][:1]:
+            raise UsageError(
+                f"{path}: row {index + 2}: {name} = {shortened(str(table[name][index]))}: expected "
+                f"a number; {_REMEDY}"
+            )
 
 
 def groups(study: Study) -> list[Group]:

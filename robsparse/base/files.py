@@ -1,56 +1,85 @@
-"""Atomic writing, locks, JSON, safetensors and checksums. This module does not import torch."""
+"""Files: one place that writes each kind atomically, one that reads it; locks and checksums.
 
+Each error names the file. This module does not import torch; NumPy and pandas are imported when
+they are needed, because planning the workflow starts sooner without them.
+"""
+
+import errno
 import hashlib
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import filelock
 from safetensors import safe_open
 
-from robsparse.base.errors import UsageError
+from robsparse.base.errors import RunError, UsageError, one_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+T = TypeVar("T")
+CHECKSUM = "checksum"  # the key of a record's own checksum
+# The machine fails, and not the input: a full disk, a limit of file size or quota, a broken disk.
+_FAILURES = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+
+
+# ---------------------------------------------------------------- writing
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds.
 
-    A reader sees the old file or the complete new file.
+    A reader sees the old file or the complete new file. The block only writes: an OSError inside
+    it is an error of writing `path`.
 
     Raises:
-        UsageError: if the folder cannot be written to.
+        UsageError: if the folder cannot be written to, or `path` is a folder.
+        RunError: if the disk is full or fails.
     """
-    try:
+    with _writing(path.parent, "cannot write results here"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise _unwritable(path.parent, error) from None
-    os.close(handle)
+        os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        with _writing(path, "cannot write this file"):
+            yield temporary
+            temporary.chmod(0o644)
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path, what: str) -> Iterator[None]:
+    """Turn an OSError into a line that names the file or folder."""
+    try:
+        yield
+    except OSError as error:
+        line = f"{path}: {what} ({error.strerror or one_line(error)})"
+        if error.errno in _FAILURES:
+            raise RunError(
+                f"{line}; no incomplete file is left: free some space, then run the same command "
+                "again"
+            ) from error
+        raise UsageError(line) from error
 
 
 def check_writable(folder: Path) -> None:
     """Raise UsageError if no file can be written to a folder. Call this before a long run."""
-    try:
+    with _writing(folder, "cannot write results here"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def _unwritable(folder: Path, error: OSError) -> UsageError:
-    return UsageError(f"{folder}: cannot write results here ({error.strerror})")
 
 
 @contextmanager
@@ -59,54 +88,163 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         UsageError: if another process is running the same job, or the folder is not writable.
+        RunError: if the disk is full or fails.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
     lock = filelock.FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UsageError(f"{folder}: another process is running the same job") from None
+    with _writing(folder, "cannot write results here"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder / "lock", "cannot write this file"):
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UsageError(f"{folder}: another process is running the same job") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file atomically. Raises as `atomic`."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        temporary.write_bytes(content)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file.
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) atomically. Raises as `atomic`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically. Raises as `atomic`."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file with a checksum of its content. `read_record` compares it.
+
+    Raises as `atomic`.
+    """
+    write_json(path, content | {CHECKSUM: _digest(content)})
+
+
+def write_tensors(
+    path: Path, arrays: "dict[str, np.ndarray]", metadata: dict[str, str] | None = None
+) -> None:
+    """Write NumPy arrays as safetensors, atomically. Raises as `atomic`."""
+    import safetensors.numpy  # noqa: PLC0415
+
+    write_bytes(path, safetensors.numpy.save(arrays, metadata))
+
+
+def write_arrays(path: Path, arrays: dict[str, Any], *, compressed: bool = True) -> None:
+    """Write arrays as npz, atomically. Raises as `atomic`."""
+    import numpy as np  # noqa: PLC0415
+
+    content = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(content, **arrays)
+    write_bytes(path, content.getbuffer())
+
+
+def write_table(path: Path, table: "pd.DataFrame", **options: Any) -> None:
+    """Write a table as CSV or parquet (the suffix decides), atomically. Raises as `atomic`.
+
+    options: those of DataFrame.to_csv or to_parquet.
+    """
+    if path.suffix == ".parquet":
+        write_bytes(path, table.to_parquet(None, **options))
+    else:
+        write_text(path, table.to_csv(None, **options))
+
+
+# ---------------------------------------------------------------- reading
+
+
+@contextmanager
+def _reading(path: Path, kind: str, remedy: str) -> Iterator[None]:
+    """Turn each error into a line that names the file. A library raises many kinds of errors."""
+    then = f"; {remedy}" if remedy else ""
+    try:
+        yield
+    except UsageError:
+        raise
+    except FileNotFoundError:
+        raise UsageError(f"{path}: cannot read (no such file){then}") from None
+    except OSError as error:
+        if error.errno is None:  # from a library: the content is wrong
+            raise UsageError(f"{path}: damaged, not {kind} ({one_line(error)}){then}") from None
+        raise UsageError(f"{path}: cannot read ({error.strerror}){then}") from None
+    except Exception as error:
+        raise UsageError(f"{path}: damaged, not {kind} ({one_line(error)}){then}") from None
+
+
+def read_text(path: Path, remedy: str = "") -> str:
+    """Read a text file (UTF-8).
+
+    Args:
+        path: the file.
+        remedy: what to do if it is damaged; the end of the message. So in all these functions.
 
     Raises:
         UsageError: if the file is missing or damaged.
     """
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read ({error.strerror})") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: damaged, not valid JSON ({error})") from None
+    with _reading(path, "text", remedy):
+        return path.read_text(encoding="utf-8")
 
 
-def read_tensors(path: Path, framework: Literal["np", "pt"] = "np") -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UsageError: if the file is missing or damaged.
+    """
+    with _reading(path, "valid JSON", remedy):
+        content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        then = f"; {remedy}" if remedy else ""
+        raise UsageError(f"{path}: damaged, expected an object with keys{then}")
+    return content
+
+
+def read_record(path: Path, parse: Callable[[dict[str, Any]], T], remedy: str = "") -> T:
+    """Read a file that `write_record` wrote. Older files have no checksum.
+
+    Args:
+        path: the file.
+        parse: makes the result from the content, or raises UsageError. It is called before the
+            checksum is compared, so that a message can name a wrong value.
+        remedy: what to do if the file is damaged.
+
+    Raises:
+        UsageError: if the file is missing, damaged or changed.
+    """
+    content = read_json(path, remedy)
+    expected = content.pop(CHECKSUM, None)
+    result = parse(content)
+    if expected is not None and expected != _digest(content):
+        then = f"; {remedy}" if remedy else ""
+        raise UsageError(f"{path}: damaged or changed, its checksum does not fit its content{then}")
+    return result
+
+
+def read_tensors(
+    path: Path, framework: Literal["np", "pt"] = "np", remedy: str = ""
+) -> dict[str, Any]:
     """Return the tensors of a safetensors file by name.
 
     Args:
         path: the file.
         framework: "np" for NumPy arrays, "pt" for torch tensors.
+        remedy: what to do if it is damaged.
 
     Raises:
-        UsageError: if an older version of robsparse wrote the file; it packed sparse tensors.
-        OSError, SafetensorError: if the file is missing or damaged.
+        UsageError: if the file is missing or damaged, or if an older version of robsparse wrote it;
+            it packed sparse tensors.
     """
-    with safe_open(path, framework=framework) as stored:
+    with (
+        _reading(path, "a readable file of weights", remedy),
+        safe_open(path, framework=framework) as stored,
+    ):
         if "robsparse.packed" in (stored.metadata() or {}):
             raise UsageError(
                 f"{path}: packed weights of an older version, expected plain safetensors; "
@@ -115,7 +253,49 @@ def read_tensors(path: Path, framework: Literal["np", "pt"] = "np") -> dict[str,
         return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
+def read_arrays(path: Path, remedy: str = "") -> "dict[str, np.ndarray]":
+    """Return the arrays of an npz file by name. Nothing is unpickled.
+
+    Raises:
+        UsageError: if the file is missing or damaged.
+    """
+    import numpy as np  # noqa: PLC0415
+
+    with (
+        _reading(path, "a readable npz file", remedy),
+        np.load(path, allow_pickle=False) as stored,
+    ):
+        return {name: stored[name] for name in stored.files}
+
+
+def read_table(path: Path, remedy: str = "", **options: Any) -> "pd.DataFrame":
+    """Read a table from CSV or parquet; the suffix decides.
+
+    options: those of pandas.read_csv or read_parquet.
+
+    Raises:
+        UsageError: if the file is missing or damaged.
+    """
+    import pandas as pd  # noqa: PLC0415
+
+    read = pd.read_parquet if path.suffix == ".parquet" else pd.read_csv
+    with _reading(path, "a readable table", remedy):
+        return read(path, **options)
+
+
+# ---------------------------------------------------------------- checksums
+
+
 def file_checksum(path: Path) -> str:
-    """Return the first 16 hex digits of the SHA-256 of a file."""
-    with path.open("rb") as handle:
+    """Return the first 16 hex digits of the SHA-256 of a file.
+
+    Raises:
+        UsageError: if the file cannot be read.
+    """
+    with _reading(path, "a file", ""), path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Return the first 16 hex digits of the SHA-256 of a JSON value, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
-from robsparse.base.files import atomic
+from robsparse.base.files import write_text
 from robsparse.cli.arguments import Command
 from robsparse.study import loading
 
@@ -90,8 +90,7 @@ def _schema(arguments: argparse.Namespace) -> None:
     for path, content in ((Path("config/schema.json"), text), (Path("docs/config.md"), page)):
         if not path.parent.is_dir():
             raise UsageError(f"{path.parent}: no such folder; expected to run in the repository")
-        with atomic(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(path, content)
         print(f"written: {path}")
 
 

@@ -7,6 +7,7 @@ import it.
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from robsparse import __version__
@@ -32,18 +33,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except UsageError as error:
-        for line in str(error).splitlines():
-            print(f"robsparse: error: {line}", file=sys.stderr)
-        return EXIT_USAGE
+        return _fail(str(error), EXIT_USAGE)
     except RunError as error:
-        print(f"robsparse: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except OSError as error:  # e.g. a full disk; a file gets its name only when it is complete
-        print(f"robsparse: error: {error}; no incomplete file is left", file=sys.stderr)
-        return EXIT_FAILED
+        return _fail(str(error), EXIT_FAILED)
+    except OSError as error:  # a file gets its name only when it is complete
+        return _fail(f"{error}; no incomplete file is left", EXIT_FAILED)
     except KeyboardInterrupt:
         print("robsparse: stopped; run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _fail(message: str, code: int) -> int:
+    """Print an error, each line with the name of the program; return the exit code."""
+    with suppress(OSError):  # the log may be on the same full disk
+        for line in message.splitlines():
+            print(f"robsparse: error: {line}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from robsparse.base.errors import UsageError
-from robsparse.base.files import atomic, file_checksum, write_json
+from robsparse.base.files import file_checksum, write_record, write_table
 from robsparse.collection.gather import CELL_KEY, NETWORK_KEY, Gathered, gather
 from robsparse.collection.overlap import mask_overlaps
 from robsparse.collection.plausibility import (
@@ -52,8 +52,8 @@ def collect(study: Study, layout: Layout, folder: Path) -> str:
         raise UsageError("\n".join(f"{layout.root}: {line}" for line in contradictions))
     overlaps = pd.DataFrame(mask_overlaps(study, layout), columns=list(OVERLAP_COLUMNS))
     for name, table in (_tables(gathered, results) | {"overlap.csv": overlaps}).items():
-        _write(folder / name, table)
-    write_json(folder / MANIFEST, _manifest(study, layout, folder))
+        write_table(folder / name, table, index=False)
+    write_record(folder / MANIFEST, _manifest(study, layout, folder))
     text = f"collected {len(results)} rows: {folder / 'results.csv'}"
     return "\n".join([text, *_notes(gathered)])
 
@@ -109,11 +109,3 @@ def _manifest(study: Study, layout: Layout, folder: Path) -> dict[str, Any]:
             if path.exists()
         },
     }
-
-
-def _write(path: Path, table: pd.DataFrame) -> None:
-    with atomic(path) as temporary:
-        if path.suffix == ".parquet":
-            table.to_parquet(temporary, index=False)
-        else:
-            table.to_csv(temporary, index=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from robsparse.base.errors import UsageError
-from robsparse.base.files import file_checksum
+from robsparse.base.files import file_checksum, read_table, read_text
 from robsparse.records.columns import OUTCOME_COLUMNS
 from robsparse.records.evaluation_record import Record, read_flags, read_record
 from robsparse.records.rows import KEY, Row, contradiction
@@ -63,7 +63,7 @@ def gather(study: Study, layout: Layout) -> Gathered:
         if layout.training(cell).exists():
             _gather_training(found, cell, layout)
         if layout.failed(cell).exists():
-            reason = " ".join(layout.failed(cell).read_text(encoding="utf-8").split())
+            reason = " ".join(read_text(layout.failed(cell), "delete this file").split())
             found.failures.append(_cell_key(cell) | {"reason": reason})
     return found
 
@@ -177,8 +177,19 @@ def _sanity_checks(record: Record) -> dict[str, Any]:
 
 def _gather_training(found: Gathered, cell: Cell, layout: Layout) -> None:
     key = _cell_key(cell)
-    found.curves += [key | point for point in read_training(layout.training(cell))["curve"]]
-    steps, lifetimes = (pd.read_parquet(f(cell)) for f in (layout.steps, layout.lifetimes))
+    record = read_training(layout.training(cell))
+    found.curves += [key | point for point in record["curve"]]
+    steps, lifetimes = (
+        _connections(path, record) for path in (layout.steps(cell), layout.lifetimes(cell))
+    )
     if len(steps):
         found.steps.append(steps.astype({"layer": str}).assign(**key))
         found.lifetimes.append(lifetimes.assign(**key))
+
+
+def _connections(path: Path, record: dict[str, Any]) -> pd.DataFrame:
+    """Read a table of the history of connections. Raises UsageError unless training wrote it."""
+    remedy, saved = "delete it and train this network again", record.get("tables", {})
+    if path.name in saved and file_checksum(path) != saved[path.name]:
+        raise UsageError(f"{path}: damaged or changed, not as training saved it; {remedy}")
+    return read_table(path, remedy)

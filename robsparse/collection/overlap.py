@@ -61,7 +61,7 @@ def read_masks(path: Path) -> list[np.ndarray]:
         One uint8 array for each layer, in the order of layer names; eight weights in one byte
         (numpy.packbits).
     """
-    state = read_tensors(path)
+    state = read_tensors(path, remedy="delete it and train this network again")
     return [np.packbits(state[name] != 0) for name in sorted(state) if state[name].ndim > 1]
 
 

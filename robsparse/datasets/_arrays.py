@@ -1,13 +1,12 @@
 """Converts arrays to images, checks them, and splits off the validation images."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 
-from robsparse.base.errors import UsageError
+from robsparse.base.errors import UsageError, one_line
 from robsparse.datasets import Part, Splits
 from robsparse.schema import Images
 from robsparse.schema.imagesets import shapes_in_npz
@@ -136,13 +135,15 @@ def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
                         f"{', '.join(stored.files)}"
                     )
             return {name: stored[name] for name in wanted}
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: not a readable npz file ({error})") from None
+    except UsageError:
+        raise
     except ValueError:
         raise UsageError(
             f"{path}: expected plain arrays of numbers, found Python objects, which are never "
             "unpickled"
         ) from None
+    except Exception as error:  # of many kinds, if the bytes are random
+        raise UsageError(f"{path}: not a readable npz file ({one_line(error)})") from None
 
 
 def read_extra(path: Path, image_shape: tuple[int, int, int], classes: int) -> Part:

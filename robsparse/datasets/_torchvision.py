@@ -7,7 +7,7 @@ import filelock
 import numpy as np
 from pydantic import BaseModel
 
-from robsparse.base.errors import UsageError
+from robsparse.base.errors import UsageError, one_line
 from robsparse.datasets import Splits
 from robsparse.datasets._arrays import as_part, split_validation
 from robsparse.schema import Downloaded
@@ -44,8 +44,12 @@ def _present(make: Any, name: str, folder: Path, params: BaseModel, which: dict[
     """Return torchvision's data set; download it if it is not on disk."""
     try:
         return make(root=folder, download=False, **which)
-    except RuntimeError:  # missing or damaged
+    except RuntimeError:  # missing, or other bytes than those of the authors
         pass
+    except Exception as error:  # of many kinds, if the bytes are random
+        raise UsageError(
+            f"datasets.{name}: the files in '{folder}' are damaged ({one_line(error)}); delete them"
+        ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / f".{name}.lock"):  # several jobs may download at once

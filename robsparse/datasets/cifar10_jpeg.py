@@ -25,7 +25,7 @@ from PIL import Image
 from pydantic import Field
 
 from robsparse.base.errors import UsageError
-from robsparse.base.files import atomic
+from robsparse.base.files import write_arrays
 from robsparse.datasets import Splits
 from robsparse.datasets._arrays import as_part, read_npz, shuffled, split_validation
 from robsparse.schema import PLACE, Augmentation, Description, Images
@@ -91,8 +91,8 @@ def _decoded(data_dir: Path, cache_dir: Path) -> dict[str, np.ndarray]:
     with filelock.FileLock(cache.with_suffix(".lock")):  # of several jobs only one decodes
         if not cache.exists():
             decoded: dict[str, Any] = dict(_decode(_checked(data_dir)))
-            with atomic(cache) as temporary, temporary.open("wb") as handle:
-                np.savez(handle, checksum=_checksum(decoded), **decoded)
+            checksum = {"checksum": _checksum(decoded)}
+            write_arrays(cache, checksum | decoded, compressed=False)
     stored = read_npz(cache, (*ARRAYS, "checksum"))
     arrays = {name: stored[name] for name in ARRAYS}
     if not np.array_equal(stored["checksum"], _checksum(arrays)):

@@ -4,11 +4,12 @@ Source: Xiao, Rasul, Vollgraf, arXiv 1708.07747.
 """
 
 import gzip
-import shutil
+import zlib
 from pathlib import Path
 from typing import ClassVar
 
-from robsparse.base.files import atomic
+from robsparse.base.errors import UsageError, one_line
+from robsparse.base.files import write_bytes
 from robsparse.datasets import Splits, _torchvision
 from robsparse.schema import Augmentation, Description, Downloaded
 
@@ -48,10 +49,12 @@ def _unpack_local_copy(folder: Path) -> None:
         if all((source / f"{name}.gz").exists() for name in FILES):
             for name in FILES:
                 if not (raw / name).exists():
-                    with (
-                        gzip.open(source / f"{name}.gz") as packed,
-                        atomic(raw / name) as temporary,
-                        temporary.open("wb") as unpacked,
-                    ):
-                        shutil.copyfileobj(packed, unpacked)
+                    write_bytes(raw / name, _unpacked(source / f"{name}.gz"))
             return
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{path}: not a readable gzip file ({one_line(error)})") from None

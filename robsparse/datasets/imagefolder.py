@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import filelock
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import Field
 
-from robsparse.base.errors import UsageError
-from robsparse.base.files import atomic
+from robsparse.base.errors import UsageError, one_line
+from robsparse.base.files import read_arrays, write_arrays
 from robsparse.datasets import Splits
 from robsparse.datasets._arrays import as_part, shuffled, split_validation, test_only
 from robsparse.schema import CONTENT, PLACE, Augmentation, Images
@@ -108,10 +108,8 @@ def _decoded(
     with filelock.FileLock(cache.with_suffix(".lock")):  # of several jobs only one decodes
         if not cache.exists():
             arrays: dict[str, Any] = dict(_decode(files))
-            with atomic(cache) as temporary, temporary.open("wb") as handle:
-                np.savez(handle, **arrays)
-    with np.load(cache, allow_pickle=False) as stored:
-        return dict(stored)
+            write_arrays(cache, arrays, compressed=False)
+    return read_arrays(cache, "delete it, then the images are decoded again")
 
 
 def _content(root: Path, files: dict[str, list[tuple[Path, int]]]) -> str:
@@ -145,8 +143,8 @@ def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, np.ndarray]:
                 )
             try:
                 pixels.append(np.asarray(image.convert(mode), dtype=np.uint8))
-            except OSError as error:
-                raise UsageError(f"{path}: not a readable image ({error})") from None
+            except Exception as error:  # of many kinds, if the bytes are random
+                raise UsageError(f"{path}: not a readable image ({one_line(error)})") from None
         arrays[f"{part}_images"] = np.stack(pixels).reshape(len(pixels), size[1], size[0], -1)
         arrays[f"{part}_labels"] = np.array([label for _, label in images], dtype=np.int64)
     return arrays
@@ -155,7 +153,7 @@ def _decode(files: dict[str, list[tuple[Path, int]]]) -> dict[str, np.ndarray]:
 def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path)
-    except (OSError, UnidentifiedImageError):
+    except Exception:  # of many kinds, if the bytes are random
         raise UsageError(f"{path}: not a readable image") from None
 
 

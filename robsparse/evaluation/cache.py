@@ -4,7 +4,6 @@ An interrupted evaluation continues from its cache.
 """
 
 import hashlib
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robsparse.base.files import atomic
+from robsparse.base.errors import UsageError
+from robsparse.base.files import read_arrays, write_arrays
 from robsparse.compute import perturb, randomness
 from robsparse.compute.machine import device_name
 from robsparse.datasets import Part
@@ -35,25 +35,26 @@ class Cache:
         self.folder, self.basis = folder, basis
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
-        """Return the arrays of a result, or None if it is not finished or its file is damaged."""
+        """Return the arrays of a result, or None if it is not finished.
+
+        If its file is damaged, a line says so, and the result is None.
+        """
         if self.folder is None:
             return None
         path = self._path(self.folder, name)
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                return {key: stored[key] for key in stored.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+            return read_arrays(path, "this part of the evaluation is computed again")
+        except UsageError as error:
+            print(error, flush=True)
             return None
 
     def put(self, name: str, **arrays: Any) -> None:
         """Store the arrays of a finished result."""
         if self.folder is None:
             return
-        path = self._path(self.folder, name)
-        with atomic(path) as temporary, temporary.open("wb") as handle:
-            np.savez_compressed(handle, **arrays)
+        write_arrays(self._path(self.folder, name), arrays)
 
     def keep(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
         """Return the arrays of a result. If it is not finished, compute and store it."""

@@ -163,7 +163,7 @@ def _read(path: Path) -> np.ndarray:
         stored: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError) as error:
         raise UsageError(f"{path}: not a readable npy file ({error})") from None
-    except ValueError:
+    except Exception:  # of many kinds, if the bytes are random
         raise UsageError(
             f"{path}: expected an npy file with an array of numbers; Python objects are never "
             "unpickled"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robsparse.base.files import atomic, file_checksum
+from robsparse.base.files import file_checksum, write_arrays
 from robsparse.compute.machine import device_name
 from robsparse.datasets import Part
 from robsparse.evaluation.corruptions import Corrupted
@@ -39,8 +39,7 @@ def write(
     outcomes: dict[str, Any] = {**corrupted.outcomes()}  # arrays
     for result in results:
         outcomes |= image_outcomes(result, job.examples)
-    with atomic(job.outcomes) as temporary, temporary.open("wb") as handle:
-        np.savez_compressed(handle, labels=job.examples.y_N.numpy(), **outcomes)
+    write_arrays(job.outcomes, {"labels": job.examples.y_N.numpy()} | outcomes)
     reasons = findings.potentially_unreliable([result.outcome for result in results])
     measured = {"potentially_unreliable": reasons, "latency_ms": latency_ms}
     common = network_columns(job) | size.columns | measured

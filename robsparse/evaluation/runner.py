@@ -31,7 +31,7 @@ def evaluation_errors(step: str) -> Iterator[None]:
     """Turn an error of an attack or of the network into an EvaluationError of one line."""
     try:
         yield
-    except (UsageError, OSError):
+    except (UsageError, RunError, OSError):
         raise
     except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]

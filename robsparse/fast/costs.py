@@ -12,21 +12,24 @@ replaces the measurement. It gives the same forms on every machine. The tests us
 """
 
 import functools
-import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from filelock import FileLock
+from pydantic import Field, NonNegativeFloat, TypeAdapter, ValidationError
 from torch import nn
 
-from robsparse.base.files import atomic
+from robsparse.base.errors import RunError, UsageError
+from robsparse.base.files import read_record, write_record
 from robsparse.fast.forms import LARGEST_MATRIX, Form, Kind, MatrixForm, PlainForm, SparseForm
 from robsparse.kernels.geometry import Geometry
 from robsparse.kernels.library import library
@@ -270,6 +273,11 @@ def _fastest(run: Callable[[], object]) -> float:
 # ---------------------------------------------------------------- the file of the machine
 
 
+_Pair = Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)]
+_FILE: TypeAdapter[dict[str, Costs]] = TypeAdapter(dict[str, dict[str, NonNegativeFloat | _Pair]])
+_AGAIN = "the costs are measured again"
+
+
 class _Table:
     """The costs of this machine, in memory and in a file."""
 
@@ -280,22 +288,34 @@ class _Table:
     def get(self, key: str, measure: Callable[[], Costs]) -> Costs:
         """Return the costs of a key. Only one process measures them."""
         if key not in self.costs:
-            if self.path is None:
-                self.costs[key] = measure()
-            else:
-                with FileLock(self.path.with_suffix(".lock")):
-                    self.costs = self._read()
-                    if key not in self.costs:
-                        self.costs[key] = measure()
-                        with atomic(self.path) as temporary:
-                            temporary.write_text(json.dumps(self.costs, indent=0))
+            try:
+                self._measure_once(key, measure)
+            except (OSError, UsageError, RunError) as error:
+                print(f"{error}; the measured costs are not stored", file=sys.stderr)
+                self.path = None
+                self._measure_once(key, measure)
         return self.costs[key]
 
+    def _measure_once(self, key: str, measure: Callable[[], Costs]) -> None:
+        """Measure the costs of a key, unless another process has done so."""
+        with FileLock(self.path.with_suffix(".lock")) if self.path else nullcontext():
+            self.costs |= self._read()
+            if key not in self.costs:
+                self.costs[key] = measure()
+                if self.path:
+                    write_record(self.path, self.costs)
+
     def _read(self) -> dict[str, Costs]:
-        try:
-            return dict(json.loads(self.path.read_text())) if self.path else {}
-        except (OSError, ValueError):
+        """Return the costs in the file. If it is damaged, a line says so, and there are none."""
+        if not (self.path and self.path.exists()):
             return {}
+        try:
+            return read_record(self.path, _FILE.validate_python, _AGAIN)
+        except UsageError as error:
+            print(error, file=sys.stderr)
+        except ValidationError:
+            print(f"{self.path}: damaged, expected costs in seconds; {_AGAIN}", file=sys.stderr)
+        return {}
 
 
 def _table() -> _Table:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors.numpy
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from robsparse import models
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
-from robsparse.base.files import atomic
+from robsparse.base.files import write_tensors
 from robsparse.networks import weights
 from robsparse.schema.fields import Strict
 from robsparse.study import messages
@@ -78,9 +77,7 @@ def write(path: Path, state: dict[str, Tensor], **described: Any) -> Description
         else:
             arrays[name] = np.array(value.numpy(), order="C")
     description = Description(sparse=sparse, **described)
-    with atomic(path) as temporary:
-        metadata = {_KEY: description.model_dump_json()}
-        safetensors.numpy.save_file(arrays, temporary, metadata)
+    write_tensors(path, arrays, {_KEY: description.model_dump_json()})
     return description
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from robsparse import datasets
 from robsparse.base.errors import UsageError, one_line
-from robsparse.base.files import atomic, file_checksum, read_json, write_json
+from robsparse.base.files import file_checksum, write_record, write_table
 from robsparse.datasets import Splits
 from robsparse.networks import construct, weights
 from robsparse.records import provenance
+from robsparse.records.training_record import check_weights, read_training
 from robsparse.sparsity.history import empty_lifetimes, empty_steps
 from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
@@ -45,8 +46,7 @@ def import_network(study: Study, cell: Cell, layout: Layout) -> None:
         weights.save(layout.model(cell, selection), state)
     tables = {layout.steps(cell): empty_steps(), layout.lifetimes(cell): empty_lifetimes()}
     for path, table in tables.items():
-        with atomic(path) as temporary:
-            table.to_parquet(temporary)
+        write_table(path, table)
     record = {
         "cell": cell.key,
         "selected": {s: {"epoch": None} for s in selections},
@@ -58,8 +58,9 @@ def import_network(study: Study, cell: Cell, layout: Layout) -> None:
         **provenance.current(),
         **fingerprint.as_record(),
         "weights": {s: file_checksum(layout.model(cell, s)) for s in selections},
+        "tables": {path.name: file_checksum(path) for path in tables},
     }
-    write_json(layout.training(cell), record)
+    write_record(layout.training(cell), record)
     print(f"imported {cell.key}: {layout.model(cell, 'last').parent}")
 
 
@@ -80,10 +81,12 @@ def load_network(
             other outputs than at its import.
     """
     source, path = study.source(cell.method), layout.model(cell, selection)
+    if path.exists():
+        check_weights(layout.training(cell), selection, path)
     if not source.foreign:
         return construct.with_weights(study, cell, splits, path), str(source)
     again = f"train --cell {cell.key} imports it"
-    before = read_json(layout.training(cell)).get("imported")
+    before = read_training(layout.training(cell)).get("imported")
     if before is None:
         raise UsageError(f"{path}: not the weights of {source}; {again}")
     network = construct.with_weights(study, cell, splits, None)

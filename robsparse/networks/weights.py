@@ -5,13 +5,11 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from robsparse.base.errors import UsageError
-from robsparse.base.files import atomic, read_tensors
+from robsparse.base.errors import UsageError, one_line
+from robsparse.base.files import read_tensors, write_tensors
 
 _COUNTER = "num_batches_tracked"
 
@@ -19,8 +17,7 @@ _COUNTER = "num_batches_tracked"
 def save(path: Path, state: dict[str, Tensor]) -> None:
     """Write a state dict (tensors on the CPU) as safetensors, atomically."""
     arrays = {name: np.array(value.numpy(), order="C") for name, value in state.items()}
-    with atomic(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary)
+    write_tensors(path, arrays)
 
 
 def checksum(state: dict[str, Tensor]) -> str:
@@ -106,9 +103,9 @@ def _renamed(
 
 def _read(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by name. No code of the file is executed."""
+    if path.suffix == ".safetensors":
+        return read_tensors(path, "pt")
     try:
-        if path.suffix == ".safetensors":
-            return read_tensors(path, "pt")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such model file") from None
@@ -120,9 +117,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             if refused
             else f"{path}: not a readable file of weights"
         ) from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise UsageError(f"{path}: not a readable file of weights ({message})") from None
+    except Exception as error:  # of many kinds, if the bytes are random
+        raise UsageError(f"{path}: not a readable file of weights ({one_line(error)})") from None
     for wrapper in ("state_dict", "model", "net"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

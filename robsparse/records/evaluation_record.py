@@ -1,16 +1,47 @@
 """The files of one evaluation: the JSON record, and the outcomes of single images."""
 
 import dataclasses
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, NonNegativeInt
 
-from robsparse.base.errors import UsageError
-from robsparse.base.files import read_json, write_json
+from robsparse.base import files
+from robsparse.records.checked import Checked, check
 from robsparse.records.rows import Row
+
+_AGAIN = "evaluate this network again"
+
+
+class _Layer(Checked):
+    layer: str
+    size: NonNegativeInt
+    nonzero: NonNegativeInt
+    positions: NonNegativeInt
+
+
+class _Bin(Checked):
+    low: float
+    high: float
+    count: NonNegativeInt
+
+
+class _Corruption(Checked):
+    corruption: str
+    severity: int
+    source: str
+    n_correct: NonNegativeInt
+    n_examples: NonNegativeInt
+
+
+class _Content(Checked):
+    rows: Annotated[list[Row], Field(min_length=1)]
+    layers: list[_Layer]
+    histogram: list[_Bin]
+    sanity_checks: dict[str, float]
+    outcomes: str
+    corruptions: list[_Corruption]
 
 
 @dataclass(frozen=True)
@@ -39,33 +70,21 @@ def write_record(path: Path, record: Record) -> None:
     """Write the record of one evaluation."""
     rows = [row.model_dump() for row in record.rows]
     rest = {key: value for key, value in vars(record).items() if key != "rows"}
-    write_json(path, {"rows": rows, **rest})
+    files.write_record(path, {"rows": rows, **rest})
 
 
 def read_record(path: Path) -> Record:
     """Read the record of one evaluation.
 
     Raises:
-        UsageError: if the file is damaged or of another version. The message names the field.
+        UsageError: if the file is damaged or of another version. The message names the key.
     """
-    content = read_json(path)
-    try:
-        if not content["rows"]:
-            raise UsageError(f"{path}: expected at least one row")
-        rows = [Row.model_validate(row) for row in content["rows"]]
+
+    def parse(content: dict[str, Any]) -> Record:
+        rows = check(_Content, content, path, _AGAIN).rows
         return Record(rows, *(content[f.name] for f in dataclasses.fields(Record)[1:]))
-    except (KeyError, TypeError):
-        named = ", ".join(f.name for f in dataclasses.fields(Record))
-        raise UsageError(f"{path}: expected {named}; evaluate this network again") from None
-    except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in wrong["loc"])
-        if wrong["type"] in ("extra_forbidden", "missing"):
-            raise UsageError(
-                f"{path}: '{key}': another version of robsparse wrote these columns; evaluate this "
-                "network again"
-            ) from None
-        raise UsageError(f"{path}: {key} = {wrong['input']!r}: {wrong['msg']}") from None
+
+    return files.read_record(path, parse, _AGAIN)
 
 
 def read_flags(path: Path) -> dict[str, Any]:
@@ -74,10 +93,4 @@ def read_flags(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: if the file is damaged.
     """
-    import numpy as np  # noqa: PLC0415 (planning the workflow starts sooner without it)
-
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: damaged ({error}); run `robsparse evaluate` again") from None
+    return files.read_arrays(path, "run `robsparse evaluate` again")

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from robsparse import datasets
 from robsparse.base.counts import keep_count
 from robsparse.base.errors import RunError, UsageError
-from robsparse.base.files import atomic, file_checksum, read_json, read_tensors, write_json
+from robsparse.base.files import atomic, file_checksum, read_tensors, write_json
 from robsparse.fast import proof
 from robsparse.figures.text.formats import radius
 from robsparse.networks import compact, construct, external
 from robsparse.records.evaluation_record import read_record
+from robsparse.records.training_record import read_training
 from robsparse.schema.evaluation import Selection
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
@@ -100,7 +101,7 @@ def compact_file(one: Exported) -> list[str]:
 
 def _provenance(one: Exported) -> dict[str, str]:
     """Return where the weights come from: the network, and what its training record says."""
-    trained = read_json(one.layout.training(one.cell))
+    trained = read_training(one.layout.training(one.cell))
     kept = ("settings_digest", "code_version", "code_digest", "libraries", "data_checksum")
     return {
         "study": one.study.study,

@@ -5,7 +5,7 @@ import re
 
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
-from robsparse.base.files import atomic
+from robsparse.base.files import write_text
 
 
 def new_method(name: str, label: str | None = None) -> str:
@@ -27,8 +27,7 @@ def new_method(name: str, label: str | None = None) -> str:
     if name in registry.names("method") or path.exists():
         raise UsageError(f"'{name}': this method already exists; expected another name")
     printed = label or name.replace("_", " ").capitalize()
-    with atomic(path) as temporary:
-        temporary.write_text(_filled_in(template.path.read_text(), name, printed))
+    write_text(path, _filled_in(template.path.read_text(), name, printed))
     return (
         f"written: {path}\n"
         f"next: fill in its hooks, add '{name}' to grid.methods of a config, then\n"

@@ -1,7 +1,6 @@
 """Runs a study: calls snakemake with one progress display, and says at the end what to look at."""
 
 import contextlib
-import csv
 import importlib
 import io
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 from robsparse.base.errors import UsageError, nearest_match
-from robsparse.base.files import atomic
+from robsparse.base.files import read_table, read_text, write_text
 from robsparse.figures import REPORT
 from robsparse.records.rows import KEY
 from robsparse.schema.fields import rounded_sparsity
@@ -81,9 +80,8 @@ def _study(config: Path, changes: Sequence[str]) -> tuple[Study, Path]:
         _set(data, change)
     study = loading.validate(data, f"{config} with --set {' '.join(changes)}")
     path = ROOT / study.study / "config.yaml"
-    with atomic(path) as temporary:
-        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-        temporary.write_text(f"# {config} with {' '.join(changes)}\n{text}", encoding="utf-8")
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    write_text(path, f"# {config} with {' '.join(changes)}\n{text}")
     print(f"{path}: the changed study", file=sys.stderr)
     return study, path
 
@@ -212,7 +210,7 @@ def _failure(layout: Layout, job: Job) -> str:
     """A failed job with its own error message, and its log."""
     path = layout.failed(Cell.parse(job.cell)) if job.rule == TRAIN and job.cell else None
     if path is not None and path.exists():
-        reason = " ".join(path.read_text(encoding="utf-8").split())
+        reason = " ".join(read_text(path).split())
     else:
         reason = reason_of(job.log)
     return f"  {job.what}: {reason}\n    log: {job.log}"
@@ -231,12 +229,14 @@ def _look_at(folder: Path) -> Iterator[str]:
     if not reports:
         return
     yield f"look at: {reports[0]}"
-    with (folder / "results.csv").open(encoding="utf-8", newline="") as handle:
-        rows = [*csv.DictReader(handle)]
-    networks = {tuple(row[name] for name in KEY[:7]): row for row in rows}
-    marked = sum(bool(row["potentially_unreliable"]) for row in networks.values())
+    table, column = folder / "results.csv", "potentially_unreliable"
+    rows = read_table(table, dtype=str, keep_default_na=False)
+    if not {*KEY[:7], column} <= {*rows.columns}:
+        raise UsageError(f"{table}: damaged, it lacks columns; run `robsparse collect CONFIG`")
+    networks = rows.drop_duplicates(KEY[:7], keep="last")
+    marked = int((networks[column] != "").sum())
     if marked:
         yield (
             f"{marked} of {len(networks)} networks are potentially unreliable: see the reasons in "
-            f"the column potentially_unreliable of {folder / 'results.csv'}"
+            f"the column {column} of {table}"
         )

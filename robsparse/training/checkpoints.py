@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from robsparse.base.errors import UsageError
 from robsparse.base.files import atomic
 
 _SUM = hashlib.sha256().digest_size
@@ -86,12 +87,18 @@ class Checkpoint:
     def load(self) -> dict[str, Any] | None:
         """Return the newest undamaged state of the same run, or None if there is none.
 
-        One line is printed for each state that cannot be used, with the reason.
+        One line is printed for each state that cannot be used, with the reason. A damaged state
+        does not end the run: it only costs time.
+
+        Raises:
+            UsageError: if a folder has the name of a state.
         """
         for path, otherwise in (
             (self.path, "trying the previous state"),
             (self.previous, "training starts from the beginning"),
         ):
+            if path.is_dir():
+                raise UsageError(f"{path}: a folder, expected a file; remove it")
             if path.exists():
                 state = _read_intact(path)
                 if state is None:

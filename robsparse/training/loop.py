@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from robsparse.base.errors import TrainingError, UsageError
-from robsparse.base.files import atomic, locked
+from robsparse.base.files import locked, write_text
 from robsparse.compute.machine import computing, pick_device, prepare
 from robsparse.fast.sparse_pass import sparse_pass
 from robsparse.networks import external
@@ -78,8 +78,7 @@ def _failure_written(path: Path, failure: type[Exception]) -> Iterator[None]:
     try:
         yield
     except failure as error:
-        with atomic(path) as temporary:
-            temporary.write_text(f"{error}\n")
+        write_text(path, f"{error}\n")
         raise
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robsparse.base.files import atomic, file_checksum, write_json
+from robsparse.base.files import file_checksum, write_record, write_table
 from robsparse.compute.machine import device_name, peak_memory_mb, precision_note
 from robsparse.kernels.library import instructions
 from robsparse.networks import weights
@@ -157,9 +157,9 @@ def write_results(session: Session, record: TrainingRecord) -> None:
     states = {s: record.best_states.get(s, last_state) for s in session.selections}
     for selection, state in states.items():
         weights.save(layout.model(cell, selection), state)
-    _write_connections(session, session.run.connections)
+    tables = _write_connections(session, session.run.connections)
     selected = {s: record.best.get(s) or _selected(record.curve[-1], s) for s in states}
-    write_json(
+    write_record(
         layout.training(cell),
         {
             "cell": cell.key,
@@ -175,6 +175,7 @@ def write_results(session: Session, record: TrainingRecord) -> None:
             "kernels": instructions(session.device.type),
             **session.fingerprint.as_record(),
             "weights": {s: file_checksum(layout.model(cell, s)) for s in states},
+            "tables": tables,
         },
     )
 
@@ -184,15 +185,18 @@ def _selected(point: dict[str, Any], selection: str) -> dict[str, Any]:
     return {key: point[key] for key in ("epoch", CRITERIA.get(selection, "val_robust"))}
 
 
-def _write_connections(session: Session, log: ConnectionLog | None) -> None:
-    """Write the history of connections. The tables of a method that never rewires are empty."""
+def _write_connections(session: Session, log: ConnectionLog | None) -> dict[str, str]:
+    """Write the history of connections; return the checksums of its tables by file name.
+
+    The tables of a method that never rewires are empty.
+    """
     tables = {
         session.layout.steps(session.cell): log.steps() if log else empty_steps(),
         session.layout.lifetimes(session.cell): log.lifetimes() if log else empty_lifetimes(),
     }
     for path, table in tables.items():
-        with atomic(path) as temporary:
-            table.to_parquet(temporary, compression="zstd")
+        write_table(path, table, compression="zstd")
+    return {path.name: file_checksum(path) for path in tables}
 
 
 def _failure(of_start: str, own: str) -> str:

@@ -20,7 +20,7 @@ from robsparse.datasets._arrays import read_extra
 from robsparse.fast.proof import IMAGES
 from robsparse.fast.structure import runs
 from robsparse.networks import construct, weights
-from robsparse.records.training_record import read_training
+from robsparse.records.training_record import check_weights, read_training
 from robsparse.schema.evaluation import Selection
 from robsparse.schema.training import Training
 from robsparse.sparsity.averaging import WeightAverage
@@ -134,6 +134,7 @@ def _read_start(study: Study, cell: Cell, layout: Layout) -> StartingNetwork:
             f"train --cell {start.key} first"
         )
     record = read_training(layout.training(start))
+    check_weights(layout.training(start), "last", path)
     return StartingNetwork(path, record["curve"], record["cost"], record["failure"])
 
 

@@ -1,7 +1,6 @@
 """A small study for any registered method. It is trained once in a test run, in seconds."""
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import yaml
 from robsparse import datasets, models
 from robsparse.base import registry
 from robsparse.networks import weights
+from robsparse.records.training_record import read_training
 from robsparse.schema.training import Fit
 from robsparse.study import loading
 from robsparse.study.cells import Cell, Layout
@@ -91,7 +91,7 @@ class Case:
 
     def results(self, layout: Layout) -> dict[str, Any]:
         """All results of a run, without its time and memory."""
-        record = json.loads(layout.training(self.cell).read_text())
+        record = read_training(layout.training(self.cell))
         for name in ("seconds", "peak_memory_mb"):
             del record["cost"][name]
         return {

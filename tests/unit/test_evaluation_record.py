@@ -52,7 +52,7 @@ def test_record_of_another_version_is_refused_in_one_line(tmp_path, row_values):
     path.write_text(json.dumps(content))
     with pytest.raises(UsageError) as caught:
         read_record(path)
-    assert str(caught.value).startswith(f"{path}: 'suspicious': ")
+    assert str(caught.value).startswith(f"{path}: 'rows.0.suspicious': ")
     assert str(caught.value).endswith("evaluate this network again")
     assert "\n" not in str(caught.value)
 

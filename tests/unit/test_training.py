@@ -15,11 +15,12 @@ import torch.nn.functional as F
 
 from robsparse import datasets, models
 from robsparse.base.errors import TrainingError, UsageError
-from robsparse.base.files import file_checksum
+from robsparse.base.files import file_checksum, write_record
 from robsparse.compute import perturb
 from robsparse.datasets import Part
 from robsparse.kernels.library import instructions
 from robsparse.networks import construct, weights
+from robsparse.records.training_record import read_training
 from robsparse.schema.threat import Crafting
 from robsparse.schema.training import Fit
 from robsparse.sparsity.layers import nonzero_count, prunable, weight_count
@@ -875,9 +876,9 @@ def test_one_good_validation_resets_the_count(one):
 def test_a_network_that_starts_from_a_failed_network_has_a_failure(pruned):
     study, cell, layout = pruned("lwm")
     path = layout.training(study.starting_cell(cell))
-    record = json.loads(path.read_text())
+    record = read_training(path)
     assert json.loads(layout.training(cell).read_text())["failure"] == ""
-    path.write_text(json.dumps(record | {"failure": "training collapsed: x"}))
+    write_record(path, record | {"failure": "training collapsed: x"})
     loop.train_cell(study, cell, layout, device="cpu")
     message = json.loads(layout.training(cell).read_text())["failure"]
     assert message == "started from a failed network: training collapsed: x"
