@@ -279,8 +279,8 @@ def read_table(path: Path, remedy: str = "", **options: Any) -> "pd.DataFrame":
     import pandas as pd  # noqa: PLC0415
 
     read = pd.read_parquet if path.suffix == ".parquet" else pd.read_csv
-    with _reading(path, "a readable table", remedy):
-        return read(path, **options)
+    with _reading(path, "a readable table", remedy), path.open("rb") as handle:
+        return read(handle, **options)
 
 
 # ---------------------------------------------------------------- checksums

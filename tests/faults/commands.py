@@ -4,14 +4,14 @@ The child is a copy of this process (fork), which has imported everything. So a 
 long as its work, and it can be killed like any other process.
 """
 
+import contextlib
+import fcntl
 import functools
 import importlib
 import os
 import resource
-import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -125,7 +125,7 @@ class Running:
 
     words: tuple[str, ...]
     pid: int
-    files: tuple[Path, Path]
+    printed: tuple[int, int]  # pipes: they have no limit of space, as a file may have
     began: float
     killed: bool = False
 
@@ -141,10 +141,14 @@ class Running:
             if time.monotonic() > end:
                 os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.01)
-        out, err = (path.read_text(errors="replace") for path in self.files)
-        shutil.rmtree(self.files[0].parent)
+        out, err = map(_read_all, self.printed)
         code, seconds = os.waitstatus_to_exitcode(done[1]), time.monotonic() - self.began
         return Ended(self.words, code, out, err, seconds, self.killed)
+
+
+def _read_all(pipe: int) -> str:
+    with os.fdopen(pipe, errors="replace") as stream:
+        return stream.read()
 
 
 def start(words: Sequence[str], folder: Path, change: Callable[[], None] = nothing) -> Running:
@@ -152,32 +156,38 @@ def start(words: Sequence[str], folder: Path, change: Callable[[], None] = nothi
 
     change: what the child does before the command, e.g. `stop_after_steps`.
     """
-    printed = Path(tempfile.mkdtemp(prefix="faults-"))
-    files = printed / "out", printed / "err"
+    pipes = os.pipe(), os.pipe()
+    for pipe in pipes:
+        fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, 1 << 20)
     began = time.monotonic()
     pid = os.fork()
     if pid:
-        return Running(tuple(words), pid, files, began)
+        for pipe in pipes:
+            os.close(pipe[1])
+        return Running(tuple(words), pid, (pipes[0][0], pipes[1][0]), began)
     code = 1
     try:
-        code = _child(list(words), folder, files, change)
+        code = _child(list(words), folder, (pipes[0][1], pipes[1][1]), change)
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 
 def _child(
-    words: list[str], folder: Path, files: tuple[Path, Path], change: Callable[[], None]
+    words: list[str], folder: Path, printed: tuple[int, int], change: Callable[[], None]
 ) -> int:
     """Run a command in this process, which is a child; return its exit code."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
-    for number, path in zip((1, 2), files, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    for number, pipe in zip((1, 2), printed, strict=True):
+        os.dup2(pipe, number)
+        os.close(pipe)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     change()

@@ -154,9 +154,10 @@ def _damage(
     else:
         place.write_bytes(content)
     ended = commands.run(reader.words, folder)
-    if content is None and place.is_dir():
-        shutil.rmtree(place)
-    if not place.exists() or place.read_bytes() == content:
+    if place.is_dir():
+        place.rmdir()
+        place.write_bytes(before)
+    elif place.exists() and place.read_bytes() == content:
         place.write_bytes(before)
     same = ended.code != 0 or not differences(reader.expected, contents(folder / RESULTS))
     counts.judge(name, ended, place.name, same)

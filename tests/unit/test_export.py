@@ -157,7 +157,7 @@ def saved(study_data, load_study, tmp_path):
                 layer.weight.mul_(torch.rand_like(layer.weight) < 0.1)
         path = layout.model(cell, "last")
         weights.save(path, network.state_dict())
-        record = {"code_version": "1", "settings_digest": "d", "cost": None}
+        record = {"code_version": "1", "settings_digest": "d", "cost": None, "curve": []}
         write_json(layout.training(cell), record)
         return export.Exported(study, cell, "last", layout)
 

@@ -61,7 +61,7 @@ def test_latency_is_in_every_row_if_the_study_measures_it(
     cell = study.cells()[0]
     network = construct.build(study, cell, (1, 8, 8), 10)
     weights.save(layout.model(cell, "last"), network.state_dict())
-    write_json(layout.training(cell), {"cost": None})
+    write_json(layout.training(cell), {"cost": None, "curve": []})
     rows = read_record(evaluate_cell(study, cell, "last", layout)).rows
     assert [row.latency_ms for row in rows] == [1.25 if wanted else None] * 2
 
