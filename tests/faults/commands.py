@@ -114,6 +114,8 @@ def jobs(study: Study) -> list[tuple[str, Cell, tuple[str, ...]]]:
 
 def prepare() -> None:
     """Import what the commands need, so that children have it."""
+    # A background shell hands an ignored SIGINT down to its children; a terminal does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["ROBSPARSE_COSTS"] = "estimated"
     for name in IMPORTED:
         importlib.import_module(name)

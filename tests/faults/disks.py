@@ -91,12 +91,14 @@ def _try(
     before()
     ended = commands.run(stage.words, folder, change)
     after()
-    wrong = [*leftovers(folder), *(n for n, b in old.items() if _bytes(folder).get(n) != b)]
+    found = _bytes(folder)
+    wrong = [
+        *leftovers(folder),
+        *(path for path, content in old.items() if found.get(path) != content),
+    ]
     again = commands.run(stage.words, folder)
-    same = again.code == 0 and not differences(stage.after, contents(folder / RESULTS))
-    counts.judge(name, ended, str(RESULTS), same)
-    if wrong or not same:
-        counts.add(f"{name}, then again", "lost or different", f"{wrong} {again}")
+    wrong += [str(again)] if again.code else differences(stage.after, contents(folder / RESULTS))
+    counts.judge(name, ended, str(RESULTS), wrong)
 
 
 def _growth(stage: Stage, folder: Path) -> int:

@@ -81,20 +81,22 @@ class Counts:
         self.rows |= other.rows
         self.wrong += other.wrong
 
-    def judge(self, name: str, ended: Ended, file: str, same: bool) -> None:
+    def judge(self, name: str, ended: Ended, file: str, wrong: list[str]) -> None:
         """Count a command that met a damaged file or a full disk.
 
         Args:
             name: of the fault.
             ended: the command.
             file: a part of the path that an error must name.
-            same: whether its results are those of an undisturbed command. Only if it succeeded.
+            wrong: what is lost, or differs from the results of an undisturbed command.
         """
         text = f"{' '.join(ended.words)}: code {ended.code}: {(ended.out + ended.err)[-1500:]}"
         if ended.crashed or ended.code not in (0, 1, 2):
             self.add(name, "traceback", text)
+        elif wrong:
+            self.add(name, "lost or different", f"{wrong[:5]} {text}")
         elif ended.code == 0:
-            self.add(name, "no effect" if same else "lost or different", text)
+            self.add(name, "no effect")
         elif any(file in line for line in ended.errors):
             self.add(name, "one line")
         else:

@@ -43,20 +43,20 @@ def ended(code=2, err="", killed=False):
 
 
 @pytest.mark.parametrize(
-    ("command", "same", "column"),
+    ("command", "wrong", "column"),
     [
-        (ended(err="robsparse: error: results/a.json: damaged\n"), False, "one line"),
-        (ended(err="robsparse: error: damaged\n"), False, "unnamed"),
-        (ended(err="Traceback (most recent call last):\n"), False, "traceback"),
-        (ended(code=-11), False, "traceback"),
-        (ended(code=75), False, "traceback"),
-        (ended(code=0), True, "no effect"),
-        (ended(code=0), False, "lost or different"),
+        (ended(err="robsparse: error: results/a.json: damaged\n"), [], "one line"),
+        (ended(err="robsparse: error: damaged\n"), [], "unnamed"),
+        (ended(err="Traceback (most recent call last):\n"), [], "traceback"),
+        (ended(code=-11), [], "traceback"),
+        (ended(code=75), [], "traceback"),
+        (ended(code=0), [], "no effect"),
+        (ended(code=0), ["last.json"], "lost or different"),
     ],
 )
-def test_harness_judges_a_command(command, same, column, capsys):
+def test_harness_judges_a_command(command, wrong, column):
     counts = Counts()
-    counts.judge("truncated", command, "a.json", same)
+    counts.judge("truncated", command, "a.json", wrong)
     assert counts.rows["truncated"] == {"cases": 1, column: 1}
     assert bool(counts.wrong) == (column in COLUMNS[3:])
     assert counts.table().splitlines()[-1].startswith("| **all** | 1 |")
