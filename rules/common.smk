@@ -10,7 +10,7 @@ from robsparse.study import fingerprints
 from robsparse.study.cells import Cell, Layout
 from robsparse.study.loading import load
 from robsparse.base import gpus
-from robsparse.base.errors import UsageError
+from robsparse.base.errors import RunError, UsageError
 from robsparse.base.runs import begin_run
 from robsparse.figures import PAGE, REPORT, SUFFIXES, plots_of, tables_of
 
@@ -33,25 +33,29 @@ if CLUSTER:
     JOB_ENVIRONMENT["ROBSPARSE_COSTS"] = quote(costs)
 shell.prefix(f"export {' '.join(f'{k}={v}' for k, v in JOB_ENVIRONMENT.items())}; ")
 
-if workflow.is_main_process:
-    RUN = begin_run(Path(".snakemake"))
+
+def or_end(function, *arguments):
+    """Call a function. An error ends Snakemake with one line and the exit code of `robsparse`."""
+    try:
+        return function(*arguments)
+    except (UsageError, RunError) as error:
+        sys.stderr.write(f"robsparse: error: {error}\n")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def load_study():
     settings = workflow.config_settings
-    try:
-        if settings.config or len(settings.configfiles) > 1:
-            raise UsageError(
-                "a study is one complete file: expected one --configfile and no --config "
-                "(change a copy of the file; write targets before --configfile)"
-            )
-        return load(STUDY_FILE)
-    except UsageError as error:
-        sys.stderr.write(f"robsparse: error: {error}\n")
-        sys.exit(2)
+    if settings.config or len(settings.configfiles) > 1:
+        raise UsageError(
+            "a study is one complete file: expected one --configfile and no --config "
+            "(change a copy of the file; write targets before --configfile)"
+        )
+    return load(STUDY_FILE)
 
 
-STUDY = load_study()
+if workflow.is_main_process:
+    RUN = or_end(begin_run, Path(".snakemake"))
+STUDY = or_end(load_study)
 ROOT = f"results/{STUDY.study}"
 LAYOUT = Layout(Path(ROOT))
 TABLES = tables_of(STUDY)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import filelock
 
+from robsparse.base.files import check_writable
+
 
 def begin_run(state: Path) -> filelock.BaseFileLock:
     """Register this run until its process ends. Remove the lock of Snakemake if its run is dead.
@@ -26,9 +28,13 @@ def begin_run(state: Path) -> filelock.BaseFileLock:
 
     Returns:
         The lock of this run. It is released when it is deleted.
+
+    Raises:
+        UsageError: if the folder cannot be written to.
+        RunError: if the disk is full or fails.
     """
     runs, host = state / "runs", socket.gethostname()
-    runs.mkdir(parents=True, exist_ok=True)
+    check_writable(runs)
     own = filelock.FileLock(runs / f"{host}.{os.getpid()}")
     with contextlib.suppress(filelock.Timeout):  # an earlier run of this process has it
         own.acquire(timeout=0)
