@@ -27,6 +27,7 @@ WORKFLOWS = (
     ("snakemake", "--cores", "2", "evaluated", "--configfile", CONFIG),
     ("robsparse", "run", CONFIG, "--cores", "2"),
 )
+OF_WORKFLOWS = ("dense", "bcs", "hydra")
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,8 @@ def kill_all(folder: Path, number: int, draw: random.Random, methods: Sequence[s
     counts = Counts()
     quiet = folder / "undisturbed"
     run = undisturbed(commands.make_study(quiet, methods), quiet)
-    for words in WORKFLOWS if number >= 6 else ():
-        place = folder / words[0]
-        commands.make_study(place, methods)
-        make_project(place)
-        kill_workflow(words, place, number // 6, draw, counts)
-        compare(place, run.expected, f"kills of {words[0]}", counts)
+    if number >= 6:
+        _kill_workflows(folder, number // 6, draw, counts)
     place, done = folder / "jobs", 0
     while done < number - 2 * (number // 6):
         shutil.rmtree(place, ignore_errors=True)
@@ -70,6 +67,18 @@ def kill_all(folder: Path, number: int, draw: random.Random, methods: Sequence[s
         done += kill_jobs(run, place, 2, draw, counts)
         compare(place, run.expected, "kills of jobs", counts)
     return counts
+
+
+def _kill_workflows(folder: Path, each: int, draw: random.Random, counts: Counts) -> None:
+    """Kill each of WORKFLOWS some times, on a study of three methods."""
+    quiet = folder / "small"
+    run = undisturbed(commands.make_study(quiet, OF_WORKFLOWS), quiet)
+    for words in WORKFLOWS:
+        place = folder / words[0]
+        commands.make_study(place, OF_WORKFLOWS)
+        make_project(place)
+        kill_workflow(words, place, each, draw, counts)
+        compare(place, run.expected, f"kills of {words[0]}", counts)
 
 
 def kill_jobs(
