@@ -32,12 +32,13 @@ def test_results_are_found_only_with_the_same_settings(tmp_path):
     assert Cache(tmp_path / "cache", "another pgd 0.1").get("one") is None
 
 
-def test_damaged_result_is_not_used(tmp_path):
+def test_damaged_result_is_not_used(tmp_path, capsys):
     cache = Cache(tmp_path, "network")
     cache.put("one", flags=np.ones(100))
     [path] = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:50])
     assert cache.get("one") is None
+    assert capsys.readouterr().out.startswith(f"{path}: damaged")
 
 
 def test_file_with_a_pickle_is_not_read(tmp_path):

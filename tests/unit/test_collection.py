@@ -8,7 +8,7 @@ import pytest
 
 from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum, read_json, write_json
-from robsparse.collection import collect
+from robsparse.collection import collect, overlap
 from robsparse.collection.plausibility import (
     find_contradictions,
     mark_missed_budgets,
@@ -423,6 +423,39 @@ def test_weights_with_one_changed_byte_are_refused(study, finished, dense_only):
     path = finished.model(study.cells()[0], "last")
     path.write_bytes(b"weightt")
     refused(study, finished, str(path), "not the weights that were attacked")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"\xff" * 90])
+@pytest.mark.parametrize("known", [True, False])  # an older record has no checksum of the table
+def test_damaged_history_of_connections_is_refused(content, known, study, finished, dense_only):
+    cell = study.cells()[0]
+    path, training = finished.steps(cell), finished.training(cell)
+    if known:
+        saved = {"tables": {path.name: file_checksum(path)}}
+        write_json(training, read_json(training) | saved)
+    path.write_bytes(content)
+    refused(study, finished, f"{path}: damaged", "delete it and train this network again")
+
+
+def test_history_of_connections_of_another_training_is_refused(study, finished, dense_only):
+    cell = study.cells()[0]
+    path, training = finished.steps(cell), finished.training(cell)
+    write_json(training, read_json(training) | {"tables": {path.name: "another"}})
+    refused(study, finished, f"{path}: damaged or changed", "train this network again")
+
+
+def test_reason_of_a_failure_that_is_not_text_is_refused(study, finished, dense_only):
+    path = finished.failed(study.cells()[0])
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\xff\xfe")
+    refused(study, finished, f"{path}: damaged, not text", "delete this file")
+
+
+def test_damaged_weights_are_refused_if_the_overlap_reads_them(tmp_path):
+    path = tmp_path / "last.safetensors"
+    path.write_bytes(b"weights")
+    with pytest.raises(UsageError, match=r"last\.safetensors: damaged, not a readable file"):
+        overlap.read_masks(path)
 
 
 def test_weights_that_training_did_not_save_are_refused(study, finished, dense_only):

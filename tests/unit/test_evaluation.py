@@ -12,7 +12,7 @@ from torch import nn
 from robsparse import models
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
-from robsparse.base.files import file_checksum
+from robsparse.base.files import file_checksum, write_record
 from robsparse.datasets import Part
 from robsparse.eval import autoattack, clean, pgd
 from robsparse.evaluation import job, sanity_checks
@@ -597,6 +597,21 @@ def test_record_and_flags_of_an_evaluation_agree(study_data, load_study, tmp_pat
         for row in content["rows"]:
             del row["attack_seconds"]
     assert before == after
+
+
+def test_weights_that_training_did_not_save_are_not_attacked(study_data, load_study, tmp_path):
+    study = load_study(study_data)
+    cell, layout = study.cells()[0], Layout(tmp_path / "run")
+    path = layout.model(cell, "last")
+    weights.save(path, small_cnn().state_dict())
+    saved = {"last": file_checksum(path)}
+    write_record(layout.training(cell), {"cost": None, "curve": [], "weights": saved})
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"last\.safetensors: damaged or changed"):
+        evaluate_cell(study, cell, "last", layout, device="cpu")
+    assert not layout.evaluation(cell, "last").exists()
 
 
 @pytest.mark.parametrize("fresh", [False, True])

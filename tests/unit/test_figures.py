@@ -120,6 +120,37 @@ def test_error_about_a_damaged_table_names_the_file(tmp_path, name):
         report.write(study, layout, layout.root)
 
 
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("results.csv", "accuracy"),
+        ("results.csv", "attack_seconds"),
+        ("layers.csv", "nonzero"),
+        ("curves.csv", "loss"),
+        ("weights.csv", "low"),
+        ("overlap.csv", "jaccard"),
+        ("steps.parquet", "age"),
+    ],
+)
+def test_word_in_the_place_of_a_number_names_file_row_column_and_word(tmp_path, name, column):
+    study = load(tmp_path)
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
+    path = layout.root / name
+    table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    table = table.reset_index(drop=True).astype({column: object})
+    table.loc[2, column] = "many"
+    if path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.astype({column: str}).to_parquet(path)
+    with pytest.raises(UsageError) as caught:
+        report.write(study, layout, layout.root)
+    assert str(caught.value) == (
+        f"{path}: row 4: {column} = many: expected a number; run `robsparse collect CONFIG` again"
+    )
+    assert not (layout.root / REPORT).exists()
+
+
 def test_outcomes_that_contradict_a_table_are_an_error(tmp_path):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()

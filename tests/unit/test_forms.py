@@ -11,6 +11,7 @@ from torch import nn
 
 from robsparse import models
 from robsparse.base import registry
+from robsparse.base.errors import RunError
 from robsparse.fast import costs, folding
 from robsparse.fast.folded_layers import Affine, ConvolutionSource, FoldedConvolution
 from robsparse.fast.forms import geometry_of
@@ -115,6 +116,61 @@ def test_costs_are_measured_once_for_a_machine(tmp_path, monkeypatch):
     costs.costs_of(layer, geometry, dtypes, 64)
     assert len(measured) == 2
     costs._table_for.cache_clear()
+
+
+@pytest.fixture
+def measured_costs(tmp_path, monkeypatch):
+    """measured_costs() -> the costs of a layer, as in a new process, and the folder of its file."""
+    monkeypatch.setenv("ROBSPARSE_COSTS", "measured")
+    monkeypatch.setenv("ROBSPARSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(costs, "_seconds", lambda *words, **options: 0.5)
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    geometry = geometry_of(layer, (4, 4))
+
+    def find():
+        costs._table_for.cache_clear()
+        return costs.costs_of(layer, geometry, (torch.float32, torch.float32), 16)
+
+    yield find, tmp_path / "cache"
+    costs._table_for.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1, 2]", b"3", b'{"a": 3}', b'{"a": {"dense": "many"}}', b'{"a": {"sparse": [1]}}'],
+)
+def test_damaged_costs_are_measured_again_and_a_line_says_so(content, measured_costs, capsys):
+    find, folder = measured_costs
+    before = find()
+    [path] = folder.glob("*.json")
+    path.write_bytes(content)
+    assert find() == before
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: damaged")
+    assert line.endswith("the costs are measured again")
+    assert find() == before  # now the file is whole
+    assert not capsys.readouterr().err
+
+
+def test_costs_with_a_changed_digit_are_not_used(measured_costs, capsys):
+    find, folder = measured_costs
+    before = find()
+    [path] = folder.glob("*.json")
+    path.write_text(path.read_text().replace("0.5", "0.7", 1))
+    assert find() == before
+    assert "its checksum does not fit its content" in capsys.readouterr().err
+
+
+def test_costs_that_cannot_be_stored_hold_for_the_process(measured_costs, capsys, monkeypatch):
+    find, folder = measured_costs
+
+    def full(path, content):
+        raise RunError(f"{path}: cannot write this file (No space left on device)")
+
+    monkeypatch.setattr(costs, "write_record", full)
+    assert find()["channels_last"] == 0.5
+    assert "No space left on device); the measured costs are not stored" in capsys.readouterr().err
+    assert not list(folder.glob("*.json"))
 
 
 @pytest.mark.parametrize(("images", "stands_for"), [(1, 1), (15, 1), (16, 16), (63, 16), (500, 64)])

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from robsparse.base.errors import UsageError
 from robsparse.base.runs import begin_run
 
 RUN = """
@@ -52,6 +53,12 @@ def test_lock_of_a_killed_run_is_removed(other_run, tmp_path, capsys):
     assert registered(tmp_path) == {f"{socket.gethostname()}.{os.getpid()}"}
     assert "removed the lock of a run that was killed" in capsys.readouterr().err
     own.release()
+
+
+def test_folder_that_cannot_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "state").write_text("")
+    with pytest.raises(UsageError, match="cannot write results here"):
+        begin_run(tmp_path / "state")
 
 
 def test_lock_of_a_live_run_is_kept(other_run, tmp_path, capsys):

@@ -884,6 +884,16 @@ def test_a_network_that_starts_from_a_failed_network_has_a_failure(pruned):
     assert message == "started from a failed network: training collapsed: x"
 
 
+def test_a_starting_network_with_a_changed_bit_is_refused(pruned):
+    study, cell, layout = pruned("lwm")
+    path = layout.model(study.starting_cell(cell), "last")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"last\.safetensors: damaged or changed"):
+        loop.train_cell(study, cell, layout, device="cpu")
+
+
 def test_guessing_accuracy():
     y_N = torch.tensor([0, 1, 1, 2])
     assert guessing_accuracy(Part(torch.zeros(4, 1, 2, 2), y_N)) == 0.5
