@@ -81,10 +81,10 @@ def load_network(
             other outputs than at its import.
     """
     source, path = study.source(cell.method), layout.model(cell, selection)
-    if path.exists():
-        check_weights(layout.training(cell), selection, path)
     if not source.foreign:
-        return construct.with_weights(study, cell, splits, path), str(source)
+        network = construct.with_weights(study, cell, splits, path)
+        check_weights(layout.training(cell), selection, path)
+        return network, str(source)
     again = f"train --cell {cell.key} imports it"
     before = read_training(layout.training(cell)).get("imported")
     if before is None:
@@ -92,6 +92,7 @@ def load_network(
     network = construct.with_weights(study, cell, splits, None)
     built = weights.checksum(network.state_dict())
     weights.load_into(network, path)
+    check_weights(layout.training(cell), selection, path)
     construct.check_network(network.eval(), splits.some_images(IMAGES), splits.classes)
     found = _outputs(network, splits)
     if before["outputs"] is not None and not _nearly_equal(found, torch.tensor(before["outputs"])):

@@ -103,12 +103,12 @@ def _renamed(
 
 def _read(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by name. No code of the file is executed."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such model file")
     if path.suffix == ".safetensors":
         return read_tensors(path, "pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such model file") from None
     except pickle.UnpicklingError as error:
         refused = "weights_only" in str(error) or "Unsupported" in str(error)
         raise UsageError(
