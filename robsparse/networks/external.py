@@ -82,7 +82,10 @@ def load_network(
     """
     source, path = study.source(cell.method), layout.model(cell, selection)
     if not source.foreign:
-        network = construct.with_weights(study, cell, splits, path)
+        try:
+            network = construct.with_weights(study, cell, splits, path)
+        except UsageError as error:
+            raise UsageError(f"{error}; train this network again") from None
         check_weights(layout.training(cell), selection, path)
         return network, str(source)
     again = f"train --cell {cell.key} imports it"
