@@ -283,7 +283,7 @@ class _Table:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.costs: dict[str, Costs] = self._read()
+        self.costs: dict[str, Costs] = {}
 
     def get(self, key: str, measure: Callable[[], Costs]) -> Costs:
         """Return the costs of a key. Only one process measures them."""
