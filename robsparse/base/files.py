@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
+_TRIED = 1 << 16  # bytes that must be free before a long run
 CHECKSUM = "checksum"  # the key of a record's own checksum
 # The machine fails, and not the input: a full disk, a limit of file size or quota, a broken disk.
 _FAILURES = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
@@ -75,11 +77,24 @@ def _writing(path: Path, what: str) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UsageError if no file can be written to a folder. Call this before a long run."""
+    """Write some bytes to a folder and remove them. Call this before a long run.
+
+    Raises:
+        UsageError: if the folder cannot be written to.
+        RunError: if the disk is full or fails.
+    """
     with _writing(folder, "cannot write results here"):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_TRIED))
+            file.flush()
+
+
+def is_full(folder: Path) -> bool:
+    """Return whether the disk of a folder has no space left, or less than a small file needs."""
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free < _TRIED
+    return False
 
 
 @contextmanager

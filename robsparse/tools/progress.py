@@ -22,6 +22,8 @@ from rich.table import Table
 from rich.text import Text
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 
+from robsparse.base.files import is_full
+
 TRAIN, EVALUATE = "train", "evaluate"  # rules of the workflow
 _STOPPED = "Terminating processes on user request"  # a message of snakemake after a signal
 _EPOCH = re.compile(r"(\S+ epoch \d+/\d+):.*?(?: val_robust (\d\.\d+)|$)")
@@ -154,6 +156,8 @@ def reason_of(log: Path | None) -> str:
     own = [line for line in lines if line.startswith("robsparse: error: ")]
     if own:
         return own[-1].removeprefix("robsparse: error: ")
+    if not lines and log and is_full(log.parent):
+        return f"{log.parent}: the disk is full, so there is not even a log; free some space"
     return lines[-1] if lines else "it wrote no message"
 
 

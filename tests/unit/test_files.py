@@ -145,6 +145,18 @@ def test_full_or_broken_disk_is_a_failure_of_the_machine(number, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_full_disk_is_found_before_a_long_run(tmp_path):
+    files.check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write results here \(File too large\)"):
+            files.check_writable(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_folder_in_the_place_of_a_file_is_not_replaced(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(UsageError, match=r"a\.txt: cannot write this file \(Is a directory\)"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from robsparse.base import files
 from robsparse.base.errors import UsageError
 from robsparse.tools import progress as module
 from robsparse.tools import workflow
@@ -134,6 +135,14 @@ def test_the_reason_of_a_failure_is_its_own_message(tmp_path):
     assert module.reason_of(log) == "pgd: the network returns NaN"
     log.write_text("Traceback\nKilled\n\n")
     assert module.reason_of(log) == "Killed"
+
+
+def test_the_reason_of_a_failure_without_a_log_is_a_full_disk(tmp_path, monkeypatch):
+    free = SimpleNamespace(free=5000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: free)
+    assert module.reason_of(tmp_path / "none").startswith(f"{tmp_path}: the disk is full")
+    free.free = 10**6
+    assert module.reason_of(tmp_path / "none") == "it wrote no message"
 
 
 def test_lines_of_a_log_name_the_job_its_result_and_how_far_the_run_is(tell, tmp_path, capsys):
