@@ -126,7 +126,7 @@ def test_error_about_a_damaged_table_names_the_file(tmp_path, name):
         ("results.csv", "accuracy"),
         ("results.csv", "attack_seconds"),
         ("layers.csv", "nonzero"),
-        ("curves.csv", "loss"),
+        ("curves.csv", "epoch"),
         ("weights.csv", "low"),
         ("overlap.csv", "jaccard"),
         ("steps.parquet", "age"),
