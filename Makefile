@@ -53,7 +53,7 @@ reference:
 	$(if $(PARTIAL),robsparse collect $(CONFIG) --partial && robsparse figures $(CONFIG) --partial)
 	mkdir -p results/reference/$(STUDY)
 	cp $(FROM)/report.md results/reference/$(STUDY)/README.md
-	cd $(FROM) && cp -r tables plots results.csv layers.csv $(CURDIR)/results/reference/$(STUDY)/
+	cd $(FROM) && cp -r tables plots results.csv layers.csv outcomes.parquet $(CURDIR)/results/reference/$(STUDY)/
 
 clean:
 	rm -rf $(VENV) results/quick results/tiny

@@ -90,7 +90,7 @@ their masks; `expected_jaccard`: the index to expect of random masks with as man
 in each layer |
 | `tables/main.csv` | one line of the main table | `<attack>_accuracy` (mean over seeds), \
 `_spread` (sample standard deviation), `_low`, `_high` (95 % interval), as fractions; \
-`reliability`: fine, look or unreliable |
+`reliability`: fine, look or unreliable, empty without a result |
 | `tables/main.tex`, `tables/main_notes.tex` | the table for a column of a paper, and its notes | \
 accuracy without attack and under the strongest attack, active weights held in training; it needs \
 the package booktabs |
@@ -131,7 +131,7 @@ def _write_tables(material: Material, root: Path) -> None:
         "main.md": study_tables.main_markdown(material),
         "main.tex": one_column.main_latex(material),
         "main_notes.tex": one_column.notes_latex(material),
-        "main.csv": material.summary.to_csv(index=False),
+        "main.csv": _graded(material.summary).to_csv(index=False),
         "per_class.csv": details.class_accuracies(material).to_csv(index=False),
         "disagreements.csv": images.disagreements(material).to_csv(index=False),
     }
@@ -140,6 +140,11 @@ def _write_tables(material: Material, root: Path) -> None:
     for spec in material.study.tables:
         for suffix, text in papers.contents(material, spec).items():
             write_text(root / "tables" / f"{spec.name}{suffix}", text)
+
+
+def _graded(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary; a line without a result has no grade."""
+    return summary.assign(reliability=summary.reliability.mask(summary.seeds == 0, ""))
 
 
 def _write_plots(material: Material, root: Path) -> dict[str, Drawn]:
@@ -284,7 +289,7 @@ def _reproduce(material: Material) -> str:
     return f"""\
 ## How to reproduce
 
-`snakemake --cores 2 --configfile config/{study.study}.yaml` trains and attacks every network \
+`robsparse run config/{study.study}.yaml --cores 2` trains and attacks every network \
 (sparsities {printed}; seeds {join(seeds(study))}) and writes this report. \
 `robsparse figures config/{study.study}.yaml` writes it again from the collected tables.
 

@@ -58,6 +58,12 @@ _WORDS = [
     "version",
     "libraries",
     "kernels",
+    # Digests may consist of digits alone, or look like 1e5.
+    "code_version",
+    "code_digest",
+    "settings_digest",
+    "data_checksum",
+    "model_checksum",
 ]
 _REMEDY = "run `robsparse collect CONFIG` again"
 # Columns of words; all other columns have numbers.

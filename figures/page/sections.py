@@ -32,8 +32,11 @@ from robsparse.figures.text.formats import (
     accuracy_percent,
     join,
     percent,
+    radius,
 )
 from robsparse.figures.text.notes import line_name
+from robsparse.schema.external import External
+from robsparse.schema.fields import Strict
 from robsparse.study.cells import Cell
 
 _PROVENANCE = {
@@ -63,6 +66,7 @@ _COST = {
     "multiplications, sparse": "sparse_macs",
     "bytes": "model_bytes",
 }
+_FAILED, _NO_RESULT = "failed", "no result yet"  # in place of a grade
 _WIDTH, _HEIGHT = 360.0, 120.0  # of the curves of one network, in units of their SVG
 
 
@@ -110,8 +114,9 @@ def table(material: Material, caption: str, shown: pd.DataFrame | None) -> Table
 
 def main_table(material: Material, group: Group) -> pd.DataFrame:
     """The main table with the grade of each row, so that rows can be filtered by grade."""
-    grades = group.select(material.summary).reliability.tolist()
-    return study_tables.main(material, group).assign(Reliability=grades)
+    rows = group.select(material.summary)
+    grades = rows.reliability.mask(rows.seeds == 0, _NO_RESULT).mask(rows.failure != "", _FAILED)
+    return study_tables.main(material, group).assign(Reliability=grades.tolist())
 
 
 def _field(text: str) -> Field:
@@ -185,17 +190,23 @@ def graded(row: Any) -> list[tuple[str, str, str]]:
 
 def failures(material: Material) -> list[dict[str, str]]:
     """Networks whose training failed, and networks without results."""
-    study, rows = material.study, material.tidy.results
-    found = []
+    return [
+        {"method": cell.method, "network": _title(material, cell), "reason": reason}
+        for cell, reason in _lacking(material).items()
+    ]
+
+
+def _lacking(material: Material) -> dict[Cell, str]:
+    """Why a network failed or has no result, for each such network."""
+    rows = material.tidy.results
     done = set(rows[SEEDED_CELL].itertuples(index=False, name=None))
     failed = _by_cell(material.tidy.failures, "reason")
     failed |= _by_cell(rows[rows.failure != ""], "failure")
-    for cell in study.cells():
+    found = {}
+    for cell in material.study.cells():
         key = tuple(getattr(cell, name) for name in SEEDED_CELL)
-        reason = failed.get(key, "" if key in done else "no result yet")
-        if reason:
-            title = _title(material, cell)
-            found.append({"method": cell.method, "network": title, "reason": reason})
+        if reason := failed.get(key, "" if key in done else _NO_RESULT):
+            found[cell] = reason
     return found
 
 
@@ -212,27 +223,32 @@ def _title(material: Material, cell: Cell) -> str:
 
 def networks(material: Material) -> list[dict[str, Any]]:
     """A section for each network: measurements, settings, curves, cost, provenance."""
-    study = material.study
+    study, lacking = material.study, _lacking(material)
     return [
-        _network(material, cell)
+        _network(material, cell, lacking.get(cell, ""))
         for group in groups(study)
         for method, sparsity in lines(study, group)
         for cell in cells_at(study, group, method, sparsity)
     ]
 
 
-def _network(material: Material, cell: Cell) -> dict[str, Any]:
+def _network(material: Material, cell: Cell, lacks: str) -> dict[str, Any]:
+    """The section of a network; lacks: why it failed or has no result, or ""."""
     rows = _of(material.tidy.results, cell)
     primary = rows[rows.selection == material.primary]
     robust = primary[(primary.attack == STRONGEST) & (primary.component == "all")]
     reasons_of = graded(primary.iloc[0]) if len(primary) else []
     first = rows.iloc[0] if len(rows) else None
+    grade = reliability.worst(grade for _, grade, _ in reasons_of)
+    if lacks:
+        grade = _NO_RESULT if lacks == _NO_RESULT else _FAILED
     return {
         "method": cell.method,
         "title": _title(material, cell),
         "anchor": cell.key.replace("/", "-"),
         "accuracy": accuracy_percent(robust.accuracy.iloc[0]) if len(robust) else NONE,
-        "grade": reliability.worst(grade for _, grade, _ in reasons_of),
+        "grade": grade,
+        "lacks": lacks,
         "reasons": reasons_of,
         "measurements": _measurements(material, rows),
         "curve": _curve(_of(material.tidy.curves, cell)),
@@ -277,7 +293,7 @@ def _measurements(material: Material, rows: pd.DataFrame) -> Table | None:
             "Accuracy (%)": accuracy_percent(row.accuracy),
             "95 % interval, images only": f"{accuracy_percent(row.ci_low)} to "
             f"{accuracy_percent(row.ci_high)}",
-            "eps": f"{row.eps:.5g}" if row.eps else "",
+            "eps": radius(row.eps) if row.eps else "",
             "Steps": join([row.steps]) if pd.notna(row.steps) else "",
             "Seconds": f"{row.attack_seconds:.1f}" if pd.notna(row.attack_seconds) else "",
         }
@@ -311,14 +327,17 @@ def _curve(curves: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def _settings(material: Material, cell: Cell) -> str:
-    """The resolved settings of one network as YAML."""
+    """The resolved settings of one network as YAML; an external model is not trained here."""
     planned = material.study.planned[cell]
-    parts = {
-        "method": planned.params,
-        "training": planned.training,
-        "threat of training": planned.training_threat,
-        "augmentation": planned.augmentation,
-    }
+    if isinstance(planned.params, External):
+        parts: dict[str, Strict] = {"model": planned.params}
+    else:
+        parts = {
+            "method": planned.params,
+            "training": planned.training,
+            "threat of training": planned.training_threat,
+            "augmentation": planned.augmentation,
+        }
     values = {name: part.model_dump(mode="json") for name, part in parts.items()}
     return str(yaml.safe_dump(values, sort_keys=False, width=90))
 

@@ -13,6 +13,7 @@ THEME = {
     "#000000": "var(--ink)",
     "#ffffff": "var(--paper)",
     "#e0e0e0": "var(--grid)",
+    "#595959": "var(--quiet)",
     "#0072b2": "var(--blue)",
 }
 

@@ -20,7 +20,8 @@ from robsparse.figures.text.captions import plot_caption
 from robsparse.figures.text.formats import percent
 
 _LEAST_CELL = 0.27  # inches; a smaller cell has no room for its numbers
-_LABELS = 0.9  # inches beside a panel, for names and the scale of colours
+_CROWDED = 0.17  # inches; names of smaller cells are written upright
+_SCALE = 0.6  # inches beside a panel and its names, for the scale of colours
 _MOST_LAYERS = 8  # entries in a legend of layers
 _NO_LOG = "No method of this study rewires: a fixed mask prunes and regrows nothing."
 
@@ -226,15 +227,19 @@ def _overlap_panel(
     names = [n for n in methods(material.study, group) if not material.study.is_dense(n)]
     values = _overlaps(table, names)
     picture = panel.imshow(values[0], cmap="cividis", vmin=0, vmax=top)
-    if (style.cell_inches(panel)[0] - _LABELS) / len(names) > _LEAST_CELL:
+    labels = [material.study.label("method", name) for name in names]
+    beside = max(style.text_inches(label, 7.0) for label in labels) + _SCALE
+    cell = (style.cell_inches(panel)[0] - beside) / len(names)
+    if cell > _LEAST_CELL:
         for i, j in np.argwhere(np.isfinite(values[0])):
             colour = "white" if values[0, i, j] < 0.55 * top else "black"
             text = f"{values[0, i, j]:.0f}\n({values[1, i, j]:.0f})"
             panel.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
-    labels = [material.study.label("method", name) for name in names]
-    panel.set_xticks(range(len(names)), labels, rotation=45, ha="right", rotation_mode="anchor")
+    turned = {"rotation": 90 if cell < _CROWDED else 45, "rotation_mode": "anchor", "ha": "right"}
+    turned["va"] = "center" if cell < _CROWDED else "top"
+    panel.set_xticks(range(len(names)), labels, **turned)
     panel.set_yticks(range(len(names)), labels)
-    panel.tick_params(labelsize=7)
+    panel.tick_params(labelsize=min(7.0, 0.7 * 72 * cell))
     panel.grid(visible=False)
     return picture
 

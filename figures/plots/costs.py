@@ -3,6 +3,8 @@
 Import path: robsparse.figures.plots.costs
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.transforms import offset_copy
 
 from robsparse.figures.data.reliability import UNRELIABLE
 from robsparse.figures.data.summary import STRONGEST, Material
@@ -30,7 +33,8 @@ def pareto(material: Material) -> Plot:
     caption = [
         f"{label} accuracy of every network, mean over seeds, against the active weights that its "
         "training holds: the largest number in any epoch, mean over seeds. Each marker is at its "
-        "exact place, with its sparsity beside it. Line: Pareto front, the networks that no other "
+        "exact place. To its right is its sparsity, once for neighbours with as many active "
+        "weights and the same sparsity. Line: Pareto front, the networks that no other "
         "network surpasses in accuracy with as few or fewer active weights; unreliable networks "
         f"are not on it. Bars: {interval_note(material)}, on the front only; networks outside the "
         "front may differ less from it than these intervals are wide.",
@@ -42,7 +46,7 @@ def pareto(material: Material) -> Plot:
         message = f"No network has a {label} accuracy and a number of active weights."
         return style.empty(message, caption[-1:])
     found = groups(study)
-    figure, axes = style.panels(len(found), 1, width=6.4, height=3.8)
+    figure, axes = style.panels(len(found), 1, width=6.4, height=4.4)
     handles: dict[str, Line2D] = {}
     for group, [panel] in zip(found, axes, strict=True):
         handles |= _pareto_panel(panel, material, group.select(rows))
@@ -85,38 +89,66 @@ def _pareto_panel(panel: Axes, material: Material, rows: pd.DataFrame) -> dict[s
             ends = (100 * row[_LOW], 100 * row[_HIGH])
             panel.vlines(x, *ends, color=look.color, linewidth=1.0, gid=look.gid)
         panel.plot([x], [y], **look.points(row.reliability))
-    panel.set_xscale("log")
-    least, most = rows.peak_active_weights.min(), rows.peak_active_weights.max()
-    panel.set_xlim(least / 1.6, most * (most / least) ** 0.25 * 1.6)  # space for the labels
     drawn = pd.concat([rows[_ACCURACY], ahead[_LOW], ahead[_HIGH]])
     panel.set_ylim(max(0.0, 100 * drawn.min() - 8), min(100.0, 100 * drawn.max() + 4))
-    _label_points(panel, material, rows, ahead)
+    names = [_name(material, row) for _, row in ahead.iterrows()]
+    _leave_room(panel, rows.peak_active_weights, names[0] if names else "")
+    _name_front(panel, material, ahead, names)
+    _label_sparsities(panel, rows.drop(ahead.index))
     order = [name for name in looks if name in set(rows.method)]
     return {name: Line2D([], [], **looks[name].line | {"linestyle": "none"}) for name in order}
 
 
-def _label_points(panel: Axes, material: Material, rows: pd.DataFrame, ahead: pd.DataFrame) -> None:
-    """Write the sparsity beside each marker, and the method too if it is on the front."""
+def _name(material: Material, row: pd.Series) -> str:
+    label = material.study.label("method", row.method)
+    return label if material.study.is_dense(row.method) else f"{label} {percent(row.sparsity)}"
+
+
+def _leave_room(panel: Axes, weights: pd.Series, first: str) -> None:
+    """Make x logarithmic, with room for the first name on the left and sparsities on the right."""
+    left, right = style.text_inches(first, _LETTERS) + 0.2, 0.45
+    inches = 0.85 * style.cell_inches(panel)[0]  # the rest is for the y axis
+    least, most = math.log10(weights.min()), math.log10(weights.max())
+    decades = max(most - least, 0.5) / (inches - left - right)  # for each inch
+    panel.set_xscale("log")
+    panel.set_xlim(10 ** (least - left * decades), 10 ** (most + right * decades))
+
+
+def _gap(panel: Axes) -> float:
+    """The height of a line of letters in units of the y axis."""
     low, high = panel.get_ylim()
-    gap = 1.4 * _LETTERS / 72 * (high - low) / style.cell_inches(panel)[1]
-    looks = style.looks(material.study)
+    return 1.4 * _LETTERS / 72 * (high - low) / style.cell_inches(panel)[1]
+
+
+def _name_front(panel: Axes, material: Material, ahead: pd.DataFrame, names: Sequence[str]) -> None:
+    """Write method and sparsity to the upper left of each marker of the front."""
+    looks, gap, y = style.looks(material.study), _gap(panel), -math.inf
+    for (_, row), name in zip(ahead.iterrows(), names, strict=True):
+        y = max(y, 100 * row[_ACCURACY]) + gap  # a name is higher than the name before
+        place = {"xytext": (-4, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+        form = {"fontsize": _LETTERS, "fontweight": "bold", "gid": looks[row.method].gid}
+        panel.annotate(name, (row.peak_active_weights, y), annotation_clip=False, **place | form)
+
+
+def _label_sparsities(panel: Axes, rows: pd.DataFrame) -> None:
+    """Write the sparsity to the right of neighbours with equal weights, and a line beside them."""
+    beside = offset_copy(panel.transData, panel.figure, x=5, units="points")
     for x, column in rows.sort_values(_ACCURACY).groupby("peak_active_weights"):
-        places = spread((100 * column[_ACCURACY]).tolist(), gap)
-        for (index, row), y in zip(column.iterrows(), places, strict=True):
-            look, end = looks[row.method], y
-            place: dict[str, Any] = {"xytext": (6, 0), "va": "center"}
-            named, text = index in ahead.index, percent(row.sparsity)
-            if material.study.is_dense(row.method):
-                text = look.label
-            elif named:
-                text = f"{look.label} {text}"
-            if named and len(column) == 1:  # above or below the bar, in turn
-                above = ahead.index.get_loc(index) % 2 == 0
-                end = min(100 * row[_HIGH], high) if above else 100 * row[_LOW]
-                place = {"xytext": (0, 5 if above else -6), "va": "center", "ha": "center"}
-            place |= {"fontsize": _LETTERS, "fontweight": "bold" if named else "normal"}
-            place |= {"textcoords": "offset points", "color": look.color, "gid": look.gid}
-            panel.annotate(text, (x, end), **place)
+        runs = [
+            (sparsity, [100 * row[_ACCURACY] for _, row in own])
+            for sparsity, own in itertools.groupby(
+                column.iterrows(), key=lambda pair: pair[1].sparsity
+            )
+        ]
+        places = spread([(own[0] + own[-1]) / 2 for _, own in runs], _gap(panel))
+        for (sparsity, own), y in zip(runs, places, strict=True):
+            panel.vlines(x, own[0], own[-1], color="0.4", linewidth=0.8, transform=beside)
+            place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            text = percent(sparsity)
+            panel.annotate(
+                text, (x, y), annotation_clip=False, fontsize=_LETTERS, bbox=ground, **place
+            )
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:

@@ -28,6 +28,8 @@ _KEYS = ["dataset", "arch", "objective", "sparsity", "seed", "image", "label"]
 _COLUMNS = [*_KEYS, "robust", "broken", "misclassified"]
 _ROWS = {1: 6, 2: 3}  # number of groups -> images shown for each group; 2 if there are more groups
 _MOST_GROUPS = 6
+_SHARES = (1.0, 1.0, 1.0, 2.0)  # widths of three pictures and of the text beside them
+_LETTERS = 6.5  # points, of the text
 
 
 def disagreements(material: Material) -> pd.DataFrame:
@@ -103,9 +105,18 @@ def pictures(material: Material) -> Plot:
     shown = _chosen(material)
     if not shown:
         return style.empty(f"All methods agree on every image under {label}.", caption[-1:])
-    figure, axes = style.panels(len(shown), 4, width=1.6, height=1.8, unbroken=True)
-    for row, (place, method, broken) in zip(axes, shown, strict=True):
+    inches = style.figure_inches(6.4)
+    texts = [_text(material, place, inches * _SHARES[3] / sum(_SHARES)) for place, _, _ in shown]
+    lines = max(text.count("\n") + 1 for text in texts)
+    height = max(inches / sum(_SHARES) + 0.45, lines * 1.3 * _LETTERS / 72 + 0.1)
+    figure, axes = style.panels(
+        len(shown), 4, width=1.6, height=height, unbroken=True, scaled=False, width_ratios=_SHARES
+    )
+    for row, text, (place, method, broken) in zip(axes, texts, shown, strict=True):
         _draw(row, material, place, method, broken)
+        style.bare(row[3])
+        letters = {"fontsize": _LETTERS, "va": "center", "transform": row[3].transAxes}
+        row[3].text(0, 0.5, text, **letters).set_in_layout(False)  # it fits its panel
     return style.finish(figure, [], caption)
 
 
@@ -169,13 +180,16 @@ def _draw(
     row[0].set_title(f"image {place.image}\nclass {place.label}", fontsize=7)
     row[1].set_title(f"{labels[method]}\nclass {broken.predicted}", fontsize=7)
     row[2].set_title(f"change\nat most {largest:.2g}", fontsize=7)
+
+
+def _text(material: Material, place: pd.Series, inches: float) -> str:
+    """The networks that an image divides, in lines of so many inches."""
+    labels = _labels_of(material, place)
     names = {
         kind: join(labels[n] for n in place[kind].split())
         for kind in ("robust", "broken", "misclassified")
     }
     words = [f"{place.dataset}, {place.arch},", f"{place.objective}, {percent(place.sparsity)}"]
     words += [f"{kind}: {text}" for kind, text in names.items() if text != "n/a"]
-    style.bare(row[3])
-    letters = int(style.cell_inches(row[3])[0] * 72 / (0.57 * 6.5))
-    text = "\n".join(line for part in words for line in style.wrap(part, letters))
-    row[3].text(0, 0.5, text, fontsize=6.5, va="center", transform=row[3].transAxes)
+    letters = int(inches * 72 / (0.6 * _LETTERS))
+    return "\n".join(line for part in words for line in style.wrap(part, letters))

@@ -22,7 +22,9 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import (
     EngFormatter,
     LogLocator,
@@ -144,7 +146,7 @@ def panels(
         unbroken: keep each row in one line. Otherwise, a row that is too wide for the paper
             continues in the next line.
         scaled: a panel that becomes narrower also becomes lower.
-        shared: `sharex` and `sharey` of `Figure.subplots`: True or False.
+        shared: `sharex`, `sharey` and `width_ratios` of `Figure.subplots`.
 
     Returns:
         The figure and its panels (rows × columns).
@@ -155,8 +157,7 @@ def panels(
             lines = math.ceil(columns / max(1, int(paper / (_LEAST * width))))
         each = math.ceil(columns / lines)
         height = min(height, max(_LOW, height * paper / each / width)) if scaled else height
-    inches = max(6.2, width * columns) if paper is None else paper
-    figure = Plot(figsize=(inches, height * rows * lines))
+    figure = Plot(figsize=(figure_inches(width * columns), height * rows * lines))
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows * lines, each, squeeze=False, **shared)
     found = [
@@ -166,6 +167,12 @@ def panels(
         for panel in row[columns:]:
             panel.remove()
     return figure, [row[:columns] for row in found]
+
+
+def figure_inches(needed: float) -> float:
+    """Width of a figure whose panels need so many inches: on paper, that of the paper."""
+    paper = _width.get()
+    return max(6.2, needed) if paper is None else paper
 
 
 def grid(material: Material, **options: Any) -> tuple[Plot, Iterator[tuple[Group, float, Axes]]]:
@@ -214,6 +221,14 @@ def fill(text: str, inches: float) -> str:
     """Break the name of an axis of so many inches into lines."""
     letters = int(0.75 * inches * 72 / (0.6 * float(mpl.rcParams["axes.labelsize"])))
     return textwrap.fill(text, max(letters, 10))
+
+
+def text_inches(text: str, size: float) -> float:
+    """Width of a line of text in letters of so many points."""
+    if not text.strip():
+        return 0.0
+    width = TextPath((0, 0), text, prop=FontProperties(size=size)).get_extents().width
+    return float(width) / 72
 
 
 def cell_inches(panel: Axes) -> tuple[float, float]:
@@ -271,18 +286,30 @@ def finish(figure: Plot, handles: Iterable[Artist], caption: Sequence[str]) -> P
     entries = list(handles)
     if entries:
         width, height = figure.get_size_inches()
+        lines, columns = _legend_shape(entries, width)
         points = float(mpl.rcParams["legend.fontsize"])
-        # Width of an entry: its line, the gaps and its letters, which are 0.6 points wide.
-        longest = max(len(str(entry.get_label())) for entry in entries)
-        inches = points * (mpl.rcParams["legend.handlelength"] + 2.8 + 0.6 * longest) / 72
-        rows = math.ceil(len(entries) / max(1, int(width / inches)))
-        figure.set_size_inches(width, height + (rows * 1.7 * points + 8) / 72)
-        columns = math.ceil(len(entries) / rows)
-        figure.legend(handles=entries, loc="outside upper center", ncols=columns)
+        figure.set_size_inches(width, height + (lines * 1.7 * points + 8) / 72)
+        with mpl.rc_context({"legend.handlelength": _handle_length(entries)}):
+            figure.legend(handles=entries, loc="outside upper center", ncols=columns)
     figure.set_layout_engine("constrained")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # files of one figure share its layout
     return figure
+
+
+def _handle_length(entries: Sequence[Artist]) -> float:
+    """Length of the line of a legend entry, in letters; entries without lines need less."""
+    bare = all(isinstance(e, Line2D) and e.get_linestyle() == "None" for e in entries)
+    return 1.2 if bare else float(mpl.rcParams["legend.handlelength"])
+
+
+def _legend_shape(entries: Sequence[Artist], width: float) -> tuple[int, int]:
+    """Lines and columns of a legend that is at most so many inches wide."""
+    size = float(mpl.rcParams["legend.fontsize"])
+    letters = max(text_inches(str(entry.get_label()), size) for entry in entries)
+    inches = letters + size * (_handle_length(entries) + 2.8) / 72  # with gaps
+    lines = math.ceil(len(entries) / max(1, int(width / inches)))
+    return lines, math.ceil(len(entries) / lines)
 
 
 def no_data(panel: Axes, message: str = "no data") -> None:

@@ -1,5 +1,6 @@
 """The page of a study: what it has, and how it behaves in a browser without a screen."""
 
+import dataclasses
 import re
 import shutil
 from collections import Counter
@@ -101,6 +102,61 @@ def test_missing_and_failed_networks_are_listed(tmp_path):
     ]
     changed.tidy.failures = failures.iloc[:0]
     assert sections.failures(changed)[0]["reason"] == "no result yet"
+
+
+def test_a_network_without_a_result_has_no_grade(layout, html):
+    cell = next(c for c in load(layout.root.parent).cells() if c.key.endswith("s0.9500/seed1"))
+    own = html[html.index(f'id="{cell.key.replace("/", "-")}"') :].split("</details>")[0]
+    assert '<span class="grade no-result-yet">no result yet</span>' in own
+    assert not re.search("AutoAttack|Provenance|grade (fine|look)", own)
+    top = html[html.index('<section id="summary">') : html.index('<section id="results">')]
+    assert "<li>1 of 10 networks failed or have no\nresult yet" in top
+    assert "<li>9 of 10 networks have the grade look or\nunreliable" in top
+
+
+def test_a_failed_network_has_its_reason_in_place_of_a_grade(tmp_path):
+    study = load(tmp_path, sparsities=[0.9])
+    lost = lambda c: c.method == "bcs"  # noqa: E731
+    layout = MadeUp(study, Layout(tmp_path / "made_up"), correct, skip=lost).write()
+    first, second = (cell for cell in study.cells() if lost(cell))
+    read = dataclasses.replace(
+        tidy.read(layout.root), failures=pd.DataFrame([vars(first) | {"reason": "no <memory>"}])
+    )
+    material = summary.make_material(study, layout, read)
+    shown = {network["title"]: network for network in sections.networks(material)}
+    failed, missing = (shown[f"BCS 90 %, seed {cell.seed}"] for cell in (first, second))
+    assert (failed["grade"], failed["lacks"]) == ("failed", "no <memory>")
+    assert (missing["grade"], missing["lacks"]) == ("no result yet", "no result yet")
+    assert shown["LWM 90 %, seed 0"]["lacks"] == ""
+    [group] = tidy.groups(study)
+    table = sections.main_table(material, group)
+    assert set(table.Reliability[table.Method == "BCS"]) == {"failed"}
+    assert set(table.Reliability[table.Method != "BCS"]) == {"fine"}
+    none = dataclasses.replace(material.tidy, failures=read.failures.iloc[:0])
+    table = sections.main_table(summary.make_material(study, layout, none), group)
+    assert set(table.Reliability[table.Method == "BCS"]) == {"no result yet"}
+    assert 'class="grade failed">failed</span>' in page.page(material, {})
+
+
+def test_settings_of_an_external_model_are_not_those_of_a_training(tmp_path):
+    path = tmp_path / "made_up.yaml"
+    theirs = {"dataset": "digits", "objective": "trades", "callable": "nets:build"}
+    path.write_text(yaml.safe_dump(STUDY | {"models": {"theirs": theirs}}))
+    study = loading.load(path)
+    cells = {cell.method: cell for cell in study.cells()}
+    shown = {
+        m: yaml.safe_load(sections._settings(SimpleNamespace(study=study), c))
+        for m, c in cells.items()
+    }
+    assert [*shown["theirs"]] == ["model"]
+    assert shown["theirs"]["model"]["callable"] == "nets:build"
+    assert {"method", "training"} < set(shown["bcs"])
+
+
+def test_a_digest_of_digits_is_printed_as_it_is(layout):
+    first = tidy.read(layout.root).results.iloc[0]
+    shown = sections._known(first, sections._PROVENANCE)
+    assert shown["checksum of data"] == "1" * 16
 
 
 def test_reasons_have_their_grades(html):

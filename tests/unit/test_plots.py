@@ -301,6 +301,8 @@ def test_the_summary_marks_the_pareto_front(material):
     assert line.get_xydata().tolist() == [[19, 50], [400, 70]]
     bold = [text.get_text() for text in panel.texts if text.get_fontweight() == "bold"]
     assert bold == ["BCS 95 %", "Dense"]
+    plain = [text.get_text() for text in panel.texts if text.get_fontweight() != "bold"]
+    assert plain == ["90 %", "90 %", "95 %"]  # BCS, and LWM at both sparsities
 
 
 def slow_front(rows: pd.DataFrame) -> set[int]:
@@ -489,3 +491,26 @@ def test_a_small_change_of_pixels_is_visible(material, channels):
     assert change[0, 1] == pytest.approx([0.25] * channels, abs=1e-4)
     assert change[1, 1] == pytest.approx([0.5] * channels, abs=1e-4)
     assert "at most 0.004" in words(figure)
+
+
+@pytest.mark.parametrize("size", style.WIDTHS)
+def test_names_of_many_methods_fit_beside_the_pictures(size, material, monkeypatch, recwarn):
+    labels = {f"m{i}": f"A long name {i} °".replace(" ", "\N{NO-BREAK SPACE}") for i in range(17)}
+    names = [*labels]
+    kinds = {"robust": names[:6], "broken": names[6:12], "misclassified": names[12:]}
+    place = pd.Series(vars(material.study.cells()[0]) | {k: " ".join(v) for k, v in kinds.items()})
+    place["image"], place["label"] = 3, 5
+    broken = tidy.Broken(np.zeros((1, 8, 8)), np.ones((1, 8, 8)), 7)
+    monkeypatch.setattr(images, "_labels_of", lambda *_: labels)
+    monkeypatch.setattr(images, "_chosen", lambda _: [(place, "m6", broken)] * 3)
+    with style.applied(style.WIDTHS[size]):
+        figure = images.pictures(material)
+        renderer = figure.canvas.get_renderer()
+        texts = [panel.texts[0].get_window_extent(renderer) for panel in figure.axes[3::4]]
+        pictures = [panel.get_window_extent(renderer) for panel in figure.axes[2::4]]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(texts, 2))
+    for text, picture in zip(texts, pictures, strict=True):
+        assert text.x1 <= figure.bbox.x1
+        assert picture.x1 < text.x0
+        assert picture.width > 0.5 * figure.dpi  # inches
+    assert not [w for w in recwarn if "layout" in str(w.message)]
