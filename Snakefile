@@ -30,8 +30,10 @@ onsuccess:
 # After a failure, `--partial` draws the existing results into a separate folder. The next call of
 # snakemake runs the failed jobs again.
 onerror:
-    shell(
+    drawn = shell(
         "unset ROBSPARSE_PARENT;"
         " robsparse collect {STUDY_FILE:q} --partial > /dev/null 2>&1"
-        " && robsparse figures {STUDY_FILE:q} --partial || true"
+        " && robsparse figures {STUDY_FILE:q} --partial || true",
+        read=True,
     )
+    sys.stdout.write(drawn)

@@ -26,6 +26,7 @@ from robsparse.base.files import is_full
 
 TRAIN, EVALUATE = "train", "evaluate"  # rules of the workflow
 _STOPPED = "Terminating processes on user request"  # a message of snakemake after a signal
+_JOB_STOPPED = "robsparse: stopped"  # the last message of a job after a signal
 _EPOCH = re.compile(r"(\S+ epoch \d+/\d+):.*?(?: val_robust (\d\.\d+)|$)")
 _ATTACK = re.compile(r"(\S+): (\d+)/(\d+) correct")
 _TAIL = 4096  # bytes of a log that are read for the state of its job
@@ -55,6 +56,7 @@ class Progress:
     planned: whether the jobs of the run are known.
     left: jobs that are not finished, by rule.
     failed: failed jobs by number.
+    stopped: jobs by number that a signal has stopped.
     messages: errors of snakemake itself.
     """
 
@@ -65,6 +67,7 @@ class Progress:
     left: Counter[str] = field(default_factory=Counter)
     running: dict[int, Job] = field(default_factory=dict)
     failed: dict[int, Job] = field(default_factory=dict)
+    stopped: dict[int, Job] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     at_once: int = 1
     interrupted: bool = False
@@ -78,13 +81,17 @@ class Progress:
     def start(self, number: int, job: Job) -> None:
         """A job starts, perhaps again."""
         self.failed.pop(number, None)
+        self.stopped.pop(number, None)
         self.running[number] = job
         self.at_once = max(self.at_once, len(self.running))
 
     def end(self, number: int, failed: bool = False) -> Job | None:
-        """A job ends. Returns the job, or None if it is not known or has ended before."""
+        """A job ends. Returns the job; None if a signal stopped it or if it has ended before."""
         job = self.running.pop(number, None)
         if job is None:
+            return None
+        if failed and reason_of(job.log).startswith(_JOB_STOPPED):
+            self.stopped[number] = job
             return None
         if failed:
             self.failed[number] = job

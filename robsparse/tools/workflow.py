@@ -64,7 +64,8 @@ def run(
     words = [*(targets if only else []), *further, "--configfile", str(config)]
     words += ["--executor", executor, "--jobs", cores] if executor else ["--cores", cores]
     code, printed = _snakemake(words, progress)
-    if code and not progress.failed:
+    progress.interrupted |= bool(progress.stopped)
+    if code and not progress.failed and not progress.interrupted:
         print(*progress.messages, sep="\n", file=sys.stderr)
     else:
         print(_result(study, layout, progress, bool(only), printed))
@@ -187,18 +188,16 @@ def _shown(view: Lines | Display) -> Iterator[None]:
 
 def _result(study: Study, layout: Layout, progress: Progress, part: bool, printed: str) -> str:
     """What to print at the end of a run."""
-    again = "the same command continues"
-    if progress.interrupted:
-        return f"stopped: {progress}; {again}"
+    again, failed = "the same command continues", []
     if progress.failed:
-        return "\n".join(
-            [
-                f"{len(progress.failed)} {'job' if len(progress.failed) == 1 else 'jobs'} failed:",
-                *(_failure(layout, job) for job in progress.failed.values()),
-                *_look_at(layout.tables(partial=True)),
-                f"{again}: it runs only what failed or is missing",
-            ]
-        )
+        number = len(progress.failed)
+        failed = [f"{number} {'job' if number == 1 else 'jobs'} failed:"]
+        failed += [_failure(layout, job) for job in progress.failed.values()]
+    if progress.interrupted:
+        return "\n".join([*failed, f"stopped: {progress}; {again}"])
+    if failed:
+        last = f"{again}: it runs only what failed or is missing"
+        return "\n".join([*failed, *_look_at(layout.tables(partial=True)), last])
     if part:
         _draw_part(study, layout)
         return "\n".join([str(progress), *_look_at(layout.tables(partial=True))])

@@ -87,6 +87,22 @@ def test_a_failed_job_is_left_and_one_that_is_tried_again_is_not_failed(progress
     assert progress.left["train"] == 2
 
 
+@pytest.mark.parametrize("line", ["stopped; run the same command", "stopped by SIGTERM; the same"])
+def test_a_stopped_job_has_not_failed(line, progress, tell, tmp_path, capsys):
+    log = tmp_path / "job.log"
+    log.write_text(f"epoch 1\nrobsparse: {line} again\n")
+    tell(job_info(1, log=log), event("job_error", jobid=1))
+    assert [*progress.stopped] == [1]
+    assert not progress.failed
+    assert "failed" not in str(progress) + capsys.readouterr().err
+    tell(job_info(1, log=log))  # snakemake starts it again
+    assert not progress.stopped
+    log.write_text("robsparse: error: no memory\n")
+    tell(event("job_error", jobid=1))
+    assert [*progress.failed] == [1]
+    assert "no memory" in capsys.readouterr().err
+
+
 def test_a_stop_and_an_error_of_snakemake_are_kept(progress, tell):
     stop = logging.LogRecord(
         "", logging.INFO, "", 0, "Terminating processes on user request, this might take", (), None

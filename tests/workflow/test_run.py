@@ -35,7 +35,7 @@ def test_a_failed_network_is_named_with_its_own_error_and_its_log(failed):
     assert done.returncode == 1
     assert "exit status" not in done.stdout + done.stderr
     text = done.stdout
-    assert "\n1 job failed:\n" in text
+    assert text.startswith("1 job failed:\n")
     assert f"  train {BAD}: bad.safetensors: damaged, not a readable file of weights" in text
     log = f"results/tiny/logs/train/{BAD}.log"
     assert f"    log: {log}" in text
