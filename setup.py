@@ -31,7 +31,11 @@ setup(
         Extension(
             "robsparse.kernels._kernels",
             sources=[f"{FOLDER}/{KERNELS['COMPILED']}"],
-            depends=[f"{FOLDER}/{KERNELS['INCLUDED']}", f"{FOLDER}/sources.py", "setup.py"],
+            depends=[
+                *(f"{FOLDER}/{name}" for name in KERNELS["INCLUDED"]),
+                f"{FOLDER}/sources.py",
+                "setup.py",
+            ],
             define_macros=[("SOURCES", f'"{KERNELS["digest"]()}"')],
             optional=True,
         )

@@ -33,7 +33,8 @@ from robsparse.base.files import read_record, write_record
 from robsparse.fast.forms import LARGEST_MATRIX, Form, Kind, MatrixForm, PlainForm, SparseForm
 from robsparse.kernels.geometry import Geometry
 from robsparse.kernels.library import library
-from robsparse.kernels.patterns import Pattern, SparseConvolution, images_innermost
+from robsparse.kernels.maps import images_innermost
+from robsparse.kernels.patterns import Pattern, SparseConvolution
 
 # Numbers of images for which costs are measured. A batch uses the largest one that it reaches.
 IMAGES = (1, 16, 64)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robsparse.kernels.geometry import Geometry, Pair
-from robsparse.kernels.patterns import Pattern, SparseConvolution, images_innermost
+from robsparse.kernels.maps import images_innermost
+from robsparse.kernels.patterns import Pattern, SparseConvolution
 from robsparse.models._layers import TensorFlowConv2d
 
 Kind = Literal["channels_last", "channels_first", "matrix", "sparse"]

@@ -25,12 +25,8 @@ from robsparse.fast.execution import mean_of_pixels
 from robsparse.fast.folded_layers import require_plain
 from robsparse.kernels.geometry import Geometry, Pair
 from robsparse.kernels.library import library
-from robsparse.kernels.patterns import (
-    Pattern,
-    SparseConvolution,
-    images_innermost,
-    is_innermost,
-)
+from robsparse.kernels.maps import images_innermost, is_innermost
+from robsparse.kernels.patterns import Pattern, SparseConvolution
 from robsparse.sparsity.layers import active_mask, prunable
 
 

@@ -1,8 +1,9 @@
-/* Sparse convolutions: outputs, gradients of inputs, and gradients of the active weights.
+/* Sparse convolutions: outputs, gradients of inputs, and gradients of the active weights. Batch norm
+ * in train mode and its gradients.
  *
- * A module for CPython. Its functions take addresses as integers, and robsparse/kernels/patterns.py
- * is their only caller: it checks types, shapes and memory formats. The functions release the
- * interpreter lock.
+ * A module for CPython. Its functions take addresses as integers. robsparse/kernels/patterns.py and
+ * norms.py are their only callers: they check types, shapes and memory formats. The functions release
+ * the interpreter lock.
  *
  * A *gather* computes, for each pixel of an output map, a sum over active weights of value * input
  * row. The output of a convolution is a gather. Its gradient with respect to the input is another
@@ -12,6 +13,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -19,6 +21,10 @@
 #define BLOCK 64
 /* Active weights whose gradients are computed together: their sums stay in the cache. */
 #define TOGETHER 256
+/* Channels whose batch norm is computed together, at most. */
+#define MOST_CHANNELS 64
+/* Rows of a channel that are summed in the type of the map. Sums of more rows have double precision. */
+#define SUMMED 16
 
 /* geometry.py has the same two limits: lines of taps, and phases. */
 #define MOST_TAPS 64
@@ -53,6 +59,18 @@ typedef struct {
 typedef struct {
     int a, a_end, b, b_end;
 } Taps;
+
+/* Batch norm. mean, variance (biased), weight_gradient, bias_gradient: one for each channel. */
+typedef struct {
+    const void *x, *weight, *bias;
+    const void *other;           /* added to the result, or NULL */
+    const void *upstream, *gate; /* the gradient of the result is 0 where the gate is not above 0 */
+    void *y, *gated;             /* result, or gradients of x and of the other map */
+    double *mean, *variance, *weight_gradient, *bias_gradient;
+    double eps;
+    long pixels, channels, images;
+    int relu; /* without a gate, the backward pass computes the result of the ReLU again */
+} Norm;
 
 /* Runs of entries of one output channel. */
 typedef struct {
@@ -167,18 +185,26 @@ typedef struct {
     const char *name;
     void (*gather[2])(const Gather *, const Phase *, long, long, long);
     void (*weights[2])(const Gather *, const Phase *, int32_t, int32_t, long, long, long, long);
+    void (*norm[2])(const Norm *, long, long);
+    void (*norm_gradient[2])(const Norm *, long, long);
 } Instructions;
 
 static const Instructions PLAIN = {"plain",
                                    {gather_float_plain, gather_double_plain},
-                                   {weights_float_plain, weights_double_plain}};
+                                   {weights_float_plain, weights_double_plain},
+                                   {norm_float_plain, norm_double_plain},
+                                   {norm_gradient_float_plain, norm_gradient_double_plain}};
 #ifdef X86
 static const Instructions AVX2 = {"avx2",
                                   {gather_float_avx2, gather_double_avx2},
-                                  {weights_float_avx2, weights_double_avx2}};
+                                  {weights_float_avx2, weights_double_avx2},
+                                  {norm_float_avx2, norm_double_avx2},
+                                  {norm_gradient_float_avx2, norm_gradient_double_avx2}};
 static const Instructions AVX512 = {"avx512",
                                     {gather_float_avx512, gather_double_avx512},
-                                    {weights_float_avx512, weights_double_avx512}};
+                                    {weights_float_avx512, weights_double_avx512},
+                                    {norm_float_avx512, norm_double_avx512},
+                                    {norm_gradient_float_avx512, norm_gradient_double_avx512}};
 #endif
 
 static const Instructions *chosen = &PLAIN;
@@ -260,6 +286,17 @@ static void weights_all(const Gather *g, const Phase *p, int double_, int thread
         }
 }
 
+/* Call `work` for groups of channels. */
+static void norm_all(const Norm *norm, void (*work)(const Norm *, long, long), int threads) {
+    long together = (norm->channels + threads - 1) / threads;
+    if (together > MOST_CHANNELS) together = MOST_CHANNELS;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+#endif
+    for (long c = 0; c < norm->channels; c += together)
+        work(norm, c, c + together < norm->channels ? c + together : norm->channels);
+}
+
 /* ------------------------------------------------------------------ Python */
 
 static void *address(PyObject *number) { return PyLong_AsVoidPtr(number); }
@@ -337,6 +374,45 @@ static PyObject *py_weight_gradient(PyObject *self, PyObject *const *args, Py_ss
     weights_all(&g, phases, double_, threads);
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
+}
+
+/* norm(pixels, channels, images, eps, relu, double, threads, x, weight, bias, mean, variance, y,
+ *      other map)
+ * norm_gradient(the same up to variance, then gradient of x, gradient of y, gate, gradient of the
+ *               other map, gradients of weight and bias) */
+static PyObject *norm_call(PyObject *const *args, Py_ssize_t given, int backward) {
+    Norm n = {0};
+    if (given != (backward ? 18 : 14)) {
+        PyErr_SetString(PyExc_TypeError, "norm takes 14 arguments and norm_gradient 18");
+        return NULL;
+    }
+    n.pixels = PyLong_AsLong(args[0]), n.channels = PyLong_AsLong(args[1]);
+    n.images = PyLong_AsLong(args[2]);
+    n.eps = PyFloat_AsDouble(args[3]);
+    n.relu = (int)PyLong_AsLong(args[4]);
+    const int double_ = (int)PyLong_AsLong(args[5]), threads = (int)PyLong_AsLong(args[6]);
+    n.x = address(args[7]), n.weight = address(args[8]), n.bias = address(args[9]);
+    n.mean = address(args[10]), n.variance = address(args[11]);
+    n.y = address(args[12]);
+    if (backward) {
+        n.upstream = address(args[13]), n.gate = address(args[14]), n.gated = address(args[15]);
+        n.weight_gradient = address(args[16]), n.bias_gradient = address(args[17]);
+    } else {
+        n.other = address(args[13]);
+    }
+    if (PyErr_Occurred()) return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    norm_all(&n, (backward ? chosen->norm_gradient : chosen->norm)[double_], threads);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    return norm_call(args, given, 0);
+}
+
+static PyObject *py_norm_gradient(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    return norm_call(args, given, 1);
 }
 
 /* index(positions, count, in_channels, taps, transposed, tap_segment, tap_stride, tap_row, segments,
@@ -426,6 +502,9 @@ static PyMethodDef METHODS[] = {
     {"gather", (PyCFunction)(void (*)(void))py_gather, METH_FASTCALL, "Compute a map."},
     {"weight_gradient", (PyCFunction)(void (*)(void))py_weight_gradient, METH_FASTCALL,
      "Compute the gradient of the active weights."},
+    {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL, "Compute batch norm."},
+    {"norm_gradient", (PyCFunction)(void (*)(void))py_norm_gradient, METH_FASTCALL,
+     "Compute the gradients of batch norm."},
     {"index", (PyCFunction)(void (*)(void))py_index, METH_FASTCALL, "Sort the active weights."},
     {"fill", (PyCFunction)(void (*)(void))py_fill, METH_FASTCALL, "Copy values to entries."},
     {"use", py_use, METH_O, "Choose an instruction set by name; '' is the best one."},
@@ -434,7 +513,7 @@ static PyMethodDef METHODS[] = {
 
 static struct PyModuleDef MODULE = {.m_base = PyModuleDef_HEAD_INIT,
                                     .m_name = "_kernels",
-                                    .m_doc = "Sparse convolutions with images innermost.",
+                                    .m_doc = "Sparse convolutions and batch norm, images innermost.",
                                     .m_size = -1,
                                     .m_methods = METHODS};
 

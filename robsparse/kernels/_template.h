@@ -202,6 +202,8 @@ static TARGET void NAME(weights)(const Gather *g, const Phase *p, int32_t first,
     }
 }
 
+#include "_norm.h"
+
 #undef VEC
 #undef LOOSE
 #undef BITS

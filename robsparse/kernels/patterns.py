@@ -3,41 +3,25 @@
 A `Pattern` has the active positions of a layer for one size of maps, sorted for the kernels. A
 `SparseConvolution` is a pattern with values; it computes the three products of a convolution.
 
-Maps are tensors x_NCHW in the layout of the kernels: (height, width, channels, images) in
-memory (`images_innermost`). The type is float32 or float64. Every sum has a fixed order. So a
-repeated run gives the same bits, with any number of threads.
+Maps have the layout of `robsparse.kernels.maps`. Every sum has a fixed order. So a repeated run
+gives the same bits, with any number of threads.
 """
 
 import functools
 import math
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from robsparse.kernels.geometry import Geometry, Side
-from robsparse.kernels.library import library
+from robsparse.kernels.maps import address, check_list, check_map, compiled, description, empty_map
 
+_WHAT = "sparse convolution"  # in messages
 _ENTRY = {
     torch.float32: np.dtype([("row", np.int32), ("value", np.float32)], align=True),
     torch.float64: np.dtype([("row", np.int32), ("value", np.float64)], align=True),
 }
-
-
-def images_innermost(x_NCHW: Tensor) -> Tensor:
-    """Return x_NCHW in the layout of the kernels. It is copied if it has another one."""
-    return x_NCHW.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-
-
-def is_innermost(x_NCHW: Tensor) -> bool:
-    """Return whether x_NCHW has the layout of the kernels."""
-    return x_NCHW.permute(2, 3, 1, 0).is_contiguous()
-
-
-def empty_map(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    """Return an empty map for the images of `like` in the layout of the kernels."""
-    return like.new_empty((*size, channels, len(like))).permute(3, 2, 0, 1)
 
 
 class Lists:
@@ -54,7 +38,7 @@ class Lists:
         self.segments = np.empty(side.segments + 1, dtype=np.int32)
         self.slots = np.empty(len(positions), dtype=np.int32)
         self.entries = np.zeros(len(positions), dtype=_ENTRY[dtype])
-        _kernels().index(
+        compiled().index(
             positions.data_ptr(), len(positions), weight[1], weight[2] * weight[3], transposed,
             side.tap_segment.ctypes.data, side.tap_stride.ctypes.data,
             side.tap_row.ctypes.data, self.segments.ctypes.data, side.segments,
@@ -65,7 +49,7 @@ class Lists:
         """Return a copy of the entries with these values, one for each position."""
         entries = self.entries.copy()
         double = values.dtype == torch.float64
-        _kernels().fill(
+        compiled().fill(
             entries.ctypes.data, values.data_ptr(), self.slots.ctypes.data, len(entries), double
         )
         return entries
@@ -90,7 +74,7 @@ class Pattern:
         if positions.dtype != torch.int64 or positions.ndim != 1 or not positions.is_cpu:
             raise ValueError(
                 "sparse convolution: positions must be a list of int64 on the CPU, "
-                f"not {_description(positions)}"
+                f"not {description(positions)}"
             )
         self.geometry, self.positions, self.dtype = geometry, positions.contiguous(), dtype
         if len(positions) and not (
@@ -124,7 +108,7 @@ class SparseConvolution:
     """
 
     def __init__(self, pattern: Pattern, values: Tensor) -> None:
-        _check_list("values", values, len(pattern.positions), pattern.dtype)
+        check_list(_WHAT, "values", values, len(pattern.positions), pattern.dtype)
         self.pattern, self.values = pattern, values.contiguous()
 
     @functools.cached_property
@@ -153,14 +137,14 @@ class SparseConvolution:
         g = self.pattern.geometry
         self._check_map("the input", x_NCHW, len(x_NCHW), g.weight[1], g.size)
         if bias is not None:
-            _check_list("the bias", bias, g.weight[0], self.pattern.dtype)
+            check_list(_WHAT, "the bias", bias, g.weight[0], self.pattern.dtype)
             bias = bias.contiguous()
         if other is not None:
             self._check_map("the other map", other, len(x_NCHW), g.weight[0], g.out)
         out = empty_map(x_NCHW, g.weight[0], g.out)
-        _kernels().gather(
+        compiled().gather(
             *self._shared(self.pattern.forward, self._forward, x_NCHW, out), out.data_ptr(),
-            _address(bias), _address(other), 0, rectified,
+            address(bias), address(other), 0, rectified,
         )  # fmt: skip
         return out
 
@@ -180,9 +164,9 @@ class SparseConvolution:
             if given is not None:
                 self._check_map(name, given, images, g.weight[1], g.size)
         out = empty_map(upstream, g.weight[1], g.size)
-        _kernels().gather(
+        compiled().gather(
             *self._shared(self.pattern.backward, self._backward, upstream, out), out.data_ptr(),
-            0, _address(other), _address(gate), False,
+            0, address(other), address(gate), False,
         )  # fmt: skip
         return out
 
@@ -192,7 +176,7 @@ class SparseConvolution:
         self._check_map("the input", x_NCHW, len(x_NCHW), g.weight[1], g.size)
         self._check_map("the gradient", upstream, len(x_NCHW), g.weight[0], g.out)
         gradient = np.zeros(len(lists.slots), dtype=_ENTRY[self.pattern.dtype]["value"])
-        _kernels().weight_gradient(
+        compiled().weight_gradient(
             *self._shared(lists, self._forward, x_NCHW, upstream), upstream.data_ptr(),
             gradient.ctypes.data,
         )  # fmt: skip
@@ -204,16 +188,7 @@ class SparseConvolution:
         self, name: str, x_NCHW: Tensor, images: int, channels: int, size: tuple[int, int]
     ) -> None:
         expected = (images, channels, *size)
-        if (
-            x_NCHW.shape != expected
-            or x_NCHW.dtype != self.pattern.dtype
-            or not x_NCHW.is_cpu
-            or not is_innermost(x_NCHW)
-        ):
-            raise ValueError(
-                f"sparse convolution: {name} must be {self.pattern.dtype} of shape {expected} on "
-                f"the CPU with images innermost in memory, not {_description(x_NCHW)}"
-            )
+        check_map(_WHAT, name, x_NCHW, expected, self.pattern.dtype)
 
     def _shared(
         self, lists: Lists, entries: np.ndarray, x: Tensor, out: Tensor
@@ -224,28 +199,3 @@ class SparseConvolution:
             lists.side.count, self.pattern.dtype == torch.float64, torch.get_num_threads(),
             x.data_ptr(),
         )  # fmt: skip
-
-
-def _check_list(name: str, values: Tensor, count: int, dtype: torch.dtype) -> None:
-    if values.shape != (count,) or values.dtype != dtype or not values.is_cpu:
-        raise ValueError(
-            f"sparse convolution: {name} must be {count} numbers of {dtype} on the CPU, "
-            f"not {_description(values)}"
-        )
-
-
-def _description(tensor: Tensor) -> str:
-    return (
-        f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} "
-        f"with strides {tensor.stride()}"
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _kernels() -> ModuleType:
-    kernels = library()
-    assert kernels is not None  # callers ask `library` before they make a pattern
-    return kernels

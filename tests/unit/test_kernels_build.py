@@ -12,7 +12,7 @@ from robsparse.kernels import sources
 
 MODULE = "robsparse.kernels._kernels"
 PLACE = "robsparse/kernels"
-NAMES = (sources.COMPILED, sources.INCLUDED, "sources.py")
+NAMES = (sources.COMPILED, *sources.INCLUDED, "sources.py")
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +74,10 @@ def test_module_that_cannot_be_loaded_is_not_used(monkeypatch, capsys):
     assert "sparse kernels: not loaded (libgomp.so.1: cannot" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [sources.COMPILED, sources.INCLUDED])
+@pytest.mark.parametrize("name", [sources.COMPILED, *sources.INCLUDED])
 def test_digest_changes_with_each_source_and_the_flags(name, monkeypatch, tmp_path):
     before = sources.digest()
-    for source in (sources.COMPILED, sources.INCLUDED):
+    for source in (sources.COMPILED, *sources.INCLUDED):
         shutil.copy(sources.FOLDER / source, tmp_path)
     monkeypatch.setattr(sources, "FOLDER", tmp_path)
     assert sources.digest() == before

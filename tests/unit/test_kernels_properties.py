@@ -16,7 +16,8 @@ from torch import Tensor
 
 from robsparse.kernels.geometry import Geometry
 from robsparse.kernels.library import library
-from robsparse.kernels.patterns import Pattern, SparseConvolution, images_innermost
+from robsparse.kernels.maps import images_innermost
+from robsparse.kernels.patterns import Pattern, SparseConvolution
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the sparse kernels are not built here")
 
