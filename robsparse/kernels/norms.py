@@ -31,7 +31,11 @@ class BatchNorm:
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
         """weight, bias: (channels), or None for 1 and 0. eps: above 0."""
-        self.weight, self.bias, self.eps = weight, bias, eps
+        given = (
+            None if tensor is None else tensor.detach().contiguous() for tensor in (weight, bias)
+        )
+        self.weight, self.bias = given
+        self.eps = eps
 
     def output(
         self, x_NCHW: Tensor, other: Tensor | None = None, *, rectified: bool = False
