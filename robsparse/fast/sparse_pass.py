@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from robsparse.fast import costs
 from robsparse.fast.execution import mean_of_pixels
 from robsparse.fast.folded_layers import require_plain
+from robsparse.fast.train_norms import Norms
 from robsparse.kernels.geometry import Geometry, Pair
 from robsparse.kernels.library import library
 from robsparse.kernels.maps import images_innermost, is_innermost
@@ -52,8 +53,10 @@ def sparse_pass(model: nn.Module, dtype: torch.dtype, used: dict[str, str]) -> I
     if not found or library() is None:
         yield
         return
-    with _Mode(found, dtype, used):
+    norms = Norms(model)
+    with _Mode(found, norms, dtype, used):
         yield
+    norms.require_used()
 
 
 def paused() -> AbstractContextManager[None]:
@@ -145,12 +148,15 @@ class _Convolution(torch.autograd.Function):
 class _Mode(TorchFunctionMode):
     """Replaces the functions that layers call.
 
-    layers: by the identity of the weight. dtype, used: see `sparse_pass`.
+    layers: by the identity of the weight. norms: for batch norm, and sums and ReLUs after it.
+    dtype, used: see `sparse_pass`.
     """
 
-    def __init__(self, layers: dict[int, _Layer], dtype: torch.dtype, used: dict[str, str]) -> None:
+    def __init__(
+        self, layers: dict[int, _Layer], norms: Norms, dtype: torch.dtype, used: dict[str, str]
+    ) -> None:
         super().__init__()
-        self.layers, self.dtype, self.used = layers, dtype, used
+        self.layers, self.norms, self.dtype, self.used = layers, norms, dtype, used
 
     def __torch_function__(
         self,
@@ -162,6 +168,8 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.conv2d and len(args) == 7 and not kwargs:
             return self._convolution(*args)
+        if (computed := self.norms.computed(func, args, kwargs)) is not None:
+            return computed
         x = args[0] if args else None
         if func in _CHANNELS_FIRST and isinstance(x, Tensor) and x.ndim == 4:
             if func is F.batch_norm:

@@ -43,7 +43,7 @@ def _traits(module: nn.Module, model: nn.Module, attributes: bool) -> tuple[obje
         type(module),
         type(module).forward,
         module.training,
-        _hooked(module),
+        hooked(module),
         _Is(own.get("forward")),
         attributes and {k: _comparable(v) for k, v in own.items() if k not in _OF_EVERY_MODULE},
     )
@@ -59,7 +59,7 @@ def forbidden(model: nn.Module) -> str:
         where = f"'{name}'" if name else "the network"
         if module.training:
             return f"{where} is in train mode"
-        if _hooked(module):
+        if hooked(module):
             return f"{where} has hooks"
         if "forward" in vars(module):
             return f"{where} has a custom forward"
@@ -145,7 +145,7 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if id(module) not in left_out]
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Return whether the module has a hook that may change a pass.
 
     A hook with the attribute `only_reads` changes none. The pass of a view does not call it.

@@ -86,6 +86,36 @@ class _Tracer(fx.Tracer):
         return weighted or super().is_leaf_module(m, module_qualified_name)
 
 
+def rectified_norms(model: nn.Module) -> dict[str, bool]:
+    """Return the batch norms that a ReLU follows, by name: whether a sum of maps is between them.
+
+    The result has no other use than the sum or the ReLU, and that of the sum none but the ReLU. The
+    mode of the network counts. It is empty for a network that cannot be traced.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # code can raise any error when it is traced
+        return {}
+    modules = dict(model.named_modules())
+    found: dict[str, set[bool | None]] = {}
+    for node in graph.nodes:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(module) is nn.BatchNorm2d:
+            found.setdefault(str(node.target), set()).add(_summed_before_relu(node, modules))
+    return {
+        name: bool(summed)
+        for name, (summed, *others) in found.items()
+        if not others and summed is not None
+    }
+
+
+def _summed_before_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool | None:
+    """Return whether a sum is between a node and the ReLU after it. None: there is no such ReLU."""
+    total = _only_user(node, _is_sum_of_two)
+    relu = _only_user(total or node, lambda user: _is_relu(user, modules))
+    return None if relu is None else total is not None
+
+
 # ---------------------------------------------------------------- tensors changed in place
 
 
@@ -185,7 +215,7 @@ class _Folder:
 
     def _merge_relu(self, node: fx.Node) -> bool:
         """Merge a ReLU that is the only user of a layer into its node. Return whether there was."""
-        relu = _only_user(node, self._is_relu)
+        relu = _only_user(node, lambda user: _is_relu(user, self.modules))
         _merge(relu, node)
         return relu is not None
 
@@ -208,8 +238,15 @@ class _Folder:
         running = module.running_mean is not None and module.running_var is not None
         return module if running else None
 
-    def _is_relu(self, node: fx.Node) -> bool:
-        return isinstance(self._module(node), nn.ReLU) or _calls_relu(node)
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    return isinstance(module, nn.ReLU) or _calls_relu(node)
+
+
+def _is_sum_of_two(node: fx.Node) -> bool:
+    plain = node.op == "call_function" and node.target in _SUMS and not node.kwargs
+    return plain and len(node.all_input_nodes) == 2
 
 
 def _only_user(node: fx.Node, fits: Callable[[fx.Node], bool]) -> fx.Node | None:
@@ -230,11 +267,9 @@ def _merge_sum(node: fx.Node) -> None:
 
     The node moves to the place of the addition, where the other map is known.
     """
-    total = _only_user(node, lambda user: user.op == "call_function" and user.target in _SUMS)
-    if total is None or total.kwargs or len(total.args) != 2:
-        return
-    others = [term for term in total.args if term is not node]
-    if len(others) == 1 and isinstance(others[0], fx.Node):
+    total = _only_user(node, _is_sum_of_two)
+    if total is not None:
+        others = [term for term in total.all_input_nodes if term is not node]
         shapes = {str(term.meta.get("shape")) for term in (node, others[0], total)}
         if len(shapes) == 1 and shapes != {"None"}:
             total.append(node)

@@ -45,7 +45,7 @@ def as_before():
 
 @dataclass
 class Case:
-    """Maps in the layout of the kernels. after: what follows: nothing, a ReLU, or a sum and a ReLU."""
+    """Maps in the layout of the kernels. after: nothing, a ReLU, or a sum and a ReLU."""
 
     x: Tensor
     upstream: Tensor

@@ -67,8 +67,14 @@ NETS = {
 
 
 def network(name, dtype=torch.float64):
+    """Return a network. With a bias of 0, batch norm of a channel without active weights would be 0
+    with a rounding error, which decides the gradient of the ReLU after it."""
     torch.manual_seed(0)
-    return NETS[name]().to(dtype).train()
+    model = NETS[name]().to(dtype).train()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.bias)
+    return model
 
 
 def one_pass(model, x, *, sparse):
