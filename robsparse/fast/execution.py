@@ -18,17 +18,10 @@ from torch import Tensor, fx
 from robsparse.fast.folded_layers import ConvolutionSource, NormSource, Snapshot, Source
 from robsparse.fast.forms import Form, gated
 from robsparse.kernels.geometry import Pair
+from robsparse.kernels.pools import max_pool, mean_pool
 
 # Images that run together. With more, the maps of a network do not fit into the caches of a core.
 BLOCK = 64
-
-
-def mean_of_pixels(x_NCHW: Tensor) -> Tensor:
-    """Return the mean of each channel as a map of one pixel, for maps in any memory format."""
-    pixels = x_NCHW.permute(2, 3, 1, 0)
-    if not pixels.is_contiguous():
-        return x_NCHW.mean((2, 3), keepdim=True)
-    return pixels.flatten(0, 1).mean(0).t()[:, :, None, None]  # torch is slow in this format
 
 
 # Functions that are fast and right for maps in every layout. All other functions get maps with
@@ -37,7 +30,7 @@ _ANY_LAYOUT = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.sub,
     torch.mul, torch.relu, torch.sigmoid, torch.tanh, torch.nn.functional.relu,
     torch.nn.functional.silu, torch.nn.functional.gelu, "mean", "sum", "size", "dim", "add", "mul",
-    mean_of_pixels,
+    max_pool, mean_pool,
 }  # fmt: skip
 
 # Operators that change a tensor in place. A later step or the backward pass may need this tensor.

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robsparse.fast import costs
-from robsparse.fast.execution import mean_of_pixels
 from robsparse.fast.folded_layers import require_plain
 from robsparse.fast.train_norms import Norms
 from robsparse.kernels.geometry import Geometry, Pair
 from robsparse.kernels.library import library
 from robsparse.kernels.maps import images_innermost, is_innermost
 from robsparse.kernels.patterns import Pattern, SparseConvolution
+from robsparse.kernels.pools import max_pool, mean_pool
 from robsparse.sparsity.layers import active_mask, prunable
 
 
@@ -170,12 +170,12 @@ class _Mode(TorchFunctionMode):
             return self._convolution(*args)
         if (computed := self.norms.computed(func, args, kwargs)) is not None:
             return computed
+        if func in _POOLS:
+            return _POOLS[func](*args, **kwargs)
         x = args[0] if args else None
         if func in _CHANNELS_FIRST and isinstance(x, Tensor) and x.ndim == 4:
             if func is F.batch_norm:
                 return _batch_norm(*args, **kwargs)
-            if func is F.adaptive_avg_pool2d and args[1:] in ((1,), ((1, 1),)) and is_innermost(x):
-                return mean_of_pixels(x)
             return func(_for_torch(x), *args[1:], **kwargs)
         if func is Tensor.view and isinstance(x, Tensor) and not x.is_contiguous():
             func = Tensor.reshape  # the code of the network expects maps with channels first
@@ -204,9 +204,12 @@ class _Mode(TorchFunctionMode):
 
 
 # Functions that get maps with channels first, because torch is slow or wrong for other formats.
-_CHANNELS_FIRST = {
-    F.batch_norm, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
-}  # fmt: skip
+_CHANNELS_FIRST = {F.batch_norm, torch.max_pool2d, F.avg_pool2d}
+# Functions for maps in any memory format.
+_POOLS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.max_pool2d: max_pool,
+    F.adaptive_avg_pool2d: mean_pool,
+}
 
 
 def _for_torch(x_NCHW: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from robsparse.base.errors import one_line
 from robsparse.compute.machine import is_out_of_memory
-from robsparse.fast.execution import Execution, mean_of_pixels
+from robsparse.fast.execution import Execution
 from robsparse.fast.folded_layers import (
     ConvolutionSource,
     LinearSource,
@@ -26,6 +26,7 @@ from robsparse.fast.folded_layers import (
     fold,
     require_plain,
 )
+from robsparse.kernels.pools import max_pool, mean_pool
 from robsparse.models._layers import Normalise
 
 _SUMS = (operator.add, operator.iadd, torch.add)
@@ -206,8 +207,14 @@ class _Folder:
             node.op, node.target = "call_function", torch.relu
         elif type(module) is nn.Identity:
             _merge(node, node.all_input_nodes[0])
-        elif type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
-            node.op, node.target = "call_function", mean_of_pixels
+        elif type(module) is nn.AdaptiveAvgPool2d:
+            node.op, node.target = "call_function", mean_pool
+            node.args = (*node.args, module.output_size)
+        elif type(module) is nn.MaxPool2d and not module.return_indices:
+            node.op, node.target = "call_function", max_pool
+            node.args = (*node.args, module.kernel_size, module.stride)
+            names = ("padding", "dilation", "ceil_mode")
+            node.kwargs = {name: getattr(module, name) for name in names}
         elif module is not None:
             name = f"own{len(self.sources)}_{node.name}"
             self.root.add_module(name, module)

@@ -1,9 +1,9 @@
 /* Sparse convolutions: outputs, gradients of inputs, and gradients of the active weights. Batch norm
- * in train mode and its gradients.
+ * in train mode and pooling, and their gradients.
  *
- * A module for CPython. Its functions take addresses as integers. robsparse/kernels/patterns.py and
- * norms.py are their only callers: they check types, shapes and memory formats. The functions release
- * the interpreter lock.
+ * A module for CPython. Its functions take addresses as integers. robsparse/kernels/patterns.py,
+ * norms.py and pools.py are their only callers: they check types, shapes and memory formats. The
+ * functions release the interpreter lock.
  *
  * A *gather* computes, for each pixel of an output map, a sum over active weights of value * input
  * row. The output of a convolution is a gather. Its gradient with respect to the input is another
@@ -71,6 +71,15 @@ typedef struct {
     long pixels, channels, images;
     int relu; /* without a gate, the backward pass computes the result of the ReLU again */
 } Norm;
+
+/* Pooling over windows of lines x columns pixels that do not overlap. */
+typedef struct {
+    const void *x, *upstream;
+    void *y, *gradient;
+    long out_height, out_width, in_width, lines, columns;
+    long numbers; /* of a pixel: channels * images */
+    int mean;     /* the mean, not the largest number */
+} Pool;
 
 /* Runs of entries of one output channel. */
 typedef struct {
@@ -187,24 +196,32 @@ typedef struct {
     void (*weights[2])(const Gather *, const Phase *, int32_t, int32_t, long, long, long, long);
     void (*norm[2])(const Norm *, long, long);
     void (*norm_gradient[2])(const Norm *, long, long);
+    void (*pool[2])(const Pool *, long);
+    void (*pool_gradient[2])(const Pool *, long);
 } Instructions;
 
 static const Instructions PLAIN = {"plain",
                                    {gather_float_plain, gather_double_plain},
                                    {weights_float_plain, weights_double_plain},
                                    {norm_float_plain, norm_double_plain},
-                                   {norm_gradient_float_plain, norm_gradient_double_plain}};
+                                   {norm_gradient_float_plain, norm_gradient_double_plain},
+                                   {pool_float_plain, pool_double_plain},
+                                   {pool_gradient_float_plain, pool_gradient_double_plain}};
 #ifdef X86
 static const Instructions AVX2 = {"avx2",
                                   {gather_float_avx2, gather_double_avx2},
                                   {weights_float_avx2, weights_double_avx2},
                                   {norm_float_avx2, norm_double_avx2},
-                                  {norm_gradient_float_avx2, norm_gradient_double_avx2}};
+                                  {norm_gradient_float_avx2, norm_gradient_double_avx2},
+                                  {pool_float_avx2, pool_double_avx2},
+                                  {pool_gradient_float_avx2, pool_gradient_double_avx2}};
 static const Instructions AVX512 = {"avx512",
                                     {gather_float_avx512, gather_double_avx512},
                                     {weights_float_avx512, weights_double_avx512},
                                     {norm_float_avx512, norm_double_avx512},
-                                    {norm_gradient_float_avx512, norm_gradient_double_avx512}};
+                                    {norm_gradient_float_avx512, norm_gradient_double_avx512},
+                                    {pool_float_avx512, pool_double_avx512},
+                                    {pool_gradient_float_avx512, pool_gradient_double_avx512}};
 #endif
 
 static const Instructions *chosen = &PLAIN;
@@ -415,6 +432,33 @@ static PyObject *py_norm_gradient(PyObject *self, PyObject *const *args, Py_ssiz
     return norm_call(args, given, 1);
 }
 
+/* pool(out_height, out_width, in_width, lines, columns, numbers, mean, double, threads, x, y, gradient
+ *      of y, gradient of x). Without a gradient of y, it computes y. */
+static PyObject *py_pool(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    Pool p;
+    if (given != 13) {
+        PyErr_SetString(PyExc_TypeError, "pool takes 13 arguments");
+        return NULL;
+    }
+    p.out_height = PyLong_AsLong(args[0]), p.out_width = PyLong_AsLong(args[1]);
+    p.in_width = PyLong_AsLong(args[2]);
+    p.lines = PyLong_AsLong(args[3]), p.columns = PyLong_AsLong(args[4]);
+    p.numbers = PyLong_AsLong(args[5]);
+    p.mean = (int)PyLong_AsLong(args[6]);
+    const int double_ = (int)PyLong_AsLong(args[7]), threads = (int)PyLong_AsLong(args[8]);
+    p.x = address(args[9]), p.y = address(args[10]);
+    p.upstream = address(args[11]), p.gradient = address(args[12]);
+    if (PyErr_Occurred()) return NULL;
+    void (*work)(const Pool *, long) = (p.upstream ? chosen->pool_gradient : chosen->pool)[double_];
+    Py_BEGIN_ALLOW_THREADS;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+#endif
+    for (long j = 0; j < p.out_height; j++) work(&p, j);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
 /* index(positions, count, in_channels, taps, transposed, tap_segment, tap_stride, tap_row, segments,
  *       number of segments, entries, double, slots)
  *
@@ -505,6 +549,7 @@ static PyMethodDef METHODS[] = {
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL, "Compute batch norm."},
     {"norm_gradient", (PyCFunction)(void (*)(void))py_norm_gradient, METH_FASTCALL,
      "Compute the gradients of batch norm."},
+    {"pool", (PyCFunction)(void (*)(void))py_pool, METH_FASTCALL, "Compute pooling."},
     {"index", (PyCFunction)(void (*)(void))py_index, METH_FASTCALL, "Sort the active weights."},
     {"fill", (PyCFunction)(void (*)(void))py_fill, METH_FASTCALL, "Copy values to entries."},
     {"use", py_use, METH_O, "Choose an instruction set by name; '' is the best one."},
@@ -513,7 +558,7 @@ static PyMethodDef METHODS[] = {
 
 static struct PyModuleDef MODULE = {.m_base = PyModuleDef_HEAD_INIT,
                                     .m_name = "_kernels",
-                                    .m_doc = "Sparse convolutions and batch norm, images innermost.",
+                                    .m_doc = "Layers of sparse networks, with images innermost.",
                                     .m_size = -1,
                                     .m_methods = METHODS};
 

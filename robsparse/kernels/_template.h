@@ -203,6 +203,7 @@ static TARGET void NAME(weights)(const Gather *g, const Phase *p, int32_t first,
 }
 
 #include "_norm.h"
+#include "_pool.h"
 
 #undef VEC
 #undef LOOSE

@@ -8,7 +8,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 COMPILED = "_kernels.c"
-INCLUDED = ("_template.h", "_norm.h")
+INCLUDED = ("_template.h", "_norm.h", "_pool.h")
 # The first list of flags that the compiler accepts counts. Without OpenMP, one thread computes.
 FLAGS = (["-O3", "-fopenmp"], ["-O3"])
 
