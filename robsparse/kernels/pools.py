@@ -66,8 +66,8 @@ def _for_torch(x_NCHW: Tensor) -> Tensor:
 
 
 def _pair(value: Any) -> Pair:
-    first, second = (value, value) if value is None or isinstance(value, int) else value
-    return first, second
+    pair: Any = (value, value) if value is None or isinstance(value, int) else value
+    return pair[0], pair[1]
 
 
 class _Pooling(torch.autograd.Function):
