@@ -24,6 +24,7 @@ from robsparse.base.errors import RunError, UsageError, one_line
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    import pyarrow as pa
 
 T = TypeVar("T")
 _TRIED = 1 << 16  # bytes that must be free before a long run
@@ -170,6 +171,18 @@ def write_table(path: Path, table: "pd.DataFrame", **options: Any) -> None:
         write_bytes(path, table.to_parquet(None, **options))
     else:
         write_text(path, table.to_csv(None, **options))
+
+
+def write_parquet(path: Path, table: "pa.Table", **options: Any) -> None:
+    """Write an Arrow table as parquet, atomically, without pandas. Raises as `atomic`.
+
+    options: those of pyarrow.parquet.write_table.
+    """
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    content = io.BytesIO()
+    pq.write_table(table, content, **options)
+    write_bytes(path, content.getbuffer())
 
 
 # ---------------------------------------------------------------- reading

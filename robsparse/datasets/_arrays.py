@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 
 from robsparse.base.errors import UsageError, one_line
 from robsparse.datasets import Part, Splits
@@ -27,11 +26,8 @@ def split_validation(part: Part, params: Images, name: str) -> tuple[Part, Part]
         UsageError: if there are too few images.
     """
     try:
-        train, validation = train_test_split(
-            np.arange(len(part)),
-            test_size=params.validation_examples,
-            random_state=params.split_seed,
-            stratify=part.y_N.numpy(),
+        train, validation = stratified_split(
+            part.y_N.numpy(), params.validation_examples, params.split_seed
         )
     except ValueError as error:
         raise UsageError(
@@ -48,6 +44,60 @@ def split_validation(part: Part, params: Images, name: str) -> tuple[Part, Part]
     if params.train_on_validation:
         kept = torch.arange(len(part))
     return Part(part.x_NCHW[kept], part.y_N[kept]), Part(part.x_NCHW[held], part.y_N[held])
+
+
+def stratified_split(
+    labels_N: np.ndarray, held_out: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `held_out` images, such that every class has the same share in both parts.
+
+    Args:
+        labels_N: the class of each image.
+        held_out: number of images of the second part.
+        seed: of the random numbers.
+
+    Returns:
+        Positions of the other images and of the held-out images, each in a random order.
+
+    Raises:
+        ValueError: if a class has one image only, or if a part is smaller than the number of
+            classes.
+
+    Source: `train_test_split` of scikit-learn with `stratify`, which returns the same positions for
+    the same seed. It is not called because its import takes a second in every job.
+    """
+    random = np.random.RandomState(seed)
+    members = [np.flatnonzero(labels_N == label) for label in np.unique(labels_N)]
+    counts = np.array([len(positions) for positions in members])
+    smaller = min(held_out, len(labels_N) - held_out)
+    if counts.min() < 2:
+        raise ValueError("every class needs at least two images")
+    if smaller < len(members):
+        raise ValueError(f"each part needs at least {len(members)} images, one of each class")
+    kept_of_class = _shares(counts, len(labels_N) - held_out, random)
+    held_of_class = _shares(counts - kept_of_class, held_out, random)
+    kept, held = [], []
+    for positions, first, second in zip(members, kept_of_class, held_of_class, strict=True):
+        drawn = positions[random.permutation(len(positions))]
+        kept.append(drawn[:first])
+        held.append(drawn[first : first + second])
+    return random.permutation(np.concatenate(kept)), random.permutation(np.concatenate(held))
+
+
+def _shares(counts: np.ndarray, total: int, random: np.random.RandomState) -> np.ndarray:
+    """Split a total in proportion to the counts. Largest remainders round up; ties are drawn."""
+    exact = counts / counts.sum() * total
+    shares = np.floor(exact)
+    remainders = exact - shares
+    missing = int(total - shares.sum())
+    for value in np.unique(remainders)[::-1]:
+        if missing == 0:
+            break
+        ties = np.flatnonzero(remainders == value)
+        drawn = random.choice(ties, min(len(ties), missing), replace=False)
+        shares[drawn] += 1
+        missing -= len(drawn)
+    return shares.astype(int)
 
 
 def test_only(test: Part, classes: int) -> Splits:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn import functional
 
@@ -63,6 +62,9 @@ def motion_blur(x: Tensor, severity: int, random: Random) -> Tensor:
 
 def fog(x: Tensor, severity: int, random: Random) -> Tensor:
     """Mix 20 to 60 % of a bright smooth random field into each image."""
+    # Loaded here because its import is slow and few studies measure corruptions.
+    from scipy.ndimage import gaussian_filter  # noqa: PLC0415
+
     share, (height, width) = 0.1 + 0.1 * severity, x.shape[2:]
     noise = random.standard_normal((len(x), height, width))
     smooth = gaussian_filter(noise, (0, height / 6, width / 6), mode="wrap")

@@ -3,13 +3,16 @@
 Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI (the test part).
 """
 
+import importlib.util
+from pathlib import Path
+
+import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from robsparse.base.errors import UsageError
 from robsparse.datasets import Part, Splits
+from robsparse.datasets._arrays import stratified_split
 from robsparse.schema import Augmentation, Description, Strict
 
 EPS = {"Linf": 0.15}  # the radius of `robsparse evaluate` if none is given
@@ -43,21 +46,12 @@ def load(params: Params) -> Splits:
     Raises:
         UsageError: if there are fewer training images than the parameters ask for.
     """
-    digits = load_digits()
-    rest, test = train_test_split(
-        range(len(digits.target)),
-        test_size=params.test_examples,
-        random_state=params.split_seed,
-        stratify=digits.target,
+    x_NCHW, y_N = _read()
+    seed, labels_N = params.split_seed, y_N.numpy()
+    rest, test = stratified_split(labels_N, params.test_examples, seed)
+    train, validation = (
+        rest[part] for part in stratified_split(labels_N[rest], params.validation_examples, seed)
     )
-    train, validation = train_test_split(
-        rest,
-        test_size=params.validation_examples,
-        random_state=params.split_seed,
-        stratify=digits.target[rest],
-    )
-    x_NCHW = torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1)
-    y_N = torch.tensor(digits.target, dtype=torch.int64)
     if (wanted := params.train_examples or len(train)) > len(train):
         raise UsageError(
             f"datasets.digits.train_examples = {wanted}: expected at most the {len(train)} images "
@@ -69,3 +63,17 @@ def load(params: Params) -> Splits:
     return Splits(
         **{name: Part(x_NCHW[index], y_N[index]) for name, index in indices.items()}, classes=10
     )
+
+
+def _read() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all images, x_NCHW in [0,1], and their labels, y_N.
+
+    Reads the file of scikit-learn and does not import the library, which takes a second.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise UsageError("datasets.digits: scikit-learn, which has its images, is not installed")
+    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",")
+    x_NCHW = torch.tensor(table[:, :-1] / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
+    return x_NCHW, torch.tensor(table[:, -1], dtype=torch.int64)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import benchmark
 
 from robsparse.fast import folding
 from robsparse.sparsity.layers import prunable
@@ -115,6 +114,9 @@ def latency_ms(network: nn.Module, images_NCHW: Tensor, *, folded: bool) -> floa
         images_NCHW: images on the device of the network. The first one is timed.
         folded: use the folded view, as the attacks do.
     """
+    # Loaded here because its import is slow and few studies measure the latency.
+    from torch.utils import benchmark  # noqa: PLC0415
+
     run = folding.folded_view(network, images_NCHW) if folded else network
     image = images_NCHW[:1].contiguous()
     with torch.no_grad():

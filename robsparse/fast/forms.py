@@ -14,7 +14,6 @@ The results of matrix and sparse have images innermost in memory.
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robsparse.kernels.geometry import Geometry, Pair
@@ -157,17 +156,18 @@ def geometry_of(layer: nn.Conv2d, size: Pair) -> Geometry | None:
     """
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
-    image = torch.empty(1, layer.in_channels, *size, device="meta")
-    padding = given = _pair(layer.padding)
+    padding = after = _pair(layer.padding)
     if isinstance(layer, TensorFlowConv2d):
-        image, padding = layer.padded(image), (size[0] % 2, size[1] % 2)
-    weight = torch.empty(layer.weight.shape, device="meta")
-    out = F.conv2d(image, weight, None, layer.stride, given, layer.dilation, layer.groups)
+        padding, after = (size[0] % 2, size[1] % 2), (1, 1)
     outputs, inputs, *kernel = layer.weight.shape
-    return Geometry(
-        (outputs, inputs, *_pair(kernel)), size, _pair(out.shape[2:]), _pair(layer.stride),
-        padding, _pair(layer.dilation),
-    )  # fmt: skip
+    stride, dilation = _pair(layer.stride), _pair(layer.dilation)
+    out = [
+        (size[axis] + padding[axis] + after[axis] - dilation[axis] * (kernel[axis] - 1) - 1)
+        // stride[axis]
+        + 1
+        for axis in (0, 1)
+    ]
+    return Geometry((outputs, inputs, *_pair(kernel)), size, _pair(out), stride, padding, dilation)
 
 
 def pixels_of_taps(geometry: Geometry) -> Tensor:

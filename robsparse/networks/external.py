@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robsparse import datasets
 from robsparse.base.errors import UsageError, one_line
-from robsparse.base.files import file_checksum, write_record, write_table
+from robsparse.base.files import file_checksum, write_parquet, write_record
 from robsparse.datasets import Splits
 from robsparse.networks import construct, weights
 from robsparse.records import provenance
@@ -46,7 +46,7 @@ def import_network(study: Study, cell: Cell, layout: Layout) -> None:
         weights.save(layout.model(cell, selection), state)
     tables = {layout.steps(cell): empty_steps(), layout.lifetimes(cell): empty_lifetimes()}
     for path, table in tables.items():
-        write_table(path, table)
+        write_parquet(path, table)
     record = {
         "cell": cell.key,
         "selected": {s: {"epoch": None} for s in selections},

@@ -113,6 +113,7 @@ class Row(BaseModel):
 
 
 KEY = list(Row.model_fields)[:9]
+Z_95 = 1.959963984540054  # a normal variable lies within +- this with a probability of 95 %
 
 
 @functools.cache
@@ -124,10 +125,15 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
     Source: E. B. Wilson, JASA 22 (1927).
     """
-    from scipy.stats import binomtest  # noqa: PLC0415 (planning the workflow starts sooner without)
-
-    interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"{successes} successes in {n} trials: must be in 0..n, n > 0")
+    share, z = successes / n, Z_95
+    whole = 2 * (n + z**2)
+    centre = (2 * n * share + z**2) / whole
+    half = z / whole * math.sqrt(4 * n * share * (1 - share) + z**2)
+    low = centre - half if successes > 0 else 0.0
+    high = centre + half if successes < n else 1.0
+    return low, high
 
 
 def contradiction(row: Any, flags: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -110,7 +110,7 @@ class ConnectionLog:
         self.pruned_at_age.index_add_(0, ages, torch.ones_like(ages))
         self.pruned_at_age[:1].zero_()
 
-    def steps(self) -> pd.DataFrame:
+    def steps(self) -> pa.Table:
         """Return one row for each logged step and layer. Step 0 is the initial network."""
         self._process()
         values = torch.stack(self.rows).cpu()  # rows x layers x totals
@@ -119,14 +119,16 @@ class ConnectionLog:
         changes = values[:, :, :2].diff(dim=0, prepend=values[:1, :, :2])
         mean = since / active.clamp(min=1)
         age = torch.where(active > 0, steps[:, None, None] - mean, torch.nan)
-        values = torch.cat([changes, active, age], dim=2)
-        table = pd.DataFrame(values.flatten(0, 1).numpy(), columns=list(STEP_COLUMNS[2:]))
-        table = table.astype(dict.fromkeys(("pruned", "regrown", "active"), "int32"))
-        table.insert(0, "layer", pd.Categorical(self.names * len(self.rows), self.names))
-        table.insert(0, "step", steps.repeat_interleave(len(self.names)).numpy())
-        return table
+        layers = torch.arange(len(self.names), dtype=torch.int32).repeat(len(self.rows))
+        columns = [
+            steps.repeat_interleave(len(self.names)).numpy(),
+            pa.DictionaryArray.from_arrays(layers.numpy(), self.names),
+            *torch.cat([changes, active], dim=2).flatten(0, 1).int().T.numpy(),
+            pa.array(age.flatten().numpy(), from_pandas=True),  # NaN is written as "no value"
+        ]
+        return pa.table(columns, names=list(STEP_COLUMNS))
 
-    def lifetimes(self) -> pd.DataFrame:
+    def lifetimes(self) -> pa.Table:
         """Return the numbers of pruned and of active regrown connections at each age."""
         self._process()
         since = self.active_since.cpu()
@@ -134,8 +136,8 @@ class ConnectionLog:
         active = torch.bincount(ages, minlength=len(self.pruned_at_age)).numpy()
         pruned = np.zeros_like(active)
         pruned[: len(self.pruned_at_age)] = self.pruned_at_age.cpu()
-        table = pd.DataFrame({"age": np.arange(len(active)), "pruned": pruned, "active": active})
-        return table[(table.pruned > 0) | (table.active > 0)].reset_index(drop=True)
+        (age,) = ((pruned > 0) | (active > 0)).nonzero()
+        return pa.table([age, pruned[age], active[age]], names=list(LIFETIME_COLUMNS))
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resumed run needs."""
@@ -163,11 +165,11 @@ class ConnectionLog:
         return log
 
 
-def empty_steps() -> pd.DataFrame:
+def empty_steps() -> pa.Table:
     """Return the log of a method that never rewires."""
-    return pd.DataFrame(columns=list(STEP_COLUMNS))
+    return pa.table({name: pa.nulls(0) for name in STEP_COLUMNS})
 
 
-def empty_lifetimes() -> pd.DataFrame:
+def empty_lifetimes() -> pa.Table:
     """Return the lifetimes of a method that never rewires."""
-    return pd.DataFrame(columns=list(LIFETIME_COLUMNS))
+    return pa.table({name: pa.nulls(0) for name in LIFETIME_COLUMNS})

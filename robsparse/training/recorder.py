@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robsparse.base.files import file_checksum, write_record, write_table
+from robsparse.base.files import file_checksum, write_parquet, write_record
 from robsparse.compute.machine import device_name, peak_memory_mb, precision_note
 from robsparse.kernels.library import instructions
 from robsparse.networks import weights
@@ -195,7 +195,7 @@ def _write_connections(session: Session, log: ConnectionLog | None) -> dict[str,
         session.layout.lifetimes(session.cell): log.lifetimes() if log else empty_lifetimes(),
     }
     for path, table in tables.items():
-        write_table(path, table, compression="zstd")
+        write_parquet(path, table, compression="zstd")
     return {path.name: file_checksum(path) for path in tables}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robsparse.compute.optimizer import SGD
 from robsparse.schema.training import Fit, ScoreTraining, WeightPerturbation
 from robsparse.sparsity.averaging import WeightAverage
 from robsparse.sparsity.history import ConnectionLog
@@ -163,7 +164,7 @@ def begin_stage(run: Run, stage: Stage, steps: int) -> None:
     run.lr, run.lr_factor = fit.lr, 1.0
     vars(run).pop("optimizer", None)  # of the previous stage
     stage.before_fit(run)
-    run.optimizer = torch.optim.SGD(
+    run.optimizer = SGD(
         stage.parameters(run.model),
         lr=fit.lr,
         momentum=fit.momentum,

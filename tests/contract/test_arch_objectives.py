@@ -70,6 +70,6 @@ def test_a_sampled_step_keeps_the_budget(arch):
         run.optimizer.step()
         stage.after_step(run)
         assert nonzero_count(model) == budget
-    log = run.connections.steps()
+    log = run.connections.steps().to_pandas()
     assert set(log.layer) == set(prunable(model))
     assert log[log.step == 2].active.sum() == budget

@@ -37,7 +37,7 @@ def started(model, sparsity, *, seed=0, lr=0.1, sgd_momentum=0.9, **params):
 
 def last_step(run):
     """Return the numbers of pruned and regrown connections of the last step."""
-    log = run.connections.steps()
+    log = run.connections.steps().to_pandas()
     return log[log.step == log.step.max()][["pruned", "regrown"]].sum().to_dict()
 
 

@@ -74,7 +74,7 @@ def one_theta(values, *, sparsity, sgd=None, sign=None, **params):
 
 def last_step(run):
     """Return the numbers of pruned and regrown connections of the last step."""
-    log = run.connections.steps()
+    log = run.connections.steps().to_pandas()
     return log[log.step == log.step.max()][["pruned", "regrown"]].sum().to_dict()
 
 

@@ -305,7 +305,7 @@ def test_rewiring_in_the_benchmark_has_something_to_do(monkeypatch):
         side.prepare()
         side.work()
     [(_, run)] = made
-    table = run.connections.steps()
+    table = run.connections.steps().to_pandas()
     assert table.pruned.sum() > 5
     assert table.regrown.sum() >= table.pruned.sum()
 

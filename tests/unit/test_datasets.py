@@ -7,14 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from robsparse import datasets
 from robsparse.base import registry
 from robsparse.base.errors import UsageError
 from robsparse.datasets import _torchvision, fashion_mnist, imagefolder
-from robsparse.datasets._arrays import read_extra
+from robsparse.datasets._arrays import read_extra, stratified_split
 
 RNG = np.random.default_rng(0)
 
@@ -391,3 +395,47 @@ def test_digits_may_be_trained_on_some_images_and_all_others_stay(repository):
         UsageError, match=r"digits\.train_examples = 1198: expected at most the 1197"
     ):
         load("digits", train_examples=1198)
+
+
+# ---------------------------------------------------------------- splits
+
+
+@given(
+    counts=st.lists(st.integers(2, 30), min_size=2, max_size=6),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_split_has_the_positions_of_scikit_learn(counts, share, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(range(5, 5 + len(counts)), counts))
+    held_out = max(1, int(share * len(labels)))
+    options = {"test_size": held_out, "random_state": seed, "stratify": labels}
+    try:
+        theirs = train_test_split(range(len(labels)), **options)
+    except ValueError:
+        theirs = None
+    if theirs is None:
+        with pytest.raises(ValueError, match="each part needs at least"):
+            stratified_split(labels, held_out, seed)
+    else:
+        kept, held = stratified_split(labels, held_out, seed)
+        assert [kept.tolist(), held.tolist()] == theirs
+
+
+def test_class_of_one_image_cannot_be_split():
+    with pytest.raises(ValueError, match="at least two images"):
+        stratified_split(np.array([0, 0, 0, 1]), 2, 0)
+
+
+@pytest.mark.parametrize(("seed", "test", "validation"), [(0, 400, 200), (7, 50, 333)])
+def test_digits_are_those_of_scikit_learn(seed, test, validation):
+    digits = load_digits()
+    split = {"random_state": seed}
+    rest, tested = train_test_split(range(1797), test_size=test, stratify=digits.target, **split)
+    train, held = train_test_split(
+        rest, test_size=validation, stratify=digits.target[rest], **split
+    )
+    splits = load("digits", split_seed=seed, test_examples=test, validation_examples=validation)
+    for part, wanted in ((splits.train, train), (splits.validation, held), (splits.test, tested)):
+        assert part.x_NCHW.dtype == torch.float32
+        assert (part.x_NCHW.squeeze(1).numpy() == digits.images[wanted] / 16).all()
+        assert part.y_N.tolist() == digits.target[wanted].tolist()

@@ -154,7 +154,7 @@ def test_the_number_of_active_weights_of_each_layer_never_changes(name, net):
             == keep_count(weight_count(run.model), 0.7)
         )
     assert moved > 0
-    log = run.connections.steps()
+    log = run.connections.steps().to_pandas()
     assert log.pruned.sum() == log.regrown.sum() == moved / 2
 
 
@@ -355,7 +355,7 @@ def test_flying_bird_plus_prunes_and_grows_more_while_it_overfits(
     if not (prunes and grows):
         changed = stage.active_weights(run) - keep_count(153, 0.7)
         assert (changed < 0, changed > 0) == (prunes, grows)
-    log = run.connections.steps()
+    log = run.connections.steps().to_pandas()
     assert log[log.step == 1].active.sum() == stage.active_weights(run)
 
 

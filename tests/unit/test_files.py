@@ -7,6 +7,7 @@ import stat
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from robsparse.base import files
@@ -113,6 +114,11 @@ KINDS = {
     "parquet": (
         "a.parquet",
         lambda path: files.write_table(path, pd.DataFrame({"w": ARRAY})),
+        files.read_table,
+    ),
+    "Arrow": (
+        "a.parquet",
+        lambda path: files.write_parquet(path, pa.table({"w": ARRAY})),
         files.read_table,
     ),
 }

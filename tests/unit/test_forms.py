@@ -71,6 +71,26 @@ def test_other_paddings_have_no_forms(options):
     assert geometry_of(layer, (4, 4)) is None
 
 
+@given(
+    size=st.tuples(st.integers(7, 12), st.integers(7, 12)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+)
+def test_size_of_the_output_is_that_of_the_layer(size, kernel, stride, padding, dilation):
+    layer = nn.Conv2d(1, 1, kernel, stride, padding, dilation)
+    assert geometry_of(layer, size).out == tuple(layer(torch.zeros(1, 1, *size)).shape[2:])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 8), (9, 7)])
+def test_size_of_the_output_is_that_of_the_layer_with_the_padding_of_tensorflow(size):
+    layer = TensorFlowConv2d(1, 1)
+    geometry = geometry_of(layer, size)
+    assert geometry.out == tuple(layer(torch.zeros(1, 1, *size)).shape[2:])
+    assert geometry.padding == tuple(side % 2 for side in size)
+
+
 def made(**cost):
     return {"channels_last": 2.0, "channels_first": 3.0, "converted": 4.0, **cost}
 

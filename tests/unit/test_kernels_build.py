@@ -88,7 +88,9 @@ def test_digest_changes_with_each_source_and_the_flags(name, monkeypatch, tmp_pa
     assert len({before, changed, sources.digest()}) == 3
 
 
-@pytest.mark.parametrize("name", ["setup.py", *(f"{PLACE}/{n}" for n in NAMES)])
+@pytest.mark.parametrize(
+    "name", ["setup.py", "requirements.lock", *(f"{PLACE}/{n}" for n in NAMES)]
+)
 def test_makefile_installs_again_after_a_change_of_a_source(name, repository, tmp_path):
     def installs(*options):
         done = subprocess.run(
@@ -98,7 +100,7 @@ def test_makefile_installs_again_after_a_change_of_a_source(name, repository, tm
         return "--editable" in done.stdout
 
     (tmp_path / PLACE).mkdir(parents=True)
-    others = ["Makefile", "pyproject.toml", "constraints.txt", "setup.py"]
+    others = ["Makefile", "pyproject.toml", "constraints.txt", "requirements.lock", "setup.py"]
     for path in (*others, *(f"{PLACE}/{n}" for n in NAMES)):
         shutil.copy(repository / path, tmp_path / path)
     (tmp_path / ".venv").mkdir()

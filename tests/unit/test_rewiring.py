@@ -325,7 +325,7 @@ def test_a_step_never_makes_the_cpu_wait_for_the_gpu(switches):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     counted = sum(int((theta > 0).sum()) for theta in bcs.thetas(run.model))
-    assert run.connections.steps().groupby("step").active.sum().iloc[-1] == counted
+    assert run.connections.steps().to_pandas().groupby("step").active.sum().iloc[-1] == counted
     assert counted >= stage.rewiring.budget - 2
 
 
@@ -338,11 +338,11 @@ def test_the_log_of_a_training_is_correct_with_both_kinds(switches, monkeypatch)
             _, run, step, steps = trained("cpu", 60, **SWITCHES[switches])
             for _ in range(steps):
                 step()
-        log = run.connections.steps()
+        log = run.connections.steps().to_pandas()
         active = log[log.step == steps + 1].set_index("layer").active
         for name, theta in zip(active.index, bcs.thetas(run.model), strict=True):
             assert active[name] == int((theta > 0).sum())
-        lifetimes = run.connections.lifetimes()
+        lifetimes = run.connections.lifetimes().to_pandas()
         assert lifetimes.pruned.sum() + lifetimes.active.sum() == log.regrown.sum()
         logs[kind] = log
     one, two = (log.groupby("step")[["pruned", "regrown"]].sum().sum() for log in logs.values())

@@ -18,6 +18,14 @@ COMMANDS = ("check", "plan", "train", "evaluate", "collect", "figures")
 DENSE = "digits/small_cnn/dense/at/s0.0000/seed0"
 BCS = "digits/small_cnn/bcs/at/s0.9000/seed0"
 HEAVY = {"torch", "torchvision", "sklearn", "pyautoattack", "matplotlib", "pandas"}
+# What no job of an ordinary study uses; each takes 0.1 to 1 s. The compiler of torch needs sympy.
+UNUSED = {"torchvision", "robustbench", "sklearn", "scipy", "sympy", "setuptools", "rich"}
+UNUSED_BY_JOB = {
+    "train": UNUSED | {"pyautoattack", "foolbox", "matplotlib", "pandas"},
+    "evaluate": UNUSED | {"foolbox", "matplotlib", "pandas"},
+    "collect": UNUSED | {"torch", "matplotlib"},
+    "figures": (UNUSED - {"scipy"}) | {"torch"},
+}
 
 
 def shrunk(study):
@@ -79,6 +87,24 @@ def test_check_loads_no_torch(project):
     text, loaded = modules_loaded_by(project, "-m", "robsparse", "check", "config/tiny.yaml")
     assert text == "config/tiny.yaml: valid, 10 networks to train, 20 evaluations\n"
     assert not loaded & HEAVY
+
+
+def test_jobs_load_no_library_that_they_do_not_use(project, small):
+    """Every job pays for its imports: a hundred small jobs pay a hundred times."""
+    small["grid"]["methods"] = ["dense"]
+    small["evaluation"]["selections"] = {"last": ["clean", "pgd", "autoattack"]}
+    config = project.write(small)
+    words = {
+        "train": (config, "--cell", DENSE),
+        "evaluate": (config, "--cell", DENSE, "--selection", "last"),
+        "collect": (config,),
+        "figures": (config,),
+    }
+    for job, unused in UNUSED_BY_JOB.items():
+        _, loaded = modules_loaded_by(project, "-m", "robsparse", job, *words[job])
+        assert "pydantic" in loaded
+        assert ("torch" in loaded) == (job in ("train", "evaluate"))
+        assert not loaded & unused, job
 
 
 def test_installed_command_checks_every_study_of_the_project(project, repository):
