@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import safetensors.numpy
 import yaml
 
-from robsparse.base.files import atomic, file_checksum, write_json
+from robsparse.base import files
+from robsparse.base.files import file_checksum
 from robsparse.records import provenance
 from robsparse.records.evaluation_record import Record, write_record
 from robsparse.records.rows import Row, wilson_interval
@@ -104,10 +104,9 @@ class _Maker:
         rewires = cell.method in REWIRING
         tables = {layout.steps(cell): self._steps(), layout.lifetimes(cell): self._lifetimes()}
         for path, table in tables.items():
-            with atomic(path) as temporary:
-                (table if rewires else table[:0]).to_parquet(temporary, compression="zstd")
+            files.write_table(path, table if rewires else table[:0], compression="zstd")
         models = {s: layout.model(cell, s) for s in self.study.saved_selections()}
-        write_json(
+        files.write_record(
             layout.training(cell),
             {
                 "cell": cell.key,
@@ -121,6 +120,7 @@ class _Maker:
                 **provenance.current(),
                 **fingerprints.training(self.study, cell).as_record(),
                 "weights": {s: file_checksum(path) for s, path in models.items()},
+                "tables": {path.name: file_checksum(path) for path in tables},
             },
         )
 
@@ -130,8 +130,7 @@ class _Maker:
         for name, size in (("a.weight", 32), ("b.weight", 64)):
             dense = self.rng.normal(0, 0.1, (size, 32)).astype(np.float32)
             tensors[name] = dense * (self.rng.random(dense.shape) >= self.cell.sparsity)
-        with atomic(path) as temporary:
-            safetensors.numpy.save_file(tensors, temporary)
+        files.write_tensors(path, tensors)
 
     def _cost(self) -> dict[str, Any]:
         active = 11_000_000 * (1 - self.cell.sparsity)
@@ -184,11 +183,7 @@ class _Maker:
     def write_evaluation(self, selection: Selection) -> None:
         cell, layout = self.cell, self.layout
         outcomes = self._outcomes()
-        with (
-            atomic(layout.flags(cell, selection)) as temporary,
-            temporary.open("wb") as handle,
-        ):
-            np.savez_compressed(handle, **outcomes)
+        files.write_arrays(layout.flags(cell, selection), outcomes)
         common = self._common(selection)
         rows = [
             self._row(common, attack, component, outcomes[f"{attack}.{component}"])

@@ -170,7 +170,8 @@ def write_table(path: Path, table: "pd.DataFrame", **options: Any) -> None:
     if path.suffix == ".parquet":
         write_bytes(path, table.to_parquet(None, **options))
     else:
-        write_text(path, table.to_csv(None, **options))
+        with atomic(path) as temporary:
+            table.to_csv(temporary, **options)
 
 
 def write_parquet(path: Path, table: "pa.Table", **options: Any) -> None:
@@ -281,8 +282,12 @@ def read_tensors(
         return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
-def read_arrays(path: Path, remedy: str = "") -> "dict[str, np.ndarray]":
+def read_arrays(
+    path: Path, remedy: str = "", left_out: tuple[str, ...] = ()
+) -> "dict[str, np.ndarray]":
     """Return the arrays of an npz file by name. Nothing is unpickled.
+
+    left_out: ends of the names of arrays that are not read.
 
     Raises:
         UsageError: if the file is missing or damaged.
@@ -293,7 +298,7 @@ def read_arrays(path: Path, remedy: str = "") -> "dict[str, np.ndarray]":
         _reading(path, "a readable npz file", remedy),
         np.load(path, allow_pickle=False) as stored,
     ):
-        return {name: stored[name] for name in stored.files}
+        return {name: stored[name] for name in stored.files if not name.endswith(left_out)}
 
 
 def read_table(path: Path, remedy: str = "", **options: Any) -> "pd.DataFrame":
@@ -309,6 +314,18 @@ def read_table(path: Path, remedy: str = "", **options: Any) -> "pd.DataFrame":
     read = pd.read_parquet if path.suffix == ".parquet" else pd.read_csv
     with _reading(path, "a readable table", remedy), path.open("rb") as handle:
         return read(handle, **options)
+
+
+def count_rows(path: Path, remedy: str = "") -> int:
+    """Return the number of rows of a parquet file without reading them.
+
+    Raises:
+        UsageError: if the file is missing or damaged.
+    """
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    with _reading(path, "a readable table", remedy):
+        return int(pq.read_metadata(path).num_rows)
 
 
 # ---------------------------------------------------------------- checksums

@@ -17,16 +17,18 @@ def mark_weak_attacks(results: pd.DataFrame) -> pd.DataFrame:
     AutoAttack should be the strongest attack of its norm and eps. If another attack is stronger,
     the accuracy under AutoAttack is too high. Then every row of that network is flagged.
     """
-    whole = results[results.component == "all"]
+    attacked: dict[tuple[Any, ...], list[Any]] = {}
+    for row in results[results.component == "all"].itertuples():
+        place = tuple(getattr(row, name) for name in (*NETWORK_KEY, "norm", "eps"))
+        attacked.setdefault(place, []).append(row)
     reasons: dict[tuple[Any, ...], str] = {}
-    for key, rows in whole.groupby([*NETWORK_KEY, "norm", "eps"], dropna=False):
-        ours = rows[rows.attack == "autoattack"].n_correct
-        excess = int(ours.iloc[0] - rows.n_correct.min()) if len(ours) else 0
-        if excess > 0:
-            strongest = rows.loc[rows.n_correct.idxmin(), "attack"]
-            version = rows.loc[rows.attack == "autoattack", "version"].iloc[0]
-            name = "AutoAttack" if version == "standard" else f"AutoAttack ({version})"
-            reasons[key[:-2]] = f"{strongest} breaks {excess} more images than {name}"
+    for place, rows in attacked.items():
+        ours = next((row for row in rows if row.attack == "autoattack"), None)
+        strongest = min(rows, key=lambda row: row.n_correct)
+        if ours is not None and strongest.n_correct < ours.n_correct:
+            excess = int(ours.n_correct - strongest.n_correct)
+            name = "AutoAttack" if ours.version == "standard" else f"AutoAttack ({ours.version})"
+            reasons[place[:-2]] = f"{strongest.attack} breaks {excess} more images than {name}"
     keys = zip(*(results[name] for name in NETWORK_KEY), strict=True)
     added = pd.Series([reasons.get(key, "") for key in keys], index=results.index, dtype=object)
     before = results.potentially_unreliable
@@ -51,10 +53,10 @@ def mark_missed_budgets(results: pd.DataFrame) -> pd.DataFrame:
 def find_contradictions(results: pd.DataFrame) -> list[str]:
     """All contradictions in the rows, one line for each; a line starts with the key of the row."""
     found = []
-    for _, row in results[results.duplicated(KEY)].iterrows():
+    for row in results[results.duplicated(KEY)].itertuples():
         found.append(f"{_name(row)}: two rows have this key")
     clean = results[results.attack == "clean"].set_index(NETWORK_KEY).n_correct.to_dict()
-    for _, row in results.iterrows():
+    for row in results.itertuples():
         found += [f"{_name(row)}: {wrong}" for wrong in _contradictions_of_row(row, clean)]
     for column in ("data_checksum", "n_examples"):
         for dataset, values in results.groupby("dataset")[column].unique().items():
@@ -64,8 +66,8 @@ def find_contradictions(results: pd.DataFrame) -> list[str]:
     return found
 
 
-def _contradictions_of_row(row: pd.Series, clean: dict[tuple[Any, ...], int]) -> list[str]:
-    """All contradictions in one row.
+def _contradictions_of_row(row: Any, clean: dict[tuple[Any, ...], int]) -> list[str]:
+    """All contradictions in one row, which has the columns as attributes.
 
     clean: for each network, the number of images that it classifies correctly without an attack.
     """
@@ -74,7 +76,7 @@ def _contradictions_of_row(row: pd.Series, clean: dict[tuple[Any, ...], int]) ->
         found.append(f"accuracy {row.accuracy} is not {row.n_correct}/{row.n_examples}")
     if not row.ci_low - _TOLERANCE <= row.accuracy <= row.ci_high + _TOLERANCE:
         found.append(f"accuracy {row.accuracy} is outside its interval")
-    most = clean.get(tuple(row[NETWORK_KEY]))
+    most = clean.get(tuple(getattr(row, name) for name in NETWORK_KEY))
     if most is None:
         found.append("no clean accuracy of this network")
     elif row.n_correct > most:
@@ -86,5 +88,5 @@ def _contradictions_of_row(row: pd.Series, clean: dict[tuple[Any, ...], int]) ->
     return found
 
 
-def _name(row: pd.Series) -> str:
-    return "/".join(str(row[name]) for name in KEY)
+def _name(row: Any) -> str:
+    return "/".join(str(getattr(row, name)) for name in KEY)

@@ -5,14 +5,15 @@ STEP_COLUMNS = ("step", "layer", "pruned", "regrown", "active", "age")
 LIFETIME_COLUMNS = ("age", "pruned", "active")
 # Files that `robsparse collect` writes. MANIFEST has the checksums of the others.
 MANIFEST = "collected.json"
+STEPS, LIFETIMES = "steps.parquet", "lifetimes.parquet"
 COLLECTED = (
     "results.csv",
     "results.parquet",
     "outcomes.parquet",
     "layers.csv",
     "curves.csv",
-    "steps.parquet",
-    "lifetimes.parquet",
+    STEPS,
+    LIFETIMES,
     "weights.csv",
     "overlap.csv",
     "sanity_checks.csv",

@@ -87,10 +87,18 @@ def read_record(path: Path) -> Record:
     return files.read_record(path, parse, _AGAIN)
 
 
-def read_flags(path: Path) -> dict[str, Any]:
+_PICTURES = (".pictures", ".pictured", ".predicted")
+
+
+def read_flags(path: Path, pictures: bool = True) -> dict[str, Any]:
     """Read the outcomes of single images of one evaluation: arrays by name.
+
+    Args:
+        path: the file.
+        pictures: whether to read the adversarial images too; they are most of the file.
 
     Raises:
         UsageError: if the file is damaged.
     """
-    return files.read_arrays(path, "run `robsparse evaluate` again")
+    left_out = () if pictures else _PICTURES
+    return files.read_arrays(path, "run `robsparse evaluate` again", left_out)

@@ -152,8 +152,9 @@ def contradiction(row: Any, flags: dict[str, Any]) -> str:
     for name, expected in zip(("ci_low", "ci_high"), interval, strict=True):
         if not math.isclose(getattr(row, name), expected, rel_tol=1e-9, abs_tol=1e-12):
             return f"{name} = {getattr(row, name)}: expected {expected}, Wilson's interval"
-    seen = flags.get(f"{row.attack}.{row.component}", ())
-    for name, expected in (("n_examples", len(seen)), ("n_correct", int(sum(seen)))):
+    seen = flags.get(f"{row.attack}.{row.component}")
+    counts = (0, 0) if seen is None else (len(seen), int(seen.sum()))
+    for name, expected in zip(("n_examples", "n_correct"), counts, strict=True):
         if getattr(row, name) != expected:
             return f"{name} = {getattr(row, name)}: expected {expected}, as in the flags file"
     return ""

@@ -1,14 +1,17 @@
 """Collection: contradictions in result rows, weak attacks, records that do not match."""
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from robsparse.base.errors import UsageError
 from robsparse.base.files import file_checksum, read_json, write_json
-from robsparse.collection import collect, overlap
+from robsparse.collection import collect, gather, overlap, tables
 from robsparse.collection.plausibility import (
     find_contradictions,
     mark_missed_budgets,
@@ -406,6 +409,67 @@ def refused(study, layout, *words):
 def test_files_that_match_are_collected(study, finished, dense_only):
     assert "collected 15 rows" in collect.collect(study, finished, finished.root)
     assert set(pd.read_csv(finished.root / "results.csv").other_code.fillna("")) == {""}
+
+
+@pytest.mark.parametrize("reader", ["read_record", "read_training", "read_flags", "file_checksum"])
+def test_each_file_is_read_once(reader, study, finished, dense_only, monkeypatch):
+    read, original = Counter(), getattr(gather, reader)
+
+    def counted(path, *args, **kwargs):
+        read[path] += 1
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(gather, reader, counted)
+    if reader == "file_checksum":
+        monkeypatch.setattr(collect, reader, counted)
+    collect.collect(study, finished, finished.root)
+    expected = {"read_training": 4, "file_checksum": 3 * 2 + len(COLLECTED) - 1}
+    assert set(read.values()) == {1}
+    assert len(read) == expected.get(reader, 3)  # one for each network
+
+
+def test_connections_of_all_networks_are_in_one_table(study, finished, dense_only, monkeypatch):
+    monkeypatch.setattr(tables, "_MOST_WAITING", 5)  # the file is written in several parts
+    expected = []
+    for index, cell in enumerate(study.cells()):
+        rewires = cell.method == "bcs"
+        steps = pd.DataFrame({name: [index] * 4 for name in STEP_COLUMNS}).astype({"age": float})
+        steps["layer"] = pd.Categorical(["0", "3"] * 2, ["0", "3"])
+        ages = pd.DataFrame({name: [index] * 3 for name in LIFETIME_COLUMNS})
+        steps[: 4 * rewires].to_parquet(finished.steps(cell))
+        ages[: 3 * rewires].to_parquet(finished.lifetimes(cell))
+        expected += [steps.astype({"layer": str}).assign(**vars(cell))] * rewires
+    collect.collect(study, finished, finished.root)
+    found = pd.read_parquet(finished.root / "steps.parquet")
+    pd.testing.assert_frame_equal(found, pd.concat(expected, ignore_index=True))
+    ages = pd.read_parquet(finished.root / "lifetimes.parquet")
+    assert list(ages) == [*LIFETIME_COLUMNS, *vars(study.cells()[0])]
+    assert len(ages) == 3 * len(expected)
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "whole": st.integers(-5, 5),
+                "share": st.none() | st.floats(0, 1),
+                "count": st.none() | st.integers(0, 9),
+                "text": st.none() | st.text(max_size=3),
+            },
+        ),
+        max_size=12,
+    )
+)
+def test_rows_in_parts_are_the_same_table_as_all_rows_at_once(rows):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "_MOST_ROWS", 3)
+        parts = tables.Rows()
+        for start in range(0, len(rows), 2):
+            parts.add(rows[start : start + 2])
+        found, expected = parts.table(), pd.DataFrame(rows)
+    assert found.to_csv(index=False) == expected.to_csv(index=False)
+    assert list(found.dtypes.items()) == list(expected.dtypes.items())
 
 
 def test_outcomes_of_all_networks_are_in_one_table(study, finished, dense_only):

@@ -1,5 +1,7 @@
 """Mask overlap: computed by hand, by simulation, and from files."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -23,20 +25,50 @@ def masks(draw):
     return packed([rng.random(size) < draw(st.floats(0, 1)) for size in SIZES])
 
 
+def jaccard(a, b):
+    return overlap.overlaps([a, b])[0][0, 1]
+
+
+def expected_jaccard(a, b):
+    return overlap.overlaps([a, b])[1][0, 1]
+
+
 def test_indices_equal_values_computed_by_hand():
     a = packed([np.arange(16) < 4, np.arange(40) < 2])
     b = packed([np.arange(16) < 8, np.arange(40) == 1])
-    assert overlap.jaccard(a, b) == 5 / 10
+    assert jaccard(a, b) == 5 / 10
     both = 4 * 8 / 16 + 2 * 1 / 40
-    assert overlap.expected_jaccard(a, b) == pytest.approx(both / (15 - both))
+    assert expected_jaccard(a, b) == pytest.approx(both / (15 - both))
+
+
+@given(st.lists(masks(), min_size=2, max_size=5))
+def test_indices_of_several_networks_are_those_of_each_pair_weight_by_weight(networks):
+    measured, expected = overlap.overlaps(networks)
+    whole = [[set(np.flatnonzero(np.unpackbits(bits))) for bits in mask] for mask in networks]
+    for i, j in itertools.combinations(range(len(networks)), 2):
+        both = sum(len(a & b) for a, b in zip(whole[i], whole[j], strict=True))
+        either = sum(len(a | b) for a, b in zip(whole[i], whole[j], strict=True))
+        assert measured[i, j] == (both / either if either else 1)
+        counts = [(len(a), len(b)) for a, b in zip(whole[i], whole[j], strict=True)]
+        chance = sum(a * b / n for (a, b), n in zip(counts, SIZES, strict=True))
+        union = sum(a + b for a, b in counts) - chance
+        assert expected[i, j] == (chance / union if union else 1)
+
+
+def test_large_layers_are_counted_in_parts(monkeypatch):
+    rng = np.random.default_rng(0)
+    networks = [packed([rng.random(size) < 0.3 for size in (16, 800)]) for _ in range(3)]
+    whole = overlap.overlaps(networks)
+    monkeypatch.setattr(overlap, "_PART", 7)
+    assert np.array_equal(whole, overlap.overlaps(networks))
 
 
 @given(masks(), masks())
 def test_symmetric_and_between_zero_and_one(a, b):
-    for measure in (overlap.jaccard, overlap.expected_jaccard):
+    for measure in (jaccard, expected_jaccard):
         assert measure(a, b) == measure(b, a)
         assert 0 <= measure(a, b) <= 1
-    assert overlap.jaccard(a, a) == 1
+    assert jaccard(a, a) == 1
 
 
 def test_expected_index_is_that_of_random_masks():
@@ -46,9 +78,9 @@ def test_expected_index_is_that_of_random_masks():
     def random_mask(which):
         return packed([rng.permutation(n) < k[which] for n, k in zip(sizes, counts, strict=True)])
 
-    found = [overlap.jaccard(random_mask(0), random_mask(1)) for _ in range(400)]
+    found = [jaccard(random_mask(0), random_mask(1)) for _ in range(400)]
     assert np.mean(found) == pytest.approx(
-        overlap.expected_jaccard(random_mask(0), random_mask(1)), abs=0.005
+        expected_jaccard(random_mask(0), random_mask(1)), abs=0.005
     )
 
 
