@@ -120,7 +120,7 @@ def kill_workflow(
         end = time.monotonic() + 600
         while process.poll() is None and not _jobs_of(process) and time.monotonic() < end:
             time.sleep(0.05)
-        time.sleep(draw.uniform(0, 12))
+        time.sleep(draw.uniform(0, 8))
         if process.poll() is None:
             _send(process, signum, target)
             name = {"run": words[0], "all": f"{words[0]} and its jobs", "job": "a job of a run"}
@@ -176,11 +176,12 @@ def _start(words: Sequence[str], folder: Path) -> subprocess.Popen[str]:
 
 
 def _wait(process: subprocess.Popen[str], folder: Path) -> str:
-    """Wait for the end of a workflow and of its jobs; return what it printed."""
+    """Wait for the end of a workflow and of its jobs; return what they printed."""
     process.wait(timeout=1800)
     while _group(process.pid):
         time.sleep(0.05)
-    return (folder / "printed").read_text(errors="replace")
+    logs = (folder / RESULTS / "logs").rglob("*.log")
+    return "".join(path.read_text(errors="replace") for path in (*logs, folder / "printed"))
 
 
 def _group(pgid: int) -> list[psutil.Process]:
