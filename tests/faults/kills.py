@@ -51,21 +51,18 @@ def undisturbed(study: Study, folder: Path) -> Undisturbed:
 
 
 def kill_all(folder: Path, number: int, draw: random.Random, methods: Sequence[str] = ()) -> Counts:
-    """Kill jobs, and one time in three `snakemake` or `robsparse run`: at least `number` kills.
+    """Kill jobs of all methods, then `snakemake` and `robsparse run`: about `number` kills.
 
     methods: those of the study; all that are registered if it is empty.
     """
     counts = Counts()
-    quiet = folder / "undisturbed"
+    quiet, place = folder / "undisturbed", folder / "jobs"
     run = undisturbed(commands.make_study(quiet, methods), quiet)
-    if number >= 6:
-        _kill_workflows(folder, number // 6, draw, counts)
-    place, done = folder / "jobs", 0
-    while done < number - 2 * (number // 6):
-        shutil.rmtree(place, ignore_errors=True)
-        commands.make_study(place, methods)
-        done += kill_jobs(run, place, 2, draw, counts)
-        compare(place, run.expected, "kills of jobs", counts)
+    commands.make_study(place, methods)
+    done = kill_jobs(run, place, 2, draw, counts)
+    compare(place, run.expected, "kills of jobs", counts)
+    if number > done:
+        _kill_workflows(folder, max(4, (number - done + 1) // 2), draw, counts)
     return counts
 
 
