@@ -12,7 +12,7 @@ from robsparse.schema.training import Objective
 Axis = Literal["dataset", "arch", "objective", "method", "sparsity"]
 
 # Tables that `robsparse figures` writes to tables/ for every study.
-OWN_TABLES = ("main", "per_class", "disagreements")
+OWN_TABLES = ("main", "main_notes", "per_class", "disagreements")
 
 
 class Budget(Strict):

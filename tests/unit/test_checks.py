@@ -158,11 +158,13 @@ NONSENSE = {
     ),
     "a table named main": (
         {"tables": [TABLE | {"name": "main"}]},
-        'tables.0.name = "main": expected a name other than main, per_class, disagreements',
+        'tables.0.name = "main": expected a name other than main, main_notes, per_class, '
+        "disagreements",
     ),
     "a table named Main": (
         {"tables": [TABLE | {"name": "Main"}]},
-        'tables.0.name = "Main": expected a name other than main, per_class, disagreements',
+        'tables.0.name = "Main": expected a name other than main, main_notes, per_class, '
+        "disagreements",
     ),
     "a table of weights that nobody evaluates": (
         {"tables": [TABLE | {"selection": "best_val"}]},
