@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.markdown import Markdown
 
 from robsparse.base.errors import UsageError, nearest_match
 from robsparse.base.files import read_table, read_text, write_text
@@ -201,8 +203,18 @@ def _result(study: Study, layout: Layout, progress: Progress, part: bool, printe
     if part:
         _draw_part(study, layout)
         return "\n".join([str(progress), *_look_at(layout.tables(partial=True))])
-    lines = printed.rstrip().splitlines() or ["nothing to do: everything is up to date"]
-    return "\n".join([*lines, *_look_at(layout.root)])
+    table = _fitted(printed.rstrip()) or "nothing to do: everything is up to date"
+    return "\n".join([table, *_look_at(layout.root)])
+
+
+def _fitted(markdown: str) -> str:
+    """Markdown drawn for the width of the terminal; as it is if the output is a file."""
+    if not sys.stdout.isatty():
+        return markdown
+    console = Console()
+    with console.capture() as drawn:
+        console.print(Markdown(markdown))
+    return drawn.get().rstrip()
 
 
 def _failure(layout: Layout, job: Job) -> str:

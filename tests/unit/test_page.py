@@ -135,6 +135,8 @@ def test_a_failed_network_has_its_reason_in_place_of_a_grade(tmp_path):
     none = dataclasses.replace(material.tidy, failures=read.failures.iloc[:0])
     table = sections.main_table(summary.make_material(study, layout, none), group)
     assert set(table.Reliability[table.Method == "BCS"]) == {"no result yet"}
+    written = report._graded(material.summary).set_index("method").reliability
+    assert (set(written["bcs"]), set(written["lwm"])) == ({""}, {"fine"})
     assert 'class="grade failed">failed</span>' in page.page(material, {})
 
 

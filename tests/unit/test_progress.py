@@ -1,10 +1,12 @@
 """The progress of a run: what is counted, how the time is estimated, what is printed."""
 
+import io
 import logging
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from robsparse.base import files
 from robsparse.base.errors import UsageError
@@ -262,3 +264,19 @@ def test_a_wrong_choice_is_one_line(only, words, study):
 def test_a_choice_that_no_network_fits_is_refused(study):
     with pytest.raises(UsageError, match="no network of the study has all of these"):
         workflow.chosen(study, ["method=dense", "sparsity=0.9"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_table_at_the_end_fits_the_terminal(monkeypatch):
+    table = f"| method | note |\n|---|---|\n| **BCS** | {'word ' * 30}|"
+    assert workflow._fitted(table) == table  # in a file
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout", Terminal())
+    lines = Text.from_ansi(workflow._fitted(table)).plain.splitlines()
+    assert max(map(len, lines)) <= 40
+    assert len(lines) > 4
+    assert "|" not in "".join(lines)
