@@ -19,7 +19,7 @@ import safetensors.numpy
 import torch
 from faults import commands
 from faults.commands import CONFIG, RESULTS, SELECTION
-from faults.results import Counts, contents, differences
+from faults.results import Counts, contents, differences, stoppable
 
 from robsparse.study.study import Study
 
@@ -132,12 +132,13 @@ def damage_files(
     ]
     print(f"{len(cases)} files of {len(cases) // len(DAMAGES)} kinds", flush=True)
     draw.shuffle(cases)
-    for path, name in cases[: max(number, 1)]:
-        own = [one for one in every if path in one.read]
-        if not own:
-            counts.add(name, "no effect")  # no command reads it
-        for reader in own:
-            _damage((path, name), reader, _copy(folder, scratch), draw, counts)
+    with stoppable():
+        for path, name in cases[: max(number, 1)]:
+            own = [one for one in every if path in one.read]
+            if not own:
+                counts.add(name, "no effect")  # no command reads it
+            for reader in own:
+                _damage((path, name), reader, _copy(folder, scratch), draw, counts)
     return counts
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from faults import commands
 from faults.commands import CONFIG, RESULTS, SELECTION
-from faults.results import Counts, contents, differences, leftovers
+from faults.results import Counts, contents, differences, leftovers, stoppable
 
 from robsparse.study.study import Study
 
@@ -58,21 +58,25 @@ def full_disks(folder: Path, scratch: Path) -> Counts:
     counts = Counts()
     study = commands.make_study(folder, ("bcs",))
     scratch.mkdir()
-    for stage in stages(study, folder):
-        for size in LIMITS:
-            limit = functools.partial(commands.limit_files, size)
-            _try(stage, scratch, f"{stage.name}: largest file {size} bytes", counts, change=limit)
-        if os.geteuid() == 0:
-            with _disk(scratch) as resize:
-                growth = _growth(stage, scratch)
-                for share in SHARES:
-                    name = f"{stage.name}: disk full after {share:.0%}"
-                    fill = functools.partial(resize, int(share * growth))
-                    _try(stage, scratch, name, counts, before=fill, after=resize)
-                read_only = functools.partial(resize, None)
-                name = f"{stage.name}: read-only disk"
-                _try(stage, scratch, name, counts, before=read_only, after=resize)
+    with stoppable():
+        for stage in stages(study, folder):
+            for size in LIMITS:
+                limit = functools.partial(commands.limit_files, size)
+                _try(stage, scratch, f"{stage.name}: limit of file size", counts, change=limit)
+            if os.geteuid() == 0:
+                with _disk(scratch) as resize:
+                    _fill(stage, scratch, resize, counts)
     return counts
+
+
+def _fill(stage: Stage, folder: Path, resize: Callable[..., None], counts: Counts) -> None:
+    """Run a stage on a disk that becomes full, and on a read-only one."""
+    growth = _growth(stage, folder)
+    for share in SHARES:
+        fill = functools.partial(resize, int(share * growth))
+        _try(stage, folder, f"{stage.name}: full disk", counts, before=fill, after=resize)
+    read_only = functools.partial(resize, None)
+    _try(stage, folder, f"{stage.name}: read-only disk", counts, before=read_only, after=resize)
 
 
 def _try(

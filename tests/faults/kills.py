@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from faults import commands
 from faults.commands import CONFIG, RESULTS, ROOT
-from faults.results import Counts, contents, differences
+from faults.results import Counts, contents, differences, stoppable
 
 from project import ENVIRONMENT
 from robsparse.study.study import Study
@@ -59,10 +59,11 @@ def kill_all(folder: Path, number: int, draw: random.Random, methods: Sequence[s
     quiet, place = folder / "undisturbed", folder / "jobs"
     run = undisturbed(commands.make_study(quiet, methods), quiet)
     commands.make_study(place, methods)
-    done = kill_jobs(run, place, 2, draw, counts)
-    compare(place, run.expected, "kills of jobs", counts)
-    if number > done:
-        _kill_workflows(folder, max(4, (number - done + 1) // 2), draw, counts)
+    with stoppable():
+        done = kill_jobs(run, place, 2, draw, counts)
+        compare(place, run.expected, "kills of jobs", counts)
+        if number > done:
+            _kill_workflows(folder, max(4, (number - done + 1) // 2), draw, counts)
     return counts
 
 
@@ -102,6 +103,12 @@ def kill_jobs(
         ended = commands.run(words, folder)
         if ended.code:
             counts.add("the same job again", "lost or different", str(ended))
+        own = {name: found for name, found in run.expected.items() if f"/{cell.key}/" in name}
+        if kind == "train":
+            own = {name: found for name, found in own.items() if name.startswith("models/")}
+        for one in differences(own, contents(folder / RESULTS)):
+            counts.add("results after kills of jobs", "lost or different", one)
+        print(f"{kind} {cell.key}: {len(own)} results compared after kills", flush=True)
     return kills
 
 

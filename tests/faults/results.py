@@ -1,10 +1,11 @@
 """What a study has produced, without times; and the counts of the harness."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -109,6 +110,15 @@ class Counts:
         for name, row in [*self.rows.items(), ("**all**", total)]:
             lines.append(f"| {name} | {' | '.join(f'{row[c]:,}' for c in COLUMNS)} |")
         return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Let Ctrl-C end a part of the harness; its counts so far are kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped: the counts are those so far", flush=True)
 
 
 def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
