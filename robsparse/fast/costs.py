@@ -131,10 +131,16 @@ def training_costs_of(
     return _table().get(key, lambda: _measure_training(geometry, dtypes, images))
 
 
-def pays(costs: Costs, density: float) -> bool:
-    """Return whether the sparse training pass of a convolution costs less than the dense one."""
-    fixed, slope = costs["sparse"]
-    return bool(fixed + slope * density < costs["dense"])
+def pays(costs: Sequence[Costs], densities: Sequence[float]) -> bool:
+    """Return whether the sparse training pass of some convolutions costs less than the dense one.
+
+    costs: of `training_costs_of`, one for each convolution.
+    """
+    sparse = sum(
+        cost["sparse"][0] + cost["sparse"][1] * density
+        for cost, density in zip(costs, densities, strict=True)
+    )
+    return bool(sparse < sum(cost["dense"] for cost in costs))
 
 
 def estimate(

@@ -5,8 +5,10 @@ only, and compute gradients of active weights only. All other gradients of weigh
 of the network runs unchanged: a mode of torch replaces the functions that its layers call. Maps
 have images innermost in memory between the layers.
 
-Each convolution is computed in the sparse or in the dense way, whichever has the smaller cost
-(`robsparse.fast.costs`). The results of both differ by rounding only.
+Either all these convolutions are computed in the sparse way or none, whichever has the smaller
+total cost (`robsparse.fast.costs`). A mixture would convert maps between layers, in memory format
+and in precision: the sparse kernels compute in the precision of the network, the dense way in that
+of the training pass. In equal precision, the results of both differ by rounding only.
 """
 
 import weakref
@@ -20,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robsparse.compute.perturb import batch_norm_mode
 from robsparse.fast import costs
 from robsparse.fast.folded_layers import require_plain
+from robsparse.fast.structure import observed
 from robsparse.fast.train_norms import Norms
 from robsparse.kernels.geometry import Geometry, Pair
 from robsparse.kernels.library import library
@@ -32,7 +36,9 @@ from robsparse.sparsity.layers import active_mask, prunable
 
 
 @contextmanager
-def sparse_pass(model: nn.Module, dtype: torch.dtype, used: dict[str, str]) -> Iterator[None]:
+def sparse_pass(
+    model: nn.Module, x_NCHW: Tensor, dtype: torch.dtype, used: dict[str, str]
+) -> Iterator[None]:
     """Compute the convolutions of a network by their active weights inside the block, on a CPU.
 
     Only gradients of active weights are computed: `robsparse.sparsity.layers.active_mask` gives the
@@ -40,6 +46,7 @@ def sparse_pass(model: nn.Module, dtype: torch.dtype, used: dict[str, str]) -> I
 
     Args:
         model: the network. Its weights keep their tensors inside the block.
+        x_NCHW: the batch. Its size decides how the convolutions are computed.
         dtype: precision of dense convolutions of an fp32 network.
         used: gets "sparse" or "dense" for each layer with a known mask that runs, by its name.
     """
@@ -53,10 +60,39 @@ def sparse_pass(model: nn.Module, dtype: torch.dtype, used: dict[str, str]) -> I
     if not found or library() is None:
         yield
         return
-    norms = Norms(model)
-    with _Mode(found, norms, dtype, used):
+    mode = _Mode(found, Norms(model), used)
+    mode.sparse = _pays(model, mode, x_NCHW, dtype)
+    with mode:
         yield
-    norms.require_used()
+    mode.norms.require_used()
+
+
+def _pays(model: nn.Module, mode: "_Mode", x_NCHW: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the sparse way costs less than the dense one for the layers of a mode."""
+    geometries = _geometries(model, mode, x_NCHW)
+    layers = [layer for layer in mode.layers.values() if layer.name in geometries]
+    found = [
+        costs.training_costs_of(
+            geometries[layer.name], (dtype, layer.weight.dtype), costs.images_class(len(x_NCHW))
+        )
+        for layer in layers
+    ]
+    return costs.pays(found, [len(layer.positions) / layer.weight.numel() for layer in layers])
+
+
+def _geometries(model: nn.Module, mode: "_Mode", x_NCHW: Tensor) -> dict[str, Geometry]:
+    """Return the geometry of each layer of a mode for these images, by its name.
+
+    A pass over two images finds them. It changes neither the network nor the random numbers.
+    """
+    kinds = _GEOMETRIES.setdefault(model, {})
+    kind = (*x_NCHW.shape[1:], *(layer.name for layer in mode.layers.values()))
+    if kind not in kinds:
+        dense = _Mode(mode.layers, mode.norms, {})
+        with observed(model, x_NCHW.device), batch_norm_mode(model, "eval"), torch.no_grad(), dense:
+            model(x_NCHW[:2])
+        kinds[kind] = dense.geometries
+    return kinds[kind]
 
 
 def paused() -> AbstractContextManager[None]:
@@ -101,6 +137,8 @@ class _Known:
         return self.patterns[geometry]
 
 
+_Geometries = dict[tuple[object, ...], dict[str, Geometry]]  # by the kind of images and layers
+_GEOMETRIES: "weakref.WeakKeyDictionary[nn.Module, _Geometries]" = weakref.WeakKeyDictionary()
 _KNOWN: "weakref.WeakKeyDictionary[nn.Conv2d, _Known]" = weakref.WeakKeyDictionary()
 
 
@@ -149,14 +187,14 @@ class _Mode(TorchFunctionMode):
     """Replaces the functions that layers call.
 
     layers: by the identity of the weight. norms: for batch norm, and sums and ReLUs after it.
-    dtype, used: see `sparse_pass`.
+    used: see `sparse_pass`. sparse: whether the layers are computed in the sparse way.
+    geometries: those of the layers that were called, by name.
     """
 
-    def __init__(
-        self, layers: dict[int, _Layer], norms: Norms, dtype: torch.dtype, used: dict[str, str]
-    ) -> None:
+    def __init__(self, layers: dict[int, _Layer], norms: Norms, used: dict[str, str]) -> None:
         super().__init__()
-        self.layers, self.norms, self.dtype, self.used = layers, norms, dtype, used
+        self.layers, self.norms, self.used, self.sparse = layers, norms, used, False
+        self.geometries: dict[str, Geometry] = {}
 
     def __torch_function__(
         self,
@@ -191,15 +229,11 @@ class _Mode(TorchFunctionMode):
             geometry = _geometry(tuple(weight.shape), x_NCHW.shape, options)
         except ValueError:  # beyond the limits of the kernels
             return F.conv2d(_for_torch(x_NCHW), weight, bias, *options)
-        cost = costs.training_costs_of(
-            geometry, (self.dtype, weight.dtype), costs.images_class(len(x_NCHW))
-        )
-        if costs.pays(cost, len(layer.positions) / weight.numel()):
-            self.used[layer.name] = "sparse"
-            return _Convolution.apply(
-                x_NCHW, weight, bias, layer.known.pattern(geometry, weight.dtype)
-            )
-        self.used[layer.name] = "dense"
+        self.geometries[layer.name] = geometry
+        self.used[layer.name] = "sparse" if self.sparse else "dense"
+        if self.sparse:
+            pattern = layer.known.pattern(geometry, weight.dtype)
+            return _Convolution.apply(x_NCHW, weight, bias, pattern)
         return F.conv2d(_for_torch(x_NCHW), weight, bias, *options)
 
 

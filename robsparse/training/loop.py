@@ -151,7 +151,7 @@ def compute_gradients(
     x_NCHW, y_N = batch
     run.model.train()
     with effective_weights(run.model), ExitStack() as step:
-        with computing(run.precision, x_NCHW.device), _sparse_pass(run, stage):
+        with computing(run.precision, x_NCHW.device), _sparse_pass(run, stage, x_NCHW):
             _pass_clean(run.model, x_NCHW, stage.fit.clean_passes > 0)
             for perturbed, gamma in (
                 (perturbed_scores, stage.score_gamma(run)),
@@ -173,12 +173,12 @@ def compute_gradients(
     return loss.detach()
 
 
-def _sparse_pass(run: Run, stage: Stage) -> AbstractContextManager[None]:
+def _sparse_pass(run: Run, stage: Stage, x_NCHW: Tensor) -> AbstractContextManager[None]:
     """Return a block that computes passes by the active weights, if this step may do so."""
     if not run.sparse_compute or stage.reads_all_gradients(run):
         return nullcontext()
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    return sparse_pass(run.model, dtype, run.computed)
+    return sparse_pass(run.model, x_NCHW, dtype, run.computed)
 
 
 def _pass_clean(model: nn.Module, x_NCHW: Tensor, wanted: bool) -> None:

@@ -83,7 +83,7 @@ def one_pass(model, x, *, sparse):
     model.zero_grad()
     with effective_weights(model):
         if sparse:
-            with sparse_pass(model, torch.float32, used):
+            with sparse_pass(model, x, torch.float32, used):
                 logits = model(x)
         else:
             logits = model(x)
@@ -142,7 +142,7 @@ def test_layer_without_a_known_mask_is_dense():
 def test_paused_pass_is_dense():
     model, used = network("small_resnet"), {}
     apply_masks(model, magnitude_masks(model, 0.9))
-    with effective_weights(model), sparse_pass(model, torch.float32, used):
+    with effective_weights(model), sparse_pass(model, X.double(), torch.float32, used):
         with module.paused():
             model(X.double())
         assert used == {}
@@ -157,20 +157,48 @@ def test_kernel_beyond_the_limits_is_dense():
     model = nn.Conv2d(3, 2, 65, padding=32, dtype=torch.float64)
     apply_masks(model, {"": torch.rand(model.weight.shape) < 0.1})
     used = {}
-    with effective_weights(model), sparse_pass(model, torch.float32, used):
+    with effective_weights(model), sparse_pass(model, X.double(), torch.float32, used):
         out = model(X.double())
     assert torch.equal(out, model(X.double()))
     assert used == {}
 
 
-def test_dense_layer_is_chosen_where_it_costs_less(monkeypatch):
-    model = network("small_resnet")
+def test_all_layers_are_dense_where_that_costs_less(monkeypatch):
+    """The total decides: the first layer costs less in the sparse way, and each other one more."""
+    costs = {}
+
+    def costs_of(geometry, dtypes, images):
+        assert (dtypes, images) == ((torch.float32, torch.float64), 1)
+        return costs["first" if geometry.weight[1] == 3 else "others"]
+
+    def computed(*, sparse):
+        model = network("small_resnet")
+        apply_masks(model, magnitude_masks(model, 0.5))
+        return one_pass(model, X.double(), sparse=sparse)
+
+    monkeypatch.setattr(module.costs, "training_costs_of", costs_of)
+    costs["first"] = {"dense": 2.0, "sparse": [0.0, 0.0]}
+    costs["others"] = {"dense": 1.0, "sparse": [0.6, 1.0]}
+    used = computed(sparse=True)[1]
+    assert len(used) == 9
+    assert set(used.values()) == {"sparse"}
+    costs["others"] = {"dense": 1.0, "sparse": [0.8, 1.0]}
+    results, used = computed(sparse=True)
+    assert set(used.values()) == {"dense"}
+    assert all(map(torch.equal, results, computed(sparse=False)[0]))
+
+
+def test_choice_changes_neither_network_nor_random_numbers():
+    model = network("small_cnn")
+    model.append(nn.Dropout(0.5))
     apply_masks(model, magnitude_masks(model, 0.5))
-    costs = {"dense": 1.0, "sparse": [0.4, 1.0]}
-    monkeypatch.setattr(module.costs, "training_costs_of", lambda *_: costs)
-    assert set(one_pass(model, X.double(), sparse=True)[1].values()) == {"sparse"}
-    costs["sparse"] = [0.6, 1.0]
-    assert set(one_pass(model, X.double(), sparse=True)[1].values()) == {"dense"}
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    modes = [layer.training for layer in model.modules()]
+    with effective_weights(model), sparse_pass(model, X.double(), torch.float32, {}):
+        pass
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [layer.training for layer in model.modules()] == modes
 
 
 def test_pattern_is_kept_while_the_mask_is_and_follows_its_changes():
