@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "robsparse.kernels._kernels"
-TESTS = ("tests/unit/test_kernels.py", "tests/unit/test_kernels_properties.py")
+NAMES = ("kernels", "kernels_properties", "norms", "pools")
+TESTS = [f"tests/unit/test_{name}.py" for name in NAMES]
 CHECKS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
 
 

@@ -1,5 +1,6 @@
 """The device, the number of threads and the precision that this process computes with."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,9 +22,28 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def prepare(threads: int) -> None:
-    """Limit torch to this number of CPU threads, and switch tf32 off on GPUs."""
+    """Limit torch to this number of CPU threads, keep freed memory, and switch tf32 off on GPUs."""
     torch.set_num_threads(threads)
+    _keep_freed_memory()
     _allow_tf32(False)
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep the memory of freed tensors in this process.
+
+    By default, glibc gives large blocks back to the system, which clears them page by page at the
+    next allocation. Other C libraries have no `mallopt`; there this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# Numbers of malloc.h of glibc.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def pick_precision(wanted: str, device: torch.device) -> str:

@@ -314,6 +314,14 @@ static void norm_all(const Norm *norm, void (*work)(const Norm *, long, long), i
         work(norm, c, c + together < norm->channels ? c + together : norm->channels);
 }
 
+/* Call `work` for all lines of the output. */
+static void pool_all(const Pool *pool, void (*work)(const Pool *, long), int threads) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+#endif
+    for (long j = 0; j < pool->out_height; j++) work(pool, j);
+}
+
 /* ------------------------------------------------------------------ Python */
 
 static void *address(PyObject *number) { return PyLong_AsVoidPtr(number); }
@@ -449,12 +457,8 @@ static PyObject *py_pool(PyObject *self, PyObject *const *args, Py_ssize_t given
     p.x = address(args[9]), p.y = address(args[10]);
     p.upstream = address(args[11]), p.gradient = address(args[12]);
     if (PyErr_Occurred()) return NULL;
-    void (*work)(const Pool *, long) = (p.upstream ? chosen->pool_gradient : chosen->pool)[double_];
     Py_BEGIN_ALLOW_THREADS;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-#endif
-    for (long j = 0; j < p.out_height; j++) work(&p, j);
+    pool_all(&p, (p.upstream ? chosen->pool_gradient : chosen->pool)[double_], threads);
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }

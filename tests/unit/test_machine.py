@@ -1,6 +1,9 @@
 """Precision: what is picked, what it computes in, and what a training run says of it."""
 
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +18,36 @@ from robsparse.training import objectives
 from robsparse.training.loop import train_cell
 
 CPU = torch.device("cpu")
+
+
+MEMORY = """
+import ctypes, sys
+import torch
+from robsparse.compute.machine import prepare
+
+class Mallinfo(ctypes.Structure):  # malloc.h of glibc
+    _fields_ = [(f"number{place}", ctypes.c_int) for place in range(10)]
+
+mallinfo = ctypes.CDLL(None).mallinfo
+mallinfo.restype = Mallinfo
+if sys.argv[1:]:
+    prepare(1)
+before, tensor = mallinfo().number3, torch.empty(20_000_000)
+print(mallinfo().number3 - before)  # blocks that go back to the system when they are freed
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+@pytest.mark.parametrize(("arguments", "expected"), [([], "1"), (["prepared"], "0")])
+def test_prepared_process_keeps_freed_memory(arguments, expected):
+    command = [sys.executable, "-c", MEMORY, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: object())
+    machine.prepare(torch.get_num_threads())
 
 
 @pytest.fixture
