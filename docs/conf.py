@@ -28,6 +28,8 @@ autodoc_typehints_description_target = "documented"
 nitpick_ignore_regex = [("py:.*", r"(?!robsparse).*")]  # types of other libraries
 
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_title = "robsparse"
 html_show_sourcelink = False
 

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from robsparse.base import registry
-from robsparse.cli.main import _parser
+from robsparse.cli.main import _parser, main
 from robsparse.figures.data import reliability
-from robsparse.records.columns import COLLECTED
+from robsparse.records.columns import COLLECTED, OVERLAP_COLUMNS
+from robsparse.records.rows import Row
 from robsparse.schema import json_schema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +195,16 @@ def test_every_key_of_a_study_in_a_block_exists(page):
             assert own or is_known(path), f"{page}: {'.'.join(path)}"
 
 
+def test_the_study_of_the_walk_through_is_valid(tmp_path, capsys):
+    [lines, _] = re.findall(r"^```yaml\n(.*?)^```$", PAGES["study.md"], re.MULTILINE | re.DOTALL)
+    changed = yaml.safe_load(lines)
+    study = yaml.safe_load((ROOT / "config" / "quick.yaml").read_text(encoding="utf-8"))
+    study["grid"] |= changed.pop("grid")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(study | changed), encoding="utf-8")
+    assert main(["check", str(tmp_path / "mine.yaml")]) == 0
+    assert "valid, 6 networks" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- names and numbers
 
 
@@ -216,6 +227,20 @@ def test_the_page_of_studies_names_every_study_and_every_result():
 def test_the_page_of_attacks_names_every_attack():
     table = re.findall(r"^\| `(\w+)` \|", PAGES["evaluation.md"], re.MULTILINE)
     assert set(registry.names("attack")) - set(table) == set()
+
+
+def columns():
+    """All columns of the collected and the printed tables of the committed runs."""
+    frames = ROOT.glob("results/reference/*/**/*.csv")
+    heads = {name for path in frames for name in path.read_text().split("\n", 1)[0].split(",")}
+    return heads | {*Row.model_fields, *OVERLAP_COLUMNS}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_column_exists(page):
+    text = " ".join(PAGES[page].split())
+    for group in re.findall(r"\bcolumns? ((?:`\w+`(?:, | and )?)+)", text):
+        assert set(re.findall(r"`(\w+)`", group)) <= columns(), f"{page}: {group}"
 
 
 def percent(values):
