@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -68,6 +69,14 @@ def test_every_page_is_named_in_the_text_of_the_first_page(repository):
     named = {Path(name).name for name in re.findall(r"\]\((?:\.\./)*([^)#]+\.md)\)", text)}
     pages = {path.name for path in (repository / "docs").glob("*.md")} - {"index.md"}
     assert pages - named == set()
+
+
+def test_no_page_is_in_the_table_of_contents_twice(repository):
+    text = (repository / "docs" / "index.md").read_text(encoding="utf-8")
+    lists = re.findall(r"```{toctree}\n(.*?)```", text, re.DOTALL)
+    entries = re.findall(r"^(?!:)(?:.*<)?([\w./]+)>?$", "\n".join(lists), re.MULTILINE)
+    assert len(entries) > 20
+    assert [name for name, count in Counter(entries).items() if count > 1] == []
 
 
 def test_the_reference_pages_have_every_command_and_every_function(site):
