@@ -53,7 +53,11 @@ def undisturbed(study: Study, folder: Path) -> Undisturbed:
 def kill_all(folder: Path, number: int, draw: random.Random, methods: Sequence[str] = ()) -> Counts:
     """Kill jobs of all methods, then `snakemake` and `robsparse run`: about `number` kills.
 
-    methods: those of the study; all that are registered if it is empty.
+    Args:
+        folder: an empty folder.
+        number: of kills; a small one only kills jobs.
+        draw: random numbers.
+        methods: those of the study; all that are registered if it is empty.
     """
     counts = Counts()
     quiet, place = folder / "undisturbed", folder / "jobs"
@@ -62,7 +66,7 @@ def kill_all(folder: Path, number: int, draw: random.Random, methods: Sequence[s
     with stoppable():
         done = kill_jobs(run, place, 2, draw, counts)
         compare(place, run.expected, "kills of jobs", counts)
-        if number > done:
+        if number > max(done, 6):
             _kill_workflows(folder, max(4, (number - done + 1) // 2), draw, counts)
     return counts
 
