@@ -204,5 +204,6 @@ def random_weights(folder: Path, number: int, draw: random.Random) -> Counts:
         (folder / name).write_bytes(content)
         words = ("evaluate", "--weights", name, "--arch", "small_cnn", "--dataset", "digits")
         ended = commands.run((*words, "--attacks", "clean", "--n-examples", "4"), folder)
-        counts.judge("weights of random bytes", ended, name, ["accepted"])
+        accepted = [f"{name} was accepted"] if ended.code == 0 else []
+        counts.judge("weights of random bytes", ended, name, accepted)
     return counts
