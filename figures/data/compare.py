@@ -11,7 +11,7 @@ import pandas as pd
 
 from robsparse.figures.data import statistics
 from robsparse.figures.data.reliability import FINE
-from robsparse.figures.data.summary import STRONGEST, Material, stack
+from robsparse.figures.data.summary import STRONGEST, Material
 from robsparse.figures.data.tidy import GROUP, Group, lines, methods, sparsities
 from robsparse.study.study import Study
 
@@ -174,16 +174,9 @@ def _paired(
     material: Material, group: Group, ours: tuple[str, float], theirs: tuple[str, float]
 ) -> statistics.Difference | None:
     """Return our outcome minus theirs for each image and seed; None unless the seeds are equal."""
-    results = group.select(material.tidy.results)
-    results = results[(results.attack == STRONGEST) & (results.component == "all")]
-    results = results[results.selection == material.primary].sort_values("seed")
-    stacked, seeds = [], []
-    for method, sparsity in (ours, theirs):
-        rows = results[(results.method == method) & (results.sparsity == sparsity)]
-        key = vars(group) | {"method": method, "sparsity": sparsity, "selection": material.primary}
-        stacked.append(stack(key, rows, material.outcomes))
-        seeds.append(rows.seed.tolist())
-    first, second = stacked
+    seeds, (first, second) = zip(
+        *(material.outcomes_of_strongest(group, *line) for line in (ours, theirs)), strict=True
+    )
     if seeds[0] != seeds[1] or first is None or second is None:
         return None
     return statistics.difference(first, second)

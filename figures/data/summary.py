@@ -3,6 +3,7 @@
 Import path: robsparse.figures.data.summary
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,36 @@ class Material:
         for name, value in zip(("method", "sparsity", "selection"), place, strict=True):
             rows = rows[rows[name] == value]
         return None if rows.empty else rows.iloc[0]
+
+    def outcomes_of_strongest(
+        self, group: Group, method: str, sparsity: float
+    ) -> tuple[list[int], np.ndarray | None]:
+        """Outcomes under the strongest attack in the primary selection: seeds, and S×N bool.
+
+        The outcomes are None if those of a seed are missing.
+
+        Raises:
+            UsageError: if an outcome file contradicts its row.
+        """
+        place = (*vars(group).values(), method, sparsity)
+        if place not in self._stacked:
+            rows = self._strongest.get(place, self.tidy.results[:0])
+            key = dict(zip(LINE, place, strict=True)) | {"selection": self.primary}
+            self._stacked[place] = rows.seed.tolist(), stack(key, rows, self.outcomes)
+        return self._stacked[place]
+
+    @functools.cached_property
+    def _stacked(self) -> dict[tuple[Any, ...], tuple[list[int], np.ndarray | None]]:
+        """The outcomes that were asked for: each network is compared with several others."""
+        return {}
+
+    @functools.cached_property
+    def _strongest(self) -> dict[tuple[Any, ...], pd.DataFrame]:
+        """The results of the strongest attack in the primary selection by line, by seed."""
+        rows = self.tidy.results
+        rows = rows[(rows.attack == STRONGEST) & (rows.component == "all")]
+        rows = rows[rows.selection == self.primary].sort_values("seed")
+        return dict(iter(rows.groupby(LINE, sort=False)))
 
     def chance(self, group: Group) -> float | None:
         """Accuracy if the largest class is always predicted; None without an evaluation."""
@@ -86,6 +117,7 @@ def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
             potentially unreliable, why training failed, which sparsity was missed.
     """
     whole = tidy.results[tidy.results.component == "all"]
+    by_line = dict(iter(whole.groupby([*LINE, "selection"], sort=False)))
     found = []
     for group in groups(study):
         planned = len(seeds(study, group))
@@ -93,7 +125,7 @@ def summarise(study: Study, tidy: Tidy, outcomes: Outcomes) -> pd.DataFrame:
             for selection in study.evaluation.selections:
                 key = dict(zip(LINE, (*vars(group).values(), method, sparsity), strict=True))
                 key["selection"] = selection
-                rows = whole[np.logical_and.reduce([whole[k] == v for k, v in key.items()])]
+                rows = by_line.get(tuple(key.values()), whole[:0])
                 line = _line(study, key, rows.sort_values("seed"), outcomes)
                 line["failure"] = "; ".join([*filter(None, [line["failure"]]), *_failed(tidy, key)])
                 found.append(key | {"seeds_planned": planned} | line)

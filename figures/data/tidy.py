@@ -132,7 +132,7 @@ def check(tidy: Tidy, layout: Layout, folder: Path) -> None:
 
     If a row of results.csv contradicts the outcomes of its images, the message names its column.
     """
-    outcomes = functools.cache(functools.partial(_flags, layout))
+    outcomes = functools.lru_cache(maxsize=1)(functools.partial(_flags, layout))
     for row in tidy.results.itertuples():
         cell = Cell(*(getattr(row, name) for name in SEEDED_CELL))
         if wrong := contradiction(row, outcomes(cell, row.selection)):
@@ -185,14 +185,14 @@ def check_numbers(table: pd.DataFrame, path: Path) -> None:
 
 def groups(study: Study) -> list[Group]:
     """The groups of the grid, in its order."""
-    return list(dict.fromkeys(Group(c.dataset, c.arch, c.objective) for c in study.cells()))
+    return [Group(*place) for place in study.by_group]
 
 
 def cells(study: Study, group: Group | None = None) -> list[Cell]:
     """The cells of one group, or of the whole study."""
-    return [
-        c for c in study.cells() if group is None or Group(c.dataset, c.arch, c.objective) == group
-    ]
+    if group is None:
+        return study.cells()
+    return list(study.by_group.get((group.dataset, group.arch, group.objective), ()))
 
 
 def cells_at(study: Study, group: Group, method: str, sparsity: float) -> list[Cell]:
@@ -242,6 +242,7 @@ class Outcomes:
     """Which test images each network classifies correctly under each attack."""
 
     def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self._read = functools.cache(functools.partial(_flags, layout))
 
     def labels(self, cell: Cell, selection: str) -> np.ndarray | None:
@@ -275,7 +276,7 @@ class Outcomes:
 
     def pictures(self, cell: Cell, selection: str, attack: str) -> dict[int, "Broken"]:
         """Some of the images that the attack broke, by image index."""
-        found = self._read(cell, selection)
+        found = _flags(self._layout, cell, selection, pictures=True)  # too large to be kept
         names = (f"{attack}.{name}" for name in ("pictured", "predicted", "pictures"))
         stored = [found.get(name, np.zeros(0)) for name in names]
         return {
@@ -292,8 +293,10 @@ class Broken(NamedTuple):
     predicted: int
 
 
-def _flags(layout: Layout, cell: Cell, selection: str) -> dict[str, np.ndarray]:
+def _flags(
+    layout: Layout, cell: Cell, selection: str, pictures: bool = False
+) -> dict[str, np.ndarray]:
     path = layout.flags(cell, selection)
     if not path.exists():
         return {}
-    return read_flags(path)
+    return read_flags(path, pictures)

@@ -85,6 +85,8 @@ def page(material: Material, plots: Mapping[str, Drawn]) -> str:
         reasons=sections.reasons(material),
         failures=sections.failures(material),
         networks=sections.networks(material),
+        total=len(study.planned),
+        marked=sections.count_marked(material),
         settings=yaml.safe_dump(study.settings(), sort_keys=False, width=90),
         strongest=study.label("attack", STRONGEST),
         css=_text("page.css"),

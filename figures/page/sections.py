@@ -4,6 +4,7 @@ Import path: robsparse.figures.page.sections
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from robsparse.figures.data.tidy import (
     groups,
     lines,
     methods,
+    seeds,
     sparsities,
 )
 from robsparse.figures.page.vectors import THEME, points
@@ -67,6 +69,9 @@ _COST = {
     "bytes": "model_bytes",
 }
 _FAILED, _NO_RESULT = "failed", "no result yet"  # in place of a grade
+MOST_NETWORKS = 1500  # that the page describes one by one; with more, a browser takes too long
+_DESCRIBED = ("results", "curves", "sanity_checks")  # tables of which a network shows its rows
+_Rows = Callable[[Cell], pd.DataFrame]
 _WIDTH, _HEIGHT = 360.0, 120.0  # of the curves of one network, in units of their SVG
 
 
@@ -100,11 +105,13 @@ def table(material: Material, caption: str, shown: pd.DataFrame | None) -> Table
     """A table of the report for the page; None if there is none or if it has no row."""
     if shown is None or shown.empty:
         return None
-    names = {material.study.label("method", name): name for name in methods(material.study)}
     column = next((c for c in ("Method", "Variant") if c in shown), None)
     if "Baseline" in shown:  # a comparison: the picker chooses the baseline
         column = "Baseline"
-    owners = [names.get(label, "") for label in shown[column]] if column else [""] * len(shown)
+    owners = [""] * len(shown)
+    if column:
+        names = {material.study.label("method", name): name for name in methods(material.study)}
+        owners = [names.get(label, "") for label in shown[column]]
     rows = [
         Row(owner, [_field(str(value)) for value in values])
         for owner, values in zip(owners, shown.itertuples(index=False, name=None), strict=True)
@@ -221,20 +228,44 @@ def _title(material: Material, cell: Cell) -> str:
     return f"{line_name(material.study, cell.method, cell.sparsity)}, seed {cell.seed}{several}"
 
 
+def count_marked(material: Material) -> int:
+    """The number of networks with a result whose grade is "look" or "unreliable"."""
+    rows = material.tidy.results
+    rows = rows[(rows.selection == material.primary) & (rows.potentially_unreliable != "")]
+    lacking = {tuple(vars(cell).values()) for cell in _lacking(material)}
+    found = set(rows[SEEDED_CELL].itertuples(index=False, name=None))
+    return len(found - lacking)
+
+
 def networks(material: Material) -> list[dict[str, Any]]:
-    """A section for each network: measurements, settings, curves, cost, provenance."""
+    """A section for each network: measurements, settings, curves, cost, provenance.
+
+    In a study of more than MOST_NETWORKS networks, only those of the first seed of each group.
+    """
     study, lacking = material.study, _lacking(material)
-    return [
-        _network(material, cell, lacking.get(cell, ""))
+    shown = [
+        cell
         for group in groups(study)
         for method, sparsity in lines(study, group)
         for cell in cells_at(study, group, method, sparsity)
+        if len(study.planned) <= MOST_NETWORKS or cell.seed == seeds(study, group)[0]
     ]
+    rows = {name: _by_network(getattr(material.tidy, name)) for name in _DESCRIBED}
+    return [_network(material, cell, lacking.get(cell, ""), rows) for cell in shown]
 
 
-def _network(material: Material, cell: Cell, lacks: str) -> dict[str, Any]:
-    """The section of a network; lacks: why it failed or has no result, or ""."""
-    rows = _of(material.tidy.results, cell)
+def _network(
+    material: Material, cell: Cell, lacks: str, tables: dict[str, _Rows]
+) -> dict[str, Any]:
+    """The section of a network.
+
+    Args:
+        material: the data of the study.
+        cell: the network.
+        lacks: why it failed or has no result, or "".
+        tables: for each table in _DESCRIBED, a function that returns the rows of a network.
+    """
+    rows = tables["results"](cell)
     primary = rows[rows.selection == material.primary]
     robust = primary[(primary.attack == STRONGEST) & (primary.component == "all")]
     reasons_of = graded(primary.iloc[0]) if len(primary) else []
@@ -251,19 +282,18 @@ def _network(material: Material, cell: Cell, lacks: str) -> dict[str, Any]:
         "lacks": lacks,
         "reasons": reasons_of,
         "measurements": _measurements(material, rows),
-        "curve": _curve(_of(material.tidy.curves, cell)),
+        "curve": _curve(tables["curves"](cell)),
         "settings": _settings(material, cell),
-        "checks": _checks(_of(material.tidy.sanity_checks, cell), material.primary),
+        "checks": _checks(tables["sanity_checks"](cell), material.primary),
         "cost": {} if first is None else _known(first, _COST),
         "provenance": {} if first is None else _known(first, _PROVENANCE),
     }
 
 
-def _of(table: pd.DataFrame, cell: Cell) -> pd.DataFrame:
-    wanted = pd.Series(data=True, index=table.index)
-    for name in SEEDED_CELL:
-        wanted &= table[name] == getattr(cell, name)
-    return table[wanted]
+def _by_network(table: pd.DataFrame) -> _Rows:
+    """A function that returns the rows of a network."""
+    places = table.groupby(SEEDED_CELL, sort=False).indices
+    return lambda cell: table.iloc[places.get(tuple(vars(cell).values()), [])]
 
 
 def _known(row: pd.Series, names: dict[str, str]) -> dict[str, str]:

@@ -33,6 +33,14 @@ class Study(Parts):
         """All trained networks and external models of the study, in a fixed order."""
         return list(self.planned)
 
+    @functools.cached_property
+    def by_group(self) -> dict[tuple[str, str, str], list[Cell]]:
+        """All cells by data set, arch and objective, in the fixed order."""
+        found: dict[tuple[str, str, str], list[Cell]] = {}
+        for cell in self.cells():
+            found.setdefault((cell.dataset, cell.arch, cell.objective), []).append(cell)
+        return found
+
     def saved_selections(self) -> list[Selection]:
         """The selections that training saves: best_val, last, and best_clean if it is attacked."""
         listed: set[Selection] = {"best_val", "last", *self.evaluation.selections}

@@ -87,6 +87,21 @@ def test_every_network_has_its_section(layout, html):
     assert html.count("checksum of weights") == len(study.cells()) - 1  # one has no result
 
 
+def test_a_large_study_has_sections_for_the_first_seed_and_says_so(layout, monkeypatch):
+    material = summary.make_material(load(layout.root.parent), layout, tidy.read(layout.root))
+    every = page.page(material, {})
+    monkeypatch.setattr(sections, "MOST_NETWORKS", 9)
+    html, networks = page.page(material, {}), len(material.study.cells())
+    opened = {a["id"] for tag, a in Tags(html).found if a.get("class") == "network"}
+    first = [cell for cell in material.study.cells() if cell.seed == 0]
+    assert opened == {cell.key.replace("/", "-") for cell in first}
+    assert f"The study has {networks} networks. This page describes the {len(first)} of" in html
+    assert "One entry for each trained network" not in html
+    for text in (f"{networks - 1} of {networks} networks have", f"1 of {networks} networks failed"):
+        assert text in html  # of all networks
+        assert text in every
+
+
 def test_missing_and_failed_networks_are_listed(tmp_path):
     study = load(tmp_path)
     layout = MadeUp(study, Layout(tmp_path / "made_up"), correct).write()
