@@ -170,9 +170,10 @@ class Plan(Mapping[Cell, PlannedCell]):
     def _resolve(self, cell: Cell) -> PlannedCell:
         if cell in self._external:
             return self._planned(cell, self._external[cell], self._parts.training)
-        first, *others = [self._in_block(cell, block) for block in self._blocks_of(cell)] or [None]
-        if first is None:
+        found = [self._in_block(cell, block) for block in self._blocks_of(cell)]
+        if not found:
             raise KeyError(cell)
+        first, *others = found
         if any(other is not first and other != first for other in others):
             raise UsageError(f"grid: the cell {cell.key} is in two blocks with different settings")
         return first
