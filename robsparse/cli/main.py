@@ -6,6 +6,7 @@ import it.
 """
 
 import argparse
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     end_with_parent()
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has ended, as in `robsparse list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        return EXIT_FAILED
     except UsageError as error:
         return _fail(str(error), EXIT_USAGE)
     except RunError as error:

@@ -115,6 +115,13 @@ def test_installed_command_checks_every_study_of_the_project(project, repository
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_reader_that_ends_early_gets_no_message(project):
+    """As in `robsparse list | head -1`."""
+    command = project.start("robsparse", "list")
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait()) == ("", 1)
+
+
 def test_version_is_printed(project):
     done = project.run("robsparse", "--version")
     assert (done.returncode, done.stdout.split()[0]) == (0, "robsparse")
