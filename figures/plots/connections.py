@@ -3,6 +3,8 @@
 Import path: robsparse.figures.plots.connections
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
@@ -235,9 +237,10 @@ def _overlap_panel(
             colour = "white" if values[0, i, j] < 0.55 * top else "black"
             text = f"{values[0, i, j]:.0f}\n({values[1, i, j]:.0f})"
             panel.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
-    turned = {"rotation": 90 if cell < _CROWDED else 45, "rotation_mode": "anchor", "ha": "right"}
-    turned["va"] = "center" if cell < _CROWDED else "top"
-    panel.set_xticks(range(len(names)), labels, **turned)
+    turned: dict[str, Any] = {"rotation": 45, "va": "top"}
+    if cell < _CROWDED:
+        turned = {"rotation": 90, "va": "center"}
+    panel.set_xticks(range(len(names)), labels, ha="right", rotation_mode="anchor", **turned)
     panel.set_yticks(range(len(names)), labels)
     panel.tick_params(labelsize=min(7.0, 0.7 * 72 * cell))
     panel.grid(visible=False)

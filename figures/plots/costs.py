@@ -125,14 +125,23 @@ def _name_front(panel: Axes, material: Material, ahead: pd.DataFrame, names: Seq
     looks, gap, y = style.looks(material.study), _gap(panel), -math.inf
     for (_, row), name in zip(ahead.iterrows(), names, strict=True):
         y = max(y, 100 * row[_ACCURACY]) + gap  # a name is higher than the name before
-        place = {"xytext": (-4, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
-        form = {"fontsize": _LETTERS, "fontweight": "bold", "gid": looks[row.method].gid}
-        panel.annotate(name, (row.peak_active_weights, y), annotation_clip=False, **place | form)
+        panel.annotate(
+            name,
+            (row.peak_active_weights, y),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            annotation_clip=False,
+            ha="right",
+            va="center",
+            fontsize=_LETTERS,
+            fontweight="bold",
+            gid=looks[row.method].gid,
+        )
 
 
 def _label_sparsities(panel: Axes, rows: pd.DataFrame) -> None:
     """Write the sparsity to the right of neighbours with equal weights, and a line beside them."""
-    beside = offset_copy(panel.transData, panel.figure, x=5, units="points")
+    beside = offset_copy(panel.transData, panel.get_figure(root=True), x=5, units="points")
     for x, column in rows.sort_values(_ACCURACY).groupby("peak_active_weights"):
         runs = [
             (sparsity, [100 * row[_ACCURACY] for _, row in own])
@@ -143,11 +152,15 @@ def _label_sparsities(panel: Axes, rows: pd.DataFrame) -> None:
         places = spread([(own[0] + own[-1]) / 2 for _, own in runs], _gap(panel))
         for (sparsity, own), y in zip(runs, places, strict=True):
             panel.vlines(x, own[0], own[-1], color="0.4", linewidth=0.8, transform=beside)
-            place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-            ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-            text = percent(sparsity)
             panel.annotate(
-                text, (x, y), annotation_clip=False, fontsize=_LETTERS, bbox=ground, **place
+                percent(sparsity),
+                (x, y),
+                xytext=(7, 0),
+                textcoords="offset points",
+                annotation_clip=False,
+                va="center",
+                fontsize=_LETTERS,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
 
 

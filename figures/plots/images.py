@@ -115,8 +115,10 @@ def pictures(material: Material) -> Plot:
     for row, text, (place, method, broken) in zip(axes, texts, shown, strict=True):
         _draw(row, material, place, method, broken)
         style.bare(row[3])
-        letters = {"fontsize": _LETTERS, "va": "center", "transform": row[3].transAxes}
-        row[3].text(0, 0.5, text, **letters).set_in_layout(False)  # it fits its panel
+        written = row[3].text(
+            0, 0.5, text, fontsize=_LETTERS, va="center", transform=row[3].transAxes
+        )
+        written.set_in_layout(False)  # it fits its panel
     return style.finish(figure, [], caption)
 
 
