@@ -26,6 +26,7 @@ LIBRARIES = {
     "newest": ("--upgrade",),
     "tested": ("--constraint", "constraints.txt"),
 }
+TOOLS = ("pytest>=8", "hypothesis>=6.100")  # of the extra `dev`, whose other tools are not needed
 TESTS = (
     *(f"tests/unit/test_{name}.py" for name in ("bcs", "datasets", "evaluation", "execution")),
     *(f"tests/unit/test_{name}.py" for name in ("export", "history", "kernels", "optimizer")),
@@ -55,11 +56,10 @@ def _row(scratch: Path, python: str, libraries: str, tests: list[str]) -> tuple[
     tree, start = scratch / "tree", time.monotonic()
     _copy_commit(tree)
     executable = scratch / "env" / "bin" / "python"
-    extras = "robustbench,onnx,dev"
     words = ("uv", "pip", "install", "--python", str(executable), *LIBRARIES[libraries])
     for command in (
         ("uv", "venv", "--quiet", "--python", python, str(scratch / "env")),
-        (*words, "--quiet", "--editable", f".[{extras}]"),
+        (*words, "--quiet", "--editable", ".[robustbench,onnx]", *TOOLS),
     ):
         done = _run(command, tree)
         if done.returncode:
