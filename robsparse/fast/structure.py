@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all_modules
 from torch.nn.utils import parametrize
 
 from robsparse.compute import randomness
@@ -24,6 +24,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
+def hooks_on_all_modules() -> bool:
+    """Return whether torch calls a hook for every module of this process."""
+    return any(getattr(of_all_modules, f"_global{kind}") for kind in _HOOKS)
+
+
 def structure(model: nn.Module, *, attributes: bool = True) -> list[tuple[object, ...]]:
     """Return the modules with their types, code, modes and hooks, and optionally other attributes.
 
@@ -31,7 +36,7 @@ def structure(model: nn.Module, *, attributes: bool = True) -> list[tuple[object
     parametrisations are not included.
     """
     return [
-        (bool(_has_any_global_hook()),),
+        (hooks_on_all_modules(),),
         *(_traits(m, model, attributes) for m in _modules(model)),
     ]
 
@@ -51,7 +56,7 @@ def _traits(module: nn.Module, model: nn.Module, attributes: bool) -> tuple[obje
 
 def forbidden(model: nn.Module) -> str:
     """Return why the structure of a network does not allow a trace, or "" if it does."""
-    if _has_any_global_hook():
+    if hooks_on_all_modules():
         return "there are hooks on all modules"
     names = {id(module): name for name, module in model.named_modules()}
     for module in _modules(model):

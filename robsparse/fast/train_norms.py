@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from robsparse.fast.structure import hooked, observed, structure
+from robsparse.fast.structure import hooked, hooks_on_all_modules, observed, structure
 from robsparse.fast.tracing import rectified_norms
 from robsparse.kernels.maps import images_innermost, is_innermost
 from robsparse.kernels.norms import BatchNorm, Statistics
@@ -164,7 +163,7 @@ def _rectified_norms(model: nn.Module) -> dict[int, bool]:
     if model not in _TRACES or _TRACES[model][0] != now:
         found: dict[str, bool] = {}
         layers = (module for module in model.modules() if module is not model)
-        if not (_has_any_global_hook() or any(map(hooked, layers))):
+        if not (hooks_on_all_modules() or any(map(hooked, layers))):
             with observed(model, torch.device("cpu")) as seen:
                 found = rectified_norms(model)
                 found = {} if seen.changed() else found
