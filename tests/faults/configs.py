@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 from faults.commands import ROOT
-from faults.results import Counts
+from faults.results import Counts, stoppable
 from hypothesis import HealthCheck, given, seed, settings
 
 from robsparse.base.errors import UsageError
@@ -36,5 +36,6 @@ def broken_configs(folder: Path, number: int, start: int) -> Counts:
         except Exception as error:
             counts.add("broken configs", "traceback", repr(error))
 
-    look()
+    with stoppable():
+        look()
     return counts

@@ -187,6 +187,16 @@ def _copy(folder: Path, scratch: Path) -> Path:
     return scratch
 
 
+def _changed(content: bytes, draw: random.Random) -> bytes:
+    """Return random bytes, or the content with some random bytes."""
+    if draw.random() < 0.5:
+        return draw.randbytes(draw.randrange(0, 3000))
+    changed = bytearray(content)
+    for _ in range(draw.randrange(1, 6)):
+        changed[draw.randrange(len(changed))] = draw.randrange(256)
+    return bytes(changed)
+
+
 def random_weights(folder: Path, number: int, draw: random.Random) -> Counts:
     """Evaluate weight files of random bytes, and good files with random changes."""
     counts = Counts()
@@ -195,13 +205,7 @@ def random_weights(folder: Path, number: int, draw: random.Random) -> Counts:
     safetensors.numpy.save_file({"0.weight": np.ones((4, 1, 3, 3))}, good["weights.safetensors"])
     for _ in range(number):
         name = draw.choice(sorted(good))
-        content = bytearray(good[name].read_bytes())
-        if draw.random() < 0.5:
-            content = bytearray(draw.randbytes(draw.randrange(0, 3000)))
-        else:
-            for _ in range(draw.randrange(1, 6)):
-                content[draw.randrange(len(content))] = draw.randrange(256)
-        (folder / name).write_bytes(content)
+        (folder / name).write_bytes(_changed(good[name].read_bytes(), draw))
         words = ("evaluate", "--weights", name, "--arch", "small_cnn", "--dataset", "digits")
         ended = commands.run((*words, "--attacks", "clean", "--n-examples", "4"), folder)
         accepted = [f"{name} was accepted"] if ended.code == 0 else []
