@@ -139,10 +139,15 @@ class Running:
     def wait(self) -> Ended:
         """Wait for its end, at most ten minutes."""
         end = time.monotonic() + 600
-        while not (done := os.waitpid(self.pid, os.WNOHANG))[0]:
-            if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
-            time.sleep(0.01)
+        try:
+            while not (done := os.waitpid(self.pid, os.WNOHANG))[0]:
+                if time.monotonic() > end:
+                    os.kill(self.pid, signal.SIGKILL)
+                time.sleep(0.01)
+        except KeyboardInterrupt:  # it is in a process group of its own
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            raise
         out, err = map(_read_all, self.printed)
         code, seconds = os.waitstatus_to_exitcode(done[1]), time.monotonic() - self.began
         return Ended(self.words, code, out, err, seconds, self.killed)

@@ -9,7 +9,7 @@ import functools
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,9 @@ def stages(study: Study, folder: Path) -> Iterator[Stage]:
     commands_of = {
         "train": ("train", *job),
         "evaluate": ("evaluate", *job, "--selection", SELECTION),
+        "export": ("export", *job, "--selection", SELECTION, "--format", "compact"),
         "collect": ("collect", CONFIG),
         "figures": ("figures", CONFIG),
-        "export": ("export", *job, "--selection", SELECTION, "--format", "compact"),
     }
     for name, words in commands_of.items():
         after = folder.with_name("after")
@@ -53,13 +53,18 @@ def stages(study: Study, folder: Path) -> Iterator[Stage]:
         _reset(after, folder)
 
 
-def full_disks(folder: Path, scratch: Path) -> Counts:
-    """Run each stage with too little space, and on a read-only disk; then again with space."""
+def full_disks(folder: Path, scratch: Path, wanted: Sequence[str] = ()) -> Counts:
+    """Run each stage with too little space, and on a read-only disk; then again with space.
+
+    wanted: names of stages; all of them if it is empty.
+    """
     counts = Counts()
     study = commands.make_study(folder, ("bcs",))
     scratch.mkdir()
     with stoppable():
         for stage in stages(study, folder):
+            if wanted and stage.name not in wanted:
+                continue
             for size in LIMITS:
                 limit = functools.partial(commands.limit_files, size)
                 _try(stage, scratch, f"{stage.name}: limit of file size", counts, change=limit)

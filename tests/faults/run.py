@@ -33,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--methods", nargs="+", default=(), metavar="NAME", help="that are killed (default: all)"
     )
-    parser.add_argument("--disks", action="store_true", help="full and read-only disks")
+    parser.add_argument(
+        "--disks", nargs="*", metavar="STAGE", help="full and read-only disks (default: all stages)"
+    )
     arguments = parser.parse_args(argv)
     commands.prepare()
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
         counts = _run(arguments, Path(folder))
     print(counts.table())
     return int(any(row[column] for row in counts.rows.values() for column in COLUMNS[3:]))
@@ -52,8 +54,8 @@ def _run(arguments: argparse.Namespace, folder: Path) -> Counts:
         counts.join(configs.broken_configs(parts["configs"], arguments.configs, arguments.seed))
     if arguments.weights:
         counts.join(damage.random_weights(parts["weights"], arguments.weights, draw))
-    if arguments.disks:
-        counts.join(disks.full_disks(parts["disks"], folder / "disk"))
+    if arguments.disks is not None:
+        counts.join(disks.full_disks(parts["disks"], folder / "disk", arguments.disks))
     if arguments.damaged:
         study = damage.finished_study(parts["damaged"])
         places = parts["damaged"], folder / "scratch"
