@@ -1,6 +1,7 @@
 """Work grows with the size of a study at most in proportion. Calls are counted, not seconds."""
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+import made_up
 from robsparse.base.errors import UsageError
 from robsparse.cli.arguments import load_cell
+from robsparse.figures.data import compare, summary, tidy
+from robsparse.figures.tables import study_tables
 from robsparse.study import fingerprints, loading
-from robsparse.study.cells import Cell
+from robsparse.study.cells import Cell, Layout
 from robsparse.study.study import Study
 
 JOB = "digits/small_cnn/bcs/at/s0.9000/seed1"
 
 
-class Counter:
+class Calls:
     """Counts the calls of a method."""
 
     def __init__(self, patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
@@ -74,7 +78,7 @@ LARGER = {
 def cells_of_a_job(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """The number of cells that a job makes until training or attacks begin."""
     with monkeypatch.context() as patch:
-        made = Counter(patch, Cell, "__post_init__")
+        made = Calls(patch, Cell, "__post_init__")
         arguments = argparse.Namespace(config=path, cell=JOB, results=Path("results"))
         study, layout, cell = load_cell(arguments)
         study.inputs(cell, layout)
@@ -96,7 +100,7 @@ def test_a_job_makes_one_more_cell_for_each_seed_of_its_surrogate(write, monkeyp
 
 
 def test_cells_of_a_check_grow_in_proportion_to_the_study(write, monkeypatch):
-    made = Counter(monkeypatch, Cell, "__post_init__")
+    made = Calls(monkeypatch, Cell, "__post_init__")
     each = []
     for seeds in (5, 20, 80):
         made.calls = 0
@@ -106,7 +110,7 @@ def test_cells_of_a_check_grow_in_proportion_to_the_study(write, monkeypatch):
 
 
 def test_settings_of_methods_are_read_once_for_all_networks(write, monkeypatch):
-    dumped = Counter(monkeypatch, BaseModel, "model_dump")
+    dumped = Calls(monkeypatch, BaseModel, "model_dump")
     calls = []
     for seeds in (2, 30):
         study = loading.load(write(grid(range(seeds))))
@@ -225,3 +229,31 @@ def test_a_job_without_a_surrogate_is_refused_in_one_line(write):
     arguments = argparse.Namespace(config=write(data), cell=JOB, results=Path("results"))
     with pytest.raises(UsageError, match=r"^[^\n]*study.yaml: evaluation.attacks: no network of"):
         load_cell(arguments)
+
+
+# ------------------------------------------------ figures
+
+
+def test_figures_read_the_outcomes_of_a_network_twice_and_keep_no_pictures(tmp_path, monkeypatch):
+    """Once for the check of the collected tables, and once for all tables and plots."""
+    study = made_up.load(tmp_path, seeds=[0, 1, 2])
+    layout = made_up.MadeUp(study, Layout(tmp_path / "made_up"), made_up.correct).write()
+    read, original = Counter(), tidy.read_flags
+
+    def counted(path: Path, pictures: bool) -> dict[str, Any]:
+        read[path] += 1
+        assert not pictures
+        return original(path, pictures)
+
+    monkeypatch.setattr(tidy, "read_flags", counted)
+    tables = tidy.read(layout.root)
+    tidy.check(tables, layout, layout.root)
+    assert set(read.values()) == {1}
+    material = summary.make_material(study, layout, tables)
+    [group] = tidy.groups(study)
+    for _ in range(2):
+        compare.compare(material, group)
+        compare.ranks(material)
+        study_tables.main(material, group)
+    assert set(read.values()) == {2}
+    assert len(read) == 2 * len(study.cells())  # selections
