@@ -30,6 +30,7 @@ theta, biases and batch norm). `pattern` is not part of the publication: connect
 regrown only where a group of M weights has fewer than N active ones.
 """
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -41,8 +42,10 @@ from torch.nn.utils import parametrize
 from robsparse.base.counts import density, keep_count, round_to_sum
 from robsparse.schema import Fit, Pattern, Strict
 from robsparse.sparsity.budgets import capacities, erk_keep_counts
+from robsparse.sparsity.compact_rewiring import CompactRewiring
+from robsparse.sparsity.compact_weight import Theta, held_layers, hold_compactly
 from robsparse.sparsity.history import ConnectionLog
-from robsparse.sparsity.layers import parametrisation, prunable, trained_weight
+from robsparse.sparsity.layers import parametrisation, prunable, trained_weight, weight_count
 from robsparse.sparsity.masks import random_masks
 from robsparse.sparsity.rewiring import Changes, Rewiring, make_rewiring
 from robsparse.training.stages import Run, Stage
@@ -131,10 +134,10 @@ class Params(Strict):
         return self
 
 
-class SignedTheta(nn.Module):
-    """Parametrisation theta -> sign * theta where theta > 0, else exactly 0.
+class SignedTheta(Theta):
+    """A `Theta` with memory for all connections; theta has the shape of the weight.
 
-    After the active set is fixed, sign is 0 at dormant positions, and the result is sign * theta.
+    After the active set is fixed, sign is 0 at dormant positions.
     """
 
     sign: Tensor
@@ -142,7 +145,6 @@ class SignedTheta(nn.Module):
     def __init__(self, sign: Tensor) -> None:
         super().__init__()
         self.register_buffer("sign", sign)
-        self.fixed = False
 
     def forward(self, theta: Tensor) -> Tensor:
         return self.sign * (theta if self.fixed else torch.relu(theta))
@@ -151,21 +153,11 @@ class SignedTheta(nn.Module):
         return weight.abs()
 
     def active(self, theta: Tensor) -> Tensor:
-        """Return the active positions (bool, the weight's shape)."""
         return self.sign != 0 if self.fixed else theta > 0
 
     def fix(self, active: Tensor) -> None:
-        """Fix the active set (bool, the weight's shape); theta no longer changes it."""
         self.sign.mul_(active)
-        self.fixed = True
-
-    def get_extra_state(self) -> bool:
-        """Return whether the active set is fixed; a checkpoint stores it beside the sign."""
-        return self.fixed
-
-    def set_extra_state(self, state: bool) -> None:
-        """Restore the value of a checkpoint."""
-        self.fixed = state
+        super().fix(active)
 
 
 class SamplingStage(Stage):
@@ -179,21 +171,39 @@ class SamplingStage(Stage):
         self.rewiring: Rewiring | None = None
         self.saved_active: Tensor | None = None  # of an interrupted run
         self.fixed = False  # whether rewiring is over
+        self.compact = False  # whether dormant theta have no memory
 
     def before_fit(self, run: Run) -> None:
         self.rewiring = self.saved_active = None
+        self.compact = self._may_be_compact(run)
         pattern = self.params.pattern
         counts = initial_counts(run, self.params.init, pattern)
         masks = random_masks(run.model, counts, run.generator, pattern)
         for name, module in prunable(run.model).items():
             weight = module.weight.detach()
             sign = torch.where(weight < 0, -1.0, 1.0)
-            parametrize.register_parametrization(module, "weight", SignedTheta(sign))
-            theta = trained_weight(module).data
-            theta.clamp_(min=self.params.regrown_theta)  # a drawn weight may be 0 by chance
+            # a drawn weight may be 0 by chance
+            theta = weight.abs().clamp_(min=self.params.regrown_theta)
             theta.masked_fill_(~masks[name], 0.0)
-        active = dict(zip(prunable(run.model), active_masks(run.model), strict=True))
-        run.connections = ConnectionLog(active, run.log_every)
+            if self.compact:
+                hold_compactly(module, theta, sign)
+            else:
+                parametrize.register_parametrization(module, "weight", SignedTheta(sign))
+                trained_weight(module).data.copy_(theta)
+        run.connections = ConnectionLog(masks, run.log_every)
+
+    def _may_be_compact(self, run: Run) -> bool:
+        """Return whether this run holds no dormant theta. All results are the same.
+
+        The sparse training pass must be allowed. A dormant theta must not matter: it must not wake
+        by drift, and weight decay must not change a velocity that is kept.
+        """
+        params, fit = self.params, self.fit
+        if not run.sparse_compute or run.generator.device.type != "cpu" or run.awp is not None:
+            return False
+        decays = fit.decay == "coupled" and fit.weight_decay > 0 and fit.momentum > 0
+        matters = decays and params.momentum == "keep"
+        return params.waking == "drawn" and params.pattern is None and not matters
 
     def before_step(self, run: Run) -> None:
         rewiring = self.rewiring
@@ -202,23 +212,43 @@ class SamplingStage(Stage):
         if self.params.waking == "drift" and not self.fixed:
             rewiring.find_active()
         if self._rewiring_is_over(run) and not self.fixed:
+            if isinstance(rewiring, CompactRewiring):
+                rewiring.forget_dormant()
             for layer, theta in zip(signed_layers(run.model), thetas(run.model), strict=True):
                 layer.fix(theta > 0)
             self.fixed = True
 
     def _gather(self, run: Run) -> Rewiring:
         """Gather all theta, and the active positions of the network or of an interrupted run."""
-        active = self.saved_active
+        layers, active = thetas(run.model), self.saved_active
+        budget = keep_count(weight_count(run.model), run.sparsity)
         if active is None:
             active = torch.cat([mask.flatten() for mask in active_masks(run.model)])
             active = active.nonzero().squeeze(1)
-        layers = thetas(run.model)
-        budget = keep_count(sum(theta.numel() for theta in layers), run.sparsity)
         active = active.to(layers[0].device)
-        self.rewiring = make_rewiring(layers, active, budget, run.generator, self.params.pattern)
+        if self.compact:
+            smallest = self._smallest_velocity(layers[0].dtype)
+            self.rewiring = CompactRewiring(
+                held_layers(run.model), active, budget, run.generator, run.optimizer,
+                smallest=smallest,
+            )  # fmt: skip
+        else:
+            pattern = self.params.pattern
+            self.rewiring = make_rewiring(layers, active, budget, run.generator, pattern)
         self.saved_active = None
         self.fixed = all(layer.fixed for layer in signed_layers(run.model))
         return self.rewiring
+
+    def _smallest_velocity(self, dtype: torch.dtype) -> float:
+        """Return the smallest velocity that can change a regrown theta, in units of gradients.
+
+        All later steps move theta by at most lr * velocity / (1 - momentum) because of it. A
+        quarter of the last digit of the regrown value does not change it.
+        """
+        if self.params.momentum == "reset":
+            return math.inf
+        digit = self.params.regrown_theta * torch.finfo(dtype).eps / 4
+        return digit * (1 - self.fit.momentum) / self.fit.lr
 
     def _rewiring_is_over(self, run: Run) -> bool:
         if self.params.rewiring == "until_last_drop":
@@ -229,7 +259,7 @@ class SamplingStage(Stage):
         rewiring, params, allow_drift = self.rewiring, self.params, self.params.waking == "drift"
         assert rewiring is not None
         assert run.connections is not None
-        nothing = rewiring.active[:0]
+        nothing = rewiring.active[:0].long()
         changes = Changes(nothing, nothing, nothing)
         with torch.no_grad():
             survives = rewiring.move(self._noise(run), allow_drift=allow_drift)
@@ -240,7 +270,7 @@ class SamplingStage(Stage):
                     by_room=params.regrowth == "dormant",
                     allow_drift=allow_drift,
                 )
-            if params.momentum == "reset" and len(changes.drawn):
+            if params.momentum == "reset" and len(changes.drawn) and not self.compact:
                 states = [run.optimizer.state[theta] for theta in rewiring.layers]
                 rewiring.reset([state.get("momentum_buffer") for state in states], changes.drawn)
         run.connections.record(changes.pruned, torch.cat([changes.drifted, changes.drawn]))
@@ -265,9 +295,9 @@ def thetas(model: nn.Module) -> list[Tensor]:
     return [trained_weight(module) for module in prunable(model).values()]
 
 
-def signed_layers(model: nn.Module) -> list[SignedTheta]:
+def signed_layers(model: nn.Module) -> list[Theta]:
     """Return the parametrisation of each prunable layer."""
-    return [parametrisation(module, SignedTheta) for module in prunable(model).values()]
+    return [parametrisation(module, Theta) for module in prunable(model).values()]
 
 
 def active_masks(model: nn.Module) -> list[Tensor]:

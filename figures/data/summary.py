@@ -96,6 +96,7 @@ COSTS = (
     "forward_passes",
     "backward_passes",
     "train_seconds",
+    "training_state_bytes",
     "peak_memory_mb",
     "model_bytes",
     "latency_ms",

@@ -61,6 +61,7 @@ _COST = {
     "backward passes": "backward_passes",
     "seconds of training": "train_seconds",
     "peak active weights": "peak_active_weights",
+    "training state (bytes)": "training_state_bytes",
     "peak memory (MB)": "peak_memory_mb",
     "nonzero weights": "nonzero",
     "prunable weights": "prunable",

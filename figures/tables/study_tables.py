@@ -32,6 +32,7 @@ _COSTS = {
     "Backward passes": "backward_passes",
     "Seconds": "train_seconds",
     "Peak active weights": "peak_active_weights",
+    "Training state (bytes)": "training_state_bytes",
     "Peak memory (MB)": "peak_memory_mb",
     "Model (bytes)": "model_bytes",
 }

@@ -97,6 +97,7 @@ def _training_columns(path: Path, selection: str) -> dict[str, Any]:
         "backward_passes": cost["backward_passes"],
         "train_seconds": cost["seconds"],
         "peak_active_weights": cost["peak_active_weights"],
+        "training_state_bytes": cost.get("training_state_bytes"),
         "peak_memory_mb": cost["peak_memory_mb"],
         "train_device": cost["device"],
         "failure": record["failure"],

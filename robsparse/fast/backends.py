@@ -72,7 +72,8 @@ class Backend:
 
 
 def _compiled(eager: Run, snapshot: Snapshot, x: Tensor) -> Run:
-    return torch.compile(eager, dynamic=False)
+    compiled = torch.compile(eager, dynamic=False)
+    return lambda snapshot, x: compiled(snapshot.dense(), x)
 
 
 class _Graph:

@@ -31,6 +31,7 @@ from robsparse.fast.forms import (
 from robsparse.kernels.geometry import Geometry, Pair
 from robsparse.kernels.patterns import Pattern
 from robsparse.models._layers import TensorFlowConv2d
+from robsparse.sparsity.compact_weight import CompactWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +221,11 @@ class Snapshot:
         layers = (replace(layer, affine=layer.affine.clone()) for layer in self.layers)
         return Snapshot(tuple(layers), self.dtype)
 
+    def dense(self) -> "Snapshot":
+        """Return a snapshot with dense weights: itself, or a copy if a weight is compact."""
+        compact = any(isinstance(layer.affine.weight, CompactWeight) for layer in self.layers)
+        return self.clone() if compact else self
+
     def tensors(self) -> list[Tensor]:
         """Return all tensors that it uses on a GPU, always in the same order."""
         return [tensor for layer in self.layers for tensor in layer.affine.tensors()]
@@ -290,14 +296,18 @@ class ConvolutionSource:
     _patterns: dict[Geometry, Pattern] = field(default_factory=dict, init=False)
 
     def affine(self) -> Affine:
-        weight, bias = folded_parameters(self.layer, self.norm)
-        density = 1.0 if weight.is_cuda else int(weight.count_nonzero()) / weight.numel()
-        return Affine(weight, bias, density)
+        weight, bias = folded_parameters(self.layer, self.norm, compact=True)
+        if weight.is_cuda:
+            return Affine(weight, bias)
+        values = weight.active_values if isinstance(weight, CompactWeight) else weight
+        return Affine(weight, bias, int(values.count_nonzero()) / weight.numel())
 
     def folded(self, affine: Affine, dtype: torch.dtype | None) -> FoldedConvolution:
         used = affine.to(dtype)
-        weight = used.weight.contiguous(memory_format=torch.channels_last)
-        return FoldedConvolution(self, replace(used, weight=weight), affine)
+        if not isinstance(used.weight, CompactWeight):
+            weight = used.weight.contiguous(memory_format=torch.channels_last)
+            used = replace(used, weight=weight)
+        return FoldedConvolution(self, used, affine)
 
     def geometry(self, size: Pair) -> Geometry | None:
         """Return the geometry for maps of this height and width, or None without other forms."""
@@ -307,7 +317,10 @@ class ConvolutionSource:
 
     def pattern(self, geometry: Geometry, weight: Tensor) -> Pattern:
         """Return the pattern of the nonzero weights. The last one is used again if it fits."""
-        positions = weight.contiguous().view(-1).nonzero().squeeze(1)
+        if isinstance(weight, CompactWeight):
+            positions = weight.positions[weight.active_values != 0]
+        else:
+            positions = weight.contiguous().view(-1).nonzero().squeeze(1)
         last = self._patterns.get(geometry)
         if last is None or not torch.equal(last.positions, positions):
             last = self._patterns[geometry] = Pattern(geometry, positions, weight.dtype)
@@ -315,20 +328,28 @@ class ConvolutionSource:
 
 
 def folded_parameters(
-    layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | None
+    layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | None, *, compact: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return a copy of weight and bias, with batch norm in eval mode folded in.
+
+    With `compact`, the result for a `CompactWeight` is one too. Otherwise it is dense.
 
     They are weight * g and (bias - mean) * g + beta, with g = gamma / sqrt(variance + eps).
     `torch.nn.utils.fusion` uses the same formula and gives the same weights. Its bias differs in
     the last digit, because it multiplies in another order. This would change the crafted images.
     """
-    weight, bias = layer.weight.detach(), layer.bias
-    if norm is None:
-        return weight.clone(), None if bias is None else bias.detach().clone()
-    scale, shift = scale_and_shift(norm)
-    weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-    return weight, shift if bias is None else bias.detach() * scale + shift
+    weight, bias, scale = layer.weight, layer.bias, None
+    if norm is not None:
+        scale, shift = scale_and_shift(norm)
+        bias = shift if bias is None else bias.detach() * scale + shift
+    elif bias is not None:
+        bias = bias.detach().clone()
+    if compact and isinstance(weight, CompactWeight):
+        return weight.scaled(scale), bias
+    weight = weight.detach()
+    if scale is None:
+        return weight.clone(), bias
+    return weight * scale.view(-1, *[1] * (weight.ndim - 1)), bias
 
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from robsparse.kernels.geometry import Geometry, Pair
 from robsparse.kernels.maps import images_innermost
 from robsparse.kernels.patterns import Pattern, SparseConvolution
 from robsparse.models._layers import TensorFlowConv2d
+from robsparse.sparsity.compact_weight import CompactWeight
 
 Kind = Literal["channels_last", "channels_first", "matrix", "sparse"]
 
@@ -106,7 +107,10 @@ class SparseForm:
     """The sparse kernels, in fp32 or fp64."""
 
     def __init__(self, pattern: Pattern, weight: Tensor, bias: Tensor | None) -> None:
-        values = weight.contiguous().view(-1)[pattern.positions]
+        if isinstance(weight, CompactWeight):
+            values = weight.active_values[weight.active_values != 0]
+        else:
+            values = weight.contiguous().view(-1)[pattern.positions]
         self.convolution, self.bias = SparseConvolution(pattern, values), bias
 
     def output(self, x_NCHW: Tensor, other: Tensor | None, *, rectified: bool) -> Tensor:

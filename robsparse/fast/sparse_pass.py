@@ -15,12 +15,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from robsparse.compute.perturb import batch_norm_mode
 from robsparse.fast import costs
@@ -32,6 +32,7 @@ from robsparse.kernels.library import library
 from robsparse.kernels.maps import images_innermost, is_innermost
 from robsparse.kernels.patterns import Pattern, SparseConvolution
 from robsparse.kernels.pools import max_pool, mean_pool
+from robsparse.sparsity.compact_weight import CompactWeight
 from robsparse.sparsity.layers import active_mask, prunable
 
 
@@ -53,10 +54,11 @@ def sparse_pass(
     found = {}
     for name, layer in prunable(model).items():
         if isinstance(layer, nn.Conv2d) and _is_suitable(layer):
-            mask = active_mask(layer)
-            if mask is not None:
-                known = _KNOWN.setdefault(layer, _Known())
-                found[id(layer.weight)] = _Layer(name, layer.weight, known.update(mask), known)
+            known, weight = _KNOWN.setdefault(layer, _Known()), layer.weight
+            if isinstance(weight, CompactWeight):
+                found[id(weight)] = _Layer(name, weight, known.follow(weight.positions), known)
+            elif (mask := active_mask(layer)) is not None:
+                found[id(weight)] = _Layer(name, weight, known.update(mask), known)
     if not found or library() is None:
         yield
         return
@@ -98,7 +100,7 @@ def _geometries(model: nn.Module, mode: "_Mode", x_NCHW: Tensor) -> dict[str, Ge
 def paused() -> AbstractContextManager[None]:
     """Return a block without the mode of `sparse_pass`, for a view that computes its layers."""
     active = torch._C._len_torch_function_stack() > 0
-    return cast(Any, torch._C).DisableTorchFunction() if active else nullcontext()
+    return _pop_mode_temporarily() if active else nullcontext()
 
 
 def _is_suitable(layer: nn.Conv2d) -> bool:
@@ -124,9 +126,13 @@ class _Known:
         """Return the positions of a mask. A mask that has not changed is not read again."""
         if self.mask is not mask or self.version != mask._version or self.positions is None:
             self.mask, self.version = mask, mask._version
-            positions = mask.reshape(-1).nonzero().squeeze(1)
-            if self.positions is None or not torch.equal(self.positions, positions):
-                self.positions, self.patterns = positions, {}
+            return self.follow(mask.reshape(-1).nonzero().squeeze(1))
+        return self.positions
+
+    def follow(self, positions: Tensor) -> Tensor:
+        """Take these positions. If they are the same as before, the patterns are kept."""
+        if self.positions is None or not torch.equal(self.positions, positions):
+            self.positions, self.patterns = positions, {}
         return self.positions
 
     def pattern(self, geometry: Geometry, dtype: torch.dtype) -> Pattern:
@@ -153,15 +159,14 @@ class _Layer:
 
 
 class _Convolution(torch.autograd.Function):
-    """A sparse convolution. The gradient of a weight that is not active is 0."""
+    """A sparse convolution with one value for each position of a pattern."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_NCHW: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern
+        ctx: Any, x_NCHW: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern
     ) -> Tensor:
         x_NCHW = images_innermost(x_NCHW.to(pattern.dtype))
-        values = weight.contiguous().view(-1)[pattern.positions]
-        ctx.convolution, ctx.shape = SparseConvolution(pattern, values), weight.shape
+        ctx.convolution = SparseConvolution(pattern, values)
         ctx.save_for_backward(x_NCHW)
         return ctx.convolution.output(x_NCHW, bias)
 
@@ -171,16 +176,20 @@ class _Convolution(torch.autograd.Function):
         convolution: SparseConvolution = ctx.convolution
         (x_NCHW,) = ctx.saved_tensors
         upstream = images_innermost(upstream.to(convolution.pattern.dtype))
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_values, needs_bias, _ = ctx.needs_input_grad
         x_gradient = convolution.input_gradient(upstream) if needs_x else None
-        weight_gradient = bias_gradient = None
-        if needs_weight:
-            weight_gradient = x_NCHW.new_zeros(ctx.shape)
-            found = convolution.weight_gradient(x_NCHW, upstream)
-            weight_gradient.view(-1)[convolution.pattern.positions] = found
+        gradient = convolution.weight_gradient(x_NCHW, upstream) if needs_values else None
+        bias_gradient = None
         if needs_bias:
             bias_gradient = upstream.permute(2, 3, 1, 0).flatten(0, 1).sum((0, 2))
-        return x_gradient, weight_gradient, bias_gradient, None
+        return x_gradient, gradient, bias_gradient, None
+
+
+def _active_values(weight: Tensor, positions: Tensor) -> Tensor:
+    """Return the values at the active positions. All other weights get the gradient 0."""
+    if isinstance(weight, CompactWeight):
+        return weight.active_values
+    return weight.reshape(-1).index_select(0, positions)
 
 
 class _Mode(TorchFunctionMode):
@@ -233,7 +242,8 @@ class _Mode(TorchFunctionMode):
         self.used[layer.name] = "sparse" if self.sparse else "dense"
         if self.sparse:
             pattern = layer.known.pattern(geometry, weight.dtype)
-            return _Convolution.apply(x_NCHW, weight, bias, pattern)
+            values = _active_values(weight, pattern.positions)
+            return _Convolution.apply(x_NCHW, values, bias, pattern)
         return F.conv2d(_for_torch(x_NCHW), weight, bias, *options)
 
 

@@ -79,6 +79,12 @@ class Row(BaseModel):
     backward_passes: int | None = None
     train_seconds: float | None = None
     peak_active_weights: int | None = None
+    training_state_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="bytes of the parameters, gradients, optimiser state, masks and scores that "
+        "training held",
+    )
     peak_memory_mb: float | None = None
     train_device: str | None = None
     eval_device: str | None = None

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from robsparse.base.errors import TrainingError
 from robsparse.sparsity.budgets import layer_keep_counts
+from robsparse.sparsity.compact_weight import CompactWeight
 from robsparse.sparsity.layers import prunable
 from robsparse.sparsity.patterns import largest_of_groups
 
@@ -141,7 +142,11 @@ def bake(model: nn.Module) -> None:
     """Replace every parametrised weight by a plain weight with its current value."""
     for module in prunable(model).values():
         if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            weight = module.weight
+            compact = isinstance(weight, CompactWeight)
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=not compact)
+            if isinstance(weight, CompactWeight):
+                module.weight.data = weight.dense().detach()
             # The weight is now the last parameter. Make it the first one again, because an
             # optimiser identifies parameters by their order.
             for name in [name for name in module._parameters if name != "weight"]:

@@ -66,16 +66,27 @@ class Rewiring(ABC):
             generator: Random numbers for noise and draws.
             pattern: "N:M", or None. Layers then have at least two dimensions.
         """
-        self.layers, self.budget, self.generator = layers, budget, generator
+        sizes = [layer.numel() for layer in layers]
+        self._describe(layers, sizes, active, budget, generator)
         self.pattern = pattern
         self.groups = None if pattern is None else Groups(layers, pattern)
-        sizes = [layer.numel() for layer in layers]
-        self.padding = sum(sizes)
         self.values = torch.cat([*(x.detach().flatten() for x in layers), layers[0].new_zeros(1)])
         self.parts = self.values[:-1].split(sizes)
         for layer, part in zip(layers, self.parts, strict=True):
             layer.data = part.view_as(layer)
         self.addresses = [part.data_ptr() for part in self.parts]
+
+    def _describe(
+        self,
+        layers: list[Tensor],
+        sizes: list[int],
+        active: Tensor,
+        budget: int,
+        generator: torch.Generator,
+    ) -> None:
+        """Store the arguments of `__init__`. `sizes` are the numbers of weights of the layers."""
+        self.layers, self.budget, self.generator = layers, budget, generator
+        self.padding = sum(sizes)
         # Sizes and first positions of the layers and, as the last entry, of `padding`.
         self.sizes = torch.tensor([*sizes, 0], device=active.device)
         self.starts = self.sizes.cumsum(0) - self.sizes
@@ -100,15 +111,20 @@ class Rewiring(ABC):
         Returns:
             For each entry of `active`, whether its value is still above 0 (bool).
         """
-        values = self.values.index_select(0, self.active)
+        entries = self._entries()
+        values = self.values.index_select(0, entries)
         if noise:
             device = values.device
             normal = torch.randn(len(values), generator=self.generator, device=device)
             values.add_(normal, alpha=noise)
         if not allow_drift:
             self.values.clamp_(max=0)
-        self.values.index_copy_(0, self.active, values)
+        self.values.index_copy_(0, entries, values)
         return values > 0
+
+    def _entries(self) -> Tensor:
+        """Return the index into `values` of each entry of `active`."""
+        return self.active
 
     def rewire(
         self, survives: Tensor, value: float, *, by_room: bool, allow_drift: bool
@@ -125,7 +141,7 @@ class Rewiring(ABC):
             by_room: Whether layers are drawn by their number of open positions.
             allow_drift: As for `move`.
         """
-        drifted = self._drifted() if allow_drift else self.active[:0]
+        drifted = self._drifted() if allow_drift else self.active[:0].long()
         pruned, drawn = self._replace(survives, drifted, value, by_room)
         return Changes(pruned, drifted, drawn)
 
@@ -232,7 +248,7 @@ class HostRewiring(Rewiring):
         Therefore, all sets of dormant positions of a layer with the same size have the same
         probability, if there is no pattern.
         """
-        values, layers = self.values.numpy(), layer[:, None]
+        layers = layer[:, None]
         share = self._uniform(len(layer), CANDIDATES).numpy()
         offset = (share * self.sizes.numpy()[layers]).astype(np.int64)
         tried = offset + self.starts.numpy()[layers]
@@ -244,8 +260,12 @@ class HostRewiring(Rewiring):
         ordered = place[order]
         place[order[1:][ordered[1:] == ordered[:-1]]] = self.padding
         place = self._fitting(torch.from_numpy(place)).numpy()
-        values[place] = value
+        self._make_active(place, value)
         return place
+
+    def _make_active(self, places: np.ndarray, value: float) -> None:
+        """Set the values at these positions. They may include `padding`."""
+        self.values.numpy()[places] = value
 
     def _choose_from_lists(
         self, places: np.ndarray, layer: np.ndarray, value: float, chances: np.ndarray
@@ -254,7 +274,7 @@ class HostRewiring(Rewiring):
 
         If a layer has too few open positions, the rest is drawn in other layers.
         """
-        values, chances = self.values.numpy(), chances.copy()
+        chances = chances.copy()
         left = np.flatnonzero(places == self.padding)
         for i in np.unique(layer[left]):
             mine = left[layer[left] == i]
@@ -263,7 +283,7 @@ class HostRewiring(Rewiring):
             found = found[found < self.padding]
             chosen = found[: len(mine)].numpy()
             places[mine[: len(chosen)]] = chosen
-            values[chosen] = value
+            self._make_active(chosen, value)
             if len(mine) >= len(found):
                 chances[i] = 0
         left = np.flatnonzero(places == self.padding)

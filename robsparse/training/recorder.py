@@ -16,7 +16,7 @@ from robsparse.sparsity.history import ConnectionLog, empty_lifetimes, empty_ste
 from robsparse.sparsity.masks import plain_state
 from robsparse.study.cost import PASSES, perturbation_passes
 from robsparse.training.session import Session
-from robsparse.training.stages import Stage
+from robsparse.training.stages import Stage, state_bytes
 from robsparse.training.validation import guessing_accuracy, validate
 
 # The held-out accuracy that a selection compares. The first of the best epochs is selected.
@@ -29,6 +29,7 @@ class TrainingRecord:
 
     seconds: training time. forward_passes, backward_passes: passes over a batch.
     peak_active: the largest number of active weights.
+    state_bytes: the largest number of bytes of parameters, gradients, optimiser state and masks.
     collapsed: the number of validations in a row at the accuracy of guessing.
     failure: the reason why training stopped early, or "".
     crafted_on: what images were crafted on: "network", "view" or both.
@@ -43,6 +44,7 @@ class TrainingRecord:
     forward_passes: float = 0
     backward_passes: float = 0
     peak_active: int = 0
+    state_bytes: int = 0
     collapsed: int = 0
     failure: str = ""
     crafted_on: list[str] = field(default_factory=list)
@@ -93,6 +95,7 @@ class Recorder:
         session, record, run = self.session, self.record, self.session.run
         active = stage.active_weights(run)
         record.count_active(active)
+        record.state_bytes = max(record.state_bytes, state_bytes(run, stage))
         steps, validation = session.batches.steps, session.settings.validation
         point = {
             "epoch": session.start.cost.get("epochs", 0) + len(record.curve) + 1,
@@ -216,6 +219,7 @@ def _cost(session: Session, record: TrainingRecord) -> dict[str, Any]:
     precision = precision_note(session.attacker.precision, session.run.precision)
     return {key: value + before.get(key, 0) for key, value in own.items()} | {
         "peak_active_weights": max(record.peak_active, before.get("peak_active_weights", 0)),
+        "training_state_bytes": max(record.state_bytes, before.get("training_state_bytes") or 0),
         "peak_memory_mb": max(peak_memory_mb(device), before.get("peak_memory_mb", 0.0)),
         "device": device_name(device) + precision,
     }

@@ -182,6 +182,24 @@ def end_stage(run: Run, stage: Stage) -> None:
         run.average.follow(run.model)
 
 
+def state_bytes(run: Run, stage: Stage) -> int:
+    """Return the bytes that training holds between two steps, and its gradients.
+
+    These are the parameters and buffers of the network (masks, signs and scores are among them),
+    one gradient for each trained parameter, the state of the optimiser and of the stage, and the
+    moving average. Images, maps, and weights that exist only during a pass are not counted.
+    """
+    trained = [p for group in run.optimizer.param_groups for p in group["params"]]
+    others = [p for p in run.model.parameters() if all(p is not other for other in trained)]
+    tensors = [*run.model.parameters(), *run.model.buffers(), *trained]
+    tensors += [parameter.grad for parameter in others if parameter.grad is not None]
+    for state in (*run.optimizer.state.values(), stage.state()):
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    if run.average is not None:
+        tensors += run.average.network.state_dict().values()
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 Masks = Callable[[Run], dict[str, Tensor]]
 
 

@@ -24,7 +24,12 @@ from robsparse.models._layers import TensorFlowConv2d
 from robsparse.schema import Fit
 from robsparse.schema.threat import Crafting
 from robsparse.sparsity.layers import prunable
-from robsparse.sparsity.masks import apply_masks, effective_weights, magnitude_masks
+from robsparse.sparsity.masks import (
+    apply_masks,
+    effective_weights,
+    magnitude_masks,
+    plain_state,
+)
 from robsparse.study.cells import Layout
 from robsparse.training import loop
 from robsparse.training.checkpoints import Interrupted
@@ -265,7 +270,7 @@ def test_hundred_steps_are_equal_on_both_paths(method, net, dtype):
     for one, other in zip(*weights, strict=True):
         assert torch.equal(one != 0, other != 0)
     bound = 1e-9 if dtype == torch.float64 else 1e-3
-    states = [[*run.model.parameters(), *run.model.buffers()] for run in runs]
+    states = [[*plain_state(run.model).values()] for run in runs]
     assert largest_difference(weights[0], weights[1]) < bound
     assert largest_difference(*states) < bound
 
