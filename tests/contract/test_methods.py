@@ -242,6 +242,13 @@ def test_peak_active_weights_are_those_of_the_training(method, trained):
         assert nonzero_count(model) <= peak <= total
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_training_state_has_weights_gradients_and_velocities(method, trained):
+    case, layout = trained(method)
+    weights = sum(p.nbytes for p in case.network(layout, "last").parameters())
+    assert record_of(case, layout)["cost"]["training_state_bytes"] >= 3 * weights
+
+
 @pytest.mark.parametrize("objective", ["natural", "trades"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_objective_ends_at_the_same_sparsity(method, objective, trained):
