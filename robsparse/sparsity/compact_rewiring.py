@@ -5,6 +5,8 @@ same values. One thing of a dormant connection can matter later: its velocity, i
 connection keeps it. It is held until it is too small to change a regrown value.
 """
 
+from typing import Any, cast
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,12 +15,15 @@ from robsparse.sparsity.compact_weight import CompactTheta
 from robsparse.sparsity.rewiring import HostRewiring
 
 
-class CompactRewiring(HostRewiring):
-    """Holds the values of all layers at the positions of their `CompactTheta`, in one tensor.
+DORMANT = "dormant"  # the key in the state of the optimiser
 
-    A dormant value that is still held is not above 0. `held` are the increasing positions (int32)
-    of `values`, and `active` is int32 too. The theta, the positions and the velocities of the
-    layers are views of such tensors.
+
+class CompactRewiring(HostRewiring):
+    """Holds the values at the active positions of all layers in one tensor.
+
+    `held` are these positions (int32), in increasing order, and `active` is int32 too. The theta
+    and the positions of the layers are views of such tensors. The state of the optimiser has the
+    velocities of theta and, under `DORMANT`, those of dormant connections with their positions.
     """
 
     def __init__(
@@ -74,9 +79,19 @@ class CompactRewiring(HostRewiring):
         """Return the layer of each position."""
         return self.starts.numpy()[1:].searchsorted(positions, side="right")
 
+    def move(self, noise: float, *, allow_drift: bool) -> Tensor:
+        dormant = self._state().get(DORMANT)
+        if dormant is not None:  # their velocities decay as those in the step of the optimiser
+            dormant["momentum_buffer"].mul_(self.optimizer.param_groups[0]["momentum"])
+        return super().move(noise, allow_drift=allow_drift)
+
     def forget_dormant(self) -> None:
-        """Hold the active connections only."""
-        self._renew(np.empty(0, np.int32), np.inf)
+        """Forget the velocities of dormant connections."""
+        self._state().pop(DORMANT, None)
+
+    def _state(self) -> dict[Any, dict[str, Any]]:
+        """Return the state of the optimiser."""
+        return cast(dict[Any, dict[str, Any]], self.optimizer.state)
 
     def _entries(self) -> Tensor:
         return torch.from_numpy(self.held.searchsorted(self.active.numpy()))
@@ -89,31 +104,42 @@ class CompactRewiring(HostRewiring):
         pruned, drawn = super()._replace(survives, drifted, value, by_room)
         self.active = self.active.int()
         if len(pruned) or len(drawn):
-            self._renew(self.fresh, self.smallest)
-            self.values[self.held.searchsorted(self.fresh)] = value
+            self._renew(np.sort(self.fresh).astype(self.held.dtype), value)
         return pruned.long(), drawn.long()
 
-    def _renew(self, fresh: np.ndarray, smallest: float) -> None:
-        """Hold fresh positions too, and none whose velocity does not matter."""
-        states = [self.optimizer.state.get(theta, {}) for theta in self.layers]
-        velocities = [state.get("momentum_buffer") for state in states]
-        gradients = [theta.grad for theta in self.layers]
+    def _renew(self, fresh: np.ndarray, value: float) -> None:
+        """Hold the survivors and the fresh positions, which get this value."""
+        velocities = [self._state().get(theta, {}).get("momentum_buffer") for theta in self.layers]
         values, moving = self.values.numpy(), self._joined(velocities)
-        kept = (values > 0) | (np.abs(moving) > smallest)
-        held = self.held[kept]
-        fresh = np.setdiff1d(fresh, held).astype(held.dtype)
-        places = held.searchsorted(fresh)
-        values, moving, slopes = (
-            np.insert(array[kept], places, 0) for array in (values, moving, self._joined(gradients))
-        )
+        alive = values > 0
+        places = self.survivors.searchsorted(fresh)
+        kept = self._exchange(self.held[~alive], moving[~alive], fresh)
         for theta in self.layers:
-            theta.grad = None  # torch does not allow a gradient of another length
-        self._hold(np.insert(held, places, fresh), values)
-        for state, old, new in zip(states, velocities, self._split(moving), strict=True):
+            theta.grad = None  # its length was that of the old theta
+        self._hold(
+            np.insert(self.survivors, places, fresh), np.insert(values[alive], places, value)
+        )
+        parts = self._split(np.insert(moving[alive], places, kept))
+        for theta, old, new in zip(self.layers, velocities, parts, strict=True):
             if old is not None:
-                state["momentum_buffer"] = new
-        for theta, old, new in zip(self.layers, gradients, self._split(slopes), strict=True):
-            theta.grad = None if old is None else new
+                self._state()[theta]["momentum_buffer"] = new
+
+    def _exchange(self, pruned: np.ndarray, moving: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+        """Hold the velocities of pruned positions, and return and forget those of fresh ones."""
+        dormant = self._state().get(DORMANT)
+        if dormant is not None:
+            pruned = np.concatenate([dormant["positions"].numpy(), pruned])
+            moving = np.concatenate([dormant["momentum_buffer"].numpy(), moving])
+        matters = np.abs(moving) > self.smallest
+        pruned, moving = pruned[matters], moving[matters]
+        again = np.isin(pruned, fresh)
+        found = np.zeros(len(fresh), moving.dtype)
+        found[fresh.searchsorted(pruned[again])] = moving[again]
+        self._state()[DORMANT] = {
+            "positions": torch.from_numpy(pruned[~again]),
+            "momentum_buffer": torch.from_numpy(moving[~again]),
+        }
+        return found
 
     def _joined(self, parts: list[Tensor | None]) -> np.ndarray:
         """Return one entry for each value: those of all parts, and 0 where a part is None."""

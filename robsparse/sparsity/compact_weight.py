@@ -114,11 +114,10 @@ class Theta(nn.Module):
 class CompactTheta(Theta):
     """A `Theta` without memory for dormant connections.
 
-    theta is 1-D: it has an entry for each position that is held. All active positions are held.
-    Before the active set is fixed, all other positions must be released.
+    theta is 1-D: it has an entry for each active position, above 0 until the active set is fixed.
 
     shape: shape of the weight.
-    positions: int32, the increasing positions in the flat weight that are held.
+    positions: int32, the increasing active positions in the flat weight.
     negative: uint8, one bit for each weight (`numpy.packbits`): 1 if its sign is -1.
     """
 
@@ -134,9 +133,6 @@ class CompactTheta(Theta):
 
     def forward(self, theta: Tensor) -> CompactWeight:
         positions = self.positions
-        if not self.fixed:
-            active = (theta.detach() > 0).nonzero().squeeze(1)
-            positions, theta = positions[active], theta.index_select(0, active)
         byte, bit = positions >> 3, 7 - (positions & 7)
         signs = 1 - 2 * (self.negative[byte] >> bit & 1).to(theta.dtype)
         zeros = lambda: self._zeros(theta.dtype)  # noqa: E731
@@ -144,7 +140,7 @@ class CompactTheta(Theta):
 
     def active(self, theta: Tensor) -> Tensor:
         mask = torch.zeros(self.shape.numel(), dtype=torch.bool)
-        mask[self.positions] = True if self.fixed else theta > 0
+        mask[self.positions] = True
         return mask.view(self.shape)
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from robsparse.fast import folding
 from robsparse.method import bcs
 from robsparse.schema.training import WeightPerturbation
+from robsparse.sparsity.compact_rewiring import DORMANT
 from robsparse.sparsity.compact_weight import CompactTheta, CompactWeight, hold_compactly
 from robsparse.sparsity.layers import parametrisation, prunable, trained_weight
 from robsparse.sparsity.masks import bake, effective_weights, plain_state
@@ -134,32 +135,35 @@ def test_dense_theta_where_a_dormant_theta_matters(params, settings):
 
 
 @pytest.mark.parametrize("momentum", ["keep", "reset"])
-def test_dormant_connections_are_held_only_for_a_velocity_that_matters(momentum):
+def test_dormant_connection_holds_only_a_velocity_that_matters(momentum):
     run, stage = begun({"temperature": 1e-4, "momentum": momentum}, compact=True)
     make_steps(run, stage)
-    smallest = stage._smallest_velocity(torch.float32)
-    dormant = 0
     for module in prunable(run.model).values():
         theta, layer = trained_weight(module), parametrisation(module, CompactTheta)
-        velocity = run.optimizer.state[theta]["momentum_buffer"]
-        assert len(theta) == len(layer.positions) == len(velocity)
+        assert (theta > 0).all()
+        assert len(theta) == len(layer.positions)
+        assert len(theta) == len(run.optimizer.state[theta]["momentum_buffer"])
         assert (layer.positions.diff() > 0).all()
-        held = velocity[theta <= 0].abs()
-        assert (held >= smallest).all()
-        dormant += len(held)
-    assert (dormant > 0) == (momentum == "keep")
+    dormant = run.optimizer.state[DORMANT]
+    velocities, positions = dormant["momentum_buffer"].abs(), dormant["positions"].tolist()
+    assert (velocities > stage._smallest_velocity(torch.float32)).all()
+    assert len(positions) == len(velocities) == len(set(positions))
+    assert not set(positions) & set(stage.rewiring.active.tolist())
+    assert (len(positions) > 0) == (momentum == "keep")
 
 
 def test_old_velocities_are_forgotten():
     run, stage = begun({"temperature": 1e-4}, compact=True)
     make_steps(run, stage)
-    before = sum(len(theta) for theta in bcs.thetas(run.model))
-    for theta in bcs.thetas(run.model):
-        velocity = run.optimizer.state[theta]["momentum_buffer"]
-        velocity[theta <= 0] = 1e-25
+    dormant = run.optimizer.state[DORMANT]
+    assert len(dormant["positions"]) > 5
+    dormant["momentum_buffer"].fill_(1e-25)
+    old = set(dormant["positions"].tolist())
     make_steps(run, stage, range(10))
-    active = sum(int((theta > 0).sum()) for theta in bcs.thetas(run.model))
-    assert active <= sum(len(theta) for theta in bcs.thetas(run.model)) < before
+    left = dict(
+        zip(*(part.tolist() for part in run.optimizer.state[DORMANT].values()), strict=True)
+    )
+    assert all(abs(left[position]) > 1e-10 for position in old & left.keys())
 
 
 def test_interrupted_run_has_the_bits_of_a_whole_one(train_bcs):
