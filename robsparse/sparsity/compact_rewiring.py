@@ -14,7 +14,6 @@ from torch import Tensor
 from robsparse.sparsity.compact_weight import CompactTheta
 from robsparse.sparsity.rewiring import HostRewiring
 
-
 DORMANT = "dormant"  # the key in the state of the optimiser
 
 
