@@ -117,7 +117,7 @@ def test_all_steps_have_the_bits_of_dense_theta(settings, sparsity):
     assert own.connections.lifetimes().equals(dense.connections.lifetimes())
     assert torch.equal(own.generator.get_state(), dense.generator.get_state())
     if settings != "fixed from the start":
-        assert own.connections.steps().pruned.sum() > 8
+        assert own.connections.steps()["pruned"].to_numpy().sum() > 8
 
 
 @pytest.mark.parametrize(
