@@ -158,14 +158,21 @@ class Stage:
 
 
 def begin_stage(run: Run, stage: Stage, steps: int) -> None:
-    """Let a stage with this number of steps prepare the network, and make its optimiser."""
+    """Let a stage with this number of steps prepare the network, and make its optimiser.
+
+    Parameters that the stage does not train get no gradients.
+    """
     fit = stage.fit
     run.epoch, run.step, run.steps = 0, 0, steps
     run.lr, run.lr_factor = fit.lr, 1.0
     vars(run).pop("optimizer", None)  # of the previous stage
     stage.before_fit(run)
+    trained = stage.parameters(run.model)
+    for parameter in run.model.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(any(parameter is other for other in trained))
     run.optimizer = SGD(
-        stage.parameters(run.model),
+        trained,
         lr=fit.lr,
         momentum=fit.momentum,
         nesterov=fit.nesterov,
@@ -190,9 +197,7 @@ def state_bytes(run: Run, stage: Stage) -> int:
     moving average. Images, maps, and weights that exist only during a pass are not counted.
     """
     trained = [p for group in run.optimizer.param_groups for p in group["params"]]
-    others = [p for p in run.model.parameters() if all(p is not other for other in trained)]
     tensors = [*run.model.parameters(), *run.model.buffers(), *trained]
-    tensors += [parameter.grad for parameter in others if parameter.grad is not None]
     for state in (*run.optimizer.state.values(), stage.state()):
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     if run.average is not None:
