@@ -45,6 +45,10 @@ _COLUMNS = {
     "sanity_checks.csv": [*SEEDED, "selection"],
     "corruptions.csv": [*SEEDED, "selection", *CORRUPTION_COLUMNS],
 }
+# Columns of results.csv that may be missing, and what a row then has in them.
+_OPTIONAL = {
+    name: field.default for name, field in Row.model_fields.items() if not field.is_required()
+}
 _WORDS = [
     "warnings",
     "potentially_unreliable",
@@ -157,6 +161,8 @@ def _table(path: Path) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     words_as_text = {} if path.suffix == ".parquet" else {"dtype": dict.fromkeys(_WORDS, str)}
     table = read_table(path, _REMEDY, **words_as_text)
+    if path.name == "results.csv":  # of an earlier version, e.g. a committed run
+        table = table.assign(**{c: v for c, v in _OPTIONAL.items() if c not in table})
     missing = [column for column in columns if column not in table]
     if missing:
         raise UsageError(f"{path}: no column {', '.join(missing)}; {_REMEDY}")

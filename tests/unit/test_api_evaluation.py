@@ -163,9 +163,19 @@ def test_results_of_a_study_are_its_rows(row_values, tmp_path):
     assert np.issubdtype(found.sparsity.dtype, np.floating)
 
 
-def test_reference_results_of_the_repository_can_be_read(repository):
-    found = robsparse.read_results(repository / "results" / "reference" / "quick")
-    assert {"dense", "bcs"} <= set(found.method)
+@pytest.mark.parametrize("study", ["quick", "quick_all"])
+def test_reference_results_of_the_repository_can_be_read(study, repository):
+    found = robsparse.read_results(repository / "results" / "reference" / study)
+    assert "bcs" in set(found.method)
+
+
+def test_results_of_a_version_without_a_later_column_can_be_read(repository, tmp_path):
+    path = repository / "results" / "reference" / "quick" / "results.csv"
+    older = pd.read_csv(path).drop(columns=["training_state_bytes", "kernels"], errors="ignore")
+    older.to_csv(tmp_path / "results.csv", index=False)
+    found = robsparse.read_results(tmp_path)
+    assert found.training_state_bytes.isna().all()
+    assert set(found.kernels) == {""}
 
 
 def test_study_without_results_is_one_line(tmp_path):

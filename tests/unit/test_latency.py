@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils import benchmark
 
 from robsparse.base.files import write_json
 from robsparse.evaluation import measure
@@ -19,7 +20,7 @@ from robsparse.study.cells import Layout
 def clock(monkeypatch):
     """A clock that only `clock(seconds)` moves; it times every pass."""
     now = [0.0]
-    monkeypatch.setattr(measure.benchmark, "timer", lambda: now[0])
+    monkeypatch.setattr(benchmark, "timer", lambda: now[0])
 
     def forward(seconds):
         now[0] += seconds
