@@ -1,9 +1,12 @@
 """Fixtures of all tests. Tests never write into the checkout; they write to tmp_path."""
 
+import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +24,29 @@ ROOT = Path(__file__).resolve().parent.parent
 def repository() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def load_benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """load_benchmark("digests") -> the module benchmarks/digests.py, which is no part of a package.
+
+    Until the end of the session it is in sys.modules, where dataclasses look their module up.
+    """
+    loaded = []
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(
+            f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py"
+        )
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        loaded.append(spec.name)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in loaded:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture

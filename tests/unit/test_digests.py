@@ -1,7 +1,5 @@
 """The digests that show that a change of the code moved no number."""
 
-import importlib.util
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,13 +7,8 @@ from safetensors.numpy import save_file
 
 
 @pytest.fixture(scope="module")
-def tool(repository):
-    spec = importlib.util.spec_from_file_location(
-        "digests", repository / "benchmarks" / "digests.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_benchmark):
+    return load_benchmark("digests")
 
 
 @pytest.fixture

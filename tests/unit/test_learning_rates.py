@@ -1,8 +1,6 @@
 """The learning rates that benchmarks/learning_rates.py chooses from training records."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import yaml
@@ -12,13 +10,8 @@ from robsparse.study.cells import Layout
 
 
 @pytest.fixture(scope="module")
-def tool(repository):
-    path = repository / "benchmarks" / "learning_rates.py"
-    spec = importlib.util.spec_from_file_location("learning_rates", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["learning_rates"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def tool(load_benchmark):
+    return load_benchmark("learning_rates")
 
 
 # Held-out accuracy of each cell; the seconds of a sparse network count those of its dense network.

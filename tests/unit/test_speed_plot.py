@@ -1,18 +1,11 @@
 """The plot of speed against sparsity."""
 
-import importlib.util
-
 import pytest
 
 
 @pytest.fixture(scope="module")
-def speed_plot(repository):
-    spec = importlib.util.spec_from_file_location(
-        "speed_plot", repository / "benchmarks" / "speed_plot.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def speed_plot(load_benchmark):
+    return load_benchmark("speed_plot")
 
 
 ROWS = [

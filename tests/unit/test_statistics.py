@@ -1,9 +1,7 @@
 """Intervals and p-values: by hand, compared with scipy, by simulation; they never contradict."""
 
-import importlib.util
 import math
 import statistics as by_hand
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,13 +18,9 @@ OUTCOMES = arrays.arrays(bool, st.tuples(st.just(2), st.integers(1, 6), st.integ
 
 
 @pytest.fixture(scope="module")
-def simulation():
+def simulation(load_benchmark):
     """benchmarks/statistics_simulation.py"""
-    path = Path(__file__).parents[2] / "benchmarks" / "statistics_simulation.py"
-    spec = importlib.util.spec_from_file_location("statistics_simulation", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("statistics_simulation")
 
 
 # ------------------------------------------------------------------ by hand

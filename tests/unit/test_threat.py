@@ -1,7 +1,6 @@
 """Norm and eps in training, validation, attacks and planning."""
 
 import dataclasses
-import importlib.util
 
 import pytest
 import torch
@@ -293,13 +292,10 @@ def test_ratios_of_decimals_are_read_exactly(written, meant):
 
 
 def test_agreement_with_the_original_package_runs_with_its_default_eps(
-    repository, monkeypatch, capsys
+    load_benchmark, monkeypatch, capsys
 ):
     """`python benchmarks/agreement.py shipped`, with replaced attacks and network."""
-    where = repository / "benchmarks" / "agreement.py"
-    spec = importlib.util.spec_from_file_location("agreement", where)
-    agreement = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(agreement)
+    agreement = load_benchmark("agreement")
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
     part = datasets.Part(torch.rand(6, 1, 2, 2), torch.zeros(6, dtype=torch.int64))
     part = dataclasses.replace(part, y_N=model(part.x_NCHW).argmax(1))
