@@ -6,7 +6,13 @@ from torch import nn
 
 from robsparse.schema.training import Fit
 from robsparse.sparsity.layers import nonzero_count
-from robsparse.training.stages import FixedMaskStage, Stage, remaining_weights, schedule_factor
+from robsparse.training.stages import (
+    FixedMaskStage,
+    Stage,
+    begin_stage,
+    remaining_weights,
+    schedule_factor,
+)
 
 
 def factors(steps_per_epoch=1, **settings):
@@ -63,6 +69,23 @@ def test_admm_retraining_drops_at_epochs_80_and_150_of_200():
 def test_stage_uses_the_schedule_of_its_fit():
     fit = Fit(epochs=4, lr=0.3)
     assert Stage(fit).lr_factor(3, 2) == schedule_factor(fit, 3, 2)
+
+
+def test_parameters_that_a_stage_does_not_train_have_no_gradients(make_run):
+    class OfTheBias(Stage):
+        def parameters(self, model):
+            return [model.bias]
+
+    model = nn.Linear(3, 2)
+    run, x = make_run(model, 0.5), torch.ones(4, 3)
+    model(x).sum().backward()  # as an earlier stage leaves it
+    begin_stage(run, OfTheBias(Fit(epochs=1, lr=0.1)), 1)
+    model(x).sum().backward()
+    assert model.weight.grad is None
+    assert model.bias.grad.tolist() == [4.0, 4.0]
+    begin_stage(run, Stage(Fit(epochs=1, lr=0.1)), 1)
+    model(x).sum().backward()
+    assert model.weight.grad.tolist() == [[4.0] * 3] * 2
 
 
 def test_defaults_train_everything_and_add_nothing(make_run):
